@@ -1,0 +1,147 @@
+"""How one dirty page is written against its reference: the codecs, and one way to reach them.
+
+    get_codec("delta")         the June-2011 form: (offset, value) records        specs/delta.md
+    get_codec("rle")           the run-length form that Xen 4.2 to 4.5 shipped    specs/rle.md
+    get_codec("xbzrle")        QEMU's, byte-identical with its plain encoder      specs/xbzrle.md
+    get_codec("xbzrle-fold")   the same decoder; the encoder folds short gaps     specs/xbzrle.md §3.3
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec import kernels
+from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
+
+__all__ = ["CODECS", "Codec", "get_codec"]
+
+CODECS = tuple(kernels.TABLE)
+"""The names that `get_codec` knows."""
+
+
+class Codec:
+    """One page coding, run by one kernel. All pages of a call travel in one batch.
+
+    name: one of `CODECS`
+    kernel: the name of what runs it, "numpy" or "oracle"
+    max_page_bytes: no encoder of this coding writes more than this for one page
+    """
+
+    def __init__(self, name: str, kernel: kernels.Kernel) -> None:
+        self.name = name
+        self.kernel = kernel.name
+        self.max_page_bytes = kernel.max_page_bytes
+        self._kernel = kernel
+
+    def __repr__(self) -> str:
+        return f"<codec {self.name}, kernel {self.kernel}>"
+
+    def encode(
+        self,
+        pages: Pages,
+        reference: Pages,
+        *,
+        index: NDArray[np.integer] | None = None,
+        reference_index: NDArray[np.integer] | None = None,
+        full: NDArray[np.bool_] | None = None,
+        update: bool = True,
+        out: Buffer | None = None,
+    ) -> memoryview:
+        """Encode n pages against their references, in order.
+
+        pages: uint8[…, 4096], C-contiguous
+        reference: uint8[…, 4096], C-contiguous, writable if `update`
+        index: integers[n], which of `pages`; without it all of them
+        reference_index: integers[n], the reference of each; −1 means that it has none and travels full.
+            Without it the i-th page encoded has the i-th reference, and there are as many.
+        full: bool[n], pages that travel full whatever their reference holds
+        update: bring the references up to date in the same pass. Listed twice, the second use of a reference
+            sees what the first one left there.
+        out: writable bytes to encode into; they must have room for n × `max_page_bytes`
+
+        Returns the encoded bytes, back to back.
+        Raises ValueError or TypeError for arrays that do not fit this; nothing is changed then.
+        """
+        source = _as_pages(pages, "pages")
+        base = _as_pages(reference, "reference", writable=update)
+        picked = None if index is None else _as_index(index, len(source), "index", 0)
+        n = len(source) if picked is None else len(picked)
+        if reference_index is None:
+            slots = None
+            if len(base) != n:
+                raise ValueError(f"{n} pages but {len(base)} references, and no reference_index")
+        else:
+            slots = _as_index(reference_index, len(base), "reference_index", -1)
+            if len(slots) != n:
+                raise ValueError(f"{n} pages but {len(slots)} entries in reference_index")
+        whole = None
+        if full is not None:
+            whole = np.ascontiguousarray(full, dtype=bool).reshape(-1)
+            if len(whole) != n:
+                raise ValueError(f"{n} pages but {len(whole)} entries in full")
+        room = n * self.max_page_bytes
+        if out is None:
+            target = np.empty(room, dtype=np.uint8)
+        else:
+            target = np.frombuffer(out, dtype=np.uint8)
+            if not target.flags.writeable:
+                raise ValueError("out is read-only")
+            if len(target) < room:
+                raise ValueError(f"out holds {len(target)} bytes; {n} pages may need {room}")
+        size = self._kernel.encode(source, picked, base, slots, whole, update, target)
+        return memoryview(target)[:size]
+
+    def check(self, encoded: Buffer, n: int) -> int:
+        """Walk n encoded pages and refuse everything malformed in them, without touching a page.
+
+        Returns the number of bytes that the n pages take; more may follow.
+        Raises Malformed, its offset counted in `encoded`.
+        """
+        if n < 0:
+            raise ValueError(f"n is {n}")
+        return self._kernel.check(np.frombuffer(encoded, dtype=np.uint8), n)
+
+    def apply(self, encoded: Buffer, pages: Pages, *, index: NDArray[np.integer] | None = None) -> int:
+        """Apply encoded pages in place, in order; a page listed twice is applied twice.
+
+        encoded: one encoded page for each of `pages`, or for each of `index`
+        pages: uint8[…, 4096], C-contiguous, writable, holding what the encoder had as reference
+        index: integers[n], which of `pages`
+
+        Returns the number of bytes consumed.
+        Raises Malformed, its offset counted in `encoded`; `pages` is untouched then.
+        """
+        target = _as_pages(pages, "pages", writable=True)
+        picked = None if index is None else _as_index(index, len(target), "index", 0)
+        return self._kernel.apply(np.frombuffer(encoded, dtype=np.uint8), target, picked)
+
+
+def get_codec(name: str, *, kernel: str | None = None) -> Codec:
+    """The codec of that name.
+
+    name: one of `CODECS`
+    kernel: demand one of `kernels.KERNELS`; by default the environment variable REMUS_CKPT_KERNEL, else the fastest
+    Raises ValueError for a name or a kernel that does not exist.
+    """
+    return Codec(name, kernels.choose(name, kernel))
+
+
+def _as_pages(array: Pages, what: str, *, writable: bool = False) -> Pages:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape[-1:] != (PAGE_SIZE,):
+        raise TypeError(f"{what} must be uint8[…, {PAGE_SIZE}], not {getattr(array, 'dtype', type(array).__name__)}"
+                        f"{list(getattr(array, 'shape', []))}")  # fmt: skip
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{what} must be C-contiguous")
+    if writable and not array.flags.writeable:
+        raise ValueError(f"{what} must be writable")
+    return array.reshape(-1, PAGE_SIZE)
+
+
+def _as_index(index: NDArray[np.integer], size: int, what: str, lowest: int) -> NDArray[np.int64]:
+    numbers = np.asarray(index)
+    if numbers.ndim != 1 or not (np.issubdtype(numbers.dtype, np.integer) or numbers.size == 0):
+        raise TypeError(f"{what} must be a list of integers, not {numbers.dtype}{list(numbers.shape)}")
+    if numbers.size and (int(numbers.min()) < lowest or int(numbers.max()) >= size):
+        raise ValueError(f"{what} must lie in {lowest}…{size - 1}; it spans {numbers.min()}…{numbers.max()}")
+    return np.ascontiguousarray(numbers, dtype=np.int64)

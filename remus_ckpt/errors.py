@@ -1,0 +1,73 @@
+"""Every error that this package raises on purpose.
+
+    RemusError                   exit code 1
+    ├── StreamError              the bytes of a peer or of a file are at fault; nothing was applied
+    │   ├── Malformed            20  the bytes break a rule of the format
+    │   │   └── LimitExceeded    20  they claim more than a named limit allows
+    │   └── UnknownFormat        21  not a format that is read here, or one that is refused by name
+    ├── NoCheckpoint             1   no complete checkpoint to restore, or not the one asked for
+    └── SourceError              1   the memory being recorded cannot be stopped, read or followed
+
+A caller's own mistake (a wrong shape, a read-only array) is a ValueError or TypeError as everywhere in Python.
+"""
+
+from __future__ import annotations
+
+
+class RemusError(Exception):
+    """The root: catch this to catch everything that is not a bug."""
+
+    exit_code = 1
+
+
+class StreamError(RemusError):
+    """Bytes from outside are at fault.
+
+    offset: position of the fault in the stream (or in the encoded bytes, for a codec), None if it has none
+    section: where the broken rule stands, such as "stream.md §5.1"
+    chunk: name of the chunk that was being read, None outside one
+    """
+
+    def __init__(
+        self, message: str, *, offset: int | None = None, section: str | None = None, chunk: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.offset = offset
+        self.section = section
+        self.chunk = chunk
+
+    def __str__(self) -> str:
+        where = " ".join(
+            part for part in (self.chunk, None if self.offset is None else f"at byte {self.offset}") if part
+        )
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text} ({self.section})" if self.section else text
+
+
+class Malformed(StreamError):
+    """The bytes break a rule of the format."""
+
+    exit_code = 20
+
+
+class LimitExceeded(Malformed):
+    """The bytes claim more than a limit allows; `limit` is its name in `Limits`."""
+
+    def __init__(self, message: str, *, limit: str, offset: int, section: str, chunk: str | None = None) -> None:
+        super().__init__(message, offset=offset, section=section, chunk=chunk)
+        self.limit = limit
+
+
+class UnknownFormat(StreamError):
+    """Not a legacy save stream, or one of a kind that is refused by name."""
+
+    exit_code = 21
+
+
+class NoCheckpoint(RemusError):
+    """The stream holds no complete checkpoint, or not the one that was asked for."""
+
+
+class SourceError(RemusError):
+    """The memory being recorded cannot be stopped, read or followed any longer."""

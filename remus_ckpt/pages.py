@@ -1,0 +1,95 @@
+"""Pages, page frame numbers, page types and batches of them (specs/stream.md §1, §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_SIZE = 4096
+PAGE_WORDS = PAGE_SIZE // 4
+MAX_BATCH_ENTRIES = 1024
+
+Pages = NDArray[np.uint8]
+"""uint8[n, 4096]"""
+Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
+"""Anything that is bytes without a copy."""
+
+
+class PageType(IntEnum):
+    """The upper nibble of a PFN entry (specs/stream.md §5.2)."""
+
+    NOTAB = 0x0
+    L1TAB = 0x1
+    L2TAB = 0x2
+    L3TAB = 0x3
+    L4TAB = 0x4
+    NOTAB_PINNED = 0x8
+    L1TAB_PINNED = 0x9
+    L2TAB_PINNED = 0xA
+    L3TAB_PINNED = 0xB
+    L4TAB_PINNED = 0xC
+    BROKEN = 0xD
+    XALLOC = 0xE
+    XTAB = 0xF
+
+
+def _nibbles(*types: int) -> NDArray[np.bool_]:
+    table = np.zeros(16, dtype=bool)
+    table[list(types)] = True
+    table.flags.writeable = False
+    return table
+
+
+KNOWN_TYPE = _nibbles(*PageType)
+"""bool[16]: the nibbles that mean something; 5, 6 and 7 do not."""
+HAS_DATA = _nibbles(*(t for t in PageType if t < PageType.BROKEN))
+"""bool[16]: the entry announces 4,096 bytes."""
+IS_PAGE_TABLE = _nibbles(1, 2, 3, 4, 9, 10, 11, 12)
+"""bool[16]: PV page tables, which always travel full (specs/stream.md §6.6)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageBatch:
+    """Up to 1,024 PFN entries, and the pages of those that carry data.
+
+    pfns: uint64[n]
+    types: uint8[n], values of `PageType`
+    data: uint8[m, 4096], one page for each entry whose type carries data, in entry order
+    """
+
+    pfns: NDArray[np.uint64]
+    types: NDArray[np.uint8]
+    data: Pages
+
+    def __post_init__(self) -> None:
+        if self.pfns.shape != self.types.shape or self.pfns.ndim != 1:
+            raise ValueError(f"pfns {self.pfns.shape} and types {self.types.shape} must be two lists of one length")
+        if len(self.pfns) > MAX_BATCH_ENTRIES:
+            raise ValueError(f"a batch has at most {MAX_BATCH_ENTRIES} entries, not {len(self.pfns)}")
+        with_data = int(np.count_nonzero(HAS_DATA[self.types & 0xF]))
+        if self.data.shape != (with_data, PAGE_SIZE):
+            raise ValueError(f"{with_data} entries carry data, but data has shape {self.data.shape}")
+
+
+def batches(pfns: NDArray[np.integer], data: Pages) -> Iterator[PageBatch]:
+    """Cut a capture of normal pages into batches of at most 1,024 entries.
+
+    pfns: integers[n], in the order in which they are to travel
+    data: uint8[n, 4096]
+    The batches are views of `data`.
+    """
+    if len(pfns) != len(data):
+        raise ValueError(f"{len(pfns)} pfns but {len(data)} pages")
+    numbers = pfns.astype(np.uint64, copy=False)
+    for start in range(0, len(pfns), MAX_BATCH_ENTRIES):
+        part = numbers[start : start + MAX_BATCH_ENTRIES]
+        yield PageBatch(part, np.zeros(len(part), dtype=np.uint8), data[start : start + MAX_BATCH_ENTRIES])
+
+
+def pages_for(size: int) -> int:
+    """The number of pages that hold `size` bytes, the last one padded with zeros."""
+    return -(-size // PAGE_SIZE)
