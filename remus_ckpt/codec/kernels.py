@@ -54,9 +54,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "oracle": Kernel("oracle", xbzrle.MAX_PAGE_BYTES, *oracle.kernel(oracle.Xbzrle(fold=False))),
     },
     "xbzrle-fold": {
-        "numpy": Kernel(
-            "numpy", xbzrle.MAX_PAGE_BYTES, partial(xbzrle.encode, fold=True), xbzrle.check, xbzrle.apply
-        ),
+        "numpy": Kernel("numpy", xbzrle.MAX_PAGE_BYTES, partial(xbzrle.encode, fold=True), xbzrle.check, xbzrle.apply),
         "oracle": Kernel("oracle", xbzrle.MAX_PAGE_BYTES, *oracle.kernel(oracle.Xbzrle(fold=True))),
     },
 }
