@@ -83,6 +83,11 @@ class Reader:
         self._opening = b""  # the first bytes of the checkpoint's compressed data
         self._parser = self._stream()
 
+    @property
+    def saw_last_checkpoint(self) -> bool:
+        """Whether the stream has said that no checkpoint follows."""
+        return self._course.last_checkpoint
+
     # Bytes in
 
     def get_buffer(self) -> memoryview:
