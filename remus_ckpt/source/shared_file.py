@@ -21,15 +21,16 @@ class SharedFile:
     """A file, the processes that have it mapped, and a shadow of it.
 
     path: the file; its size must stay
-    processes: all who write to it
+    processes: all who write to it; closed with this
     Raises OSError where the file cannot be read, SourceError for one that is empty.
     """
 
     def __init__(self, path: str | Path, processes: Processes) -> None:
         self.path = str(path)
         self._processes = processes
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = -1
         try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._fd).st_size
             if not self.size:
                 raise SourceError(f"{self.path} is empty: there is no memory in it")
@@ -44,12 +45,14 @@ class SharedFile:
             self._has_data = np.zeros(whole, dtype=bool)
             self._gone = np.empty(0, dtype=np.int64)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def close(self) -> None:
         """Let go of the file and of the processes."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
         self._processes.close()
 
     def pause(self) -> None:
