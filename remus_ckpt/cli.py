@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,7 +26,7 @@ from remus_ckpt.codec.reference import Lru, Reference, Shadow
 from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.demo import run_demo
 from remus_ckpt.errors import NoCheckpoint, RemusError, SourceError, StreamError
-from remus_ckpt.files import StreamFile, StreamWriter, read_events
+from remus_ckpt.files import StreamFile, StreamWriter, create_private, read_events
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
 from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
@@ -390,8 +390,7 @@ def restore(
     else:
         save_image(walk.restorer.memory, output)
     if device_state is not None:
-        with open(os.open(device_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(found.device_state)
+        _write_out(str(device_state), found.device_state)
     if as_json and output != "-":
         _print_json(walk.summary([_listed(found)]) | {"restored": found.epoch, "image": output})
     elif output != "-":
@@ -680,7 +679,7 @@ def _write_out(output: str, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
-    with open(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    with open(create_private(output), "wb") as file:
         file.write(data)
 
 
@@ -705,6 +704,7 @@ def record(
     bounded: Annotated[
         bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a stream that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Take checkpoints of a process's shared memory until Ctrl-C, its death or the end of the duration.
@@ -716,44 +716,45 @@ def record(
     """
     interval_s = _seconds(interval)
     duration_s = None if duration is None else _seconds(duration)
-    stop = StopSignal()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    source = SharedFile(file, Processes(pid))
-    if source.size % PAGE_SIZE:
-        _complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
-    sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
-    writer = StreamWriter(output)
-    loop = CheckpointLoop(
-        source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
-    )
+    if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
+        raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
     totals = Totals()
     failure: Exception | None = None
-    show = Live(console=errors, transient=True, refresh_per_second=8) if errors.is_terminal and not as_json else None
-    try:
-        if show:
-            show.start()
-        for taken in loop.run():
-            totals.add(taken)
-            if show:
-                show.update(Text(totals.line(taken)))
-    except (SourceError, OSError) as error:
-        failure = error
-    finally:
-        if show:
-            show.stop()
-        writer.close()
-        source.close()
-        stop.close()
+    with ExitStack() as stack:
+        stop = StopSignal()
+        stack.callback(stop.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+        source = SharedFile(file, Processes(pid))
+        stack.callback(source.close)
+        if source.size % PAGE_SIZE:
+            _complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
+        writer = StreamWriter(output)
+        stack.callback(writer.close)
+        sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
+        loop = CheckpointLoop(
+            source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
+        )
+        show = None
+        if errors.is_terminal and not as_json:
+            show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
+        try:
+            for taken in loop.run():
+                totals.add(taken)
+                if show:
+                    show.update(Text(totals.line(taken)))
+        except (SourceError, OSError) as error:
+            failure = error
     report = totals.report() | {"stream": output, "ended": "failed" if failure else loop.ended}
     if as_json:
         print(json.dumps(report, indent=1), file=sys.stderr if output == "-" else sys.stdout)
     else:
         errors.print(Text(f"{writer.name}: {totals.text()}; {report['ended']}"))
     if failure is not None:
-        held = "no checkpoint is complete" if not totals.pauses else f"the stream ends with checkpoint {totals.last}"
-        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
-        raise SourceError(f"{writer.name if isinstance(failure, OSError) else file}: {reason}; {held}")
+        held = f"the stream ends with checkpoint {totals.last}" if totals.pauses else "no checkpoint is complete"
+        is_output = isinstance(failure, OSError)
+        reason = failure.strerror if isinstance(failure, OSError) else failure
+        raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
 
 
 @app.command(short_help="Record, kill, restore and continue a worker.")

@@ -141,6 +141,14 @@ def read_checkpoints(
                 yield restorer.commit()
 
 
+def create_private(path: str | Path) -> int:
+    """Create a file that holds memory, or empty the one that is there: a descriptor, mode 0600."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    if os.path.isfile(path):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
 class StreamWriter:
     """A stream on its way to a file of mode 0600, or to standard output ("-").
 
@@ -153,10 +161,8 @@ class StreamWriter:
         if str(path) == "-":
             self._fd = os.dup(sys.stdout.fileno())
         else:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._fd = create_private(path)
             self._is_file = os.path.isfile(path)
-            if self._is_file:
-                os.fchmod(self._fd, 0o600)
         self.written = 0
         self.committed = 0
         """Bytes up to the end of the last whole checkpoint."""

@@ -103,7 +103,7 @@ def test_death_of_the_recorder_leaves_the_worker_running_and_a_stream_to_restore
     for number in range(3):
         stream = tmp_path / f"stream{number}"
         with record(memory, worker.pid, stream, "--interval", "1ms") as recorder:
-            wait_for_bytes(stream, 10_000 * (number + 1))
+            wait_for_bytes(stream, 100_000 * (number + 1))
             recorder.kill()
             recorder.communicate(timeout=30)
         assert [checkpoint.epoch for checkpoint in read_checkpoints(stream)][-1] >= 0
@@ -142,6 +142,21 @@ def test_full_disk(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path
         assert f"checkpoint {count - 1}" in err
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_stream_that_is_there_is_not_replaced_by_accident(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    stream = tmp_path / "stream"
+    stream.write_bytes(b"all that is left")
+    with record(memory, worker.pid, stream, "--duration", "20ms") as recorder:
+        recorder.communicate(timeout=30)
+    assert recorder.returncode == 1
+    assert stream.read_bytes() == b"all that is left"
+    with record(memory, worker.pid, stream, "--duration", "20ms", "--overwrite") as recorder:
+        recorder.communicate(timeout=30)
+    assert recorder.returncode == 0
+    assert is_whole(stream) > 0
 
 
 def test_bad_arguments(memory: Path, tmp_path: Path) -> None:
