@@ -36,6 +36,7 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.wire import events
+from remus_ckpt.wire.describe import describe
 from remus_ckpt.wire.dialect import Dialect
 
 app = typer.Typer(
@@ -432,13 +433,12 @@ def inspect(
     walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed, seen = [], []
     for event in walk.events():
-        if chunks and not isinstance(event, events.EndOfStream):
-            if as_json:
-                seen.append(_described(event))
-            else:
-                row = _described(event)
-                rest = " ".join(f"{name}={value}" for name, value in row.items() if name not in ("offset", "chunk"))
-                out.print(Text(f"{row['offset']:>12}  {row['chunk']} {rest}".rstrip()))
+        if chunks:
+            row = describe(event)
+            seen.append(row)
+            if not as_json:
+                rest = " ".join(f"{name}={_short(row[name])}" for name in row if name not in ("offset", "event"))
+                out.print(Text(f"{row['offset']:>12}  {row['event']} {rest}".rstrip()))
         if walk.restorer.staged is not None:
             listed.append(_listed(walk.restorer.staged) | _details(walk.restorer.staged))
     if as_json:
@@ -452,37 +452,17 @@ def inspect(
     walk.fail_if_corrupt()
 
 
-def _described(event: events.Event) -> dict[str, Any]:
-    """One chunk for `inspect --chunks`."""
-    row: dict[str, Any] = {"offset": event.offset, "chunk": type(event).__name__}
-    match event:
-        case events.Header():
-            row |= {"word": event.word, "guest": event.guest, "p2m_size": event.p2m_size}
-            if event.extended_info is not None:
-                row["extended_info"] = [block.id.decode("latin-1") for block in event.extended_info]
-        case events.FileHeader():
-            row |= {"kind": event.kind, "data_bytes": len(event.data)}
-        case events.Batch():
-            with_data = len(event.data) if event.data is not None else None
-            row |= {"entries": len(event.pfns), "first_pfn": int(event.pfns[0]), "last_pfn": int(event.pfns[-1])}
-            row |= {"pages": with_data} if with_data is not None else {"format": "B"}
-        case events.CompressedData():
-            row["bytes"] = len(event.data)
-        case events.HvmParam():
-            row |= {"id": event.id.name, "value": event.value}
-        case events.VcpuInfo():
-            row["vcpus"] = event.ids()
-        case events.TscInfo():
-            row |= {"mode": event.mode, "nsec": event.nsec, "khz": event.khz, "incarnation": event.incarnation}
-        case events.Toolstack():
-            row["bytes"] = len(event.data)
-        case events.Tmem():
-            row["pools"] = len(event.pools)
-        case events.TmemExtra():
-            row["keys"] = len(event.keys)
-        case events.Tail():
-            row["end"] = event.end
-    return row
+def _short(value: Any) -> str:
+    """A value of a chunk on one line; many numbers as ranges, and only the first of those."""
+    if not isinstance(value, list) or len(value) < 4:
+        return str(value)
+    numbers = np.array(value)
+    edges = np.flatnonzero(np.diff(numbers) != 1)
+    firsts, lasts = numbers[np.append(0, edges + 1)], numbers[np.append(edges, -1)]
+    parts = [f"{first}-{last}" if first != last else f"{first}" for first, last in zip(firsts, lasts, strict=True)]
+    if len(set(value)) == 1:
+        parts = [f"{len(value)} × {value[0]}"]
+    return ",".join(parts[:8]) + ("…" if len(parts) > 8 else "")
 
 
 def _print_details(listed: list[dict[str, Any]]) -> None:

@@ -215,15 +215,16 @@ def test_a_reader_that_goes_away_is_no_traceback(series: Series) -> None:
 
 def test_inspect(series: Series, command: Command) -> None:
     report = json.loads(command("inspect", series.stream, "--chunks", "--json").out)
-    names = [row["chunk"] for row in report["chunks"]]
-    assert names[:5] == ["Header", "Batch", "EnableCompression", "EndOfBody", "TailHvm"]
-    assert names[5:9] == ["Batch", "CompressedData", "EndOfBody", "TailHvm"]
+    names = [row["event"] for row in report["chunks"]]
+    assert names[:5] == ["header", "batch", "enable_compression", "end_of_body", "tail"]
+    assert names[5:9] == ["batch", "compressed_data", "end_of_body", "tail"]
+    assert names[-1] == "end"
     offsets = [row["offset"] for row in report["chunks"]]
     assert offsets == sorted(offsets)
     assert report["checkpoints"][1]["record"]["before"] == report["checkpoints"][0]["record"]["after"]
     text = command("inspect", series.stream, "--chunks")
     assert text.code == 0
-    assert "CompressedData" in text.out
+    assert "compressed_data" in text.out
 
 
 def test_diff(series: Series, tmp_path: Path, command: Command) -> None:
