@@ -1,0 +1,116 @@
+/* The rle codec over the primitives of one instruction set (specs/rle.md). Included after isa_*.h. */
+
+#define RLE_WORDS 1024
+#define RLE_RUN 127
+
+INLINE uint8_t *ISA(rle_full)(const uint8_t *now, uint8_t *ref, uint8_t *out)
+{
+    out[0] = 0x80;
+    copy_page(now, out + 1, ref);
+    return out + REMUS_RLE_MAX - 8;
+}
+
+/* Where the runs of changed words begin and end, in turn; the changed groups are copied to snap. §3.1
+ * Bounds: a run is at least one word long and is followed by a gap, so at most 1,024 positions; behind them the last
+ * group may write 64. */
+INLINE size_t ISA(rle_edges)(const uint8_t *now, uint8_t *ref, uint64_t dirty, int update, uint8_t *snap,
+                             uint16_t *edges)
+{
+    size_t n = 0;
+    unsigned behind = 0, open = 0; /* the group behind the last one looked at; does a run reach up to it? */
+    while (dirty) {
+        const unsigned g = lowest_bit(dirty), at = g * GROUP;
+        dirty &= dirty - 1;
+        const unsigned mask = take_words(now + at, ref + at, update, snap + at);
+        const unsigned touches = open & (g == behind);
+        edges[n] = (uint16_t)(behind * 16);
+        n += open & !touches;
+        n += flatten_words((mask ^ (mask << 1 | touches)) & 0xffff, g * 16, edges + n);
+        open = mask >> 15;
+        behind = g + 1;
+    }
+    edges[n] = (uint16_t)(behind * 16);
+    return n + open;
+}
+
+/* Skip `words` < 1,024. Writes nine bytes, counts at most nine: full markers of 127 words and the rest. */
+INLINE uint8_t *ISA(rle_skip)(uint8_t *out, unsigned words)
+{
+    const unsigned markers = words * 33027u >> 22; /* words / 127, for words up to 1,024 */
+    const unsigned rest = words - markers * RLE_RUN;
+    memset(out, 0xff, 8);
+    out[markers] = (uint8_t)(0x80 | rest);
+    return out + markers + (rest != 0);
+}
+
+INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
+                              int update, uint8_t *out)
+{
+    uint16_t edges[RLE_WORDS + 64];
+    uint8_t snap[REMUS_PAGE + CHUNK]; /* copies read up to a chunk past a run */
+    const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
+    size_t n = 0;
+    if (dirty)
+        n = ISA(rle_edges)(now, ref, dirty, update, snap, edges);
+    if (n == 0) {
+        *out = 0x00; /* §3.2 */
+        return out + 1;
+    }
+    unsigned reached = 0;
+    for (size_t i = 0; i < n; i += 2) {
+        unsigned words = edges[i + 1] - edges[i];
+        const uint8_t *from = snap + edges[i] * 4;
+        out = ISA(rle_skip)(out, edges[i] - reached);
+        reached = edges[i + 1];
+        while (words > CHUNK / 4) {
+            const unsigned run = words < RLE_RUN ? words : RLE_RUN;
+            *out++ = (uint8_t)run;
+            for (unsigned j = 0; j < run * 4; j += CHUNK)
+                copy_chunk(out + j, from + j);
+            out += run * 4;
+            from += run * 4;
+            words -= run;
+        }
+        if (words) {
+            *out++ = (uint8_t)words;
+            copy_chunk(out, from);
+            out += words * 4;
+        }
+    }
+    return ISA(rle_skip)(out, RLE_WORDS - reached);
+}
+
+#define RLE_ENCODE(isa)                                                                                          \
+    TARGET size_t remus_rle_encode_##isa(const remus_batch *batch, uint8_t *out)                                 \
+    {                                                                                                            \
+        return encode_batch(batch, out, REMUS_RLE_MAX, ISA(rle_page), ISA(rle_full));                            \
+    }
+
+/* After a check that passed: only what the markers say is read, and a page is never left. */
+#define RLE_APPLY(isa)                                                                                           \
+    TARGET void remus_rle_apply_##isa(const uint8_t *data, size_t size, uint8_t *pages, const int64_t *index,    \
+                                      size_t n)                                                                  \
+    {                                                                                                            \
+        (void)size;                                                                                              \
+        for (size_t i = 0; i < n; i++) {                                                                         \
+            uint8_t *page = pages + page_at(index, i);                                                           \
+            uint8_t *const end = page + REMUS_PAGE;                                                              \
+            if (*data == 0x00) {                                                                                 \
+                data++;                                                                                          \
+                continue;                                                                                        \
+            }                                                                                                    \
+            if (*data == 0x80) {                                                                                 \
+                copy_page(data + 1, page, NULL);                                                                 \
+                data += 1 + REMUS_PAGE;                                                                          \
+                continue;                                                                                        \
+            }                                                                                                    \
+            while (page < end) {                                                                                 \
+                const size_t bytes = (size_t)(*data & 0x7f) * 4;                                                 \
+                if (*data++ < 0x80) {                                                                            \
+                    copy_exact(page, data, bytes);                                                               \
+                    data += bytes;                                                                               \
+                }                                                                                                \
+                page += bytes;                                                                                   \
+            }                                                                                                    \
+        }                                                                                                        \
+    }
