@@ -22,7 +22,7 @@ INLINE uint64_t dirty_words(const uint8_t *now, const uint8_t *ref, const uint8_
         _mm_prefetch((const char *)next_now + g * GROUP, _MM_HINT_T0);
         _mm_prefetch((const char *)next_ref + g * GROUP, _MM_HINT_T0);
         const unsigned differ = _mm512_cmpneq_epi32_mask(load(now + g * GROUP), load(ref + g * GROUP));
-        dirty |= (uint64_t)(differ != 0) << g;
+        dirty = dirty >> 1 | (uint64_t)(differ != 0) << 63;
         count += (unsigned)__builtin_popcount(differ);
     }
     *words = count;

@@ -27,6 +27,13 @@ INLINE void copy_chunk(uint8_t *to, const uint8_t *from)
     store(to, load(from));
 }
 
+#define SHORT 32 /* bytes that copy_short moves */
+
+INLINE void copy_short(uint8_t *to, const uint8_t *from)
+{
+    store(to, load(from));
+}
+
 /* Exactly n bytes: moves of a power of two, the last one laid back over the one before it. */
 INLINE void copy_exact(uint8_t *to, const uint8_t *from, size_t n)
 {
@@ -85,7 +92,7 @@ INLINE uint64_t dirty_groups(const uint8_t *now, const uint8_t *ref, const uint8
         _mm_prefetch((const char *)next_ref + at, _MM_HINT_T0);
         __m256i differ = _mm256_or_si256(_mm256_xor_si256(load(now + at), load(ref + at)),
                                          _mm256_xor_si256(load(now + at + 32), load(ref + at + 32)));
-        dirty |= (uint64_t)!_mm256_testz_si256(differ, differ) << g;
+        dirty = dirty >> 1 | (uint64_t)!_mm256_testz_si256(differ, differ) << 63;
     }
     return dirty;
 }

@@ -27,6 +27,13 @@ INLINE void copy_chunk(uint8_t *to, const uint8_t *from)
     store(to, load(from));
 }
 
+#define SHORT 32 /* bytes that copy_short moves */
+
+INLINE void copy_short(uint8_t *to, const uint8_t *from)
+{
+    _mm256_storeu_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+}
+
 /* Exactly n bytes: what a mask leaves out is neither read nor written, and cannot fault. */
 INLINE void copy_exact(uint8_t *to, const uint8_t *from, size_t n)
 {
@@ -54,8 +61,8 @@ INLINE uint64_t dirty_groups(const uint8_t *now, const uint8_t *ref, const uint8
     for (unsigned g = 0; g < GROUPS; g++) {
         _mm_prefetch((const char *)next_now + g * GROUP, _MM_HINT_T0);
         _mm_prefetch((const char *)next_ref + g * GROUP, _MM_HINT_T0);
-        __mmask16 differ = _mm512_cmpneq_epi32_mask(load(now + g * GROUP), load(ref + g * GROUP));
-        dirty |= (uint64_t)(differ != 0) << g;
+        const __mmask8 differ = _mm512_cmpneq_epi64_mask(load(now + g * GROUP), load(ref + g * GROUP));
+        dirty = dirty >> 1 | (uint64_t)(differ != 0) << 63;
     }
     return dirty;
 }

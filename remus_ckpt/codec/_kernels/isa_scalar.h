@@ -20,6 +20,13 @@ INLINE void copy_chunk(uint8_t *to, const uint8_t *from)
     memcpy(to, from, CHUNK);
 }
 
+#define SHORT 16 /* bytes that copy_short moves */
+
+INLINE void copy_short(uint8_t *to, const uint8_t *from)
+{
+    memcpy(to, from, SHORT);
+}
+
 /* Exactly n bytes, none of them read or written twice but by overlapping moves. */
 INLINE void copy_exact(uint8_t *to, const uint8_t *from, size_t n)
 {
@@ -47,7 +54,7 @@ INLINE uint64_t dirty_groups(const uint8_t *now, const uint8_t *ref, const uint8
         __builtin_prefetch(next_ref + g * GROUP);
         for (unsigned i = 0; i < GROUP; i += 8)
             differ |= load64(now + g * GROUP + i) ^ load64(ref + g * GROUP + i);
-        dirty |= (uint64_t)(differ != 0) << g;
+        dirty = dirty >> 1 | (uint64_t)(differ != 0) << 63;
     }
     return dirty;
 }

@@ -62,7 +62,13 @@ INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *n
         const uint8_t *from = snap + edges[i] * 4;
         out = ISA(rle_skip)(out, edges[i] - reached);
         reached = edges[i + 1];
-        while (words > CHUNK / 4) {
+        if (words <= SHORT / 4) {
+            *out = (uint8_t)words;
+            copy_short(out + 1, from);
+            out += 1 + words * 4;
+            continue;
+        }
+        while (words) {
             const unsigned run = words < RLE_RUN ? words : RLE_RUN;
             *out++ = (uint8_t)run;
             for (unsigned j = 0; j < run * 4; j += CHUNK)
@@ -70,11 +76,6 @@ INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *n
             out += run * 4;
             from += run * 4;
             words -= run;
-        }
-        if (words) {
-            *out++ = (uint8_t)words;
-            copy_chunk(out, from);
-            out += words * 4;
         }
     }
     return ISA(rle_skip)(out, RLE_WORDS - reached);

@@ -51,13 +51,20 @@ INLINE size_t ISA(xbzrle_edges)(const uint8_t *now, uint8_t *ref, const uint64_t
     return n + open;
 }
 
-/* ULEB128 of a number below 2^14: two bytes are written, one or two counted. */
-INLINE uint8_t *ISA(xbzrle_length)(uint8_t *out, unsigned number)
+/* ULEB128 of a number below 2^14, its first byte the lowest; *bytes is 1 or 2. */
+INLINE uint32_t ISA(xbzrle_length)(unsigned number, unsigned *bytes)
 {
     const unsigned two = number > 0x7f;
-    out[0] = (uint8_t)((number & 0x7f) | two << 7);
-    out[1] = (uint8_t)(number >> 7);
-    return out + 1 + two;
+    *bytes = 1 + two;
+    return (number & 0x7f) | two << 7 | (number & 0x3f80) << 1;
+}
+
+INLINE void ISA(put_32)(uint8_t *out, uint32_t x)
+{
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    x = __builtin_bswap32(x);
+#endif
+    memcpy(out, &x, 4);
 }
 
 INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
@@ -81,16 +88,18 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
     for (size_t i = 0; i < n; i += 2) {
         const unsigned start = edges[i], bytes = edges[i + 1] - start;
         const uint8_t *from = snap + start;
-        out = ISA(xbzrle_length)(out, start - reached);
+        unsigned gap_bytes, run_bytes;
+        const uint32_t gap = ISA(xbzrle_length)(start - reached, &gap_bytes);
+        const uint32_t run = ISA(xbzrle_length)(bytes, &run_bytes);
         /* QEMU gives up where two bytes are missing in which a length may follow, or where the run does not fit. */
-        if (out - body > REMUS_PAGE - 2)
+        if (out + gap_bytes > body + REMUS_PAGE - 2 || out + gap_bytes + run_bytes + bytes > body + REMUS_PAGE)
             return ISA(xbzrle_full)(now, update ? ref : NULL, frame);
-        out = ISA(xbzrle_length)(out, bytes);
-        if ((size_t)(out - body) + bytes > REMUS_PAGE)
-            return ISA(xbzrle_full)(now, update ? ref : NULL, frame);
-        copy_chunk(out, from);
-        for (unsigned j = CHUNK; j < bytes; j += CHUNK)
-            copy_chunk(out + j, from + j);
+        ISA(put_32)(out, gap | run << 8 * gap_bytes);
+        out += gap_bytes + run_bytes;
+        copy_short(out, from);
+        if (bytes > SHORT)
+            for (unsigned j = 0; j < bytes; j += CHUNK)
+                copy_chunk(out + j, from + j);
         out += bytes;
         reached = edges[i + 1];
     }
