@@ -33,6 +33,15 @@ INLINE unsigned lowest_bit(uint64_t bits)
     return (unsigned)__builtin_ctzll(bits);
 }
 
+/* The lowest byte goes first, on every host. */
+INLINE void put_32(uint8_t *out, uint32_t x)
+{
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    x = __builtin_bswap32(x);
+#endif
+    memcpy(out, &x, 4);
+}
+
 /* Encodes a page that has a reference; next_* are the pages to prefetch. Returns the end of what it wrote. */
 typedef uint8_t *(*page_fn)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
                             int update, uint8_t *out);

@@ -43,26 +43,22 @@ INLINE uint8_t *ISA(rle_skip)(uint8_t *out, unsigned words)
     return out + markers + (rest != 0);
 }
 
-INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
-                              int update, uint8_t *out)
+/* The runs of a page. `dense` expects gaps of at most 127 words: it branches on them, which is faster where the branch
+ * can be foretold.
+ * Bounds: a page counts at most 4,105 bytes, and at most eight bytes or a chunk are written past what is counted. */
+INLINE uint8_t *ISA(rle_runs)(const uint16_t *edges, size_t n, const uint8_t *snap, int dense, uint8_t *out)
 {
-    uint16_t edges[RLE_WORDS + 64];
-    uint8_t snap[REMUS_PAGE + CHUNK]; /* copies read up to a chunk past a run */
-    const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
-    size_t n = 0;
-    if (dirty)
-        n = ISA(rle_edges)(now, ref, dirty, update, snap, edges);
-    if (n == 0) {
-        *out = 0x00; /* §3.2 */
-        return out + 1;
-    }
     unsigned reached = 0;
     for (size_t i = 0; i < n; i += 2) {
-        unsigned words = edges[i + 1] - edges[i];
-        const uint8_t *from = snap + edges[i] * 4;
-        out = ISA(rle_skip)(out, edges[i] - reached);
-        reached = edges[i + 1];
-        if (words <= SHORT / 4) {
+        const unsigned start = edges[i], end = edges[i + 1], gap = start - reached;
+        const uint8_t *from = snap + start * 4;
+        unsigned words = end - start;
+        reached = end;
+        if (dense && __builtin_expect(gap - 1 < RLE_RUN, 1))
+            *out++ = (uint8_t)(0x80 | gap);
+        else
+            out = ISA(rle_skip)(out, gap);
+        if (__builtin_expect(words <= SHORT / 4, 1)) {
             *out = (uint8_t)words;
             copy_short(out + 1, from);
             out += 1 + words * 4;
@@ -79,6 +75,22 @@ INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *n
         }
     }
     return ISA(rle_skip)(out, RLE_WORDS - reached);
+}
+
+INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
+                              int update, uint8_t *out)
+{
+    uint16_t edges[RLE_WORDS + 64];
+    uint8_t snap[REMUS_PAGE + CHUNK]; /* copies read up to a chunk past a run */
+    const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
+    size_t n = 0;
+    if (dirty)
+        n = ISA(rle_edges)(now, ref, dirty, update, snap, edges);
+    if (n == 0) {
+        *out = 0x00; /* §3.2 */
+        return out + 1;
+    }
+    return n >= 64 ? ISA(rle_runs)(edges, n, snap, 1, out) : ISA(rle_runs)(edges, n, snap, 0, out);
 }
 
 #define RLE_ENCODE(isa)                                                                                          \

@@ -59,12 +59,48 @@ INLINE uint32_t ISA(xbzrle_length)(unsigned number, unsigned *bytes)
     return (number & 0x7f) | two << 7 | (number & 0x3f80) << 1;
 }
 
-INLINE void ISA(put_32)(uint8_t *out, uint32_t x)
+/* Would the page take more than 4,096 bytes? QEMU also gives up where two bytes are missing before a length. Before
+ * the lengths of a run, that run would not fit either; so it matters behind the last run alone, where a gap follows. */
+INLINE int ISA(xbzrle_overflows)(const uint16_t *edges, size_t n, size_t changed)
 {
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    x = __builtin_bswap32(x);
-#endif
-    memcpy(out, &x, 4);
+    size_t size = changed + n;
+    unsigned reached = 0;
+    if (size + n <= REMUS_PAGE - 2)
+        return 0; /* even if every length took two bytes */
+    for (size_t i = 0; i < n; i += 2) {
+        size += (edges[i] - reached > 0x7f) + (edges[i + 1] - edges[i] > 0x7f);
+        reached = edges[i + 1];
+    }
+    return size > REMUS_PAGE || (reached < REMUS_PAGE && size > REMUS_PAGE - 2);
+}
+
+/* Runs of changed bytes, to `out`. `dense` expects short gaps: it branches on them,
+ * which is faster where the branch can be foretold.
+ * Bounds: the page does not overflow, and at most a chunk is written past what is counted. */
+INLINE uint8_t *ISA(xbzrle_runs)(const uint16_t *edges, size_t n, const uint8_t *snap, int dense, uint8_t *out)
+{
+    unsigned reached = 0;
+    for (size_t i = 0; i < n; i += 2) {
+        const unsigned start = edges[i], end = edges[i + 1], bytes = end - start, gap = start - reached;
+        uint32_t lengths;
+        unsigned head = 2;
+        reached = end;
+        if (dense && __builtin_expect((gap | bytes) < 0x80, 1)) {
+            lengths = gap | bytes << 8;
+        } else {
+            unsigned run_bytes;
+            lengths = ISA(xbzrle_length)(gap, &head);
+            lengths |= ISA(xbzrle_length)(bytes, &run_bytes) << 8 * head;
+            head += run_bytes;
+        }
+        put_32(out, lengths);
+        copy_short(out + head, snap + start);
+        if (__builtin_expect(bytes > SHORT, 0))
+            for (unsigned j = SHORT; j < bytes; j += CHUNK)
+                copy_chunk(out + head + j, snap + start + j);
+        out += head + bytes;
+    }
+    return out;
 }
 
 INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
@@ -72,7 +108,7 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
 {
     uint16_t edges[REMUS_PAGE + 64 + 1];
     uint8_t snap[REMUS_PAGE + CHUNK]; /* copies read up to a chunk past a run */
-    uint8_t *const body = frame + FRAME, *out = body;
+    uint8_t *const body = frame + FRAME, *out;
     const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
     size_t n = 0, changed = 0;
     if (dirty)
@@ -81,30 +117,9 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
         frame[0] = frame[1] = frame[2] = 0;
         return body;
     }
-    /* Two lengths a run take two bytes at least: where that is too much already, no run need be written. */
-    if (changed + n > REMUS_PAGE)
+    if (ISA(xbzrle_overflows)(edges, n, changed))
         return ISA(xbzrle_full)(now, update ? ref : NULL, frame);
-    unsigned reached = 0;
-    for (size_t i = 0; i < n; i += 2) {
-        const unsigned start = edges[i], bytes = edges[i + 1] - start;
-        const uint8_t *from = snap + start;
-        unsigned gap_bytes, run_bytes;
-        const uint32_t gap = ISA(xbzrle_length)(start - reached, &gap_bytes);
-        const uint32_t run = ISA(xbzrle_length)(bytes, &run_bytes);
-        /* QEMU gives up where two bytes are missing in which a length may follow, or where the run does not fit. */
-        if (out + gap_bytes > body + REMUS_PAGE - 2 || out + gap_bytes + run_bytes + bytes > body + REMUS_PAGE)
-            return ISA(xbzrle_full)(now, update ? ref : NULL, frame);
-        ISA(put_32)(out, gap | run << 8 * gap_bytes);
-        out += gap_bytes + run_bytes;
-        copy_short(out, from);
-        if (bytes > SHORT)
-            for (unsigned j = 0; j < bytes; j += CHUNK)
-                copy_chunk(out + j, from + j);
-        out += bytes;
-        reached = edges[i + 1];
-    }
-    if (reached < REMUS_PAGE && out - body > REMUS_PAGE - 2)
-        return ISA(xbzrle_full)(now, update ? ref : NULL, frame);
+    out = n >= 192 ? ISA(xbzrle_runs)(edges, n, snap, 1, body) : ISA(xbzrle_runs)(edges, n, snap, 0, body);
     frame[0] = 1;
     frame[1] = (uint8_t)((out - body) >> 8);
     frame[2] = (uint8_t)(out - body);
