@@ -48,6 +48,7 @@ INLINE uint8_t *page(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, 
     uint8_t *at = put_marker(out, DELTA_BEGIN_PAGE);
     for (; dirty; dirty &= dirty - 1) {
         const unsigned offset = lowest_bit(dirty) * GROUP;
+        __builtin_prefetch(next_now + offset);
         __m256i a = load(now + offset), b = load(now + offset + 32);
         READ_ONCE_VECTOR(a);
         READ_ONCE_VECTOR(b);

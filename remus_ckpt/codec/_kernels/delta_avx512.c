@@ -11,7 +11,8 @@ INLINE uint8_t *full(const uint8_t *now, uint8_t *ref, uint8_t *out)
     return out + REMUS_PAGE;
 }
 
-/* dirty_groups, and the number of words that differ. */
+/* As dirty_groups, and the number of words that differ. All of the next page is prefetched here: what follows is too
+ * short to spread it. */
 INLINE uint64_t dirty_words(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
                             unsigned *words)
 {
@@ -19,8 +20,8 @@ INLINE uint64_t dirty_words(const uint8_t *now, const uint8_t *ref, const uint8_
     unsigned count = 0;
 #pragma GCC unroll 8
     for (unsigned g = 0; g < GROUPS; g++) {
-        _mm_prefetch((const char *)next_now + g * GROUP, _MM_HINT_T0);
-        _mm_prefetch((const char *)next_ref + g * GROUP, _MM_HINT_T0);
+        __builtin_prefetch(next_now + g * GROUP);
+        __builtin_prefetch(next_ref + g * GROUP);
         const unsigned differ = _mm512_cmpneq_epi32_mask(load(now + g * GROUP), load(ref + g * GROUP));
         dirty = dirty >> 1 | (uint64_t)(differ != 0) << 63;
         count += (unsigned)__builtin_popcount(differ);

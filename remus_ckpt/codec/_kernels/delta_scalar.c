@@ -15,6 +15,7 @@ INLINE uint8_t *page(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, 
     uint8_t *at = put_marker(out, DELTA_BEGIN_PAGE);
     for (; dirty; dirty &= dirty - 1) {
         const unsigned first = lowest_bit(dirty) * GROUP;
+        __builtin_prefetch(next_now + first);
         for (unsigned offset = first; offset < first + GROUP; offset += 4) {
             uint32_t word, old;
             memcpy(&word, now + offset, 4);

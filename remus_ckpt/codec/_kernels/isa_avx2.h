@@ -82,17 +82,19 @@ INLINE unsigned differing_words(__m256i a, __m256i b)
     return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b))) ^ 0xff;
 }
 
+/* A bit for each group that differs. Prefetches next_ref, and next_now where nothing differs. */
 INLINE uint64_t dirty_groups(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
 {
     uint64_t dirty = 0;
 #pragma GCC unroll 4
     for (unsigned g = 0; g < GROUPS; g++) {
         const unsigned at = g * GROUP;
-        _mm_prefetch((const char *)next_now + at, _MM_HINT_T0);
-        _mm_prefetch((const char *)next_ref + at, _MM_HINT_T0);
-        __m256i differ = _mm256_or_si256(_mm256_xor_si256(load(now + at), load(ref + at)),
-                                         _mm256_xor_si256(load(now + at + 32), load(ref + at + 32)));
-        dirty = dirty >> 1 | (uint64_t)!_mm256_testz_si256(differ, differ) << 63;
+        __builtin_prefetch(next_ref + at);
+        const __m256i differ = _mm256_or_si256(_mm256_xor_si256(load(now + at), load(ref + at)),
+                                               _mm256_xor_si256(load(now + at + 32), load(ref + at + 32)));
+        const uint64_t bit = !_mm256_testz_si256(differ, differ);
+        prefetch_unless(bit, now, next_now, at);
+        dirty = dirty >> 1 | bit << 63;
     }
     return dirty;
 }

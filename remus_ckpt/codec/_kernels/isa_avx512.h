@@ -54,15 +54,17 @@ INLINE void copy_page(const uint8_t *now, uint8_t *to, uint8_t *ref)
     }
 }
 
+/* A bit for each group that differs. Prefetches next_ref, and next_now where nothing differs. */
 INLINE uint64_t dirty_groups(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
 {
     uint64_t dirty = 0;
 #pragma GCC unroll 8
     for (unsigned g = 0; g < GROUPS; g++) {
-        _mm_prefetch((const char *)next_now + g * GROUP, _MM_HINT_T0);
-        _mm_prefetch((const char *)next_ref + g * GROUP, _MM_HINT_T0);
-        const __mmask8 differ = _mm512_cmpneq_epi64_mask(load(now + g * GROUP), load(ref + g * GROUP));
-        dirty = dirty >> 1 | (uint64_t)(differ != 0) << 63;
+        const unsigned at = g * GROUP;
+        __builtin_prefetch(next_ref + at);
+        const uint64_t bit = _mm512_cmpneq_epi64_mask(load(now + at), load(ref + at)) != 0;
+        prefetch_unless(bit, now, next_now, at);
+        dirty = dirty >> 1 | bit << 63;
     }
     return dirty;
 }

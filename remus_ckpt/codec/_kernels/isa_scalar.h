@@ -45,16 +45,18 @@ INLINE void copy_page(const uint8_t *now, uint8_t *to, uint8_t *ref)
     }
 }
 
+/* A bit for each group that differs. Prefetches next_ref, and next_now where nothing differs. */
 INLINE uint64_t dirty_groups(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
 {
     uint64_t dirty = 0;
     for (unsigned g = 0; g < GROUPS; g++) {
         uint64_t differ = 0;
-        __builtin_prefetch(next_now + g * GROUP);
         __builtin_prefetch(next_ref + g * GROUP);
         for (unsigned i = 0; i < GROUP; i += 8)
             differ |= load64(now + g * GROUP + i) ^ load64(ref + g * GROUP + i);
-        dirty = dirty >> 1 | (uint64_t)(differ != 0) << 63;
+        const uint64_t bit = differ != 0;
+        prefetch_unless(bit, now, next_now, g * GROUP);
+        dirty = dirty >> 1 | bit << 63;
     }
     return dirty;
 }

@@ -13,13 +13,14 @@ INLINE uint8_t *ISA(rle_full)(const uint8_t *now, uint8_t *ref, uint8_t *out)
 /* Where the runs of changed words begin and end, in turn; the changed groups are copied to snap. §3.1
  * Bounds: a run is at least one word long and is followed by a gap, so at most 1,024 positions; behind them the last
  * group may write 64. */
-INLINE size_t ISA(rle_edges)(const uint8_t *now, uint8_t *ref, uint64_t dirty, int update, uint8_t *snap,
+INLINE size_t ISA(rle_edges)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, uint64_t dirty, int update, uint8_t *snap,
                              uint16_t *edges)
 {
     size_t n = 0;
     unsigned behind = 0, open = 0; /* the group behind the last one looked at; does a run reach up to it? */
     while (dirty) {
         const unsigned g = lowest_bit(dirty), at = g * GROUP;
+        __builtin_prefetch(next_now + at);
         dirty &= dirty - 1;
         const unsigned mask = take_words(now + at, ref + at, update, snap + at);
         const unsigned touches = open & (g == behind);
@@ -85,7 +86,7 @@ INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *n
     const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
     size_t n = 0;
     if (dirty)
-        n = ISA(rle_edges)(now, ref, dirty, update, snap, edges);
+        n = ISA(rle_edges)(now, ref, next_now, dirty, update, snap, edges);
     if (n == 0) {
         *out = 0x00; /* §3.2 */
         return out + 1;

@@ -1,6 +1,6 @@
 /* The passes around the codecs, over the primitives of one instruction set. Included after isa_*.h.
  *
- * page_differs, page_prefetch, page_stream: of the instruction set. */
+ * page_differs, whole_page_differs, page_stream, stream_end: of the instruction set. */
 
 #define SCAN(isa)                                                                                                \
     TARGET size_t remus_dirty_##isa(const uint8_t *memory, const uint8_t *shadow, size_t n, int64_t *found)      \
@@ -19,7 +19,7 @@
         size_t count = 0;                                                                                        \
         for (size_t i = 0; i < n; i++) {                                                                         \
             const size_t at = i * REMUS_PAGE, next = at + (i + 1 < n ? REMUS_PAGE : 0);                          \
-            count += dirty_groups(memory + at, shadow + at, memory + next, shadow + next) != 0;                  \
+            count += whole_page_differs(memory + at, shadow + at, memory + next, shadow + next);                 \
         }                                                                                                        \
         return count;                                                                                            \
     }                                                                                                            \

@@ -16,6 +16,18 @@ INLINE int page_differs(const uint8_t *now, const uint8_t *ref)
     return 0;
 }
 
+INLINE int whole_page_differs(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
+{
+    __m256i differ = _mm256_setzero_si256();
+    for (size_t i = 0; i < REMUS_PAGE; i += GROUP) {
+        __builtin_prefetch(next_now + i);
+        __builtin_prefetch(next_ref + i);
+        for (size_t j = i; j < i + GROUP; j += 32)
+            differ = _mm256_or_si256(differ, _mm256_xor_si256(load(now + j), load(ref + j)));
+    }
+    return !_mm256_testz_si256(differ, differ);
+}
+
 /* Stores that go round the caches, as far as the target is aligned for them. */
 INLINE void page_stream(const uint8_t *from, uint8_t *to, const uint8_t *next)
 {

@@ -14,7 +14,7 @@ INLINE uint8_t *ISA(xbzrle_full)(const uint8_t *now, uint8_t *ref, uint8_t *out)
 /* Where the runs of changed bytes begin and end, in turn; the changed groups are copied to snap. Returns how many,
  * and in *changed the number of bytes in the runs.
  * Bounds: at most 4,096 positions, and behind them the last group may write 64. */
-INLINE size_t ISA(xbzrle_edges)(const uint8_t *now, uint8_t *ref, const uint64_t dirty, int update, int fold,
+INLINE size_t ISA(xbzrle_edges)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint64_t dirty, int update, int fold,
                                 uint8_t *snap, uint16_t *edges, size_t *changed)
 {
     uint64_t masks[GROUPS + 1];
@@ -32,6 +32,7 @@ INLINE size_t ISA(xbzrle_edges)(const uint8_t *now, uint8_t *ref, const uint64_t
     for (uint64_t rest = dirty; rest; rest &= rest - 1) {
         const unsigned g = lowest_bit(rest), at = g * GROUP;
         uint64_t mask;
+        __builtin_prefetch(next_now + at);
         if (fold) {
             const uint64_t before = g ? masks[g - 1] >> 63 : 0, after = masks[g + 1] << 63;
             mask = masks[g] | ((masks[g] << 1 | before) & (masks[g] >> 1 | after)); /* §3.3 */
@@ -112,7 +113,7 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
     const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
     size_t n = 0, changed = 0;
     if (dirty)
-        n = ISA(xbzrle_edges)(now, ref, dirty, update, fold, snap, edges, &changed);
+        n = ISA(xbzrle_edges)(now, ref, next_now, dirty, update, fold, snap, edges, &changed);
     if (n == 0) {
         frame[0] = frame[1] = frame[2] = 0;
         return body;
