@@ -10,6 +10,7 @@
 
 #define GROUP 64 /* bytes that are compared and brought up to date together */
 #define GROUPS (REMUS_PAGE / GROUP)
+#define AHEAD 1024 /* bytes that a walk over encoded pages prefetches */
 #define SLACK 128 /* an encoder may write this far behind what it reports */
 
 /* After this the compiler knows nothing of where x came from, and so cannot read the source a second time: what goes
@@ -51,6 +52,12 @@ INLINE void put_32(uint8_t *out, uint32_t x)
     x = __builtin_bswap32(x);
 #endif
     memcpy(out, &x, 4);
+}
+
+/* Encoded pages are walked from length to length, which no hardware foresees. A prefetch past the end does no harm. */
+INLINE void prefetch_ahead(const uint8_t *data)
+{
+    __builtin_prefetch((const void *)((uintptr_t)data + AHEAD));
 }
 
 /* Encodes a page that has a reference; next_* are the pages to prefetch. Returns the end of what it wrote. */

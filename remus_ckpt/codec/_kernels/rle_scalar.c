@@ -26,6 +26,7 @@ int64_t remus_rle_check(const uint8_t *data, size_t size, size_t n)
             if (at >= size)
                 return ~(int64_t)at;
             const unsigned marker = data[at], words = marker & 0x7f;
+            prefetch_ahead(data + at);
             if (words == 0 || words > left)
                 return ~(int64_t)at;
             left -= words;
