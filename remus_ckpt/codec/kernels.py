@@ -167,6 +167,14 @@ def choose_scan(kernel: str | None = None) -> Scan | None:
     return SCANS.get(wanted(kernel))
 
 
+def native_functions(kernel: str) -> dict[str, Any]:
+    """What the extension offers for a native kernel: codec → (encode, check, apply), and "scan".
+
+    Its check and apply return ~offset of a fault in place of raising. For tests and measurements.
+    """
+    return {name: functions for name, functions in _NATIVE[kernel].items() if isinstance(functions, tuple)}
+
+
 def _why_not(name: str) -> str:
     if name not in NATIVE:
         return "no kernel has that name"
