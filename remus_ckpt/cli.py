@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.text import Text
 
 from remus_ckpt import __version__, conformance
+from remus_ckpt.codec import kernels
 from remus_ckpt.codec.reference import Lru, Reference, Shadow
 from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.demo import run_demo
@@ -702,6 +703,33 @@ def _write_out(output: str, data: bytes) -> None:
         return
     with open(create_private(output), "wb") as file:
         file.write(data)
+
+
+@app.command(short_help="Say which kernels run, and why.")
+def check(
+    require_native: Annotated[
+        bool, typer.Option("--require-native", help="Fail if the C extension is not there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which kernels run the codecs, why, which others there are, and what CPU features were seen.
+
+    REMUS_CKPT_KERNEL demands one of them. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
+    """
+    report = kernels.report()
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(Text(f"kernel: {report['kernel']} ({report['why']})"))
+        out.print(Text(f"available: {', '.join(report['available'])}"))
+        for name, reason in report["missing"].items():
+            out.print(Text(f"missing: {name}: {reason}"))
+        seen = [name for name, is_seen in report["features"].items() if is_seen]
+        out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not looked for'}"))
+    if report["kernel"] is None:
+        raise RemusError(report["why"])
+    if require_native and not report["built"]:
+        raise RemusError(report["not_built"])
 
 
 # The commands on live memory
