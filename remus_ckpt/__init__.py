@@ -18,6 +18,7 @@ from remus_ckpt.errors import (
     StreamError,
     UnknownFormat,
 )
+from remus_ckpt.files import read_checkpoints
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PageBatch, PageType, batches
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -45,5 +46,6 @@ __all__ = [
     "UnknownFormat",
     "batches",
     "get_codec",
+    "read_checkpoints",
 ]
 __version__ = "0.1.0"
