@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from remus_ckpt import Limits, Malformed, PageBatch, Position, Restorer, Sender, batches, errors, get_codec
+from remus_ckpt.codec.kernels import KERNELS
 from remus_ckpt.pages import PAGE_SIZE, PageType
 from remus_ckpt.wire.chunks import CHUNKS
 from remus_ckpt.wire.reader import Reader
@@ -23,7 +24,8 @@ from remus_ckpt.wire.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
-CODECS = ("delta", "rle", "xbzrle", "xbzrle-fold")
+FORTHCOMING = {"conformance.md"}
+"""Cited before it is written; when it is, it leaves this set."""
 NUMBERED = {path.name for path in SPECS.glob("*.md")} - {"README.md", "errata.md", "permissive.md"}
 
 
@@ -103,7 +105,7 @@ def test_every_block_has_one_name_and_is_run():
     assert all(block.tag == "page" or len(kinds & set(block.attributes)) == 1 for block in BLOCKS)
 
 
-@pytest.mark.parametrize("kernel", ["numpy", "oracle"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("block", [b for b in _with("codec") if "before" in b.attributes and b.tag == "hex"], ids=str)
 def test_encoded_pages(block: Block, kernel: str):
     codec = get_codec(block.attributes["codec"], kernel=kernel)
@@ -118,7 +120,7 @@ def test_encoded_pages(block: Block, kernel: str):
     assert (restored == after).all()
 
 
-@pytest.mark.parametrize("kernel", ["numpy", "oracle"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("block", [b for b in _with("codec") if "refused" in b.attributes], ids=str)
 def test_refused_pages(block: Block, kernel: str):
     codec = get_codec(block.attributes["codec"], kernel=kernel)
@@ -330,22 +332,26 @@ def _headings(file: str) -> set[str]:
     return set(re.findall(r"^#+ (?:§)?(\d+(?:\.\d+)*)\b", (SPECS / file).read_text(), re.M))
 
 
+SOURCES = sorted(path for path in (ROOT / "remus_ckpt").rglob("*") if path.suffix in (".py", ".c", ".h"))
+
+
 def _citations(text: str):
     """(spec, section): a bare § belongs to the spec that was named last; `§3–§6` and `§3 to §6` cite both ends."""
     current = None
     for name, section in re.findall(r"\b([a-z]+\.md)\b|§(\d+(?:\.\d+)*)", text):
-        if name in NUMBERED:
+        if name in NUMBERED | FORTHCOMING:
             current = name
         elif section:
             yield current, section
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "remus_ckpt").rglob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_every_section_that_the_code_cites_exists(path: Path):
     text = path.read_text()
     for file in re.findall(r"specs/([a-z]+\.md)", text):
-        assert (SPECS / file).is_file(), file
-    missing = {(file, section) for file, section in _citations(text) if file is None or section not in _headings(file)}
+        assert (SPECS / file).is_file() != (file in FORTHCOMING), file
+    cited = [(file, section) for file, section in _citations(text) if file not in FORTHCOMING]
+    missing = {(file, section) for file, section in cited if file is None or section not in _headings(file)}
     assert not missing
 
 
