@@ -10,6 +10,7 @@ The command is `remus-ckpt`; the format is described in `specs/`.
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.reference import Lru, Shadow
 from remus_ckpt.errors import (
+    KernelUnavailable,
     LimitExceeded,
     Malformed,
     NoCheckpoint,
@@ -29,6 +30,7 @@ from remus_ckpt.wire.record import Position
 __all__ = [
     "Checkpoint",
     "Dialect",
+    "KernelUnavailable",
     "LimitExceeded",
     "Limits",
     "Lru",

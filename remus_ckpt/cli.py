@@ -21,11 +21,12 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from remus_ckpt import __version__
+from remus_ckpt import __version__, conformance
+from remus_ckpt.codec import kernels
 from remus_ckpt.codec.reference import Lru, Reference, Shadow
 from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.demo import run_demo
-from remus_ckpt.errors import NoCheckpoint, RemusError, SourceError, StreamError
+from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, SourceError, StreamError, UnknownFormat
 from remus_ckpt.files import StreamFile, StreamWriter, create_private, read_events
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
@@ -452,16 +453,57 @@ def inspect(
     walk.fail_if_corrupt()
 
 
+@app.command("events", short_help="Print a stream as lines of JSON.")
+def print_events(
+    stream: Stream,
+    strict: Annotated[bool, typer.Option("--strict", envvar="REMUS_STRICT", help="As for verify.")] = False,
+    word: Annotated[int | None, typer.Option("--word", envvar="REMUS_WORD", help="As for verify.")] = None,
+    guest: Annotated[GuestName | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As for verify.")] = None,
+    codec: Annotated[CodecName | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As for verify.")] = None,
+    max_memory: MaxMemory = 64,
+) -> None:
+    """Print one line of JSON for each event of a stream, and the SHA-256 of memory after each checkpoint.
+
+    This is what a decoder says in the conformance suite (specs/conformance.md).
+
+    Example: remus-ckpt events guest.save.xz | jq .event
+    """
+    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=True)
+    for event in walk.events():
+        print(json.dumps(describe(event)))
+        if walk.restorer.staged is not None:
+            done = walk.restorer.commit()
+            line = {"offset": done.end, "event": "checkpoint", "epoch": done.epoch}
+            print(json.dumps(line | {"memory_sha256": memory_sha256(done.memory)}))
+    if walk.error is not None:
+        kind = {UnknownFormat: "unknown-format", LimitExceeded: "limit"}.get(type(walk.error), "malformed")
+        where = {"offset": walk.error.offset, "event": "error", "kind": kind, "section": walk.error.section}
+        print(json.dumps(where | {"message": str(walk.error)}))
+    sys.stdout.flush()
+    walk.say_how_it_ended()
+    walk.fail_if_corrupt()
+
+
+@app.command(
+    "conformance",
+    short_help="Try an implementation of the format.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def run_conformance(context: typer.Context) -> None:
+    """Run a decoder or an encoder of yours against the vectors (specs/conformance.md)."""
+    raise typer.Exit(conformance.main(context.args))
+
+
 def _short(value: Any) -> str:
     """A value of a chunk on one line; many numbers as ranges, and only the first of those."""
     if not isinstance(value, list) or len(value) < 4:
         return str(value)
+    if len(set(value)) <= 3:
+        return ",".join(f"{number}×{value.count(number)}" for number in sorted(set(value)))
     numbers = np.array(value)
     edges = np.flatnonzero(np.diff(numbers) != 1)
     firsts, lasts = numbers[np.append(0, edges + 1)], numbers[np.append(edges, -1)]
     parts = [f"{first}-{last}" if first != last else f"{first}" for first, last in zip(firsts, lasts, strict=True)]
-    if len(set(value)) == 1:
-        parts = [f"{len(value)} × {value[0]}"]
     return ",".join(parts[:8]) + ("…" if len(parts) > 8 else "")
 
 
@@ -661,6 +703,33 @@ def _write_out(output: str, data: bytes) -> None:
         return
     with open(create_private(output), "wb") as file:
         file.write(data)
+
+
+@app.command(short_help="Say which kernels run, and why.")
+def check(
+    require_native: Annotated[
+        bool, typer.Option("--require-native", help="Fail if the C extension is not there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which kernels run the codecs, why, which others there are, and what CPU features were seen.
+
+    REMUS_CKPT_KERNEL demands one of them. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
+    """
+    report = kernels.report()
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(Text(f"kernel: {report['kernel']} ({report['why']})"))
+        out.print(Text(f"available: {', '.join(report['available'])}"))
+        for name, reason in report["missing"].items():
+            out.print(Text(f"missing: {name}: {reason}"))
+        seen = [name for name, is_seen in report["features"].items() if is_seen]
+        out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not looked for'}"))
+    if report["kernel"] is None:
+        raise RemusError(report["why"])
+    if require_native and not report["built"]:
+        raise RemusError(report["not_built"])
 
 
 # The commands on live memory

@@ -296,3 +296,14 @@ def test_durations() -> None:
     assert [cli._seconds(text) for text in ("25ms", "2s", "0.5", "3m", "1h", "500us")] == [
         0.025, 2.0, 0.5, 180.0, 3600.0, 0.0005,
     ]  # fmt: skip
+
+
+def test_check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads(command("check", "--json").out)
+    assert report["kernel"] in report["available"]
+    assert command("check").out.startswith(f"kernel: {report['kernel']}")
+    monkeypatch.setenv("REMUS_CKPT_KERNEL", "numpy")
+    assert json.loads(command("check", "--json").out)["kernel"] == "numpy"
+    monkeypatch.setenv("REMUS_CKPT_KERNEL", "abacus")
+    assert command("check").code == 1
+    assert command("demo").code == 1
