@@ -24,8 +24,6 @@ from remus_ckpt.wire.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
-FORTHCOMING = {"conformance.md"}
-"""Cited before it is written; when it is, it leaves this set."""
 NUMBERED = {path.name for path in SPECS.glob("*.md")} - {"README.md", "errata.md", "permissive.md"}
 
 
@@ -339,7 +337,7 @@ def _citations(text: str):
     """(spec, section): a bare § belongs to the spec that was named last; `§3–§6` and `§3 to §6` cite both ends."""
     current = None
     for name, section in re.findall(r"\b([a-z]+\.md)\b|§(\d+(?:\.\d+)*)", text):
-        if name in NUMBERED | FORTHCOMING:
+        if name in NUMBERED:
             current = name
         elif section:
             yield current, section
@@ -349,9 +347,8 @@ def _citations(text: str):
 def test_every_section_that_the_code_cites_exists(path: Path):
     text = path.read_text()
     for file in re.findall(r"specs/([a-z]+\.md)", text):
-        assert (SPECS / file).is_file() != (file in FORTHCOMING), file
-    cited = [(file, section) for file, section in _citations(text) if file not in FORTHCOMING]
-    missing = {(file, section) for file, section in cited if file is None or section not in _headings(file)}
+        assert (SPECS / file).is_file(), file
+    missing = {(file, section) for file, section in _citations(text) if file is None or section not in _headings(file)}
     assert not missing
 
 
