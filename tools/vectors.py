@@ -217,8 +217,8 @@ class Source:
             for entry in rest.split()[1:]:
                 pfns, kind, *page = entry.split(":")
                 first, _, last = pfns.partition("-")
-                for pfn in range(int(first, 0), int(last or first, 0) + 1):
-                    entries.append([pfn, int(kind, 0), page[0] if page else None])
+                pfns_of_it = range(int(first, 0), int(last or first, 0) + 1)
+                entries += [[pfn, int(kind, 0), page[0] if page else None] for pfn in pfns_of_it]
             self.given["checkpoints"][-1].append(entries)
         else:
             fields = dict(re.findall(r"(\w+)=(\"[^\"]*\"|\S+)", rest))
