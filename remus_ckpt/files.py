@@ -15,15 +15,16 @@ from typing import Any, BinaryIO, Self
 
 import lz4.frame
 
-from remus_ckpt.errors import Malformed, RemusError
+from remus_ckpt.errors import Malformed, RemusError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.wire import events
-from remus_ckpt.wire.dialect import Dialect
+from remus_ckpt.wire.dialect import DETECT_BYTES, Dialect, detect_header
 from remus_ckpt.wire.reader import NEED_DATA
 
 _MAX_VECTORS = 1024
+_BUFFER_BYTES = 1 << 16
 
 
 def _open_zstd(file: BinaryIO) -> Any:
@@ -43,6 +44,34 @@ _OPENERS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
 """Name → the bytes that such a file begins with, and what opens it."""
 
 
+def _is_header(front: bytes) -> bool:
+    """Whether a stream may begin so: gzip's magic is also the size of a memory."""
+    try:
+        detect_header(Dialect(), front, 0)
+    except UnknownFormat:
+        return False
+    return True
+
+
+class _Rejoined(io.RawIOBase):
+    """A pipe whose first bytes have been read already."""
+
+    def __init__(self, front: bytes, rest: io.FileIO) -> None:
+        self._front = front
+        self._rest = rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not self._front:
+            return self._rest.readinto(buffer)
+        size = min(len(buffer), len(self._front))
+        buffer[:size] = self._front[:size]
+        self._front = self._front[size:]
+        return size
+
+
 class StreamFile:
     """A stream from a file or from standard input ("-"), decompressed on the way where it is xz, gzip, lz4 or zstd.
 
@@ -51,21 +80,24 @@ class StreamFile:
 
     def __init__(self, path: str | Path) -> None:
         self.name = "standard input" if str(path) == "-" else str(path)
-        self._file: io.BufferedReader
-        if str(path) == "-":
-            self._file = io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False), 1 << 16)
+        raw = io.FileIO(sys.stdin.fileno(), closefd=False) if str(path) == "-" else io.FileIO(str(path))
+        # Of a pipe, a read may give less than was asked for.
+        front = b""
+        while len(front) < DETECT_BYTES and (more := raw.read(DETECT_BYTES - len(front))):
+            front += more
+        self.size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
+        if raw.seekable():
+            raw.seek(-len(front), os.SEEK_CUR)
+            self._file = io.BufferedReader(raw, _BUFFER_BYTES)
         else:
-            self._file = io.BufferedReader(io.FileIO(str(path)), 1 << 16)
-        status = os.fstat(self._file.fileno())
-        self.size = status.st_size if os.path.isfile(path) else None
+            self._file = io.BufferedReader(_Rejoined(front, raw), _BUFFER_BYTES)
         self.compression: str | None = None
         self.is_cut = False
         """The compressed data ended too early; what came before the cut was read."""
         self._offset = 0
         self._data: Any = self._file
-        front = self._file.peek(6)
         for name, (magic, opener) in _OPENERS.items():
-            if front.startswith(magic):
+            if front.startswith(magic) and not _is_header(front):
                 self.compression = name
                 self._data = opener(self._file)
 

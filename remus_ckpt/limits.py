@@ -16,7 +16,7 @@ class Limits:
     checkpoint_bytes: int = 16 * GIB
     """Pages and compressed data staged for one checkpoint after the first."""
     checkpoint_entries: int = 1 << 26
-    """PFN entries with data in one checkpoint after the first."""
+    """PFN entries with data in one checkpoint."""
     compressed_chunk_bytes: int = 64 * MIB
     """One COMPRESSED_DATA chunk: a page buffer of full pages is 33.6 MiB at most."""
     vcpus: int = 4096

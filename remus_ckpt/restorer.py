@@ -284,7 +284,7 @@ class Restorer:
         for event, announced in zip(self._compressed, self._announced, strict=True):
             border = at + len(event.data)
             # The chunk holds as many pages as end within it: the number is found by halving.
-            low, high = 0, len(self._index) - pages
+            low, high = 0, min(len(self._index) - pages, len(event.data))
             while low < high:
                 middle = (low + high + 1) // 2
                 if codec.check(joined[at:], middle) <= len(event.data):

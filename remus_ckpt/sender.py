@@ -24,6 +24,9 @@ from remus_ckpt.wire.writer import Writer
 PAGE_BUFFER_PAGES: dict[str, int] = {"delta": 8196, "rle": 8192}
 """How many pages are compressed at a time: as the June-2011 thread says, and as Xen shipped it."""
 
+MAX_BUFFER_PAGES = 16_000
+"""A chunk of so many full pages still meets the limit that a reader has by default, `compressed_chunk_bytes`."""
+
 
 @dataclass(slots=True)
 class Sent:
@@ -74,8 +77,8 @@ class Sender:
             raise ValueError(f"memory of {p2m_size} pages; a stream holds 1…{MAX_P2M_SIZE}")
         if codec not in PAGE_BUFFER_PAGES:
             raise ValueError(f"a stream holds {' or '.join(PAGE_BUFFER_PAGES)} pages, not {codec!r}")
-        if buffer_pages is not None and buffer_pages < 1:
-            raise ValueError(f"a page buffer of {buffer_pages} pages")
+        if buffer_pages is not None and not 1 <= buffer_pages <= MAX_BUFFER_PAGES:
+            raise ValueError(f"a page buffer of {buffer_pages} pages; it has 1…{MAX_BUFFER_PAGES}")
         self.p2m_size = p2m_size
         self.position = position
         """That of the last checkpoint, None before the first."""
@@ -131,7 +134,7 @@ class Sender:
         if is_first:
             closing += self._writer.write(events.EnableCompression())
         closing += self._writer.write(events.EndOfBody())
-        after = position or Position.after(self.position, self._writer.digest())
+        after = position or Position.after(self.position, self._writer.digest(), device_state)
         record = CheckpointRecord(
             epoch=epoch,
             time_ns=time_ns,
@@ -150,9 +153,14 @@ class Sender:
         yield closing
 
     def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
-        for batch in scan:
-            self._validate(batch)
+        seen = np.zeros(self.p2m_size, dtype=bool)
+        for full_batch in scan:
+            self._validate(full_batch)
+            batch = _without_blank(full_batch, seen)
+            if not len(batch.pfns):
+                continue
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
+            seen[pfns] = True
             self._reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
             yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
@@ -212,3 +220,20 @@ class Sender:
         sent.batches += 1
         sent.entries += entries
         sent.pages += pages
+
+
+def _without_blank(batch: PageBatch, seen: NDArray[np.bool_]) -> PageBatch:
+    """A batch of the first checkpoint without its zero pages: memory starts as zeros (specs/stream.md §9.1).
+
+    seen: bool[p2m_size], the pages sent before in this checkpoint, which must be sent again if they are zeros now
+    """
+    with_data = HAS_DATA[batch.types]
+    pfns = batch.pfns[with_data].astype(np.int64)
+    keep = batch.data.view(np.uint64).any(axis=1) | seen[pfns]
+    # A page that stands twice in this batch: the later may blank the earlier.
+    keep |= np.isin(pfns, pfns[keep])
+    if keep.all():
+        return batch
+    entries = ~with_data
+    entries[with_data] = keep
+    return PageBatch(batch.pfns[entries], batch.types[entries], batch.data[keep])

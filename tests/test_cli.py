@@ -8,6 +8,7 @@ import lzma
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lz4.frame
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 from support import Command
 
-from remus_ckpt import cli
+from remus_ckpt import Sender, batches, cli
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE
 
@@ -205,6 +206,32 @@ def test_standard_input_and_output(series: Series, tmp_path: Path) -> None:
         [*run, "restore", "-", "-o", "-"], input=encoded.stdout, stdout=subprocess.PIPE, check=True
     )
     assert restored.stdout == series.images[-1].read_bytes()
+
+
+def test_a_pipe_that_gives_a_byte_at_a_time(series: Series) -> None:
+    run = [sys.executable, "-m", "remus_ckpt", "verify", "-", "--json"]
+    for data in (series.stream.read_bytes(), lzma.compress(series.stream.read_bytes())):
+        with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as verify:
+            assert verify.stdin is not None and verify.stdout is not None
+            for first in range(20):
+                verify.stdin.write(data[first : first + 1])
+                verify.stdin.flush()
+                time.sleep(0.002)
+            verify.stdin.write(data[20:])
+            verify.stdin.close()
+            assert json.loads(verify.stdout.read())["complete"] is True
+
+
+@pytest.mark.parametrize("pages", [0x8B1F, 0x88B1F])
+def test_the_size_of_a_memory_may_look_like_gzip(tmp_path: Path, command: Command, pages: int) -> None:
+    sender = Sender(pages)
+    page = np.full((1, PAGE_SIZE), 7, dtype=np.uint8)
+    with open(tmp_path / "stream", "wb") as file:
+        for group in sender.checkpoint(batches(np.array([3]), page)):
+            file.writelines(group)
+    ran = command("verify", tmp_path / "stream", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["p2m_size"] == pages
 
 
 def test_a_reader_that_goes_away_is_no_traceback(series: Series) -> None:

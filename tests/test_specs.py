@@ -227,10 +227,12 @@ def test_positions(block: Block):
     before, epoch = block.attributes["before"], int(block.attributes["epoch"])
     body = bytes.fromhex(block.attributes["body"])
     previous = bytes(32) if before == "none" else bytes.fromhex(before)
-    chain = hashlib.sha256(b"remus position 1\0" + previous + epoch.to_bytes(8, "little") + body).digest()
+    device_state = block.attributes["device-state"].encode()
+    parts = [b"remus position 1\0", previous, epoch.to_bytes(8, "little"), body, hashlib.sha256(device_state).digest()]
+    chain = hashlib.sha256(b"".join(parts)).digest()
     assert chain == block.bytes()
     follows = None if before == "none" else Position(epoch - 1, previous)
-    assert Position.after(follows, body) == Position(epoch, chain)
+    assert Position.after(follows, body, device_state) == Position(epoch, chain)
 
 
 def test_the_example_stream_carries_those_positions_and_its_digests():
@@ -243,6 +245,7 @@ def test_the_example_stream_carries_those_positions_and_its_digests():
         assert record.after.digest == stated.bytes()
         assert str(record.epoch) == stated.attributes["epoch"]
         assert (record.before is None) == (stated.attributes["before"] == "none")
+        assert record.device_state.decode() == stated.attributes["device-state"]
         body = data[checkpoint.start : checkpoint.tail.offset]
         assert hashlib.sha256(body).hexdigest() == stated.attributes["body"]
         digest = hashlib.sha256(data[checkpoint.start : checkpoint.end - 32]).digest()

@@ -621,6 +621,8 @@ class Reader:
         record = None
         if signature is Signature.QEMU:
             state = yield from self._rest(here)
+            if len(state) < len(chunks.QEMU_MAGIC) and chunks.QEMU_MAGIC.startswith(state):
+                raise _End
             if not state.startswith(chunks.QEMU_MAGIC):
                 self._refuse("the device state does not begin with QEVM", here, "stream.md §7.2", "tail")
         else:

@@ -12,6 +12,7 @@ from remus_ckpt.errors import Malformed, UnknownFormat
 
 RECORD_MAGIC = b"\x89REMUSck"
 RECORD_VERSION = 1
+RECORD_CODECS = ("delta", "rle")
 DIGEST_BYTES = 32
 _SECTION = "stream.md §9.2"
 
@@ -37,8 +38,8 @@ class Position:
         return f"{self.epoch}:{self.digest.hex()[:16]}"
 
     @classmethod
-    def after(cls, before: Position | None, body_digest: bytes) -> Position:
-        """The position that follows `before` (None: nothing), by the bytes of the checkpoint as first written.
+    def after(cls, before: Position | None, body_digest: bytes, device_state: bytes) -> Position:
+        """The position that follows `before` (None: nothing), by what the checkpoint held when first written.
 
         body_digest: SHA-256 of the checkpoint's bytes up to the end of its body (specs/stream.md §9.3)
         """
@@ -47,6 +48,7 @@ class Position:
         chain.update(bytes(DIGEST_BYTES) if before is None else before.digest)
         chain.update(epoch.to_bytes(8, "little"))
         chain.update(body_digest)
+        chain.update(hashlib.sha256(device_state).digest())
         return cls(epoch, chain.digest())
 
 
@@ -115,6 +117,8 @@ class CheckpointRecord:
             raise Malformed(
                 f"the checkpoint's record cannot be read ({reason})", offset=offset, section=_SECTION
             ) from error
+        if record.codec not in RECORD_CODECS:
+            raise Malformed(f"the record names the codec {record.codec!r}", offset=offset, section=_SECTION)
         if record.after.epoch != record.epoch:
             raise Malformed(
                 f"the record of epoch {record.epoch} leads to the position {record.after}",
