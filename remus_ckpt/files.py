@@ -86,11 +86,12 @@ class StreamFile:
         while len(front) < DETECT_BYTES and (more := raw.read(DETECT_BYTES - len(front))):
             front += more
         self.size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
+        source: io.RawIOBase = raw
         if raw.seekable():
             raw.seek(-len(front), os.SEEK_CUR)
-            self._file = io.BufferedReader(raw, _BUFFER_BYTES)
         else:
-            self._file = io.BufferedReader(_Rejoined(front, raw), _BUFFER_BYTES)
+            source = _Rejoined(front, raw)
+        self._file = io.BufferedReader(source, _BUFFER_BYTES)
         self.compression: str | None = None
         self.is_cut = False
         """The compressed data ended too early; what came before the cut was read."""
