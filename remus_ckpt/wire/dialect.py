@@ -51,16 +51,14 @@ class Dialect:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {allowed}, or None to detect it")
 
 
-def detect_header(dialect: Dialect, front: bytes) -> Dialect:
+def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
     """Fill in word and guest from the first bytes of the header.
 
     front: the first `DETECT_BYTES` of it, fewer only where the stream ends
+    offset: where it stands in the stream
     Raises UnknownFormat where no legacy stream can begin so.
     """
     front = bytes(front)
-    for magic, name in _OTHERS.items():
-        if front.startswith(magic):
-            raise UnknownFormat(f"this is {name}, not a legacy save stream", offset=0, section="stream.md §1.2")
     first = int.from_bytes(front[:4], "little")
     word: Word = dialect.word or (8 if front[4:8] == b"\0\0\0\0" else 4)
     next_word = int.from_bytes(front[word : 2 * word], "little")
@@ -70,11 +68,12 @@ def detect_header(dialect: Dialect, front: bytes) -> Dialect:
         # An explicit dialect is believed; a guess has to make sense.
         plausible = 0 < first <= MAX_P2M_SIZE and (guest == "pv" or LOWEST_CHUNK_ID <= chunk_id <= MAX_BATCH_ENTRIES)
         if not plausible:
-            raise UnknownFormat(
-                f"no legacy save stream begins with {front[:16].hex(' ')}; if this is one, name its word and guest",
-                offset=0,
-                section="stream.md §1.2",
-            )
+            # Only now: the two bytes of gzip's magic may also be the size of a memory.
+            name = next((name for magic, name in _OTHERS.items() if front.startswith(magic)), None)
+            what = f"this is {name}, not a legacy save stream"
+            if name is None:
+                what = f"no legacy save stream begins with {front.hex(' ')}; if this is one, name its word and guest"
+            raise UnknownFormat(what, offset=offset, section="stream.md §1.2")
     return replace(dialect, word=word, guest=guest)
 
 

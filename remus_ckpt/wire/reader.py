@@ -331,7 +331,7 @@ class Reader:
             )
         if len(front) < DETECT_BYTES and (self.dialect.word is None or self.dialect.guest is None):
             raise _End
-        self.dialect = detect_header(self.dialect, front)
+        self.dialect = detect_header(self.dialect, front, start)
         word, guest = self.dialect.word, self.dialect.guest
         assert word is not None and guest is not None
         p2m_size = yield from self._word()
@@ -471,7 +471,8 @@ class Reader:
             return events.LastCheckpoint(offset=start)
         if kind.id is ChunkId.ENABLE_VERIFY_MODE:
             return events.EnableVerifyMode(offset=start)
-        if self._course.state is not State.FIRST_BODY:
+        # Said twice in round 0, it has been noted by `_chunk` already.
+        if self._course.state not in (State.FIRST_BODY, State.ARMED_BODY):
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", name)
         return events.EnableCompression(offset=start)
 
