@@ -10,6 +10,7 @@ The command is `remus-ckpt`; the format is described in `specs/`.
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.reference import Lru, Shadow
 from remus_ckpt.errors import (
+    KernelUnavailable,
     LimitExceeded,
     Malformed,
     NoCheckpoint,
@@ -18,6 +19,7 @@ from remus_ckpt.errors import (
     StreamError,
     UnknownFormat,
 )
+from remus_ckpt.files import read_checkpoints
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PageBatch, PageType, batches
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -28,6 +30,7 @@ from remus_ckpt.wire.record import Position
 __all__ = [
     "Checkpoint",
     "Dialect",
+    "KernelUnavailable",
     "LimitExceeded",
     "Limits",
     "Lru",
@@ -45,5 +48,6 @@ __all__ = [
     "UnknownFormat",
     "batches",
     "get_codec",
+    "read_checkpoints",
 ]
 __version__ = "0.1.0"

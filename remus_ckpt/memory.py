@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.scan import dirty_pages
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 
 _CHUNK_PAGES = 4096
@@ -25,19 +24,21 @@ def zeros(pages: int) -> Pages:
     return np.frombuffer(area, dtype=np.uint8).reshape(pages, PAGE_SIZE)
 
 
-def load_image(path: str | Path) -> tuple[Pages, int]:
-    """An image file as read-only pages, the last one padded with zeros, and the file's size in bytes."""
+def load_image(path: str | Path, pages: int | None = None) -> Pages:
+    """An image file as pages that are not to be written.
+
+    pages: how many; by default as many as the file needs. What the file does not fill is zeros.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            return np.empty((0, PAGE_SIZE), dtype=np.uint8), 0
-        if size % PAGE_SIZE == 0:
+        if pages is None:
+            pages = pages_for(size)
+        if size and size == pages * PAGE_SIZE:
             area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            return np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE), size
-        memory = zeros(pages_for(size))
+            return np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+        memory = zeros(pages) if pages else np.empty((0, PAGE_SIZE), dtype=np.uint8)
         file.readinto(memory.reshape(-1)[:size])
-        memory.flags.writeable = False
-        return memory, size
+        return memory
 
 
 def save_image(memory: Pages, path: str | Path) -> None:
@@ -76,34 +77,27 @@ def memory_sha256(memory: Pages) -> str:
     return digest.hexdigest()
 
 
-def differing_ranges(before: Pages, after: Pages) -> Iterator[tuple[int, int]]:
-    """The byte ranges (first, stop) in which two memories differ, ascending; the shorter one is padded with zeros.
+def differing_ranges(numbers: NDArray[np.int64], before: Pages, after: Pages) -> Iterator[tuple[int, int]]:
+    """The byte ranges (first, stop) in which pages differ, ascending.
 
+    numbers: int64[n], ascending: which pages of memory these are
+    before, after: uint8[n, 4096]
     Ranges that meet at a page's border are one.
     """
-    common = min(len(before), len(after))
-    longer = before if len(before) > len(after) else after
-    blank = np.zeros(PAGE_SIZE, dtype=np.uint8)
-    numbers = dirty_pages(before[:common], after[:common]).tolist()
-    for start in range(common, len(longer), _CHUNK_PAGES):
-        used = longer[start : start + _CHUNK_PAGES].view(np.uint64).any(axis=1)
-        numbers += (np.flatnonzero(used) + start).tolist()
-    open_first, open_stop = -1, -1
-    for number in numbers:
-        if number < common:
-            differ = before[number] != after[number]
-        else:
-            differ = longer[number] != blank
-        edges = np.flatnonzero(np.diff(differ, prepend=False, append=False)) + number * PAGE_SIZE
-        for first, stop in edges.reshape(-1, 2).tolist():
-            if first == open_stop:
-                open_stop = stop
-                continue
-            if open_first >= 0:
-                yield open_first, open_stop
-            open_first, open_stop = first, stop
-    if open_first >= 0:
-        yield open_first, open_stop
+    last = None
+    for start in range(0, len(numbers), _CHUNK_PAGES):
+        differ = before[start : start + _CHUNK_PAGES] != after[start : start + _CHUNK_PAGES]
+        for number, flags in zip(numbers[start : start + _CHUNK_PAGES].tolist(), differ, strict=True):
+            edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)) + number * PAGE_SIZE
+            for first, stop in edges.reshape(-1, 2).tolist():
+                if last is not None and first == last[1]:
+                    last = (last[0], stop)
+                    continue
+                if last is not None:
+                    yield last
+                last = (first, stop)
+    if last is not None:
+        yield last
 
 
 def _chunks(memory: Pages) -> Iterator[tuple[int, NDArray[np.uint8]]]:

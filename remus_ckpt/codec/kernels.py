@@ -1,4 +1,4 @@
-"""Chooses what runs a codec.
+"""Chooses what runs a codec, and the passes over memory around it.
 
 A kernel is three functions over arrays that `Codec` has already validated. Page numbers are int64 and within range,
 arrays are C-contiguous, and `out` has room for n × max_page_bytes:
@@ -7,26 +7,47 @@ arrays are C-contiguous, and `out` has room for n × max_page_bytes:
     check(encoded, n) -> bytes that n pages take
     apply(encoded, pages, index) -> bytes consumed
 
+The native ones come from one C extension, `_native`, which holds every instruction set that its compiler knew; the CPU
+decides which of them may run. Without the extension numpy serves.
+
 REMUS_CKPT_KERNEL forces one by name and fails if it cannot be had.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec import delta, oracle, rle, xbzrle
+from remus_ckpt.errors import KernelUnavailable
 from remus_ckpt.pages import Pages
+
+try:
+    from remus_ckpt.codec import _native
+except ImportError as error:
+    _NATIVE: dict[str, dict[str, Any]] = {}
+    _FEATURES: dict[str, bool] = {}
+    _NOT_BUILT: str | None = f"the C extension is not there: {error}"
+else:
+    _NATIVE, _FEATURES, _NOT_BUILT = _native.KERNELS, _native.FEATURES, None
 
 Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Encode = Callable[[Pages, Index | None, Pages, Index | None, Flags | None, bool, NDArray[np.uint8]], int]
+Check = Callable[[NDArray[np.uint8], int], int]
+Apply = Callable[[NDArray[np.uint8], Pages, Index | None], int]
 
 ENVIRONMENT = "REMUS_CKPT_KERNEL"
+
+NATIVE = ("avx512", "avx2", "scalar")
+"""The names of the native kernels, fastest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,45 +56,162 @@ class Kernel:
 
     name: str
     max_page_bytes: int
-    encode: Callable[[Pages, Index | None, Pages, Index | None, Flags | None, bool, NDArray[np.uint8]], int]
-    check: Callable[[NDArray[np.uint8], int], int]
-    apply: Callable[[NDArray[np.uint8], Pages, Index | None], int]
+    encode: Encode
+    check: Check
+    apply: Apply
 
 
-TABLE: dict[str, dict[str, Kernel]] = {
-    "delta": {
-        "numpy": Kernel("numpy", delta.MAX_PAGE_BYTES, delta.encode, delta.check, delta.apply),
-        "oracle": Kernel("oracle", delta.MAX_PAGE_BYTES, *oracle.kernel(oracle.Delta())),
-    },
-    "rle": {
-        "numpy": Kernel("numpy", rle.MAX_PAGE_BYTES, rle.encode, rle.check, rle.apply),
-        "oracle": Kernel("oracle", rle.MAX_PAGE_BYTES, *oracle.kernel(oracle.Rle())),
-    },
-    "xbzrle": {
-        "numpy": Kernel("numpy", xbzrle.MAX_PAGE_BYTES, xbzrle.encode, xbzrle.check, xbzrle.apply),
-        "oracle": Kernel("oracle", xbzrle.MAX_PAGE_BYTES, *oracle.kernel(oracle.Xbzrle(fold=False))),
-    },
-    "xbzrle-fold": {
-        "numpy": Kernel("numpy", xbzrle.MAX_PAGE_BYTES, partial(xbzrle.encode, fold=True), xbzrle.check, xbzrle.apply),
-        "oracle": Kernel("oracle", xbzrle.MAX_PAGE_BYTES, *oracle.kernel(oracle.Xbzrle(fold=True))),
-    },
-}
-"""Codec name → kernel name → kernel."""
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One native implementation of the passes around the codecs; arrays as for a kernel.
 
-PREFERENCE = ("numpy",)
-"""Fastest first. The oracle is never chosen by itself."""
+    dirty(memory, shadow, found) -> how many page numbers it wrote to `found`, int64[pages]
+    compare(memory, shadow) -> how many pages differ, every byte read: what encoders are measured against
+    gather(memory, index, out), scatter(memory, index, pages)
+    """
+
+    name: str
+    dirty: Callable[[Pages, Pages, Index], int]
+    compare: Callable[[Pages, Pages], int]
+    gather: Callable[[Pages, Index, Pages], None]
+    scatter: Callable[[Pages, Index, Pages], None]
+
+
+def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
+    """The native functions tell where the fault is; numpy, which is as strict, tells what it is."""
+    encode, find_fault, apply_checked = _NATIVE[name][codec]
+
+    def check(encoded: NDArray[np.uint8], n: int) -> int:
+        taken: int = find_fault(encoded, n)
+        if taken < 0:
+            _refuse(numpy, encoded, n, ~taken)
+        return taken
+
+    def apply(encoded: NDArray[np.uint8], pages: Pages, index: Index | None) -> int:
+        taken: int = apply_checked(encoded, pages, index)
+        if taken < 0:
+            _refuse(numpy, encoded, len(pages) if index is None else len(index), ~taken)
+        return taken
+
+    return Kernel(name, numpy.max_page_bytes, encode, check, apply)
+
+
+def _refuse(numpy: Kernel, encoded: NDArray[np.uint8], n: int, offset: int) -> None:
+    numpy.check(encoded, n)
+    raise RuntimeError(f"a native kernel found a fault at byte {offset} that numpy does not see")
+
+
+def _table() -> dict[str, dict[str, Kernel]]:
+    numpy = {
+        "delta": Kernel("numpy", delta.MAX_PAGE_BYTES, delta.encode, delta.check, delta.apply),
+        "rle": Kernel("numpy", rle.MAX_PAGE_BYTES, rle.encode, rle.check, rle.apply),
+        "xbzrle": Kernel("numpy", xbzrle.MAX_PAGE_BYTES, xbzrle.encode, xbzrle.check, xbzrle.apply),
+        "xbzrle-fold": Kernel(
+            "numpy", xbzrle.MAX_PAGE_BYTES, partial(xbzrle.encode, fold=True), xbzrle.check, xbzrle.apply
+        ),
+    }
+    slow: dict[str, oracle.PageCodec] = {
+        "delta": oracle.Delta(),
+        "rle": oracle.Rle(),
+        "xbzrle": oracle.Xbzrle(fold=False),
+        "xbzrle-fold": oracle.Xbzrle(fold=True),
+    }
+    return {
+        codec: {
+            **{name: _native_kernel(name, codec, kernel) for name in NATIVE if _runs(name)},
+            "numpy": kernel,
+            "oracle": Kernel("oracle", kernel.max_page_bytes, *oracle.kernel(slow[codec])),
+        }
+        for codec, kernel in numpy.items()
+    }
+
+
+def _runs(name: str) -> bool:
+    return name in _NATIVE and bool(_NATIVE[name]["runs"])
+
+
+TABLE = _table()
+"""Codec name → kernel name → kernel: those that this machine can run."""
+
+SCANS = {name: Scan(name, *_NATIVE[name]["scan"]) for name in NATIVE if _runs(name)}
+"""Kernel name → its passes over memory. Numpy's stand in `scan`."""
+
+PREFERENCE = (*(name for name in NATIVE if _runs(name)), "numpy")
+"""Those that can be had, fastest first. The oracle is never chosen by itself."""
 
 KERNELS = (*PREFERENCE, "oracle")
 
 
+def wanted(kernel: str | None = None) -> str:
+    """The name of the kernel to run: the one demanded, the one that the environment demands, or the fastest there is.
+
+    Raises KernelUnavailable, with the reason, if the one demanded cannot be had.
+    """
+    name = kernel or os.environ.get(ENVIRONMENT) or PREFERENCE[0]
+    if name not in KERNELS:
+        raise KernelUnavailable(
+            f"kernel {name!r} is not available (asked for by {'the caller' if kernel else ENVIRONMENT}): "
+            f"{_why_not(name)}; there are {', '.join(KERNELS)}"
+        )
+    return name
+
+
 def choose(codec: str, kernel: str | None = None) -> Kernel:
-    """The kernel for a codec: the one demanded, the one that the environment demands, or the fastest there is."""
+    """The kernel for a codec; see `wanted`."""
     if codec not in TABLE:
         raise ValueError(f"no codec {codec!r}; there are {', '.join(TABLE)}")
-    wanted = kernel or os.environ.get(ENVIRONMENT) or PREFERENCE[0]
-    if wanted not in TABLE[codec]:
-        raise ValueError(
-            f"kernel {wanted!r} is not available for {codec!r} (asked for by "
-            f"{'the caller' if kernel else ENVIRONMENT}); there are {', '.join(TABLE[codec])}"
-        )
-    return TABLE[codec][wanted]
+    return TABLE[codec][wanted(kernel)]
+
+
+def choose_scan(kernel: str | None = None) -> Scan | None:
+    """The native passes over memory; None where numpy is to do them. See `wanted`."""
+    return SCANS.get(wanted(kernel))
+
+
+def native_functions(kernel: str) -> dict[str, Any]:
+    """What the extension offers for a native kernel: codec → (encode, check, apply), and "scan".
+
+    Its check and apply return ~offset of a fault in place of raising. For tests and measurements.
+    """
+    return {name: functions for name, functions in _NATIVE[kernel].items() if isinstance(functions, tuple)}
+
+
+def _why_not(name: str) -> str:
+    if name not in NATIVE:
+        return "no kernel has that name"
+    if _NOT_BUILT:
+        return _NOT_BUILT
+    if name not in _NATIVE:
+        return f"the C extension was built without it, for {platform.machine()}"
+    return f"this CPU lacks {', '.join(f for f in _NATIVE[name]['needs'].split() if not _FEATURES.get(f))}"
+
+
+def report() -> dict[str, Any]:
+    """What runs, and why.
+
+    kernel: the name of what runs, None if what the environment demands cannot be had
+    why: a sentence
+    available: the names that could be demanded, fastest first
+    missing: native kernel → why it cannot be had
+    built: is the C extension there?
+    not_built: why it is not, or None
+    machine: such as "x86_64"
+    features: CPU feature → was it seen? Empty without the extension, or off x86.
+    """
+    demanded = os.environ.get(ENVIRONMENT)
+    kernel: str | None
+    try:
+        kernel = wanted()
+        why = f"{ENVIRONMENT} demands it" if demanded else "the fastest that this machine runs"
+    except ValueError as error:
+        kernel, why = None, str(error)
+    return {
+        "kernel": kernel,
+        "why": why,
+        "available": list(KERNELS),
+        "missing": {name: _why_not(name) for name in NATIVE if name not in KERNELS},
+        "built": _NOT_BUILT is None,
+        "not_built": _NOT_BUILT,
+        "machine": platform.machine(),
+        "features": dict(_FEATURES),
+    }

@@ -1,23 +1,32 @@
-"""The passes over memory that stand around the codecs: find the dirty pages, gather them, scatter them back."""
+"""The passes over memory that stand around the codecs: find the dirty pages, gather them, scatter them back.
+
+They run in the kernel that `kernels` chooses, as the codecs do; what stands here is numpy's.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.codec import kernels
 from remus_ckpt.pages import PAGE_SIZE, Pages
 
 _CHUNK_PAGES = 64
 """Pages compared at a time: the outcome of a chunk stays in the first-level cache."""
 
 
-def dirty_pages(memory: Pages, shadow: Pages) -> NDArray[np.int64]:
+def dirty_pages(memory: Pages, shadow: Pages, *, kernel: str | None = None) -> NDArray[np.int64]:
     """The numbers of the pages that differ, ascending.
 
     memory, shadow: uint8[n, 4096], C-contiguous; `memory` may be read-only, and may be written meanwhile
+    kernel: demand one of `kernels.KERNELS`, as for a codec
     """
     if memory.shape != shadow.shape or memory.shape[1:] != (PAGE_SIZE,):
         raise ValueError(f"memory {memory.shape} and shadow {shadow.shape} must both be [n, {PAGE_SIZE}]")
+    native = kernels.choose_scan(kernel)
+    if native:
+        pages = np.empty(len(memory), dtype=np.int64)
+        return pages[: native.dirty(memory, shadow, pages)].copy()
     words, shadow_words = memory.view(np.uint64), shadow.view(np.uint64)
     differ = np.empty((_CHUNK_PAGES, PAGE_SIZE // 8), dtype=bool)
     found = [np.empty(0, dtype=np.int64)]
@@ -31,7 +40,7 @@ def dirty_pages(memory: Pages, shadow: Pages) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def gather(memory: Pages, index: NDArray[np.int64], out: Pages | None = None) -> Pages:
+def gather(memory: Pages, index: NDArray[np.int64], out: Pages | None = None, *, kernel: str | None = None) -> Pages:
     """Copy scattered pages into one buffer.
 
     memory: uint8[n, 4096]
@@ -40,17 +49,25 @@ def gather(memory: Pages, index: NDArray[np.int64], out: Pages | None = None) ->
     Returns uint8[m, 4096].
     """
     target = np.empty((len(index), PAGE_SIZE), dtype=np.uint8) if out is None else out[: len(index)]
+    native = kernels.choose_scan(kernel)
+    if native and memory.flags.c_contiguous and target.flags.c_contiguous:
+        native.gather(memory, np.ascontiguousarray(index, dtype=np.int64), target)
+        return target
     # With its default mode, take() buffers its output; the numbers are checked here instead.
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(memory):
         raise ValueError(f"index must lie in 0…{len(memory) - 1}")
     return memory.take(index, axis=0, out=target, mode="clip")
 
 
-def scatter(pages: Pages, memory: Pages, index: NDArray[np.int64]) -> None:
+def scatter(pages: Pages, memory: Pages, index: NDArray[np.int64], *, kernel: str | None = None) -> None:
     """Copy a buffer of pages to where they belong; listed twice, the later one stays.
 
     pages: uint8[m, 4096]
     memory: uint8[n, 4096], writable
     index: int64[m], numbers of pages
     """
-    memory[index] = pages
+    native = kernels.choose_scan(kernel)
+    if native and memory.flags.c_contiguous and pages.flags.c_contiguous:
+        native.scatter(memory, np.ascontiguousarray(index, dtype=np.int64), pages)
+    else:
+        memory[index] = pages

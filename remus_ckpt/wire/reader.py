@@ -38,7 +38,7 @@ NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further event."""
 
 _BUFFER_BYTES = 1 << 18
-_GROWTH_BYTES = 1 << 20
+_GROWTH_BYTES = 8 << 20
 
 Parser = Generator[events.Event | None, None, Any]
 
@@ -82,6 +82,11 @@ class Reader:
         self._p2m_size = 0
         self._opening = b""  # the first bytes of the checkpoint's compressed data
         self._parser = self._stream()
+
+    @property
+    def saw_last_checkpoint(self) -> bool:
+        """Whether the stream has said that no checkpoint follows."""
+        return self._course.last_checkpoint
 
     # Bytes in
 
@@ -188,7 +193,7 @@ class Reader:
         return int(value)
 
     def _bytes(self, size: int) -> Generator[events.Event | None, None, NDArray[np.uint8]]:
-        """A payload, received where it stays. It is taken in steps, so that a length alone costs no memory."""
+        """A payload, received where it stays. A long one is taken in steps, so that a length alone costs no memory."""
         data = np.empty(min(size, _GROWTH_BYTES), dtype=np.uint8)
         filled = 0
         while True:

@@ -1,0 +1,104 @@
+/* What the kernels of all instruction sets share. Included by isa_*.h, which defines TARGET first. */
+#ifndef REMUS_PAGE_H
+#define REMUS_PAGE_H
+
+#include <string.h>
+
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline, unused)) TARGET
+
+#define GROUP 64 /* bytes that are compared and brought up to date together */
+#define GROUPS (REMUS_PAGE / GROUP)
+#define AHEAD 1024 /* bytes that a walk over encoded pages prefetches */
+#define SLACK 128 /* an encoder may write this far behind what it reports */
+
+/* After this the compiler knows nothing of where x came from, and so cannot read the source a second time: what goes
+ * on the wire and what goes into the reference are one and the same register. */
+#define READ_ONCE(x) __asm__ volatile("" : "+r"(x))
+
+INLINE int64_t number_at(const int64_t *numbers, size_t i)
+{
+    int64_t number;
+    memcpy(&number, numbers + i, sizeof number); /* the array may lie unaligned */
+    return number;
+}
+
+INLINE size_t page_at(const int64_t *index, size_t i)
+{
+    return (size_t)(index ? number_at(index, i) : (int64_t)i) * REMUS_PAGE;
+}
+
+INLINE unsigned lowest_bit(uint64_t bits)
+{
+    return (unsigned)__builtin_ctzll(bits);
+}
+
+/* Prefetches 64 bytes of `next`; where `hot` is 1, of `now` in their place, which are at hand and cost nothing. Without
+ * a branch: it could not be foretold.
+ * A pass over the groups of a page that prefetches all of the next page keeps memory busy for that pass only. So it
+ * leaves out the groups that differ, and whoever comes back to those prefetches them then. */
+INLINE void prefetch_unless(uint64_t hot, const uint8_t *now, const uint8_t *next, size_t at)
+{
+    uintptr_t mask = 0 - (uintptr_t)hot;
+    READ_ONCE(mask);
+    __builtin_prefetch((const void *)((uintptr_t)next + (((uintptr_t)now - (uintptr_t)next) & mask) + at));
+}
+
+/* The lowest byte goes first, on every host. */
+INLINE void put_32(uint8_t *out, uint32_t x)
+{
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    x = __builtin_bswap32(x);
+#endif
+    memcpy(out, &x, 4);
+}
+
+/* Encoded pages are walked from length to length, which no hardware foresees. A prefetch past the end does no harm. */
+INLINE void prefetch_ahead(const uint8_t *data)
+{
+    __builtin_prefetch((const void *)((uintptr_t)data + AHEAD));
+}
+
+/* Encodes a page that has a reference; next_* are the pages to prefetch. Returns the end of what it wrote. */
+typedef uint8_t *(*page_fn)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
+                            int update, uint8_t *out);
+/* Encodes a page in full; ref, unless NULL, is brought up to date. */
+typedef uint8_t *(*full_fn)(const uint8_t *now, uint8_t *ref, uint8_t *out);
+
+/* Bounds: all pages before the i-th took at most max bytes each, so at least max are left for it. An encoder writes at
+ * most max + SLACK bytes; where fewer are left it works in `last`, and just what it reports is copied out. */
+INLINE size_t encode_batch(const remus_batch *b, uint8_t *out, size_t max, page_fn page, full_fn full)
+{
+    uint8_t last[REMUS_PAGE + 16 + SLACK];
+    uint8_t *at = out;
+    const uint8_t *const end = out + b->n * max;
+    for (size_t i = 0; i < b->n; i++) {
+        const uint8_t *now = b->pages + page_at(b->index, i);
+        const int64_t slot = b->slots ? number_at(b->slots, i) : (int64_t)i;
+        uint8_t *to = (size_t)(end - at) >= max + SLACK ? at : last;
+        const uint8_t *stop;
+        if (slot < 0) {
+            stop = full(now, NULL, to);
+        } else {
+            uint8_t *ref = b->reference + (size_t)slot * REMUS_PAGE;
+            if (b->full && b->full[i]) {
+                stop = full(now, b->update ? ref : NULL, to);
+            } else {
+                const uint8_t *next_now = now, *next_ref = ref;
+                if (i + 1 < b->n) {
+                    const int64_t next = b->slots ? number_at(b->slots, i + 1) : (int64_t)i + 1;
+                    next_now = b->pages + page_at(b->index, i + 1);
+                    next_ref = b->reference + (size_t)(next < 0 ? slot : next) * REMUS_PAGE;
+                }
+                stop = page(now, ref, next_now, next_ref, b->update, to);
+            }
+        }
+        if (to == last)
+            memcpy(at, last, (size_t)(stop - last));
+        at += stop - to;
+    }
+    return (size_t)(at - out);
+}
+
+#endif
