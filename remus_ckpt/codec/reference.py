@@ -74,9 +74,7 @@ class Lru:
     def invalidate(self, pfns: NDArray[np.int64]) -> None:
         """Page tables leave the cache; their slots are the next to be used."""
         for pfn in pfns.tolist():
-            slot = self._slots.pop(pfn, None)
-            if slot is not None:
-                self._free.append(slot)
+            self._release(pfn)
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """A hit moves to the front; a miss takes a free slot or the one that was used longest ago, and goes full."""
@@ -84,6 +82,8 @@ class Lru:
         full = np.ones(len(pfns), dtype=bool)
         for i, (pfn, table) in enumerate(zip(pfns.tolist(), tables.tolist(), strict=True)):
             if table:
+                # It may have come into the cache since it was added to the buffer, as a normal page before this one.
+                self._release(pfn)
                 slots[i] = -1
                 continue
             slot = self._slots.get(pfn)
@@ -95,3 +95,8 @@ class Lru:
                 self._slots[pfn] = slot
             slots[i] = slot
         return slots, full
+
+    def _release(self, pfn: int) -> None:
+        slot = self._slots.pop(pfn, None)
+        if slot is not None:
+            self._free.append(slot)
