@@ -166,12 +166,20 @@ class CheckpointLoop:
         """All of memory while the source runs on, perhaps torn.
 
         The sender's reference takes it in as it is sent, so that the pause has only to copy what has changed since: a
-        page may stand in round 0 more than once, and the last time counts.
+        page may stand in round 0 more than once, and the last time counts. It is gone over again while that halves what
+        the pause will find.
         """
-        for start in range(0, self._source.pages, MAX_BATCH_ENTRIES):
-            sample = self._source.sample(start, min(start + MAX_BATCH_ENTRIES, self._source.pages))
-            changed = dirty_pages(sample, self._source.shadow[start : start + len(sample)])
-            yield from batches(changed + start, gather(sample, changed))
+        before = 2 * self._source.pages
+        while True:
+            count = 0
+            for start in range(0, self._source.pages, MAX_BATCH_ENTRIES):
+                sample = self._source.sample(start, min(start + MAX_BATCH_ENTRIES, self._source.pages))
+                changed = dirty_pages(sample, self._source.shadow[start : start + len(sample)])
+                count += len(changed)
+                yield from batches(changed + start, gather(sample, changed))
+            if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
+                return
+            before = count
 
     def _room(self, pages: int) -> Pages:
         """A buffer for the capture; kept, because fresh memory costs a fault a page."""
