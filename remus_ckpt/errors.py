@@ -6,7 +6,8 @@
     │   │   └── LimitExceeded    20  they claim more than a named limit allows
     │   └── UnknownFormat        21  not a format that is read here, or one that is refused by name
     ├── NoCheckpoint             1   no complete checkpoint to restore, or not the one asked for
-    └── SourceError              1   the memory being recorded cannot be stopped, read or followed
+    ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
+    └── KernelUnavailable        1   the kernel that was demanded cannot be had here; a ValueError too
 
 A caller's own mistake (a wrong shape, a read-only array) is a ValueError or TypeError as everywhere in Python.
 """
@@ -71,3 +72,7 @@ class NoCheckpoint(RemusError):
 
 class SourceError(RemusError):
     """The memory being recorded cannot be stopped, read or followed any longer."""
+
+
+class KernelUnavailable(RemusError, ValueError):
+    """The kernel that the caller or REMUS_CKPT_KERNEL demands does not exist or cannot run here."""

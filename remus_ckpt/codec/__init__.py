@@ -1,9 +1,9 @@
 """How one dirty page is written against its reference: the codecs, and one way to reach them.
 
-    get_codec("delta")         the June-2011 form: (offset, value) records        specs/delta.md
-    get_codec("rle")           the run-length form that Xen 4.2 to 4.5 shipped    specs/rle.md
-    get_codec("xbzrle")        QEMU's, byte-identical with its plain encoder      specs/xbzrle.md
-    get_codec("xbzrle-fold")   the same decoder; the encoder folds short gaps     specs/xbzrle.md §3.3
+get_codec("delta")         the June-2011 form: (offset, value) records        specs/delta.md
+get_codec("rle")           the run-length form that Xen 4.2 to 4.5 shipped    specs/rle.md
+get_codec("xbzrle")        QEMU's, byte-identical with its plain encoder      specs/xbzrle.md
+get_codec("xbzrle-fold")   the same decoder; the encoder folds short gaps     specs/xbzrle.md §3.3
 """
 
 from __future__ import annotations
@@ -129,8 +129,10 @@ def get_codec(name: str, *, kernel: str | None = None) -> Codec:
 
 def _as_pages(array: Pages, what: str, *, writable: bool = False) -> Pages:
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape[-1:] != (PAGE_SIZE,):
-        raise TypeError(f"{what} must be uint8[…, {PAGE_SIZE}], not {getattr(array, 'dtype', type(array).__name__)}"
-                        f"{list(getattr(array, 'shape', []))}")  # fmt: skip
+        raise TypeError(
+            f"{what} must be uint8[…, {PAGE_SIZE}], not {getattr(array, 'dtype', type(array).__name__)}"
+            f"{list(getattr(array, 'shape', []))}"
+        )
     if not array.flags.c_contiguous:
         raise ValueError(f"{what} must be C-contiguous")
     if writable and not array.flags.writeable:

@@ -92,7 +92,8 @@ def within(lengths: NDArray[np.integer]) -> Index:
     """0…l−1 for each length l, joined: the place of each item in its own group."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
+    starts: Index = np.repeat(ends - lengths, lengths)
+    return np.arange(total, dtype=np.int64) - starts
 
 
 def page_numbers(index: Index | None, start: int, stop: int) -> Index:
@@ -106,6 +107,13 @@ def count(pages: Pages, index: Index | None) -> int:
 
 
 __all__ = [
-    "PAGE_SIZE", "SPAN_PAGES", "count", "distinct_prefix", "encode_spans", "page_numbers", "unaligned", "windows",
+    "PAGE_SIZE",
+    "SPAN_PAGES",
+    "count",
+    "distinct_prefix",
+    "encode_spans",
+    "page_numbers",
+    "unaligned",
+    "windows",
     "within",
-]  # fmt: skip
+]

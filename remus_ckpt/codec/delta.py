@@ -164,7 +164,7 @@ def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end
     count = len(units) // 3
     records = units[: count * 3].reshape(count, 3)
     offsets = records[:, 0].view("<i2")
-    values = records[:, 1].astype(np.uint32) | (records[:, 2].astype(np.uint32) << 16)
+    values = np.ascontiguousarray(records[:, 1:]).view("<u4").reshape(-1)
     heads = np.flatnonzero((offsets == BEGIN_PAGE) | (offsets == FULL_PAGE))
     is_full = offsets[heads] == FULL_PAGE
 
@@ -185,8 +185,15 @@ def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end
             _check_records(offsets, values, place)
             _refuse_end(base + len(data), place(count), is_cut, first_page + taken, first_page + n)
     _check_records(offsets[:stop], values[:stop], place)
-    return _Span(first_page, heads[:taken], offsets[:stop], values[:stop], np.flatnonzero(is_full[:taken]),
-                 base + bodies[: np.count_nonzero(is_full[:taken])], place(stop))  # fmt: skip
+    return _Span(
+        first_page,
+        heads[:taken],
+        offsets[:stop],
+        values[:stop],
+        np.flatnonzero(is_full[:taken]),
+        base + bodies[: np.count_nonzero(is_full[:taken])],
+        place(stop),
+    )
 
 
 def _refuse_end(end: int, at: int, is_cut: bool, pages: int, wanted: int) -> NoReturn:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec import delta, oracle, rle, xbzrle
+from remus_ckpt.errors import KernelUnavailable
 from remus_ckpt.pages import Pages
 
 try:
@@ -144,11 +145,11 @@ KERNELS = (*PREFERENCE, "oracle")
 def wanted(kernel: str | None = None) -> str:
     """The name of the kernel to run: the one demanded, the one that the environment demands, or the fastest there is.
 
-    Raises ValueError, with the reason, if the one demanded cannot be had.
+    Raises KernelUnavailable, with the reason, if the one demanded cannot be had.
     """
     name = kernel or os.environ.get(ENVIRONMENT) or PREFERENCE[0]
     if name not in KERNELS:
-        raise ValueError(
+        raise KernelUnavailable(
             f"kernel {name!r} is not available (asked for by {'the caller' if kernel else ENVIRONMENT}): "
             f"{_why_not(name)}; there are {', '.join(KERNELS)}"
         )

@@ -73,7 +73,7 @@ class Delta:
             raise Malformed("the data end here", offset=at, section="delta.md §4.2")
         if len(encoded) - at < 6:
             raise Malformed("a record is cut", offset=at, section="delta.md §4.1")
-        return struct.unpack_from("<h", encoded, at)[0], encoded[at + 2 : at + 6]
+        return int(struct.unpack_from("<h", encoded, at)[0]), encoded[at + 2 : at + 6]
 
 
 class Rle:
@@ -152,9 +152,7 @@ class Xbzrle:
         differ = [a != b for a, b in zip(new, old, strict=True)]
         if self.fold:
             # §3.3: a gap of one byte costs more than it saves
-            differ = [
-                here or (0 < i < 4095 and differ[i - 1] and differ[i + 1]) for i, here in enumerate(differ)
-            ]
+            differ = [here or (0 < i < 4095 and differ[i - 1] and differ[i + 1]) for i, here in enumerate(differ)]
         encoded = b""
         at = 0
         while at < 4096:
@@ -188,7 +186,7 @@ class Xbzrle:
             page[:] = body
         if kind == 1:
             self._decode_page(body, at + 3, page)
-        return at + 3 + size
+        return int(at + 3 + size)
 
     def _decode_page(self, body: bytes, base: int, page: bytearray | None) -> None:
         at = target = 0

@@ -167,10 +167,16 @@ def _parse_span(encoded: arrays.Bytes, data: memoryview, at: int, first_page: in
             section = "§4.2"
         raise Malformed(problem, offset=int(places[first]), section=f"rle.md {section}")
     if at > size:
-        raise Malformed(f"a run needs {at - found[-1]} bytes and {size - found[-1]} are left", offset=found[-1],
-                        section="rle.md §4.3")  # fmt: skip
+        raise Malformed(
+            f"a run needs {at - found[-1]} bytes and {size - found[-1]} are left",
+            offset=found[-1],
+            section="rle.md §4.3",
+        )
     if words < target:
         done, rest = divmod(words, PAGE_WORDS)
-        raise Malformed(f"the data end after {first_page + done} pages and {rest} words of {first_page + n} pages",
-                        offset=at, section="rle.md §4.3")  # fmt: skip
+        raise Malformed(
+            f"the data end after {first_page + done} pages and {rest} words of {first_page + n} pages",
+            offset=at,
+            section="rle.md §4.3",
+        )
     return _Span(first_page, n, places, markers, page_of, word, at)

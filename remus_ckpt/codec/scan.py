@@ -40,9 +40,7 @@ def dirty_pages(memory: Pages, shadow: Pages, *, kernel: str | None = None) -> N
     return np.concatenate(found)
 
 
-def gather(
-    memory: Pages, index: NDArray[np.int64], out: Pages | None = None, *, kernel: str | None = None
-) -> Pages:
+def gather(memory: Pages, index: NDArray[np.int64], out: Pages | None = None, *, kernel: str | None = None) -> Pages:
     """Copy scattered pages into one buffer.
 
     memory: uint8[n, 4096]

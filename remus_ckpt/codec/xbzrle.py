@@ -210,19 +210,24 @@ def _parse_span(data: memoryview, at: int, first_page: int, n: int, wanted: int)
     raw: list[tuple[int, int]] = []
     for page in range(n):
         if len(data) - at < FRAME_BYTES:
-            raise Malformed(f"the data end after {first_page + page} pages of {wanted}", offset=at,
-                            section="xbzrle.md §5.1")  # fmt: skip
+            raise Malformed(
+                f"the data end after {first_page + page} pages of {wanted}", offset=at, section="xbzrle.md §5.1"
+            )
         kind, size = data[at], data[at + 1] << 8 | data[at + 2]
         body = at + FRAME_BYTES
         sizes = {SAME: (0, 0), ENCODED: (3, PAGE_SIZE), RAW: (PAGE_SIZE, PAGE_SIZE)}.get(kind)
         if sizes is None:
             raise Malformed(f"a frame of kind {kind}", offset=at, section="xbzrle.md §5.1")
         if not sizes[0] <= size <= sizes[1]:
-            raise Malformed(f"a frame of kind {kind} with {size} bytes; it has {sizes[0]}…{sizes[1]}", offset=at,
-                            section="xbzrle.md §5.1")  # fmt: skip
+            raise Malformed(
+                f"a frame of kind {kind} with {size} bytes; it has {sizes[0]}…{sizes[1]}",
+                offset=at,
+                section="xbzrle.md §5.1",
+            )
         if size > len(data) - body:
-            raise Malformed(f"a frame of {size} bytes where {len(data) - body} are left", offset=at,
-                            section="xbzrle.md §5.1")  # fmt: skip
+            raise Malformed(
+                f"a frame of {size} bytes where {len(data) - body} are left", offset=at, section="xbzrle.md §5.1"
+            )
         if kind == ENCODED:
             found = _parse_page(data, body, body + size)
             runs += found
@@ -233,9 +238,16 @@ def _parse_span(data: memoryview, at: int, first_page: int, n: int, wanted: int)
     columns = np.array(runs, dtype=np.int64).reshape(-1, 3)
     raws = np.array(raw, dtype=np.int64).reshape(-1, 2)
     return _Span(
-        first_page, n, np.array(pages, dtype=np.int64), columns[:, 0], columns[:, 1], columns[:, 2], raws[:, 0],
-        raws[:, 1], at,
-    )  # fmt: skip
+        first_page,
+        n,
+        np.array(pages, dtype=np.int64),
+        columns[:, 0],
+        columns[:, 1],
+        columns[:, 2],
+        raws[:, 0],
+        raws[:, 1],
+        at,
+    )
 
 
 def _parse_page(data: memoryview, at: int, end: int) -> list[tuple[int, int, int]]:

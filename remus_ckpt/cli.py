@@ -1,0 +1,832 @@
+"""The command `remus-ckpt`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
+
+from remus_ckpt import __version__, conformance
+from remus_ckpt.codec import kernels
+from remus_ckpt.codec.reference import Lru, Reference, Shadow
+from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.demo import run_demo
+from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, SourceError, StreamError, UnknownFormat
+from remus_ckpt.files import StreamFile, StreamWriter, create_private, read_events
+from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
+from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
+from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches, pages_for
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.sender import Sender
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.wire import events
+from remus_ckpt.wire.describe import describe
+from remus_ckpt.wire.dialect import Dialect
+
+app = typer.Typer(
+    name="remus-ckpt",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
+
+    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format.""",
+)
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False)
+
+
+class CodecName(StrEnum):
+    """The codecs that a save stream holds."""
+
+    delta = "delta"
+    rle = "rle"
+
+
+class GuestName(StrEnum):
+    """The kinds of guest."""
+
+    hvm = "hvm"
+    pv = "pv"
+
+
+Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; .xz, .zst, .lz4 and .gz as they are.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]
+WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
+GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
+CodecOption = Annotated[CodecName | None, typer.Option("--codec", help="Page codec; else detected.")]
+MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", help="Refuse streams of larger memories.")]
+
+
+def main() -> NoReturn:
+    """Run the command; every error of ours is one line and an exit code."""
+    try:
+        app()
+        sys.exit(0)
+    except RemusError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output is gone; that is no error of theirs or ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        _complain(f"{named}{error.strerror or error}")
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    errors.print(Text(f"remus-ckpt: {message}"))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"remus-ckpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+# What the commands share
+
+
+def _dialect(word: int | None, guest: GuestName | None, codec: CodecName | None) -> Dialect:
+    if word not in (None, 4, 8):
+        raise typer.BadParameter(f"--word is 8 or 4, not {word}")
+    return Dialect(
+        word=word,  # type: ignore[arg-type]
+        guest=guest.value if guest else None,
+        codec=codec.value if codec else None,
+    )
+
+
+@contextmanager
+def _progress(what: str, total: int | None, quiet: bool) -> Iterator[Any]:
+    """A bar on standard error where that is a terminal; yields a function that takes the bytes done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+class _Walk:
+    """Reads a stream from end to end and keeps what there is to say of it."""
+
+    def __init__(self, path: str, restorer: Restorer, *, quiet: bool) -> None:
+        self.path = path
+        self.name = "standard input" if path == "-" else path
+        self.restorer = restorer
+        self.error: StreamError | None = None
+        self.is_cut = False
+        self._quiet = quiet
+
+    def events(self) -> Iterator[events.Event]:
+        """Every event; `restorer.staged` is put in force when the next one is asked for. A fault ends them."""
+        with StreamFile(self.path) as file, _progress(file.name, file.size, self._quiet) as advance:
+            try:
+                for event in read_events(file, self.restorer):
+                    advance(file.position())
+                    yield event
+                    if self.restorer.staged is not None:
+                        self.restorer.commit()
+            except StreamError as error:
+                self.error = error
+            self.is_cut = file.is_cut
+
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """Every checkpoint once it is in force."""
+        for _ in self.events():
+            if self.restorer.staged is not None:
+                yield self.restorer.commit()
+
+    def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
+        """The JSON of `inspect` and `verify`."""
+        dialect, end = self.restorer.dialect, self.restorer.end
+        reader = self.restorer.reader
+        result: dict[str, Any] = {
+            "dialect": {"word": dialect.word, "guest": dialect.guest, "codec": dialect.codec},
+            "p2m_size": len(self.restorer.memory) or None,
+            "checkpoints": listed,
+            "complete": end is not None and end.complete and not self.is_cut,
+            "trailing_bytes": end.trailing_bytes if end is not None else None,
+            "deviations": [
+                {"name": deviation.name, "offset": deviation.first_offset, "count": deviation.count}
+                for deviation in reader.deviations.values()
+            ],
+        }
+        if self.error is not None:
+            result["error"] = {
+                "kind": type(self.error).__name__,
+                "message": self.error.message,
+                "offset": self.error.offset,
+                "section": self.error.section,
+                "chunk": self.error.chunk,
+            }
+        return result
+
+    def say_how_it_ended(self) -> None:
+        """Tell on standard error what is wrong or missing, and what is in force."""
+        held = self.restorer.in_force
+        in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
+        if self.error is not None:
+            _complain(f"{self.name}: {self.error}; {in_force}")
+        elif self.is_cut:
+            _complain(f"{self.name}: the compressed file is cut off; {in_force}")
+        elif self.restorer.end is not None and not self.restorer.end.complete:
+            trailing = self.restorer.end.trailing_bytes
+            reader = self.restorer.reader
+            if reader.saw_last_checkpoint:
+                _complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
+            else:
+                _complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
+
+    def fail_if_corrupt(self) -> None:
+        """Leave with the exit code of the fault, if there is one."""
+        if self.error is not None:
+            raise typer.Exit(self.error.exit_code)
+
+
+def _walk(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> _Walk:
+    limits = Limits(memory_bytes=max_memory * GIB)
+    return _Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
+
+
+def _listed(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "epoch": checkpoint.epoch,
+        "start": checkpoint.start,
+        "end": checkpoint.end,
+        "batches": checkpoint.batches,
+        "entries": checkpoint.entries,
+        "pages": checkpoint.page_count,
+        "compressed_chunks": checkpoint.compressed_chunks,
+        "compressed_bytes": checkpoint.compressed_bytes,
+    }
+
+
+def _details(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect` adds."""
+    details: dict[str, Any] = {
+        "ratio": checkpoint.compressed_bytes / (checkpoint.page_count * PAGE_SIZE)
+        if checkpoint.compressed_chunks and checkpoint.page_count
+        else None,
+        "parameters": checkpoint.parameters,
+    }
+    if checkpoint.vcpus is not None:
+        details["vcpus"] = checkpoint.vcpus.ids()
+    tail = checkpoint.tail
+    if isinstance(tail, events.TailHvm):
+        details["tail"] = {
+            "guest": "hvm",
+            "offset": tail.offset,
+            "context_bytes": len(tail.context),
+            "signature": tail.signature.value.decode(),
+            "device_state_bytes": len(checkpoint.device_state),
+        }
+    elif isinstance(tail, events.TailPv):
+        details["tail"] = {
+            "guest": "pv",
+            "offset": tail.offset,
+            "vcpus": [vcpu.id for vcpu in tail.vcpus],
+            "unmapped_pfns": len(tail.unmapped),
+        }
+    if checkpoint.record is not None:
+        record = checkpoint.record
+        details["record"] = {
+            "time_ns": record.time_ns,
+            "codec": record.codec,
+            "before": None if record.before is None else str(record.before),
+            "after": str(record.after),
+        }
+    return details
+
+
+def _print_checkpoints(listed: list[dict[str, Any]], hashes: bool) -> None:
+    names = ["epoch", "start", "end", "batches", "entries", "pages", "compressed_chunks", "compressed_bytes"]
+    rows = [[name.replace("compressed_", "compr. ") for name in names] + ["ratio"]]
+    for checkpoint in listed:
+        raw = checkpoint["pages"] * PAGE_SIZE
+        ratio = f"{checkpoint['compressed_bytes'] / raw:.1%}" if checkpoint["compressed_chunks"] and raw else "raw"
+        rows.append([f"{checkpoint[name]:,}" for name in names] + [ratio])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        if hashes:
+            line += "  " + (listed[number - 1]["memory_sha256"] if number else "memory sha256")
+        out.print(Text(line))
+
+
+def _print_head(walk: _Walk) -> None:
+    dialect = walk.restorer.dialect
+    pages = len(walk.restorer.memory)
+    out.print(
+        f"dialect: word {dialect.word}, guest {dialect.guest}, codec {dialect.codec or 'none'}; "
+        f"memory {pages:,} pages ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
+    )
+
+
+# The commands on files
+
+
+@app.command(short_help="Write a stream from memory images.")
+def encode(
+    images: Annotated[list[Path], typer.Argument(help="Memory images; checkpoint k is the k-th of them.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
+    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    buffer_pages: Annotated[
+        int | None, typer.Option(min=1, help="Pages compressed at a time. [default: 8196, 8192 for rle]")
+    ] = None,
+    reference_pages: Annotated[
+        int | None, typer.Option(min=1, help="Keep the N pages used last as reference. [default: all]")
+    ] = None,
+    word: Annotated[int, typer.Option(help="Toolstack word of the stream, 8 or 4.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Write a stream from a series of memory images; dirty pages are found by comparison.
+
+    Example: remus-ckpt encode monday.img tuesday.img -o week.remus
+    """
+    _dialect(word, None, None)
+    sizes = [path.stat().st_size for path in images]
+    pages = max(pages_for(size) for size in sizes)
+    if not pages:
+        raise typer.BadParameter("the images are empty")
+    for path, size in zip(images, sizes, strict=True):
+        if size != pages * PAGE_SIZE:
+            _complain(f"{path}: {size} bytes, padded with zeros to {pages} pages of {PAGE_SIZE}")
+    reference: Reference = Lru(reference_pages) if reference_pages else Shadow(zeros(pages))
+    sender = Sender(pages, codec=codec.value, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
+    listed = []
+    writer = StreamWriter(output)
+    try:
+        before = zeros(pages)
+        with _progress(writer.name, pages * PAGE_SIZE * len(images), as_json) as advance:
+            for number, path in enumerate(images):
+                image = load_image(path, pages)
+                start = writer.written
+                for group in sender.checkpoint(_scan(image, dirty_pages(image, before))):
+                    writer.write(group)
+                writer.commit()
+                before = image
+                sent = sender.sent
+                assert sent is not None
+                listed.append(
+                    {"image": str(path), "epoch": sent.epoch, "start": start, "end": writer.written}
+                    | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}
+                    | {"compressed_chunks": sent.compressed_chunks, "compressed_bytes": sent.compressed_bytes}
+                )
+                advance((number + 1) * pages * PAGE_SIZE)
+    finally:
+        writer.close()
+    report = {"stream": output, "codec": codec.value, "p2m_size": pages, "checkpoints": listed}
+    if output == "-":
+        return
+    if as_json:
+        _print_json(report)
+    else:
+        _print_checkpoints(listed, False)
+
+
+def _scan(image: Pages, dirty: NDArray[np.int64]) -> Iterator[PageBatch]:
+    for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
+        part = dirty[start : start + MAX_BATCH_ENTRIES]
+        yield from batches(part, gather(image, part))
+
+
+@app.command(short_help="Write a checkpoint's memory as an image.")
+def restore(
+    stream: Stream,
+    output: Annotated[str, typer.Option("--output", "-o", help="The image, - for standard output.")],
+    checkpoint: Annotated[int | None, typer.Option(min=0, help="Which one. [default: the last complete]")] = None,
+    device_state: Annotated[
+        Path | None, typer.Option(help="Also write the device state that came with the checkpoint to this file.")
+    ] = None,
+    strict: Strict = False,
+    word: WordOption = None,
+    guest: GuestOption = None,
+    codec: CodecOption = None,
+    max_memory: MaxMemory = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Write the memory of the last complete checkpoint, or of checkpoint K, as a sparse image of mode 0600.
+
+    A stream that is cut off or corrupt gives the last checkpoint that is complete and right; a corrupt one exits with
+    20 all the same.
+
+    Example: remus-ckpt restore orders.remus -o orders.img
+    """
+    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    found = _seek(walk, checkpoint)
+    if output == "-":
+        sys.stdout.buffer.write(walk.restorer.memory.reshape(-1).data)
+        sys.stdout.buffer.flush()
+    else:
+        save_image(walk.restorer.memory, output)
+    if device_state is not None:
+        _write_out(str(device_state), found.device_state)
+    if as_json and output != "-":
+        _print_json(walk.summary([_listed(found)]) | {"restored": found.epoch, "image": output})
+    elif output != "-":
+        out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
+    walk.fail_if_corrupt()
+
+
+def _seek(walk: _Walk, epoch: int | None) -> Checkpoint:
+    """Put a checkpoint in force, or the last good one; say what is wrong with the stream on the way."""
+    epochs = []
+    for checkpoint in walk.checkpoints():
+        epochs.append(checkpoint.epoch)
+        if checkpoint.epoch == epoch:
+            return checkpoint
+    walk.say_how_it_ended()
+    found = walk.restorer.in_force
+    if found is None or epoch is not None:
+        walk.fail_if_corrupt()
+        held = f"it holds {epochs[0]} to {epochs[-1]}" if epochs else "it holds no complete one"
+        raise NoCheckpoint(f"{walk.name}: no checkpoint {'' if epoch is None else epoch}; {held}".replace(" ;", ";"))
+    return found
+
+
+@app.command(short_help="Print what a stream holds.")
+def inspect(
+    stream: Stream,
+    chunks: Annotated[bool, typer.Option("--chunks", help="Also print every chunk with its offset.")] = False,
+    strict: Strict = False,
+    word: WordOption = None,
+    guest: GuestOption = None,
+    codec: CodecOption = None,
+    max_memory: MaxMemory = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a stream holds: its dialect, and for each checkpoint offsets, counts, ratio, parameters and tail.
+
+    Example: remus-ckpt inspect guest.save.xz --chunks
+    """
+    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    listed, seen = [], []
+    for event in walk.events():
+        if chunks:
+            row = describe(event)
+            seen.append(row)
+            if not as_json:
+                rest = " ".join(f"{name}={_short(row[name])}" for name in row if name not in ("offset", "event"))
+                out.print(Text(f"{row['offset']:>12}  {row['event']} {rest}".rstrip()))
+        if walk.restorer.staged is not None:
+            listed.append(_listed(walk.restorer.staged) | _details(walk.restorer.staged))
+    if as_json:
+        _print_json(walk.summary(listed) | ({"chunks": seen} if chunks else {}))
+    elif walk.restorer.dialect.word is not None:
+        _print_head(walk)
+        _print_checkpoints(listed, False)
+        _print_details(listed)
+        _print_deviations(walk)
+    walk.say_how_it_ended()
+    walk.fail_if_corrupt()
+
+
+@app.command("events", short_help="Print a stream as lines of JSON.")
+def print_events(
+    stream: Stream,
+    strict: Annotated[bool, typer.Option("--strict", envvar="REMUS_STRICT", help="As for verify.")] = False,
+    word: Annotated[int | None, typer.Option("--word", envvar="REMUS_WORD", help="As for verify.")] = None,
+    guest: Annotated[GuestName | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As for verify.")] = None,
+    codec: Annotated[CodecName | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As for verify.")] = None,
+    max_memory: MaxMemory = 64,
+) -> None:
+    """Print one line of JSON for each event of a stream, and the SHA-256 of memory after each checkpoint.
+
+    This is what a decoder says in the conformance suite (specs/conformance.md).
+
+    Example: remus-ckpt events guest.save.xz | jq .event
+    """
+    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=True)
+    for event in walk.events():
+        print(json.dumps(describe(event)))
+        if walk.restorer.staged is not None:
+            done = walk.restorer.commit()
+            line = {"offset": done.end, "event": "checkpoint", "epoch": done.epoch}
+            print(json.dumps(line | {"memory_sha256": memory_sha256(done.memory)}))
+    if walk.error is not None:
+        kind = {UnknownFormat: "unknown-format", LimitExceeded: "limit"}.get(type(walk.error), "malformed")
+        where = {"offset": walk.error.offset, "event": "error", "kind": kind, "section": walk.error.section}
+        print(json.dumps(where | {"message": str(walk.error)}))
+    sys.stdout.flush()
+    walk.say_how_it_ended()
+    walk.fail_if_corrupt()
+
+
+@app.command(
+    "conformance",
+    short_help="Try an implementation of the format.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def run_conformance(context: typer.Context) -> None:
+    """Run a decoder or an encoder of yours against the vectors (specs/conformance.md)."""
+    raise typer.Exit(conformance.main(context.args))
+
+
+def _short(value: Any) -> str:
+    """A value of a chunk on one line; many numbers as ranges, and only the first of those."""
+    if not isinstance(value, list) or len(value) < 4:
+        return str(value)
+    if len(set(value)) <= 3:
+        return ",".join(f"{number}×{value.count(number)}" for number in sorted(set(value)))
+    numbers = np.array(value)
+    edges = np.flatnonzero(np.diff(numbers) != 1)
+    firsts, lasts = numbers[np.append(0, edges + 1)], numbers[np.append(edges, -1)]
+    parts = [f"{first}-{last}" if first != last else f"{first}" for first, last in zip(firsts, lasts, strict=True)]
+    return ",".join(parts[:8]) + ("…" if len(parts) > 8 else "")
+
+
+def _print_details(listed: list[dict[str, Any]]) -> None:
+    for row in listed:
+        parts = [f"{name}={value:#x}" for name, value in row["parameters"].items()]
+        if "vcpus" in row:
+            parts.append(f"VCPU_INFO={row['vcpus']}")
+        tail = row["tail"]
+        parts.append("tail " + ", ".join(f"{name} {value}" for name, value in tail.items() if name != "guest"))
+        if "record" in row:
+            parts.append(f"position {row['record']['after']}")
+        out.print(Text(f"checkpoint {row['epoch']}: " + "; ".join(parts)))
+
+
+def _print_deviations(walk: _Walk) -> None:
+    for deviation in walk.restorer.reader.deviations.values():
+        out.print(
+            f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
+            "(specs/permissive.md)"
+        )
+
+
+@app.command(short_help="Walk and decode all of a stream.")
+def verify(
+    stream: Stream,
+    hashes: Annotated[bool, typer.Option("--hash", help="SHA-256 of memory after each checkpoint.")] = False,
+    strict: Strict = False,
+    word: WordOption = None,
+    guest: GuestOption = None,
+    codec: CodecOption = None,
+    max_memory: MaxMemory = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Walk all of a stream and decode all of it.
+
+    A stream that is cut off in the middle of a checkpoint is not complete, and good up to there: exit code 0.
+
+    Example: remus-ckpt verify orders.remus --hash --json
+    """
+    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    listed = []
+    for checkpoint in walk.checkpoints():
+        row = _listed(checkpoint)
+        if hashes:
+            row["memory_sha256"] = memory_sha256(checkpoint.memory)
+        listed.append(row)
+    summary = walk.summary(listed)
+    if as_json:
+        _print_json(summary)
+    elif walk.restorer.dialect.word is not None:
+        _print_head(walk)
+        _print_checkpoints(listed, hashes)
+        _print_deviations(walk)
+        if walk.error is None:
+            out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'not complete'}")
+    walk.say_how_it_ended()
+    walk.fail_if_corrupt()
+
+
+@app.command(short_help="Print where two checkpoints differ.")
+def diff(
+    first: Annotated[str, typer.Argument(metavar="STREAM|IMAGE", help="A stream, or the first of two images.")],
+    second: Annotated[str, typer.Argument(metavar="K1|IMAGE", help="A checkpoint, or the second image.")],
+    third: Annotated[int | None, typer.Argument(metavar="K2", help="The other checkpoint.", min=0)] = None,
+    word: WordOption = None,
+    guest: GuestOption = None,
+    codec: CodecOption = None,
+    max_memory: MaxMemory = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Print the pages and byte ranges in which two checkpoints of a stream, or two images, differ.
+
+    Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img
+    """
+    if third is None:
+        sizes = [pages_for(os.stat(path).st_size) for path in (first, second)]
+        one, other = (load_image(path, max(sizes)) for path in (first, second))
+        numbers = dirty_pages(one, other)
+        before, after = gather(one, numbers), gather(other, numbers)
+        in_bytes = differing_ranges(numbers, before, after)
+    else:
+        if not second.isdecimal():
+            raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
+        numbers, before, after = _differing_pages(
+            _walk(first, _dialect(word, guest, codec), max_memory, quiet=as_json), int(second), third
+        )
+        in_bytes = differing_ranges(numbers, before, after)
+    ranges = list(in_bytes)
+    count = sum(stop - start for start, stop in ranges)
+    if as_json:
+        _print_json({"pages": len(numbers), "bytes": int((before != after).sum()), "ranges": ranges})
+        return
+    for start, stop in ranges:
+        out.print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
+    out.print(f"{len(numbers):,} pages differ, in {count:,} bytes and {len(ranges):,} ranges")
+
+
+def _differing_pages(walk: _Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages]:
+    """The pages that differ between two checkpoints, before and after."""
+    low, high = sorted((one, other))
+    numbers = np.empty(0, dtype=np.int64)
+    saved: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+    reached = None
+    for _ in walk.events():
+        staged = walk.restorer.staged
+        if staged is None:
+            continue
+        if reached is not None:
+            # Only what changes behind the first of the two has to be kept.
+            fresh = np.setdiff1d(staged.pfns, numbers)
+            numbers = np.concatenate([numbers, fresh])
+            saved = np.concatenate([saved, walk.restorer.memory[fresh]])
+        epoch = walk.restorer.commit().epoch
+        if epoch == low:
+            reached = epoch
+        if epoch == high:
+            break
+    else:
+        walk.say_how_it_ended()
+        walk.fail_if_corrupt()
+        raise NoCheckpoint(f"{walk.name}: it does not hold both of checkpoint {low} and {high}")
+    if reached is None:
+        raise NoCheckpoint(f"{walk.name}: no checkpoint {low}")
+    order = np.argsort(numbers)
+    numbers, saved = numbers[order], saved[order]
+    now = walk.restorer.memory[numbers]
+    differ = (saved != now).any(axis=1)
+    pair = (saved[differ], now[differ])
+    return (numbers[differ], *(pair if one <= other else pair[::-1]))
+
+
+@app.command(short_help="Print pages of a checkpoint.")
+def extract(
+    stream: Stream,
+    pfn: Annotated[str, typer.Option(help="Pages: 5, 0x10-0x1f (both included), or several with commas.")],
+    checkpoint: Annotated[int | None, typer.Option(min=0, help="Which one. [default: the last complete]")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="A file; by default standard output.")] = "-",
+    hexdump: Annotated[bool, typer.Option("--hex", help="A hexdump; the default on a terminal.")] = False,
+    word: WordOption = None,
+    guest: GuestOption = None,
+    codec: CodecOption = None,
+    max_memory: MaxMemory = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Print pages of a checkpoint as bytes or as a hexdump.
+
+    Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
+    """
+    walk = _walk(stream, _dialect(word, guest, codec), max_memory, quiet=as_json)
+    found = _seek(walk, checkpoint)
+    memory = walk.restorer.memory
+    numbers = _page_range(pfn, len(memory))
+    if as_json:
+        pages = [{"pfn": number, "hex": memory[number].tobytes().hex()} for number in numbers]
+        _print_json({"epoch": found.epoch, "pages": pages})
+    elif hexdump or (output == "-" and sys.stdout.isatty()):
+        text = "\n".join(line for number in numbers for line in _hexdump(number, memory[number].tobytes())) + "\n"
+        _write_out(output, text.encode())
+    else:
+        _write_out(output, b"".join(memory[number].tobytes() for number in numbers))
+    walk.fail_if_corrupt()
+
+
+def _page_range(text: str, pages: int) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(0x[0-9a-fA-F]+|\d+)(?:-(0x[0-9a-fA-F]+|\d+))?\s*", part)
+        if not match:
+            raise typer.BadParameter(f"--pfn {part!r}: write 5, 0x10-0x1f, or several with commas")
+        first = int(match[1], 0)
+        last = int(match[2], 0) if match[2] else first
+        if not first <= last < pages:
+            raise typer.BadParameter(f"--pfn {part}: memory has the pages 0-{pages - 1:#x}")
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _hexdump(number: int, page: bytes) -> Iterator[str]:
+    repeated = False
+    for start in range(0, PAGE_SIZE, 16):
+        row = page[start : start + 16]
+        if start and row == page[start - 16 : start] and start < PAGE_SIZE - 16:
+            if not repeated:
+                yield "*"
+            repeated = True
+            continue
+        repeated = False
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        yield f"{number * PAGE_SIZE + start:012x}  {row[:8].hex(' ')}  {row[8:].hex(' ')}  |{text}|"
+
+
+def _write_out(output: str, data: bytes) -> None:
+    if output == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    with open(create_private(output), "wb") as file:
+        file.write(data)
+
+
+@app.command(short_help="Say which kernels run, and why.")
+def check(
+    require_native: Annotated[
+        bool, typer.Option("--require-native", help="Fail if the C extension is not there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which kernels run the codecs, why, which others there are, and what CPU features were seen.
+
+    REMUS_CKPT_KERNEL demands one of them. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
+    """
+    report = kernels.report()
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(Text(f"kernel: {report['kernel']} ({report['why']})"))
+        out.print(Text(f"available: {', '.join(report['available'])}"))
+        for name, reason in report["missing"].items():
+            out.print(Text(f"missing: {name}: {reason}"))
+        seen = [name for name, is_seen in report["features"].items() if is_seen]
+        out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not looked for'}"))
+    if report["kernel"] is None:
+        raise RemusError(report["why"])
+    if require_native and not report["built"]:
+        raise RemusError(report["not_built"])
+
+
+# The commands on live memory
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)?", text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r}: write 25ms, 2s or 5m")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+@app.command(short_help="Take checkpoints of live shared memory.")
+def record(
+    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
+    pid: Annotated[list[int], typer.Option(help="A process that writes to it; may be repeated.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
+    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
+    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
+    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    bounded: Annotated[
+        bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a stream that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take checkpoints of a process's shared memory until Ctrl-C, its death or the end of the duration.
+
+    Each pause stops every thread of every --pid, takes the dirty pages, and lets them run on; a guard process does that
+    if this one dies. What is protected is memory: not registers, files or sockets.
+
+    Example: remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms
+    """
+    interval_s = _seconds(interval)
+    duration_s = None if duration is None else _seconds(duration)
+    if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
+        raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
+    totals = Totals()
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        stop = StopSignal()
+        stack.callback(stop.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+        source = SharedFile(file, Processes(pid))
+        stack.callback(source.close)
+        if source.size % PAGE_SIZE:
+            _complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
+        writer = StreamWriter(output)
+        stack.callback(writer.close)
+        sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
+        loop = CheckpointLoop(
+            source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
+        )
+        show = None
+        if errors.is_terminal and not as_json:
+            show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
+        try:
+            for taken in loop.run():
+                totals.add(taken)
+                if show:
+                    show.update(Text(totals.line(taken)))
+        except (SourceError, OSError) as error:
+            failure = error
+    report = totals.report() | {"stream": output, "ended": "failed" if failure else loop.ended}
+    if as_json:
+        print(json.dumps(report, indent=1), file=sys.stderr if output == "-" else sys.stdout)
+    else:
+        errors.print(Text(f"{writer.name}: {totals.text()}; {report['ended']}"))
+    if failure is not None:
+        held = f"the stream ends with checkpoint {totals.last}" if totals.pauses else "no checkpoint is complete"
+        is_output = isinstance(failure, OSError)
+        reason = failure.strerror if isinstance(failure, OSError) else failure
+        raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
+
+
+@app.command(short_help="Record, kill, restore and continue a worker.")
+def demo(
+    seconds: Annotated[
+        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
+    ] = 3.0,
+    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
+    directory: Annotated[Path | None, typer.Option("--keep", help="Keep stream and image in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Record a real worker, kill it at a random instant, restore its last checkpoint, prove it, and go on from it."""
+    report = run_demo(
+        seconds=seconds,
+        interval_s=_seconds(interval),
+        directory=directory,
+        seed=seed,
+        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
+    )
+    if as_json:
+        _print_json(report)
+
+
+if __name__ == "__main__":
+    main()

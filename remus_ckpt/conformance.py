@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Runs somebody's decoder or encoder against the vectors (specs/conformance.md).
+
+    conform.py --decoder './my-decoder'                    each vector on its standard input
+    conform.py --encoder './my-encoder' --judge 'CMD'      pages on its standard input, its stream judged by a decoder
+
+This file needs nothing but Python 3.11: copy it, with the folder of vectors, into a project of your own.
+Exit codes: 0 all pass, 1 something falls short, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST_FORMAT = 1
+EXIT_CODES = {"malformed": 20, "limit": 20, "unknown-format": 21}
+
+
+@dataclass
+class Verdict:
+    """How one vector went."""
+
+    id: str
+    sections: list[str]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing fell short."""
+        return not self.problems
+
+
+def load_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a folder of vectors. Raises ValueError for a manifest of another format."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ValueError(f"{folder}: a manifest of format {manifest.get('format')}, not {MANIFEST_FORMAT}")
+    vectors: list[dict[str, Any]] = manifest["vectors"]
+    return vectors
+
+
+def load_vector(folder: Path, vector: dict[str, Any]) -> bytes:
+    """The bytes of a vector. Raises ValueError if they are not those of the manifest."""
+    data: bytes = (folder / vector["file"]).read_bytes()
+    if vector["file"].endswith(".xz"):
+        data = lzma.decompress(data)
+    if hashlib.sha256(data).hexdigest() != vector["sha256"]:
+        raise ValueError(f"{vector['file']} is not the file that the manifest describes")
+    return data
+
+
+def environment(vector: dict[str, Any]) -> dict[str, str]:
+    """What the command is told of the stream (specs/conformance.md §2)."""
+    told = dict(os.environ)
+    for name in ("word", "guest", "codec"):
+        value = vector["dialect"].get(name)
+        told.pop(f"REMUS_{name.upper()}", None)
+        if value is not None:
+            told[f"REMUS_{name.upper()}"] = str(value)
+    told["REMUS_STRICT"] = "1" if vector.get("strict") else "0"
+    return told
+
+
+def run(command: str, data: bytes, told: dict[str, str], timeout_s: float) -> tuple[int, bytes, str]:
+    """Exit code, standard output and standard error of a command; −1 for one that takes too long."""
+    try:
+        ran = subprocess.run(
+            shlex.split(command), input=data, capture_output=True, env=told, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return -1, b"", f"not done after {timeout_s:g} s"
+    return ran.returncode, ran.stdout, ran.stderr.decode(errors="replace")
+
+
+def judge_decoder(command: str, folder: Path, vector: dict[str, Any], timeout_s: float) -> Verdict:
+    """Feed a vector to a decoder and compare what it says."""
+    verdict = Verdict(vector["id"], vector["sections"])
+    code, output, complaint = run(command, load_vector(folder, vector), environment(vector), timeout_s)
+    compare(verdict, vector, code, output, complaint)
+    return verdict
+
+
+def compare(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, complaint: str) -> None:
+    """Compare a decoder's lines and exit code with what the manifest expects."""
+    said: list[dict[str, Any]] = []
+    for number, line in enumerate(output.splitlines()):
+        try:
+            said.append(json.loads(line))
+        except ValueError:
+            verdict.problems.append(f"line {number + 1} is not JSON: {line[:60]!r}")
+            return
+    fault = vector.get("error")
+    expected_code = EXIT_CODES[fault["kind"]] if fault else 0
+    if code != expected_code:
+        last = complaint.strip().splitlines()[-1:] or [""]
+        verdict.problems.append(f"exit code {code}, not {expected_code} {last[0]}".rstrip())
+    errors = [event for event in said if event.get("event") == "error"]
+    said = [event for event in said if event.get("event") != "error"]
+    for number, expected in enumerate(vector["events"]):
+        if number >= len(said):
+            verdict.problems.append(f"event {number} is missing: {expected}")
+            break
+        wrong = {
+            name: (said[number].get(name), value) for name, value in expected.items() if said[number].get(name) != value
+        }
+        if wrong:
+            differences = ", ".join(
+                f"{name} {_cut(got)} in place of {_cut(want)}" for name, (got, want) in wrong.items()
+            )
+            verdict.problems.append(f"event {number} ({expected['event']}): {differences}")
+            break
+    else:
+        if len(said) > len(vector["events"]):
+            verdict.problems.append(
+                f"event {len(vector['events'])} is one too many: {_cut(said[len(vector['events'])])}"
+            )
+    if fault:
+        stated = errors[-1] if errors else {}
+        if not errors:
+            verdict.problems.append("no error is said")
+        elif stated.get("offset") != fault["offset"]:
+            # Where exactly a fault is noticed differs between good implementations.
+            verdict.notes.append(f"error at byte {stated.get('offset')}, here at {fault['offset']}")
+    elif errors:
+        verdict.problems.append(f"an error is said: {_cut(errors[0])}")
+
+
+def _cut(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "…"
+
+
+def judge_encoder(command: str, judge: str, folder: Path, vector: dict[str, Any], timeout_s: float) -> Verdict:
+    """Give pages to an encoder, and what it writes to a decoder."""
+    verdict = Verdict(vector["id"], vector["sections"])
+    code, stream, complaint = run(command, load_vector(folder, vector), environment(vector), timeout_s)
+    if code:
+        verdict.problems.append(f"exit code {code} {complaint.strip()[-200:]}".rstrip())
+        return verdict
+    strict = environment(vector) | {"REMUS_STRICT": "1"}
+    compare(verdict, vector, *run(judge, stream, strict, timeout_s))
+    return verdict
+
+
+def report(verdicts: list[Verdict]) -> str:
+    """A table by section, and what fell short."""
+    sections: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        for section in verdict.sections:
+            sections.setdefault(section, []).append(verdict)
+    lines = [f"{'section':<22}{'vectors':>8}{'passed':>8}"]
+    for section, of_it in sorted(sections.items(), key=lambda item: _order(item[0])):
+        passed = sum(verdict.passed for verdict in of_it)
+        lines.append(f"{section:<22}{len(of_it):>8}{passed:>8}{'' if passed == len(of_it) else '  short'}")
+    for verdict in verdicts:
+        lines += [f"{verdict.id}: {problem}" for problem in verdict.problems]
+    passed = sum(verdict.passed for verdict in verdicts)
+    lines.append(f"{passed} of {len(verdicts)} vectors pass")
+    return "\n".join(lines)
+
+
+def _order(section: str) -> tuple[str, list[int]]:
+    name, _, number = section.partition(" §")
+    return name, [int(part) for part in number.split(".") if part.isdigit()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; returns the exit code."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", metavar="CMD", help="a decoder: a stream in, one line of JSON for each event out")
+    parser.add_argument("--encoder", metavar="CMD", help="an encoder: pages as JSON in, a stream out")
+    parser.add_argument("--judge", metavar="CMD", default="remus-ckpt events -", help="what reads an encoder's streams")
+    parser.add_argument("--vectors", type=Path, default=here.parent / "specs" / "vectors", help="their folder")
+    parser.add_argument("--only", metavar="ID", action="append", help="just this vector; may be repeated")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="for one vector (default: 60)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    if not (options.decoder or options.encoder):
+        parser.error("name a --decoder or an --encoder")
+    try:
+        manifest = load_manifest(options.vectors)
+        vectors = [vector for vector in manifest if not options.only or vector["id"] in options.only]
+        if not vectors:
+            parser.error(f"no vector {', '.join(options.only)}")
+        verdicts = []
+        for number, vector in enumerate(vectors):
+            if sys.stderr.isatty():
+                print(f"\r{number + 1}/{len(vectors)} {vector['id']:<50}", end="", file=sys.stderr)
+            if vector["kind"] == "decode" and options.decoder:
+                verdicts.append(judge_decoder(options.decoder, options.vectors, vector, options.timeout))
+            elif vector["kind"] == "encode" and options.encoder:
+                verdicts.append(judge_encoder(options.encoder, options.judge, options.vectors, vector, options.timeout))
+    except (OSError, ValueError) as error:
+        print(f"conform: {error}", file=sys.stderr)
+        return 2
+    if sys.stderr.isatty():
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    if options.json:
+        print(json.dumps([vars(verdict) | {"passed": verdict.passed} for verdict in verdicts], indent=1))
+    else:
+        print(report(verdicts))
+    return 0 if verdicts and all(verdict.passed for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Streams on disk: opened as they are, compressed or not, and read into a restorer."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import lz4.frame
+
+from remus_ckpt.errors import Malformed, RemusError, UnknownFormat
+from remus_ckpt.limits import Limits
+from remus_ckpt.pages import Buffer
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.wire import events
+from remus_ckpt.wire.dialect import DETECT_BYTES, Dialect, detect_header
+from remus_ckpt.wire.reader import NEED_DATA
+
+_MAX_VECTORS = 1024
+_BUFFER_BYTES = 1 << 16
+
+
+def _open_zstd(file: BinaryIO) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise RemusError("this is zstd data: to read it, pip install 'remus_ckpt[zstd]'") from None
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+
+
+_OPENERS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
+    "xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
+    "gzip": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    "lz4": (b"\x04\x22\x4d\x18", lz4.frame.LZ4FrameFile),
+    "zstd": (b"\x28\xb5\x2f\xfd", _open_zstd),
+}
+"""Name → the bytes that such a file begins with, and what opens it."""
+
+
+def _is_header(front: bytes) -> bool:
+    """Whether a stream may begin so: gzip's magic is also the size of a memory."""
+    try:
+        detect_header(Dialect(), front, 0)
+    except UnknownFormat:
+        return False
+    return True
+
+
+class _Rejoined(io.RawIOBase):
+    """A pipe whose first bytes have been read already."""
+
+    def __init__(self, front: bytes, rest: io.FileIO) -> None:
+        self._front = front
+        self._rest = rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not self._front:
+            return self._rest.readinto(buffer)
+        size = min(len(buffer), len(self._front))
+        buffer[:size] = self._front[:size]
+        self._front = self._front[size:]
+        return size
+
+
+class StreamFile:
+    """A stream from a file or from standard input ("-"), decompressed on the way where it is xz, gzip, lz4 or zstd.
+
+    size: bytes of the file as it lies there, None where that is not known
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = "standard input" if str(path) == "-" else str(path)
+        raw = io.FileIO(sys.stdin.fileno(), closefd=False) if str(path) == "-" else io.FileIO(str(path))
+        # Of a pipe, a read may give less than was asked for.
+        front = b""
+        while len(front) < DETECT_BYTES and (more := raw.read(DETECT_BYTES - len(front))):
+            front += more
+        self.size = os.fstat(raw.fileno()).st_size if raw.seekable() else None
+        source: io.RawIOBase = raw
+        if raw.seekable():
+            raw.seek(-len(front), os.SEEK_CUR)
+        else:
+            source = _Rejoined(front, raw)
+        self._file = io.BufferedReader(source, _BUFFER_BYTES)
+        self.compression: str | None = None
+        self.is_cut = False
+        """The compressed data ended too early; what came before the cut was read."""
+        self._offset = 0
+        self._data: Any = self._file
+        for name, (magic, opener) in _OPENERS.items():
+            if front.startswith(magic) and not _is_header(front):
+                self.compression = name
+                self._data = opener(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._data.close()
+        self._file.close()
+
+    def position(self) -> int:
+        """How far into the file as it lies there the reading has come, in bytes; 0 where that is not known."""
+        return self._file.tell() if self.size is not None else 0
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read what is there, at least a byte; 0 at the end."""
+        try:
+            size = self._file.readinto1(buffer) if self.compression is None else self._data.readinto(buffer)
+        except EOFError:
+            self.is_cut = True
+            return 0
+        except OSError as error:
+            if not isinstance(error, gzip.BadGzipFile):
+                raise
+            raise self._corrupt(error) from error
+        except (lzma.LZMAError, zlib.error, RuntimeError) as error:
+            raise self._corrupt(error) from error
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":  # its module is not always there to be named
+                raise
+            raise self._corrupt(error) from error
+        self._offset += size
+        return int(size)
+
+    def _corrupt(self, error: Exception) -> Malformed:
+        return Malformed(f"the {self.compression} data are corrupt ({error})", offset=self._offset)
+
+
+def read_events(file: StreamFile, restorer: Restorer) -> Iterator[events.Event]:
+    """Every event of a stream, from its header to EndOfStream; after a tail, `restorer.staged` is to be committed."""
+    while True:
+        event = restorer.next_event()
+        if event is not NEED_DATA:
+            yield event
+            if isinstance(event, events.EndOfStream):
+                return
+        elif size := file.readinto(restorer.get_buffer()):
+            restorer.buffer_updated(size)
+        else:
+            restorer.feed_eof()
+
+
+def read_checkpoints(
+    path: str | Path, *, dialect: Dialect | None = None, limits: Limits | None = None, strict: bool = False
+) -> Iterator[Checkpoint]:
+    """Restore a stream, checkpoint by checkpoint.
+
+    path: a file, or "-" for standard input; xz, gzip, lz4 and zstd are read as they are
+    Each checkpoint's `memory` is what it left, until the next one is asked for.
+    A stream that is cut ends with its last complete checkpoint.
+    Raises Malformed or UnknownFormat behind the last good one, OSError where the file cannot be read.
+    """
+    restorer = Restorer(dialect, limits=limits, strict=strict)
+    with StreamFile(path) as file:
+        for _ in read_events(file, restorer):
+            if restorer.staged is not None:
+                yield restorer.commit()
+
+
+def create_private(path: str | Path) -> int:
+    """Create a file that holds memory, or empty the one that is there: a descriptor, mode 0600."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    if os.path.isfile(path):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+class StreamWriter:
+    """A stream on its way to a file of mode 0600, or to standard output ("-").
+
+    A checkpoint that could not be written whole is cut off again, so that the file ends where a checkpoint does.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = "standard output" if str(path) == "-" else str(path)
+        self._is_file = False
+        if str(path) == "-":
+            self._fd = os.dup(sys.stdout.fileno())
+        else:
+            self._fd = create_private(path)
+            self._is_file = os.path.isfile(path)
+        self.written = 0
+        self.committed = 0
+        """Bytes up to the end of the last whole checkpoint."""
+
+    def write(self, buffers: list[Buffer]) -> None:
+        """Write all of the buffers."""
+        left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        while left:
+            size = os.writev(self._fd, left[:_MAX_VECTORS])
+            self.written += size
+            while left and size >= len(left[0]):
+                size -= len(left.pop(0))
+            if size:
+                left[0] = left[0][size:]
+
+    def commit(self) -> None:
+        """What is written is a whole checkpoint."""
+        self.committed = self.written
+
+    def close(self) -> None:
+        """Cut off what is no whole checkpoint, and close."""
+        try:
+            if self._is_file:
+                if self.written != self.committed:
+                    os.ftruncate(self._fd, self.committed)
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)

@@ -1,0 +1,32 @@
+"""What a stream may claim before memory is taken for it (specs/stream.md §1.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Named ceilings, in bytes unless the name says otherwise. `LimitExceeded.limit` names the one that was met."""
+
+    memory_bytes: int = 64 * GIB
+    """p2m_size × 4,096: the address space taken for memory. Pages that never arrive take no memory."""
+    checkpoint_bytes: int = 16 * GIB
+    """Pages and compressed data staged for one checkpoint after the first."""
+    checkpoint_entries: int = 1 << 26
+    """PFN entries with data in one checkpoint."""
+    compressed_chunk_bytes: int = 64 * MIB
+    """One COMPRESSED_DATA chunk: a page buffer of full pages is 33.6 MiB at most."""
+    vcpus: int = 4096
+    extended_info_bytes: int = 1 * MIB
+    xsave_bytes: int = 64 * KIB
+    """The extended state of one virtual CPU."""
+    toolstack_bytes: int = 16 * MIB
+    hvm_context_bytes: int = 64 * MIB
+    device_state_bytes: int = 256 * MIB
+    tmem_bytes: int = 64 * MIB
+    """One TMEM chunk, its pages included."""
+    file_header_bytes: int = 16 * MIB
+    """The configuration in front of the stream."""

@@ -1,0 +1,105 @@
+"""Memory as an array: fresh, from an image file, to an image file, and what differs between two."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+
+_CHUNK_PAGES = 4096
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def zeros(pages: int) -> Pages:
+    """Fresh memory, uint8[pages, 4096]: a page takes memory when it is first written."""
+    area = mmap.mmap(-1, pages * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return np.frombuffer(area, dtype=np.uint8).reshape(pages, PAGE_SIZE)
+
+
+def load_image(path: str | Path, pages: int | None = None) -> Pages:
+    """An image file as pages that are not to be written.
+
+    pages: how many; by default as many as the file needs. What the file does not fill is zeros.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if pages is None:
+            pages = pages_for(size)
+        if size and size == pages * PAGE_SIZE:
+            area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            return np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+        memory = zeros(pages) if pages else np.empty((0, PAGE_SIZE), dtype=np.uint8)
+        file.readinto(memory.reshape(-1)[:size])
+        return memory
+
+
+def save_image(memory: Pages, path: str | Path) -> None:
+    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole."""
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        # A device or a pipe is written to, not replaced.
+        with open(target, "wb") as device:
+            for _, chunk in _chunks(memory):
+                device.write(chunk.reshape(-1).data)
+        return
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            file.truncate(memory.nbytes)
+            for start, chunk in _chunks(memory):
+                used = chunk.view(np.uint64).any(axis=1)
+                edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
+                for first, stop in edges.reshape(-1, 2).tolist():
+                    file.seek((start + first) * PAGE_SIZE)
+                    left = memoryview(chunk[first:stop].reshape(-1))
+                    while left:
+                        left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def memory_sha256(memory: Pages) -> str:
+    """SHA-256 of all pages in order, in hex."""
+    digest = hashlib.sha256()
+    for _, chunk in _chunks(memory):
+        digest.update(chunk.reshape(-1).data)
+    return digest.hexdigest()
+
+
+def differing_ranges(numbers: NDArray[np.int64], before: Pages, after: Pages) -> Iterator[tuple[int, int]]:
+    """The byte ranges (first, stop) in which pages differ, ascending.
+
+    numbers: int64[n], ascending: which pages of memory these are
+    before, after: uint8[n, 4096]
+    Ranges that meet at a page's border are one.
+    """
+    last = None
+    for start in range(0, len(numbers), _CHUNK_PAGES):
+        differ = before[start : start + _CHUNK_PAGES] != after[start : start + _CHUNK_PAGES]
+        for number, flags in zip(numbers[start : start + _CHUNK_PAGES].tolist(), differ, strict=True):
+            edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)) + number * PAGE_SIZE
+            for first, stop in edges.reshape(-1, 2).tolist():
+                if last is not None and first == last[1]:
+                    last = (last[0], stop)
+                    continue
+                if last is not None:
+                    yield last
+                last = (first, stop)
+    if last is not None:
+        yield last
+
+
+def _chunks(memory: Pages) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    for start in range(0, len(memory), _CHUNK_PAGES):
+        yield start, memory[start : start + _CHUNK_PAGES]

@@ -1,0 +1,314 @@
+"""A stream to memory: checkpoints are staged, checked, and put in force when they are whole (specs/stream.md §8).
+
+No I/O, no clock. Whatever the bytes do, memory stays at the last checkpoint that was put in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec import get_codec
+from remus_ckpt.errors import LimitExceeded, Malformed
+from remus_ckpt.limits import Limits
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
+from remus_ckpt.wire import events
+from remus_ckpt.wire.dialect import Dialect
+from remus_ckpt.wire.reader import NEED_DATA, Reader
+from remus_ckpt.wire.record import CheckpointRecord
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """One checkpoint of a stream.
+
+    epoch: its number, as its record says, or counted from 0
+    start, end: its bytes in the stream
+    batches, entries, pages: batches, PFN entries, and entries with data
+    compressed_chunks, compressed_bytes: COMPRESSED_DATA chunks, and the sum of their payloads
+    memory: uint8[p2m_size, 4096], the memory that it is for: as it left it, until the next one is put in force
+    """
+
+    epoch: int
+    start: int
+    memory: Pages
+    end: int = 0
+    batches: int = 0
+    entries: int = 0
+    page_count: int = 0
+    compressed_chunks: int = 0
+    compressed_bytes: int = 0
+    parameters: dict[str, int] = field(default_factory=dict)
+    """HVM parameters, by the name of their chunk."""
+    vcpus: events.VcpuInfo | None = None
+    tsc: events.TscInfo | None = None
+    toolstack: bytes | None = None
+    tail: events.Tail | None = None
+    record: CheckpointRecord | None = None
+    """What a stream of ours says of it."""
+    pfn_lists: list[NDArray[np.int64]] = field(default_factory=list, repr=False)
+
+    @property
+    def pfns(self) -> NDArray[np.int64]:
+        """int64[n]: the pages that it carried, ascending, each once."""
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self.pfn_lists]))
+
+    @property
+    def pages(self) -> Pages:
+        """uint8[n, 4096]: a copy of those pages."""
+        return self.memory[self.pfns]
+
+    @property
+    def device_state(self) -> bytes:
+        """What came with it in the device model's place: the user's bytes in a stream of ours, else QEMU's."""
+        if self.record is not None:
+            return self.record.device_state
+        return self.tail.device_state if isinstance(self.tail, events.TailHvm) else b""
+
+
+class Restorer:
+    """One stream into one memory.
+
+    dialect: what is known of the stream; the rest is detected
+    limits: what the stream may claim
+    strict: refuse what is otherwise accepted under a name in specs/permissive.md
+
+    Bytes come in by `get_buffer` and `buffer_updated`, or by `feed`, and `feed_eof` ends them. `next_checkpoint` gives
+    a checkpoint that is whole and checked; `commit` puts it in force.
+    """
+
+    def __init__(self, dialect: Dialect | None = None, *, limits: Limits | None = None, strict: bool = False) -> None:
+        self.reader = Reader(dialect, limits=limits, strict=strict)
+        self.get_buffer = self.reader.get_buffer
+        self.buffer_updated = self.reader.buffer_updated
+        self.feed_eof = self.reader.feed_eof
+        self.memory: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+        """uint8[p2m_size, 4096] once the header has come. It holds a checkpoint when `in_force` names one."""
+        self.in_force: Checkpoint | None = None
+        """The checkpoint that memory holds."""
+        self.staged: Checkpoint | None = None
+        """A checkpoint that is whole and checked, and waits for `commit`."""
+        self.end: events.EndOfStream | None = None
+        self._coming: Checkpoint | None = None
+        self._raw: list[tuple[NDArray[np.int64], Pages]] = []
+        self._compressed: list[events.CompressedData] = []
+        self._payload: memoryview = memoryview(b"")
+        self._index: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._announced: list[int] = []  # pages announced before each compressed chunk
+        self._staged_bytes = 0
+        self._format_b = False  # the checkpoint that is coming has its pages in COMPRESSED_DATA
+        self._verify_only = False
+
+    @property
+    def dialect(self) -> Dialect:
+        """Of the stream: as given, with what has been detected so far."""
+        return self.reader.dialect
+
+    def feed(self, data: Buffer) -> None:
+        """Bytes of the stream; they are kept, not copied."""
+        self.reader.feed(data)
+
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """Put in force what the bytes so far hold, one checkpoint after the other.
+
+        Raises Malformed or UnknownFormat behind the last good one; memory stays at that.
+        """
+        while (checkpoint := self.next_checkpoint()) is not None:
+            self.commit()
+            yield checkpoint
+
+    def next_checkpoint(self) -> Checkpoint | None:
+        """The next checkpoint, whole and checked but not in force; None where the bytes so far hold none."""
+        while self.staged is None:
+            event = self.next_event()
+            if event is NEED_DATA or isinstance(event, events.EndOfStream):
+                return None
+        return self.staged
+
+    def next_event(self) -> events.Event | None:
+        """The next event of the stream, taken in: after a tail, `staged` is what it closed.
+
+        Raises Malformed or UnknownFormat; what is in force stays.
+        """
+        if self.staged is not None:
+            raise ValueError("a checkpoint is staged: commit it first")
+        event = self.reader.next_event()
+        match event:
+            case events.Header():
+                self.memory = zeros(event.p2m_size)
+                self._coming = Checkpoint(epoch=0, start=0, memory=self.memory)
+            case events.Batch():
+                self._take_batch(event)
+            case events.CompressedData():
+                self._take_compressed(event)
+            case events.HvmParam():
+                self._now.parameters[event.id.name] = event.value
+            case events.VcpuInfo():
+                self._now.vcpus = event
+            case events.TscInfo():
+                self._now.tsc = event
+            case events.Toolstack():
+                self._now.toolstack = event.data
+            case events.EnableVerifyMode():
+                self._verify_only = True
+            case events.Tail():
+                self._stage(event)
+            case events.EndOfStream():
+                self.end = event
+        return event
+
+    def commit(self) -> Checkpoint:
+        """Put the staged checkpoint in force. It has been checked, so this does not fail."""
+        if self.staged is None:
+            raise ValueError("no checkpoint is staged")
+        checkpoint = self.staged
+        if not self._verify_only:
+            for pfns, data in self._raw:
+                self.memory[pfns] = data
+            if len(self._index):
+                get_codec(self._codec).apply(self._payload, self.memory, index=self._index)
+        self._forget()
+        self.staged = None
+        self.in_force = checkpoint
+        self._coming = Checkpoint(epoch=checkpoint.epoch + 1, start=checkpoint.end, memory=self.memory)
+        return checkpoint
+
+    @property
+    def _now(self) -> Checkpoint:
+        assert self._coming is not None  # the reader gives nothing before a header
+        return self._coming
+
+    @property
+    def _codec(self) -> str:
+        return self.dialect.codec or "rle"
+
+    def _forget(self) -> None:
+        self._raw.clear()
+        self._compressed.clear()
+        self._announced.clear()
+        self._payload = memoryview(b"")
+        self._index = np.empty(0, dtype=np.int64)
+        self._staged_bytes = 0
+        self._format_b = False
+
+    def _take_batch(self, event: events.Batch) -> None:
+        coming = self._now
+        with_data = HAS_DATA[event.types]
+        pfns = event.pfns[with_data].astype(np.int64)
+        coming.batches += 1
+        coming.entries += len(event.pfns)
+        coming.page_count += len(pfns)
+        self._limit(coming.page_count, "checkpoint_entries", event)
+        if len(pfns):
+            coming.pfn_lists.append(pfns)
+        if event.data is None:
+            self._format_b = True
+            return
+        if self.in_force is None:
+            # The first checkpoint follows nothing that would have to be kept, so its pages need no second copy.
+            if not self._verify_only:
+                self.memory[pfns] = event.data
+            return
+        self._staged_bytes += event.data.nbytes
+        self._limit(self._staged_bytes, "checkpoint_bytes", event)
+        self._raw.append((pfns, event.data))
+
+    def _take_compressed(self, event: events.CompressedData) -> None:
+        coming = self._now
+        self._format_b = True
+        coming.compressed_chunks += 1
+        coming.compressed_bytes += len(event.data)
+        self._staged_bytes += len(event.data)
+        self._limit(self._staged_bytes, "checkpoint_bytes", event)
+        if len(event.data):
+            self._compressed.append(event)
+            self._announced.append(coming.page_count)
+
+    def _limit(self, value: int, limit: str, event: events.Event) -> None:
+        ceiling = getattr(self.reader.limits, limit)
+        if value > ceiling:
+            raise self._fail(
+                LimitExceeded(
+                    f"this checkpoint comes to {value}, over the limit {limit} of {ceiling}",
+                    limit=limit,
+                    offset=event.offset,
+                    section="stream.md §1.4",
+                )
+            )
+
+    def _stage(self, tail: events.Tail) -> None:
+        coming = self._now
+        coming.tail, coming.end = tail, tail.end
+        if isinstance(tail, events.TailHvm) and tail.record is not None:
+            coming.record = tail.record
+            coming.epoch = tail.record.epoch
+        if self._format_b:
+            self._check_compressed(tail)
+        self.staged = coming
+
+    def _check_compressed(self, tail: events.Tail) -> None:
+        """Check every encoded page of the checkpoint, so that applying them cannot fail."""
+        codec = get_codec(self._codec)
+        parts = [event.data for event in self._compressed]
+        joined = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.uint8), *parts])
+        self._payload = memoryview(joined)
+        self._index = np.concatenate([np.empty(0, dtype=np.int64), *self._now.pfn_lists])
+        try:
+            consumed = codec.check(joined, len(self._index))
+        except Malformed as error:
+            raise self._fail(
+                Malformed(
+                    error.message,
+                    offset=self._place(error.offset or 0, tail),
+                    section=error.section,
+                    chunk="COMPRESSED_DATA",
+                )
+            ) from None
+        try:
+            if consumed < len(joined):
+                where = self._place(consumed, tail)
+                self.reader.deviate("surplus-compressed-bytes", where, "stream.md §6.2", "COMPRESSED_DATA")
+            if self.reader.strict:
+                self._check_borders(joined, tail)
+        except Malformed as error:
+            raise self._fail(error) from None
+
+    def _check_borders(self, joined: NDArray[np.uint8], tail: events.Tail) -> None:
+        """What the reader does not need, but a sender keeps to: whole pages in a chunk, announced before it."""
+        codec = get_codec(self._codec)
+        at = pages = 0
+        for event, announced in zip(self._compressed, self._announced, strict=True):
+            border = at + len(event.data)
+            # The chunk holds as many pages as end within it: the number is found by halving.
+            low, high = 0, min(len(self._index) - pages, len(event.data))
+            while low < high:
+                middle = (low + high + 1) // 2
+                if codec.check(joined[at:], middle) <= len(event.data):
+                    low = middle
+                else:
+                    high = middle - 1
+            if codec.check(joined[at:], low) < len(event.data):
+                self.reader.deviate("split-page", event.offset, "stream.md §6.2", "COMPRESSED_DATA")
+            pages += low
+            if pages > announced:
+                self.reader.deviate("compressed-before-batch", event.offset, "stream.md §6.4", "COMPRESSED_DATA")
+            at = border
+
+    def _place(self, offset: int, tail: events.Tail) -> int:
+        """Where in the stream a byte of the joined payloads stands."""
+        head = 4 + (self.dialect.word or 8)
+        for event in self._compressed:
+            if offset < len(event.data):
+                return event.offset + head + offset
+            offset -= len(event.data)
+        last = self._compressed[-1] if self._compressed else None
+        return last.offset + head + len(last.data) if last else tail.offset
+
+    def _fail(self, error: Malformed) -> Malformed:
+        """The stream cannot go on: the reader will say the same again."""
+        self._forget()
+        return self.reader.fail(error)

@@ -1,0 +1,239 @@
+"""Page batches to a stream: the page buffer, the reference and the codec (specs/stream.md §6, §9).
+
+No I/O, no clock: `Sender.checkpoint` yields buffers, and the caller writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec import get_codec
+from remus_ckpt.codec.reference import Reference, Shadow
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, Buffer, PageBatch, Pages
+from remus_ckpt.wire import events
+from remus_ckpt.wire.chunks import MAX_P2M_SIZE, Signature
+from remus_ckpt.wire.dialect import StreamCodec, Word
+from remus_ckpt.wire.record import CheckpointRecord, Position
+from remus_ckpt.wire.writer import Writer
+
+PAGE_BUFFER_PAGES: dict[str, int] = {"delta": 8196, "rle": 8192}
+"""How many pages are compressed at a time: as the June-2011 thread says, and as Xen shipped it."""
+
+MAX_BUFFER_PAGES = 16_000
+"""A chunk of so many full pages still meets the limit that a reader has by default, `compressed_chunk_bytes`."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """What a checkpoint came to on the wire."""
+
+    epoch: int
+    batches: int = 0
+    entries: int = 0
+    pages: int = 0
+    compressed_chunks: int = 0
+    compressed_bytes: int = 0
+    """Payloads of COMPRESSED_DATA."""
+    stream_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _PageBuffer:
+    """Pages that wait to be compressed."""
+
+    capacity: int
+    count: int = 0
+    pieces: list[tuple[NDArray[np.int64], NDArray[np.bool_], Pages]] = field(default_factory=list)
+    """(PFNs, which of them are page tables, pages)"""
+
+
+class Sender:
+    """Writes checkpoints of one memory as a save stream of our own: HVM, with an empty context.
+
+    p2m_size: pages of memory
+    codec: "delta" or "rle"
+    word: bytes of the toolstack's unsigned long in the stream, 8 or 4
+    buffer_pages: pages in the page buffer; by default 8,196, and 8,192 for `rle`
+    reference: what deltas are taken against; by default a full `Shadow` of its own
+    position: the position that the first checkpoint follows, None at the beginning of all
+    """
+
+    def __init__(
+        self,
+        p2m_size: int,
+        *,
+        codec: StreamCodec = "delta",
+        word: Word = 8,
+        buffer_pages: int | None = None,
+        reference: Reference | None = None,
+        position: Position | None = None,
+    ) -> None:
+        if not 0 < p2m_size <= MAX_P2M_SIZE:
+            raise ValueError(f"memory of {p2m_size} pages; a stream holds 1…{MAX_P2M_SIZE}")
+        if codec not in PAGE_BUFFER_PAGES:
+            raise ValueError(f"a stream holds {' or '.join(PAGE_BUFFER_PAGES)} pages, not {codec!r}")
+        if buffer_pages is not None and not 1 <= buffer_pages <= MAX_BUFFER_PAGES:
+            raise ValueError(f"a page buffer of {buffer_pages} pages; it has 1…{MAX_BUFFER_PAGES}")
+        self.p2m_size = p2m_size
+        self.position = position
+        """That of the last checkpoint, None before the first."""
+        self.sent: Sent | None = None
+        """What the last checkpoint came to."""
+        self._codec_name = codec
+        self._codec = get_codec(codec)
+        self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
+        self._reference: Reference = reference or Shadow(zeros(p2m_size))
+        self._writer = Writer(word)
+        self._started = False
+        self._broken = False
+
+    def checkpoint(
+        self,
+        scan: Iterable[PageBatch],
+        *,
+        device_state: bytes = b"",
+        time_ns: int | None = None,
+        position: Position | None = None,
+    ) -> Iterator[list[Buffer]]:
+        """The buffers of one checkpoint, in groups for vectored sends; to be taken to the end.
+
+        scan: the dirty pages in batches, in the order in which they are to travel. It is drawn from as buffers are
+            taken: a list holds the whole capture, and a generator that captures as it goes needs memory for one page
+            buffer only, and is held up while that is encoded and written.
+        device_state: the user's bytes, which come back with the checkpoint
+        time_ns: when it was taken, in nanoseconds since 1970
+        position: the position that this state has already, for one who encodes it anew; by default it is made
+
+        Raises ValueError for pages that do not fit. A checkpoint that is not taken to the end leaves the receiver
+        with half of it: the sender refuses to go on, and a new stream begins with a new sender.
+        """
+        if self._broken:
+            raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
+        epoch = 0 if self.position is None else self.position.epoch + 1
+        if position is not None:
+            if self.position is not None and position.epoch != epoch:
+                raise ValueError(f"position {position} behind {self.position}")
+            epoch = position.epoch
+        self._broken = True
+        sent = Sent(epoch)
+        begin = self._writer.offset
+        is_first = not self._started
+        if is_first:
+            self._started = True
+            yield self._writer.write(events.Header(word=self._writer.word, guest="hvm", p2m_size=self.p2m_size))
+        if self._writer.compressing:
+            yield from self._compressed_body(scan, sent)
+        else:
+            yield from self._raw_body(scan, sent)
+        closing: list[Buffer] = []
+        if is_first:
+            closing += self._writer.write(events.EnableCompression())
+        closing += self._writer.write(events.EndOfBody())
+        after = position or Position.after(self.position, self._writer.digest(), device_state)
+        record = CheckpointRecord(
+            epoch=epoch,
+            time_ns=time_ns,
+            codec=self._codec_name,
+            before=self.position,
+            after=after,
+            device_state=device_state,
+        )
+        closing += self._writer.write(
+            events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)
+        )
+        sent.stream_bytes = self._writer.offset - begin
+        self.sent = sent
+        self.position = after
+        self._broken = False
+        yield closing
+
+    def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
+        seen = np.zeros(self.p2m_size, dtype=bool)
+        for full_batch in scan:
+            self._validate(full_batch)
+            batch = _without_blank(full_batch, seen)
+            if not len(batch.pfns):
+                continue
+            pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
+            seen[pfns] = True
+            self._reference.sent_raw(pfns, batch.data)
+            self._count(sent, len(batch.pfns), len(batch.data))
+            yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
+
+    def _compressed_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
+        waiting = _PageBuffer(self._buffer_pages)
+        for batch in scan:
+            self._validate(batch)
+            with_data = HAS_DATA[batch.types]
+            places = np.flatnonzero(with_data)
+            first = page = 0
+            while first < len(batch.pfns):
+                # A batch that would overfill the buffer is cut before the first page that has no room (§6.3).
+                room = waiting.capacity - waiting.count
+                stop = int(places[page + room]) if len(places) - page > room else len(batch.pfns)
+                part = with_data[first:stop]
+                data = batch.data[page : page + int(np.count_nonzero(part))]
+                pfns, types = batch.pfns[first:stop], batch.types[first:stop]
+                self._wait(waiting, pfns[part].astype(np.int64), IS_PAGE_TABLE[types[part]], data)
+                self._count(sent, stop - first, len(data))
+                yield self._writer.write(events.Batch(pfns=pfns, types=types, data=None))
+                first, page = stop, page + len(data)
+                if waiting.count == waiting.capacity:
+                    yield self._compress(waiting, sent)
+        if waiting.count:
+            yield self._compress(waiting, sent)
+
+    def _wait(self, waiting: _PageBuffer, pfns: NDArray[np.int64], tables: NDArray[np.bool_], data: Pages) -> None:
+        # Page tables leave the reference when they are added, before any page of this buffer is looked up: as in Xen.
+        self._reference.invalidate(pfns[tables])
+        waiting.pieces.append((pfns, tables, data))
+        waiting.count += len(data)
+
+    def _compress(self, waiting: _PageBuffer, sent: Sent) -> list[Buffer]:
+        out = np.empty(waiting.count * self._codec.max_page_bytes, dtype=np.uint8)
+        size = 0
+        for numbers, tables, data in waiting.pieces:
+            slots, full = self._reference.choose(numbers, tables)
+            size += len(
+                self._codec.encode(data, self._reference.pages, reference_index=slots, full=full, out=out[size:])
+            )
+        waiting.count = 0
+        waiting.pieces.clear()
+        sent.compressed_chunks += 1
+        sent.compressed_bytes += size
+        return self._writer.write(events.CompressedData(data=out[:size]))
+
+    def _validate(self, batch: PageBatch) -> None:
+        if (batch.types > 0xF).any() or not KNOWN_TYPE[batch.types].all():
+            raise ValueError(f"page types {sorted(set(batch.types.tolist()))}: 5 to 7 and those above 15 mean nothing")
+        pfns = batch.pfns[HAS_DATA[batch.types]]
+        if len(pfns) and int(pfns.max()) >= self.p2m_size:
+            raise ValueError(f"PFN {pfns.max():#x} in a memory of {self.p2m_size:#x} pages")
+
+    @staticmethod
+    def _count(sent: Sent, entries: int, pages: int) -> None:
+        sent.batches += 1
+        sent.entries += entries
+        sent.pages += pages
+
+
+def _without_blank(batch: PageBatch, seen: NDArray[np.bool_]) -> PageBatch:
+    """A batch of the first checkpoint without its zero pages: memory starts as zeros (specs/stream.md §9.1).
+
+    seen: bool[p2m_size], the pages sent before in this checkpoint, which must be sent again if they are zeros now
+    """
+    with_data = HAS_DATA[batch.types]
+    pfns = batch.pfns[with_data].astype(np.int64)
+    keep = batch.data.view(np.uint64).any(axis=1) | seen[pfns]
+    # A page that stands twice in this batch: the later may blank the earlier.
+    keep |= np.isin(pfns, pfns[keep])
+    if keep.all():
+        return batch
+    entries = ~with_data
+    entries[with_data] = keep
+    return PageBatch(batch.pfns[entries], batch.types[entries], batch.data[keep])

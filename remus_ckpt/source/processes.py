@@ -1,0 +1,155 @@
+"""Stopping processes and letting them run on, with a guard for the case that we die in between."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from remus_ckpt.errors import SourceError
+
+_GUARD = Path(__file__).with_name("guard.py")
+_POLL_S = 50e-6
+_STOPPED = frozenset("TtZXx")
+"""States of a thread that does not run: stopped, traced, dead."""
+
+
+class Processes:
+    """Some processes that are stopped and continued together.
+
+    pids: of processes that we may send signals to
+    stop_timeout_s: how long a thread may take to stop (one in an uninterruptible wait does not)
+    Raises SourceError if one of them does not exist or is not ours.
+    """
+
+    def __init__(self, pids: list[int], *, stop_timeout_s: float = 10.0) -> None:
+        self._stop_timeout_s = stop_timeout_s
+        self._pidfds: dict[int, int] = {}
+        self._pipe = -1
+        self._guard: subprocess.Popen[bytes] | None = None
+        try:
+            for pid in dict.fromkeys(pids):
+                self._open(pid)
+            self._start_guard()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, pid: int) -> None:
+        if pid == os.getpid():
+            raise SourceError(f"process {pid} is this one: it cannot stop itself")
+        try:
+            pidfd = os.pidfd_open(pid)
+            self._pidfds[pid] = pidfd
+            signal.pidfd_send_signal(pidfd, 0)
+        except ProcessLookupError:
+            raise SourceError(f"there is no process {pid}") from None
+        except PermissionError:
+            raise SourceError(f"process {pid} may not be stopped: run as its user or as root") from None
+        except OSError as error:
+            raise SourceError(f"process {pid}: {error.strerror} (a thread's number is not a process's)") from None
+
+    def _start_guard(self) -> None:
+        reading, self._pipe = os.pipe2(os.O_CLOEXEC)
+        fds = [reading, *self._pidfds.values()]
+        try:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_GUARD), *map(str, fds)],
+                pass_fds=fds,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        finally:
+            os.close(reading)
+
+    def close(self) -> None:
+        """Let go of the processes, which run on."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        if self._guard is not None:
+            self._guard.wait()
+            self._guard = None
+        for pidfd in self._pidfds.values():
+            os.close(pidfd)
+        self._pidfds.clear()
+
+    def death_fds(self) -> list[int]:
+        """A descriptor for each process that lives; it becomes readable when that one dies."""
+        return list(self._living().values())
+
+    def alive(self) -> bool:
+        """Whether any of them lives."""
+        return bool(self._living())
+
+    def _living(self) -> dict[int, int]:
+        poll = select.poll()
+        for pidfd in self._pidfds.values():
+            poll.register(pidfd, select.POLLIN)
+        dead = {fd for fd, _ in poll.poll(0)}
+        return {pid: pidfd for pid, pidfd in self._pidfds.items() if pidfd not in dead}
+
+    def stop(self) -> None:
+        """Stop them all; return when every thread of each has really stopped. On an error they run on."""
+        self._tell_guard(b"S")
+        try:
+            self._signal(signal.SIGSTOP)
+            deadline = time.monotonic() + self._stop_timeout_s
+            for pid in self._pidfds:
+                self._wait_stopped(pid, deadline)
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Let them run on."""
+        self._signal(signal.SIGCONT)
+        self._tell_guard(b"C")
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pidfd in self._pidfds.values():
+            try:
+                signal.pidfd_send_signal(pidfd, number)
+            except ProcessLookupError:
+                continue  # dead: it writes no more
+
+    def _tell_guard(self, word: bytes) -> None:
+        try:
+            os.write(self._pipe, word)
+        except BrokenPipeError:
+            if word == b"S":
+                raise SourceError("the guard process is gone: nothing was stopped") from None
+
+    def _wait_stopped(self, pid: int, deadline: float) -> None:
+        while True:
+            before = _states(pid)
+            # A thread that stopped may have started another before; the second look finds it.
+            if before.keys() == _states(pid).keys() and _STOPPED.issuperset(before.values()):
+                return
+            if time.monotonic() > deadline:
+                running = sorted(thread for thread, state in before.items() if state not in _STOPPED)
+                raise SourceError(
+                    f"threads {running} of process {pid} did not stop in {self._stop_timeout_s:g} s "
+                    f"(state {before[running[0]]})"
+                    if running
+                    else f"process {pid} keeps starting threads"
+                )
+            time.sleep(_POLL_S)
+
+
+def _states(pid: int) -> dict[str, str]:
+    """Thread → its state letter, as /proc says it; none for a process that is gone."""
+    states = {}
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+                # The name, in parentheses, may hold anything.
+                states[thread] = chr(file.read().rpartition(b")")[2].split()[0][0])
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return states

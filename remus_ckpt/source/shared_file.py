@@ -1,0 +1,130 @@
+"""Memory that is a shared file: in /dev/shm, or any file that processes have mapped. Dirty pages by comparison."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.errors import SourceError
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.source.processes import Processes
+
+
+class SharedFile:
+    """A file, the processes that have it mapped, and a shadow of it.
+
+    path: the file; its size must stay
+    processes: all who write to it; closed with this
+    Raises OSError where the file cannot be read, SourceError for one that is empty.
+    """
+
+    def __init__(self, path: str | Path, processes: Processes) -> None:
+        self.path = str(path)
+        self._processes = processes
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._fd).st_size
+            if not self.size:
+                raise SourceError(f"{self.path} is empty: there is no memory in it")
+            self.pages = pages_for(self.size)
+            """The last one is padded with zeros where the size is no multiple of 4,096."""
+            self.shadow: Pages = zeros(self.pages)
+            whole = self.size // PAGE_SIZE
+            self._memory: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+            if whole:
+                area = mmap.mmap(self._fd, whole * PAGE_SIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+                self._memory = np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+            self._has_data = np.zeros(whole, dtype=bool)
+            self._gone = np.empty(0, dtype=np.int64)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file and of the processes."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._processes.close()
+
+    def pause(self) -> None:
+        """Stop the processes; return when every thread has stopped."""
+        self._processes.stop()
+
+    def resume(self) -> None:
+        """Let them run on."""
+        self._processes.resume()
+
+    def alive(self) -> bool:
+        """Whether any of the processes lives."""
+        return self._processes.alive()
+
+    def death_fds(self) -> Sequence[int]:
+        """Descriptors that become readable when a process dies."""
+        return self._processes.death_fds()
+
+    def dirty(self) -> NDArray[np.int64]:
+        """The pages that differ from the shadow. Raises SourceError if the file's size has changed."""
+        size = os.fstat(self._fd).st_size
+        if size != self.size:
+            # Pages behind a shrunken file's end cannot be touched, and a stream has one size.
+            raise SourceError(f"{self.path} had {self.size} bytes and has {size}: record it anew")
+        # The holes of a sparse file in /dev/shm are passed by: to look at them would fill them.
+        has_data = np.zeros_like(self._has_data)
+        found = []
+        for first, stop in self._extents():
+            has_data[first:stop] = True
+            found.append(dirty_pages(self._memory[first:stop], self.shadow[first:stop]) + first)
+        gone = np.flatnonzero(self._has_data & ~has_data)
+        self._gone = gone[self.shadow[gone].any(axis=1)]
+        self._has_data = has_data
+        if self.size % PAGE_SIZE and (self._tail() != self.shadow[-1]).any():
+            found.append(np.array([self.pages - 1]))
+        numbers = np.concatenate([np.empty(0, dtype=np.int64), *found])
+        return np.union1d(numbers, self._gone) if len(self._gone) else numbers
+
+    def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
+        """Copy pages that `dirty` named."""
+        target = out[: len(pfns)]
+        if len(self._gone) and (holes := np.isin(pfns, self._gone)).any():
+            target[holes] = 0
+            target[~holes] = self.read(pfns[~holes], np.empty_like(target))
+            return target
+        mapped = int(np.searchsorted(pfns, len(self._memory)))
+        gather(self._memory, pfns[:mapped], target)
+        if mapped < len(pfns):
+            target[mapped] = self._tail()
+        return target
+
+    def _tail(self) -> Pages:
+        """The last page, padded."""
+        page = np.zeros(PAGE_SIZE, dtype=np.uint8)
+        rest = os.pread(self._fd, self.size % PAGE_SIZE, self.size - self.size % PAGE_SIZE)
+        page[: len(rest)] = np.frombuffer(rest, dtype=np.uint8)
+        return page
+
+    def _extents(self) -> list[tuple[int, int]]:
+        """The pages that the file really has, as (first, stop)."""
+        whole = len(self._memory)
+        if os.fstat(self._fd).st_blocks * 512 >= self.size:
+            return [(0, whole)]
+        extents = []
+        at = 0
+        while at < whole * PAGE_SIZE:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+            except OSError:  # no data behind it
+                break
+            at = os.lseek(self._fd, start, os.SEEK_HOLE)
+            first, stop = start // PAGE_SIZE, min(pages_for(at), whole)
+            if first < stop:
+                extents.append((first, stop))
+        return extents

@@ -1,0 +1,82 @@
+"""What a stream does not say about itself, and how it is found out from the bytes (specs/stream.md §1.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from remus_ckpt.errors import UnknownFormat
+from remus_ckpt.pages import MAX_BATCH_ENTRIES
+from remus_ckpt.wire.chunks import LOWEST_CHUNK_ID, MAX_P2M_SIZE
+
+Word = Literal[4, 8]
+Guest = Literal["hvm", "pv"]
+StreamCodec = Literal["delta", "rle"]
+
+V2_MAGIC = b"\xff" * 8 + b"XENF"
+XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
+XEND_MAGIC = b"LinuxGuestRecord"
+DETECT_BYTES = 16
+"""How much of the header the detection looks at."""
+CODEC_BYTES = 6
+_ONES = 0xFFFFFFFFFFFFFFFF
+_DELTA_OPENINGS = (b"\x9c\xff\0\0\0\0", b"\x9b\xff\0\0\0\0")
+
+_OTHERS = {
+    b"\x7fELF": "an ELF file",
+    b"QEVM": "a QEMU migration stream",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"\xfd7zXZ\0": "xz data",
+    b"\x1f\x8b": "gzip data",
+    b"\x04\x22\x4d\x18": "lz4 data",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The toolstack's word, the kind of guest and the page codec. None: to be detected.
+
+    word: bytes of the toolstack's unsigned long, 8 or 4
+    guest: "hvm" or "pv"
+    codec: "delta" or "rle"
+    """
+
+    word: Word | None = None
+    guest: Guest | None = None
+    codec: StreamCodec | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("word", (8, 4)), ("guest", ("hvm", "pv")), ("codec", ("delta", "rle"))):
+            if getattr(self, name) not in (None, *allowed):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {allowed}, or None to detect it")
+
+
+def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
+    """Fill in word and guest from the first bytes of the header.
+
+    front: the first `DETECT_BYTES` of it, fewer only where the stream ends
+    offset: where it stands in the stream
+    Raises UnknownFormat where no legacy stream can begin so.
+    """
+    front = bytes(front)
+    first = int.from_bytes(front[:4], "little")
+    word: Word = dialect.word or (8 if front[4:8] == b"\0\0\0\0" else 4)
+    next_word = int.from_bytes(front[word : 2 * word], "little")
+    guest: Guest = dialect.guest or ("pv" if next_word == _ONES >> (64 - 8 * word) else "hvm")
+    chunk_id = int.from_bytes(front[word : word + 4], "little", signed=True)
+    if dialect.word is None or dialect.guest is None:
+        # An explicit dialect is believed; a guess has to make sense.
+        plausible = 0 < first <= MAX_P2M_SIZE and (guest == "pv" or LOWEST_CHUNK_ID <= chunk_id <= MAX_BATCH_ENTRIES)
+        if not plausible:
+            # Only now: the two bytes of gzip's magic may also be the size of a memory.
+            name = next((name for magic, name in _OTHERS.items() if front.startswith(magic)), None)
+            what = f"this is {name}, not a legacy save stream"
+            if name is None:
+                what = f"no legacy save stream begins with {front.hex(' ')}; if this is one, name its word and guest"
+            raise UnknownFormat(what, offset=offset, section="stream.md §1.2")
+    return replace(dialect, word=word, guest=guest)
+
+
+def detect_codec(opening: bytes) -> StreamCodec:
+    """The codec of a compressed payload, from its first `CODEC_BYTES` bytes, fewer only where it is shorter."""
+    return "delta" if opening in _DELTA_OPENINGS else "rle"

@@ -1,0 +1,239 @@
+"""What a stream says, one frozen event for each thing said. The reader makes them, the writer takes them.
+
+`offset` is where the thing begins in the stream; the writer does not look at it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.pages import Pages
+from remus_ckpt.wire.chunks import ChunkId, Signature
+from remus_ckpt.wire.dialect import Guest, Word
+from remus_ckpt.wire.record import CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """The base of all events."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileHeader(Event):
+    """What xl or xend put in front of the stream (specs/stream.md §2)."""
+
+    kind: Literal["xl", "xend"]
+    mandatory_flags: int = 0
+    optional_flags: int = 0
+    data: bytes
+    """xl: all of the optional data; xend: the configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtendedInfo:
+    """One block of a PV header's extended info (specs/stream.md §3.3)."""
+
+    id: bytes
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header(Event):
+    """The header (specs/stream.md §3). The last two fields are of PV guests only."""
+
+    word: Word
+    guest: Guest
+    p2m_size: int
+    extended_info: tuple[ExtendedInfo, ...] | None = None
+    p2m_frames: NDArray[np.uint64] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch(Event):
+    """A batch of PFN entries (specs/stream.md §5).
+
+    pfns: uint64[n], types: uint8[n] of `PageType`
+    data: uint8[m, 4096] for the m entries that carry data; None in format B, where the data come compressed
+    """
+
+    pfns: NDArray[np.uint64]
+    types: NDArray[np.uint8]
+    data: Pages | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CompressedData(Event):
+    """COMPRESSED_DATA (specs/stream.md §6.2). data: uint8[n]; its borders mean nothing to the reader."""
+
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VcpuInfo(Event):
+    """VCPU_INFO (specs/stream.md §4.2). online: one bit for each virtual CPU, 64 in each value."""
+
+    highest_id: int
+    online: tuple[int, ...]
+
+    def ids(self) -> list[int]:
+        """The virtual CPUs that are online, ascending."""
+        return [i for i in range(self.highest_id + 1) if self.online[i // 64] >> i % 64 & 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HvmParam(Event):
+    """One of the chunks that carry an HVM parameter (specs/stream.md §4.3)."""
+
+    id: ChunkId
+    value: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TscInfo(Event):
+    """TSC_INFO (specs/stream.md §4.5)."""
+
+    mode: int
+    nsec: int
+    khz: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmemPage:
+    """A page of a TMEM pool and its key."""
+
+    object_id: tuple[int, int, int]
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmemPool:
+    """A TMEM pool; `announced_pages` may be more than are there."""
+
+    id: int
+    flags: int
+    announced_pages: int
+    uuid: tuple[int, int]
+    pages: tuple[TmemPage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tmem(Event):
+    """TMEM (specs/stream.md §4.4)."""
+
+    version: int
+    max_pools: int
+    flags: int
+    weight: int
+    cap: int
+    pools: tuple[TmemPool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmemExtra(Event):
+    """TMEM_EXTRA (specs/stream.md §4.4). keys: (pool id, object id, index) of pages that are gone."""
+
+    keys: tuple[tuple[int, tuple[int, int, int], int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Toolstack(Event):
+    """TOOLSTACK (specs/stream.md §4.6)."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnableVerifyMode(Event):
+    """ENABLE_VERIFY_MODE (specs/stream.md §4.7)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnableCompression(Event):
+    """ENABLE_COMPRESSION (specs/stream.md §4.7, §6.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastCheckpoint(Event):
+    """LAST_CHECKPOINT (specs/stream.md §4.7, §8.4)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndOfBody(Event):
+    """The id 0 (specs/stream.md §4.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail(Event):
+    """What closes a checkpoint. end: the first byte after it."""
+
+    end: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailHvm(Tail):
+    """The tail of an HVM guest and the device model's record behind it (specs/stream.md §7.1, §7.2).
+
+    magic_pfns: ioreq, buffered ioreq and store
+    record: what a stream of ours holds there, in which case `device_state` is empty
+    """
+
+    magic_pfns: tuple[int, int, int]
+    context: bytes
+    signature: Signature
+    device_state: bytes = b""
+    record: CheckpointRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VcpuContext:
+    """The state of one PV virtual CPU; the last three only where the header announced them."""
+
+    id: int
+    context: bytes
+    extended: bytes | None = None
+    xsave_mask: int | None = None
+    xsave_size: int | None = None
+    xsave: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TailPv(Tail):
+    """The tail of a PV guest (specs/stream.md §7.3). unmapped: uint64[n], PFNs without a frame at the end."""
+
+    unmapped: NDArray[np.uint64]
+    vcpus: tuple[VcpuContext, ...]
+    shared_info: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndOfStream(Event):
+    """No more bytes.
+
+    complete: they end where a checkpoint does
+    trailing_bytes: those behind the last complete checkpoint
+    """
+
+    complete: bool
+    trailing_bytes: int
+
+
+Info = VcpuInfo | HvmParam | TscInfo | Tmem | TmemExtra | Toolstack | EnableVerifyMode
+"""The chunks that may stand anywhere in a body and change nothing in how it is read."""
+
+
+@dataclass(slots=True)
+class Deviation:
+    """Something that is accepted though no sender should write it (specs/permissive.md)."""
+
+    name: str
+    first_offset: int
+    count: int = field(default=1)

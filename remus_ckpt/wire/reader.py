@@ -1,0 +1,753 @@
+"""Bytes to events for the legacy save stream (specs/stream.md). No I/O, no clock.
+
+Bytes come in by `get_buffer` and `buffer_updated`, or by `feed`; events go out by `next_event`. Any split of the bytes
+gives the same events. A payload is received where it stays: nothing is copied twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import deque
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
+from remus_ckpt.limits import Limits
+from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer
+from remus_ckpt.wire import chunks, events
+from remus_ckpt.wire.chunks import ChunkId, ChunkKind, Layout, Signature
+from remus_ckpt.wire.dialect import (
+    CODEC_BYTES,
+    DETECT_BYTES,
+    V2_MAGIC,
+    XEND_MAGIC,
+    XL_MAGIC,
+    Dialect,
+    detect_codec,
+    detect_header,
+)
+from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
+from remus_ckpt.wire.states import BODIES, Course, State
+
+NEED_DATA = None
+"""What `next_event` returns when the bytes so far hold no further event."""
+
+_BUFFER_BYTES = 1 << 18
+_GROWTH_BYTES = 8 << 20
+
+Parser = Generator[events.Event | None, None, Any]
+
+
+class _End(Exception):
+    """The bytes end within something."""
+
+
+class Reader:
+    """One stream, from its first byte to its last.
+
+    dialect: what is known of the stream; the rest is detected
+    limits: what the stream may claim
+    strict: refuse what is otherwise accepted under a name in specs/permissive.md
+
+    `next_event` raises Malformed or UnknownFormat, and raises the same again from then on.
+    """
+
+    def __init__(self, dialect: Dialect | None = None, *, limits: Limits | None = None, strict: bool = False) -> None:
+        self.dialect = dialect or Dialect()
+        """As given, with what has been detected so far."""
+        self.limits = limits or Limits()
+        self.strict = strict
+        self.deviations: dict[str, events.Deviation] = {}
+        """What was accepted though it should not be there, by name."""
+        self.epoch = 0
+        """The number of the checkpoint that is being read, counted in this stream."""
+        self.checkpoint_end = 0
+        """The first byte behind the last complete checkpoint."""
+        self._course = Course()
+        self._small = bytearray(_BUFFER_BYTES)
+        self._begin = self._stop = 0  # what of it is received and not yet consumed
+        self._base = 0  # where in the stream _small[0] stands
+        self._pending: deque[memoryview] = deque()
+        self._payload: memoryview | None = None  # the rest of a payload that is being received in place
+        self._eof = False
+        self._error: StreamError | None = None
+        self._hash: Any = hashlib.sha256()
+        self._hashed = 0  # how far into _small the digest has come
+        self._position: Position | None = None  # that the last record of ours made
+        self._p2m_size = 0
+        self._opening = b""  # the first bytes of the checkpoint's compressed data
+        self._parser = self._stream()
+
+    @property
+    def saw_last_checkpoint(self) -> bool:
+        """Whether the stream has said that no checkpoint follows."""
+        return self._course.last_checkpoint
+
+    # Bytes in
+
+    def get_buffer(self) -> memoryview:
+        """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
+        if self._payload is not None:
+            return self._payload
+        if self._stop == len(self._small):
+            self._compact()
+            if self._stop == len(self._small):
+                raise BufferError("the buffer is full: call next_event until it returns NEED_DATA")
+        return memoryview(self._small)[self._stop :]
+
+    def buffer_updated(self, size: int) -> None:
+        """`size` bytes were received into what `get_buffer` returned."""
+        if self._payload is not None:
+            self._payload = self._payload[size:]
+        else:
+            self._stop += size
+
+    def feed(self, data: Buffer) -> None:
+        """Bytes that are there already; they are kept, not copied, until `next_event` comes to them."""
+        if len(data):
+            self._pending.append(memoryview(data).cast("B"))
+
+    def feed_eof(self) -> None:
+        """No more bytes will come."""
+        self._eof = True
+
+    # Events out
+
+    def next_event(self) -> events.Event | None:
+        """The next event, or NEED_DATA. After the end of the bytes, EndOfStream, and that again."""
+        if self._error is not None:
+            raise self._error
+        while True:
+            try:
+                event = next(self._parser)
+            except StreamError as error:
+                self._error = error
+                raise
+            except StopIteration:
+                self._parser = self._drain()
+                continue
+            except _End:
+                self._parser = self._drain()
+                continue
+            if event is not NEED_DATA or not self._pending:
+                return event
+            self._pull()
+
+    def _pull(self) -> None:
+        data = self._pending.popleft()
+        room = self.get_buffer()
+        size = min(len(room), len(data))
+        room[:size] = data[:size]
+        self.buffer_updated(size)
+        if size < len(data):
+            self._pending.appendleft(data[size:])
+
+    # The buffer
+
+    @property
+    def _offset(self) -> int:
+        return self._base + self._begin
+
+    def _compact(self) -> None:
+        self._digest()
+        left = self._small[self._begin : self._stop]
+        self._small[: len(left)] = left
+        self._base += self._begin
+        self._begin, self._stop, self._hashed = 0, len(left), 0
+
+    def _digest(self) -> None:
+        if self._hash is not None:
+            self._hash.update(memoryview(self._small)[self._hashed : self._begin])
+        self._hashed = self._begin
+
+    def _have(self, size: int) -> Parser:
+        """Wait until `size` bytes can be consumed; at most what the buffer holds."""
+        while self._stop - self._begin < size:
+            if self._begin + size > len(self._small):
+                self._compact()
+            if self._eof and not self._pending:
+                raise _End
+            yield NEED_DATA
+
+    def _peek(self, size: int) -> Generator[events.Event | None, None, bytes]:
+        """The next bytes, fewer only where the stream ends; they stay."""
+        try:
+            yield from self._have(size)
+        except _End:
+            size = self._stop - self._begin
+        return bytes(self._small[self._begin : self._begin + size])
+
+    def _unpack(self, layout: struct.Struct) -> Generator[events.Event | None, None, tuple[Any, ...]]:
+        yield from self._have(layout.size)
+        values = layout.unpack_from(self._small, self._begin)
+        self._begin += layout.size
+        return values
+
+    def _word(self) -> Generator[events.Event | None, None, int]:
+        (value,) = yield from self._unpack(chunks.U64 if self.dialect.word == 8 else chunks.U32)
+        return int(value)
+
+    def _bytes(self, size: int) -> Generator[events.Event | None, None, NDArray[np.uint8]]:
+        """A payload, received where it stays. A long one is taken in steps, so that a length alone costs no memory."""
+        data = np.empty(min(size, _GROWTH_BYTES), dtype=np.uint8)
+        filled = 0
+        while True:
+            yield from self._into(memoryview(data)[filled:])
+            filled = len(data)
+            if filled == size:
+                return data
+            larger = np.empty(min(size, filled * 4), dtype=np.uint8)
+            larger[:filled] = data
+            data = larger
+
+    def _into(self, target: memoryview) -> Parser:
+        take = min(len(target), self._stop - self._begin)
+        target[:take] = memoryview(self._small)[self._begin : self._begin + take]
+        self._begin += take
+        if take == len(target):
+            return
+        self._compact()
+        self._payload = target[take:]
+        while len(self._payload):
+            if self._eof and not self._pending:
+                self._base += len(target) - take - len(self._payload)
+                self._payload = None
+                raise _End
+            yield NEED_DATA
+        self._payload = None
+        self._base += len(target) - take
+        if self._hash is not None:
+            self._hash.update(target[take:])
+
+    # What is wrong
+
+    def _refuse(self, message: str, offset: int, section: str, chunk: str | None = None) -> NoReturn:
+        raise Malformed(message, offset=offset, section=section, chunk=chunk)
+
+    def _limit(self, value: int, limit: str, offset: int, section: str, chunk: str | None, what: str) -> None:
+        ceiling = getattr(self.limits, limit)
+        if value > ceiling:
+            raise LimitExceeded(
+                f"{what} {value} exceeds the limit {limit} of {ceiling}",
+                limit=limit,
+                offset=offset,
+                section=section,
+                chunk=chunk,
+            )
+
+    def fail(self, error: Malformed) -> Malformed:
+        """Take note of what one who takes the events found wrong: `next_event` raises it from now on."""
+        self._error = error
+        return error
+
+    def deviate(self, name: str, offset: int, section: str, chunk: str | None = None) -> None:
+        """Note something that is accepted under a name, or refuse it if the reader is strict."""
+        if self.strict:
+            self._refuse(f"{name} (specs/permissive.md)", offset, section, chunk)
+        if name in self.deviations:
+            self.deviations[name].count += 1
+        else:
+            self.deviations[name] = events.Deviation(name, offset)
+
+    # The grammar, in the order of the specification
+
+    def _stream(self) -> Parser:
+        front = yield from self._peek(len(V2_MAGIC))
+        if front == V2_MAGIC:
+            raise UnknownFormat(
+                "this is a Xen v2 stream (from 4.6 on); only the legacy stream is read here",
+                offset=0,
+                section="stream.md §2.3",
+            )
+        if front and XL_MAGIC.startswith(front):
+            yield from self._xl_header()
+        elif front and XEND_MAGIC.startswith(front):
+            yield from self._xend_header()
+        yield from self._header()
+        while self._course.state is not State.DONE:
+            while self._course.state in BODIES:
+                yield from self._chunk()
+            yield from self._tail()
+
+    def _emit(self, event: events.Event, section: str, chunk: str | None) -> Parser:
+        where = self._course.state
+        if self._course.step(event) is None:
+            self._refuse(f"it may not stand in the {where.value}", event.offset, section, chunk)
+        yield event
+
+    def _xl_header(self) -> Parser:
+        """§2.1"""
+        yield from self._have(len(XL_MAGIC))
+        magic = self._small[self._begin : self._begin + len(XL_MAGIC)]
+        if magic != XL_MAGIC:
+            self._refuse("the file header begins like xl's and goes on otherwise", 0, "stream.md §2.1")
+        self._begin += len(XL_MAGIC)
+        order, mandatory, optional, length = yield from self._unpack(struct.Struct("<4I"))
+        if order != 0x01020304:
+            raise UnknownFormat(
+                f"the byte order mark is {order:#010x}: only little-endian streams are read",
+                offset=32,
+                section="stream.md §2.1",
+            )
+        if mandatory & 2:
+            raise UnknownFormat(
+                "xl's header announces a v2 stream (Xen 4.6 or later); only the legacy stream is read",
+                offset=36,
+                section="stream.md §2.3",
+            )
+        if mandatory & ~1:
+            raise UnknownFormat(
+                f"xl's header has the unknown mandatory flags {mandatory:#x}", offset=36, section="stream.md §2.1"
+            )
+        self._limit(length, "file_header_bytes", 44, "stream.md §2.1", None, "the optional data's length")
+        data = yield from self._bytes(length)
+        header = events.FileHeader(
+            kind="xl", mandatory_flags=mandatory, optional_flags=optional, data=data.tobytes(), offset=0
+        )
+        yield from self._emit(header, "stream.md §2.1", None)
+
+    def _xend_header(self) -> Parser:
+        """§2.2"""
+        yield from self._have(len(XEND_MAGIC))
+        if self._small[self._begin : self._begin + len(XEND_MAGIC)] != XEND_MAGIC:
+            self._refuse("the file header begins like xend's and goes on otherwise", 0, "stream.md §2.2")
+        self._begin += len(XEND_MAGIC)
+        (length,) = yield from self._unpack(struct.Struct(">i"))
+        if length < 0:
+            self._refuse(f"the configuration has the length {length}", 16, "stream.md §2.2")
+        self._limit(length, "file_header_bytes", 16, "stream.md §2.2", None, "the configuration's length")
+        data = yield from self._bytes(length)
+        yield from self._emit(events.FileHeader(kind="xend", data=data.tobytes(), offset=0), "stream.md §2.2", None)
+
+    def _header(self) -> Parser:
+        """§3"""
+        start = self._offset
+        front = yield from self._peek(DETECT_BYTES)
+        if front.startswith(V2_MAGIC):
+            raise UnknownFormat(
+                "behind the file header stands a Xen v2 stream; only the legacy stream is read",
+                offset=start,
+                section="stream.md §2.3",
+            )
+        if len(front) < DETECT_BYTES and (self.dialect.word is None or self.dialect.guest is None):
+            raise _End
+        self.dialect = detect_header(self.dialect, front, start)
+        word, guest = self.dialect.word, self.dialect.guest
+        assert word is not None and guest is not None
+        p2m_size = yield from self._word()
+        if not 0 < p2m_size <= chunks.MAX_P2M_SIZE:
+            self._refuse(f"p2m_size {p2m_size} is not in 1…{chunks.MAX_P2M_SIZE}", start, "stream.md §3.1", "header")
+        self._limit(p2m_size * PAGE_SIZE, "memory_bytes", start, "stream.md §3.1", "header", "memory's size")
+        self._p2m_size = p2m_size
+        extended = frames = None
+        if guest == "pv":
+            extended, frames = yield from self._pv_header(p2m_size, word)
+        header = events.Header(
+            word=word, guest=guest, p2m_size=p2m_size, extended_info=extended, p2m_frames=frames, offset=start
+        )
+        yield from self._emit(header, "stream.md §3", "header")
+
+    def _pv_header(self, p2m_size: int, word: int) -> Generator[events.Event | None, None, Any]:
+        """§3.2 to §3.4"""
+        guest_word = word
+        extended: list[events.ExtendedInfo] | None = None
+        first = yield from self._word()
+        if first == chunks.EXTENDED_INFO_MARK[word]:
+            extended = []
+            start = self._offset
+            (total,) = yield from self._unpack(chunks.U32)
+            self._limit(total, "extended_info_bytes", start, "stream.md §3.3", "header", "the extended info's length")
+            left = total
+            while left:
+                here = self._offset
+                if left < 8:
+                    self._refuse(
+                        f"{left} bytes are left of the extended info, a block's head takes 8",
+                        here,
+                        "stream.md §3.3",
+                        "header",
+                    )
+                block_id, size = yield from self._unpack(struct.Struct("<4sI"))
+                if size > left - 8:
+                    self._refuse(
+                        f"block {block_id!r} of {size} bytes where {left - 8} are left",
+                        here,
+                        "stream.md §3.3",
+                        "header",
+                    )
+                data = yield from self._bytes(size)
+                left -= 8 + size
+                guest_word = self._extended_block(block_id, size, data.tobytes(), here, guest_word)
+                extended.append(events.ExtendedInfo(id=block_id, data=data.tobytes()))
+            first = yield from self._word()
+        count = chunks.p2m_frames(p2m_size, guest_word)
+        rest = yield from self._bytes((count - 1) * word)
+        frames = np.empty(count, dtype=np.uint64)
+        frames[0] = first
+        frames[1:] = rest.view(f"<u{word}")
+        return None if extended is None else tuple(extended), frames
+
+    def _extended_block(self, block_id: bytes, size: int, data: bytes, here: int, guest_word: int) -> int:
+        """§3.3. Returns the guest's word."""
+        section = "stream.md §3.3"
+        if block_id == b"vcpu":
+            if size not in chunks.VCPU_CONTEXT_BYTES:
+                self._refuse(
+                    f"a virtual CPU's context of {size} bytes; it has {list(chunks.VCPU_CONTEXT_BYTES)}",
+                    here,
+                    section,
+                    "header",
+                )
+            return chunks.VCPU_CONTEXT_BYTES[size]
+        if block_id == b"extv":
+            if size:
+                self._refuse(f"the block extv has {size} bytes, not 0", here, section, "header")
+        elif block_id == b"xcnt":
+            value = int.from_bytes(data, "little")
+            if size != 4 or value < chunks.XSAVE_HEADER.size:
+                self._refuse(
+                    f"the block xcnt has {size} bytes with the value {value}; it has 4 with 16 or more",
+                    here,
+                    section,
+                    "header",
+                )
+            self._limit(value, "xsave_bytes", here, section, "header", "the extended state's size")
+        else:
+            self.deviate("unknown-extended-info", here, section, "header")
+        return guest_word
+
+    def _chunk(self) -> Parser:
+        """§4.1"""
+        start = self._offset
+        (number,) = yield from self._unpack(chunks.I32)
+        if number > MAX_BATCH_ENTRIES:
+            self._refuse(
+                f"a batch of {number} entries; it has {MAX_BATCH_ENTRIES} at most", start, "stream.md §5", "batch"
+            )
+        if number > 0:
+            yield from self._batch(number, start)
+            return
+        if number == chunks.END_OF_BODY:
+            yield from self._emit(events.EndOfBody(offset=start), "stream.md §4.1", "end of body")
+            return
+        kind = chunks.CHUNKS.get(number)
+        if kind is None:
+            self._refuse(f"there is no chunk {number}", start, "stream.md §4.1", f"chunk {number}")
+        name = f"chunk {number} {kind.name}"
+        if self._course.state is State.ARMED_BODY:
+            self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", name)
+        event = yield from self._read_chunk(kind, name, start)
+        yield from self._emit(event, kind.section, name)
+
+    def _read_chunk(self, kind: ChunkKind, name: str, start: int) -> Generator[events.Event | None, None, events.Event]:
+        match kind.layout:
+            case Layout.FLAG:
+                return self._flag(kind, name, start)
+            case Layout.PARAM:
+                pad, value = yield from self._unpack(chunks.PARAM)
+                if pad:
+                    self.deviate("nonzero-pad", start, kind.section, name)
+                return events.HvmParam(id=kind.id, value=value, pad=pad, offset=start)
+            case Layout.TSC_INFO:
+                mode, nsec, khz, incarnation = yield from self._unpack(chunks.TSC_INFO)
+                return events.TscInfo(mode=mode, nsec=nsec, khz=khz, incarnation=incarnation, offset=start)
+            case Layout.VCPU_INFO:
+                return (yield from self._vcpu_info(kind, name, start))
+            case Layout.BLOB:
+                (size,) = yield from self._unpack(chunks.U32)
+                self._limit(size, "toolstack_bytes", start, kind.section, name, "its length")
+                data = yield from self._bytes(size)
+                return events.Toolstack(data=data.tobytes(), offset=start)
+            case Layout.COMPRESSED:
+                return (yield from self._compressed_data(kind, name, start))
+            case Layout.TMEM:
+                return (yield from self._tmem(kind, name, start))
+            case Layout.TMEM_EXTRA:
+                return (yield from self._tmem_extra(kind, name, start))
+
+    def _flag(self, kind: ChunkKind, name: str, start: int) -> events.Event:
+        """§4.7"""
+        if kind.id is ChunkId.LAST_CHECKPOINT:
+            return events.LastCheckpoint(offset=start)
+        if kind.id is ChunkId.ENABLE_VERIFY_MODE:
+            return events.EnableVerifyMode(offset=start)
+        # Said twice in round 0, it has been noted by `_chunk` already.
+        if self._course.state not in (State.FIRST_BODY, State.ARMED_BODY):
+            self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", name)
+        return events.EnableCompression(offset=start)
+
+    def _batch(self, count: int, start: int) -> Parser:
+        """§5"""
+        if self._course.state is State.ARMED_BODY:
+            self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", "batch")
+        raw = yield from self._bytes(count * (self.dialect.word or 8))
+        entries = raw.view(f"<u{self.dialect.word}")
+        if self.dialect.word == 8 and (entries >> 32).any():
+            self.deviate("entry-high-bits", start, "stream.md §5.1", "batch")
+        pfns = (entries & chunks.PFN_MASK).astype(np.uint64)
+        types = (entries >> chunks.TYPE_SHIFT & 0xF).astype(np.uint8)
+        if not KNOWN_TYPE[types].all():
+            at = int((~KNOWN_TYPE[types]).argmax())
+            self._refuse(
+                f"entry {at} has the page type {types[at]:#x}, which means nothing", start, "stream.md §5.2", "batch"
+            )
+        with_data = HAS_DATA[types]
+        beyond = with_data & (pfns >= self._p2m_size)
+        if beyond.any():
+            at = int(beyond.argmax())
+            self._refuse(
+                f"entry {at} is PFN {pfns[at]:#x}, memory has {self._p2m_size:#x} pages",
+                start,
+                "stream.md §5.1",
+                "batch",
+            )
+        data = None
+        if not self._course.in_compressed_body:
+            flat = yield from self._bytes(int(np.count_nonzero(with_data)) * PAGE_SIZE)
+            data = flat.reshape(-1, PAGE_SIZE)
+        yield from self._emit(events.Batch(pfns=pfns, types=types, data=data, offset=start), "stream.md §5", "batch")
+
+    def _vcpu_info(self, kind: ChunkKind, name: str, start: int) -> Generator[events.Event | None, None, events.Event]:
+        """§4.2"""
+        (highest,) = yield from self._unpack(chunks.I32)
+        if highest < 0:
+            self._refuse(f"the highest virtual CPU is {highest}", start, kind.section, name)
+        self._limit(highest + 1, "vcpus", start, kind.section, name, "the number of virtual CPUs")
+        data = yield from self._bytes((highest // 64 + 1) * 8)
+        return events.VcpuInfo(highest_id=highest, online=tuple(data.view("<u8").tolist()), offset=start)
+
+    def _compressed_data(
+        self, kind: ChunkKind, name: str, start: int
+    ) -> Generator[events.Event | None, None, events.Event]:
+        """§6.2"""
+        size = yield from self._word()
+        if self._course.state is not State.COMPRESSED_BODY:
+            # Refused before its bytes are taken: in round 0, Xen takes this chunk for the end of the body.
+            self._refuse(f"it may not stand in the {self._course.state.value}", start, kind.section, name)
+        self._limit(size, "compressed_chunk_bytes", start, kind.section, name, "its length")
+        if not size:
+            self.deviate("empty-compressed-data", start, kind.section, name)
+        data = yield from self._bytes(size)
+        if len(self._opening) < CODEC_BYTES:
+            self._opening += data[: CODEC_BYTES - len(self._opening)].tobytes()
+        return events.CompressedData(data=data, offset=start)
+
+    def _tmem(self, kind: ChunkKind, name: str, start: int) -> Generator[events.Event | None, None, events.Event]:
+        """§4.4"""
+        version, max_pools, ones, flags, weight, cap, ones_too = yield from self._unpack(chunks.TMEM_HEADER)
+        if (ones, ones_too) != (chunks.TMEM_ALL_ONES,) * 2:
+            self._refuse("its head lacks the two words of ones", start, kind.section, name)
+        pools = []
+        while True:
+            self._limit(self._offset - start, "tmem_bytes", start, kind.section, name, "its length")
+            (pool_id,) = yield from self._unpack(chunks.U32)
+            if pool_id == chunks.TMEM_ALL_ONES:
+                break
+            pool_flags, announced, *uuid = yield from self._unpack(struct.Struct("<2I2Q"))
+            pages: list[events.TmemPage] = []
+            while len(pages) < announced:
+                oid = yield from self._unpack(chunks.TMEM_OID)
+                if oid == chunks.TMEM_NO_OBJECT:
+                    break
+                (index,) = yield from self._unpack(chunks.U32)
+                size = chunks.tmem_page_bytes(pool_flags)
+                length = self._offset - start + size
+                self._limit(length, "tmem_bytes", start, kind.section, name, "its length")
+                data = yield from self._bytes(size)
+                pages.append(events.TmemPage(object_id=oid, index=index, data=data.tobytes()))
+            pools.append(
+                events.TmemPool(
+                    id=pool_id,
+                    flags=pool_flags,
+                    announced_pages=announced,
+                    uuid=(uuid[0], uuid[1]),
+                    pages=tuple(pages),
+                )
+            )
+        return events.Tmem(
+            version=version, max_pools=max_pools, flags=flags, weight=weight, cap=cap, pools=tuple(pools), offset=start
+        )
+
+    def _tmem_extra(self, kind: ChunkKind, name: str, start: int) -> Generator[events.Event | None, None, events.Event]:
+        """§4.4"""
+        keys: list[tuple[int, tuple[int, int, int], int]] = []
+        while True:
+            (pool_id,) = yield from self._unpack(chunks.U32)
+            if pool_id == chunks.TMEM_ALL_ONES:
+                return events.TmemExtra(keys=tuple(keys), offset=start)
+            oid = yield from self._unpack(chunks.TMEM_OID)
+            (index,) = yield from self._unpack(chunks.U32)
+            self._limit(self._offset - start, "tmem_bytes", start, kind.section, name, "its length")
+            keys.append((pool_id, oid, index))
+
+    def _tail(self) -> Parser:
+        """§7"""
+        if self.dialect.codec is None and self._opening:
+            self.dialect = replace(self.dialect, codec=detect_codec(self._opening))
+        self._opening = b""
+        if self.dialect.guest == "hvm":
+            event = yield from self._tail_hvm()
+        else:
+            event = yield from self._tail_pv()
+        self.checkpoint_end = self._offset
+        self.epoch += 1
+        if self._hash is not None:
+            self._digest()
+            self._hash = hashlib.sha256()
+        yield from self._emit(event, "stream.md §7", "tail")
+
+    def _tail_hvm(self) -> Generator[events.Event | None, None, events.Event]:
+        """§7.1, §7.2"""
+        start = self._offset
+        magic_pfns = yield from self._unpack(chunks.HVM_MAGIC_PFNS)
+        here = self._offset
+        (size,) = yield from self._unpack(chunks.U32)
+        self._limit(size, "hvm_context_bytes", here, "stream.md §7.1", "tail", "the HVM context's length")
+        context = yield from self._bytes(size)
+        here = self._offset
+        yield from self._have(chunks.SIGNATURE_BYTES)
+        raw = bytes(self._small[self._begin : self._begin + chunks.SIGNATURE_BYTES])
+        try:
+            signature = Signature(raw)
+        except ValueError:
+            self._refuse(f"the device model's record has the signature {raw!r}", here, "stream.md §7.2", "tail")
+        self._begin += chunks.SIGNATURE_BYTES
+        here = self._offset
+        record = None
+        if signature is Signature.QEMU:
+            state = yield from self._rest(here)
+            if len(state) < len(chunks.QEMU_MAGIC) and chunks.QEMU_MAGIC.startswith(state):
+                raise _End
+            if not state.startswith(chunks.QEMU_MAGIC):
+                self._refuse("the device state does not begin with QEVM", here, "stream.md §7.2", "tail")
+        else:
+            (size,) = yield from self._unpack(chunks.U32)
+            self._limit(size, "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
+            if signature is Signature.REMUS:
+                state, record = yield from self._remus_state(size)
+            else:
+                state = (yield from self._bytes(size)).tobytes()
+        if record is None:
+            if self._position is not None:
+                self._refuse("a checkpoint without a record behind one that has it", here, "stream.md §9.2", "tail")
+            self._hash = None  # not one of ours: no digest will be asked for
+        return events.TailHvm(
+            magic_pfns=magic_pfns,
+            context=context.tobytes(),
+            signature=signature,
+            device_state=state,
+            record=record,
+            offset=start,
+            end=self._offset,
+        )
+
+    def _rest(self, here: int) -> Generator[events.Event | None, None, bytes]:
+        """All bytes up to the end of the stream (§7.2)."""
+        parts = bytearray()
+        while True:
+            try:
+                yield from self._have(1)
+            except _End:
+                # The state ends with the bytes, and the stream with it.
+                self._course.last_checkpoint = True
+                return bytes(parts)
+            parts += self._small[self._begin : self._stop]
+            self._begin = self._stop
+            self._limit(len(parts), "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
+
+    def _remus_state(self, size: int) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
+        """§9.2. A record of this signature is QEMU's, or ours and right."""
+        start = self._offset
+        data = (yield from self._bytes(max(size - DIGEST_BYTES, 0))).tobytes()
+        if data.startswith(chunks.QEMU_MAGIC) or size < DIGEST_BYTES + len(RECORD_MAGIC):
+            data += (yield from self._bytes(size - len(data))).tobytes()
+            if data.startswith(chunks.QEMU_MAGIC):
+                return data, None
+            self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
+        if self._hash is None:
+            self._refuse("a checkpoint with a record behind one without it", start, "stream.md §9.2", "tail")
+        self._digest()
+        digest = self._hash.digest()
+        stated = (yield from self._bytes(DIGEST_BYTES)).tobytes()
+        # The checksum first: what it does not cover is not worth reading.
+        if stated != digest:
+            if not data.startswith(RECORD_MAGIC):
+                self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
+            self._refuse(
+                "the checkpoint's SHA-256 is not the one it carries: bytes in it have changed",
+                start,
+                "stream.md §9.4",
+                "tail",
+            )
+        record = CheckpointRecord.unpack(data, start)
+        if self._position is not None and record.before != self._position:
+            self._refuse(
+                f"the record follows position {record.before}, the checkpoint before made {self._position}",
+                start,
+                "stream.md §9.3",
+                "tail",
+            )
+        if self.dialect.codec not in (None, record.codec):
+            self._refuse(
+                f"the record names the codec {record.codec!r}, the data are {self.dialect.codec!r}",
+                start,
+                "stream.md §9.2",
+                "tail",
+            )
+        self._position = record.after
+        return b"", record
+
+    def _tail_pv(self) -> Generator[events.Event | None, None, events.Event]:
+        """§7.3"""
+        start = self._offset
+        section = "stream.md §7.3"
+        (count,) = yield from self._unpack(chunks.U32)
+        if count > self._p2m_size:
+            self._refuse(f"{count} PFNs are unmapped of {self._p2m_size}", start, section, "tail")
+        word = self.dialect.word or 8
+        unmapped = (yield from self._bytes(count * word)).view(f"<u{word}").astype(np.uint64)
+        size = self._course.context_bytes or {8: 5168, 4: 2800}[word]
+        vcpus = []
+        for vcpu in self._course.vcpus:
+            context = (yield from self._bytes(size)).tobytes()
+            extended = None
+            if self._course.extended_context:
+                extended = (yield from self._bytes(chunks.EXTENDED_CONTEXT_BYTES)).tobytes()
+            mask = xsave_size = None
+            xsave = b""
+            if self._course.xsave_bytes is not None:
+                here = self._offset
+                mask, xsave_size = yield from self._unpack(chunks.XSAVE_HEADER)
+                expected = self._course.xsave_bytes - chunks.XSAVE_HEADER.size
+                if xsave_size != expected:
+                    self.deviate("xsave-size", here, section, "tail")
+                xsave = (yield from self._bytes(expected)).tobytes()
+            vcpus.append(
+                events.VcpuContext(
+                    id=vcpu, context=context, extended=extended, xsave_mask=mask, xsave_size=xsave_size, xsave=xsave
+                )
+            )
+        shared_info = (yield from self._bytes(PAGE_SIZE)).tobytes()
+        self._hash = None
+        return events.TailPv(
+            unmapped=unmapped, vcpus=tuple(vcpus), shared_info=shared_info, offset=start, end=self._offset
+        )
+
+    def _drain(self) -> Parser:
+        """Behind the last checkpoint, and behind a cut: the rest is counted, not read."""
+        while True:
+            self._begin = self._stop
+            while not self._eof or self._pending:
+                yield NEED_DATA
+                self._begin = self._stop
+            trailing = self._offset - self.checkpoint_end
+            complete = self.checkpoint_end > 0 and trailing == 0
+            yield events.EndOfStream(complete=complete, trailing_bytes=trailing, offset=self._offset)
+
+
+__all__ = ["NEED_DATA", "Position", "Reader"]

@@ -1,0 +1,140 @@
+"""The record that streams of our own carry in their tail: number, position, time and checksum (specs/stream.md §9)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from remus_ckpt.errors import Malformed, UnknownFormat
+
+RECORD_MAGIC = b"\x89REMUSck"
+RECORD_VERSION = 1
+RECORD_CODECS = ("delta", "rle")
+DIGEST_BYTES = 32
+_SECTION = "stream.md §9.2"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Names a state: its number, and a chain of digests. It survives re-encoding; a digest names bytes.
+
+    epoch: number of the checkpoint, 0 for the first
+    digest: 32 bytes
+    """
+
+    epoch: int
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.epoch, int) and 0 <= self.epoch < 1 << 63):
+            raise ValueError(f"epoch {self.epoch!r} is no number of a checkpoint")
+        if not (isinstance(self.digest, bytes) and len(self.digest) == DIGEST_BYTES):
+            raise ValueError(f"a digest has {DIGEST_BYTES} bytes")
+
+    def __str__(self) -> str:
+        return f"{self.epoch}:{self.digest.hex()[:16]}"
+
+    @classmethod
+    def after(cls, before: Position | None, body_digest: bytes, device_state: bytes) -> Position:
+        """The position that follows `before` (None: nothing), by what the checkpoint held when first written.
+
+        body_digest: SHA-256 of the checkpoint's bytes up to the end of its body (specs/stream.md §9.3)
+        """
+        epoch = 0 if before is None else before.epoch + 1
+        chain = hashlib.sha256(b"remus position 1\0")
+        chain.update(bytes(DIGEST_BYTES) if before is None else before.digest)
+        chain.update(epoch.to_bytes(8, "little"))
+        chain.update(body_digest)
+        chain.update(hashlib.sha256(device_state).digest())
+        return cls(epoch, chain.digest())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord:
+    """What the tail of one of our checkpoints says, but for its checksum.
+
+    epoch: number of the checkpoint; time_ns: when it was taken, as the caller says, or None
+    codec: of the compressed checkpoints of this stream
+    before, after: the position that this checkpoint follows (None: nothing) and the one that it makes
+    device_state: the user's own bytes
+    """
+
+    epoch: int
+    time_ns: int | None
+    codec: str
+    before: Position | None
+    after: Position
+    device_state: bytes = b""
+
+    def pack(self) -> bytes:
+        """The record's bytes without the SHA-256 that stands behind them."""
+        fields = {
+            "version": RECORD_VERSION,
+            "epoch": self.epoch,
+            "time_ns": self.time_ns,
+            "codec": self.codec,
+            "before": None if self.before is None else [self.before.epoch, self.before.digest],
+            "after": [self.after.epoch, self.after.digest],
+            "device_state": self.device_state,
+        }
+        packed: bytes = msgpack.packb(fields, use_bin_type=True)
+        return RECORD_MAGIC + packed
+
+    @classmethod
+    def unpack(cls, data: bytes, offset: int) -> CheckpointRecord:
+        """Read what `pack` wrote.
+
+        offset: where it stands in the stream
+        Raises Malformed, or UnknownFormat for a later version.
+        """
+        if not data.startswith(RECORD_MAGIC):
+            raise Malformed("the record is neither QEMU's nor one of ours", offset=offset, section=_SECTION)
+        try:
+            fields: Any = msgpack.unpackb(data[len(RECORD_MAGIC) :], raw=False, strict_map_key=True)
+            if fields["version"] != RECORD_VERSION:
+                raise UnknownFormat(
+                    f"the checkpoint's record has version {fields['version']!r}; this program reads {RECORD_VERSION}: "
+                    "use the one that wrote the stream, or a later one",
+                    offset=offset,
+                    section=_SECTION,
+                )
+            before = fields["before"]
+            record = cls(
+                epoch=_typed(fields["epoch"], int),
+                time_ns=None if fields["time_ns"] is None else _typed(fields["time_ns"], int),
+                codec=_typed(fields["codec"], str),
+                before=None if before is None else Position(*before),
+                after=Position(*fields["after"]),
+                device_state=_typed(fields["device_state"], bytes),
+            )
+        except UnknownFormat:
+            raise
+        except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise Malformed(
+                f"the checkpoint's record cannot be read ({reason})", offset=offset, section=_SECTION
+            ) from error
+        if record.codec not in RECORD_CODECS:
+            raise Malformed(f"the record names the codec {record.codec!r}", offset=offset, section=_SECTION)
+        if record.after.epoch != record.epoch:
+            raise Malformed(
+                f"the record of epoch {record.epoch} leads to the position {record.after}",
+                offset=offset,
+                section=_SECTION,
+            )
+        if record.before is not None and record.before.epoch + 1 != record.epoch:
+            raise Malformed(
+                f"the record of epoch {record.epoch} follows the position {record.before}",
+                offset=offset,
+                section=_SECTION,
+            )
+        return record
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.40} in place of a value of type {kind.__name__}")
+    return value

@@ -1,0 +1,177 @@
+"""Events to buffers for the legacy save stream: the reader's grammar, from the same tables (specs/stream.md).
+
+A buffer list is for one vectored send: payloads are passed on as they are, nothing is joined.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+
+from remus_ckpt.pages import Buffer
+from remus_ckpt.wire import chunks, events
+from remus_ckpt.wire.chunks import ChunkId, Signature
+from remus_ckpt.wire.dialect import XEND_MAGIC, XL_MAGIC, Word
+from remus_ckpt.wire.states import Course
+
+
+class Writer:
+    """One stream, event by event. Raises ValueError for an event that may not stand where it comes.
+
+    word: bytes of the toolstack's unsigned long
+    """
+
+    def __init__(self, word: Word = 8) -> None:
+        self.word = word
+        self.offset = 0
+        """Bytes written so far."""
+        self._course = Course()
+        self._hash = hashlib.sha256()
+
+    @property
+    def compressing(self) -> bool:
+        """Whether batches are in format B now."""
+        return self._course.in_compressed_body
+
+    def write(self, event: events.Event) -> list[Buffer]:
+        """The bytes of an event."""
+        where = self._course.state
+        if self._course.step(event) is None:
+            raise ValueError(f"{type(event).__name__} may not stand in the {where.value}")
+        buffers = self._layout(event)
+        for buffer in buffers:
+            self._hash.update(buffer)
+        if isinstance(event, events.TailHvm) and event.record is not None:
+            # The checksum is of everything before it, its own record included.
+            buffers.append(self._hash.digest())
+        if isinstance(event, events.Tail):
+            self._hash = hashlib.sha256()
+        self.offset += sum(len(buffer) for buffer in buffers)
+        return buffers
+
+    def digest(self) -> bytes:
+        """SHA-256 of what the checkpoint that is being written has so far."""
+        return self._hash.digest()
+
+    def _layout(self, event: events.Event) -> list[Buffer]:
+        match event:
+            case events.FileHeader():
+                return self._file_header(event)
+            case events.Header():
+                return self._header(event)
+            case events.Batch():
+                return self._batch(event)
+            case events.CompressedData():
+                return [self._id(ChunkId.COMPRESSED_DATA) + self._word(len(event.data)), _flat(event.data)]
+            case events.VcpuInfo():
+                count = event.highest_id // 64 + 1
+                return [self._id(ChunkId.VCPU_INFO) + struct.pack(f"<i{count}Q", event.highest_id, *event.online)]
+            case events.HvmParam():
+                return [self._id(event.id) + chunks.PARAM.pack(event.pad, event.value)]
+            case events.TscInfo():
+                return [
+                    self._id(ChunkId.TSC_INFO)
+                    + chunks.TSC_INFO.pack(event.mode, event.nsec, event.khz, event.incarnation)
+                ]
+            case events.Toolstack():
+                return [self._id(ChunkId.TOOLSTACK) + chunks.U32.pack(len(event.data)), event.data]
+            case events.Tmem():
+                return self._tmem(event)
+            case events.TmemExtra():
+                keys = [chunks.U32.pack(p) + chunks.TMEM_OID.pack(*o) + chunks.U32.pack(i) for p, o, i in event.keys]
+                return [self._id(ChunkId.TMEM_EXTRA) + b"".join(keys) + chunks.U32.pack(chunks.TMEM_ALL_ONES)]
+            case events.EnableVerifyMode():
+                return [self._id(ChunkId.ENABLE_VERIFY_MODE)]
+            case events.LastCheckpoint():
+                return [self._id(ChunkId.LAST_CHECKPOINT)]
+            case events.EnableCompression():
+                return [self._id(ChunkId.ENABLE_COMPRESSION)]
+            case events.EndOfBody():
+                return [self._id(chunks.END_OF_BODY)]
+            case events.TailHvm():
+                return self._tail_hvm(event)
+            case events.TailPv():
+                return self._tail_pv(event)
+        raise TypeError(f"{type(event).__name__} is nothing that a stream holds")
+
+    @staticmethod
+    def _id(number: int) -> bytes:
+        return chunks.I32.pack(number)
+
+    def _word(self, value: int) -> bytes:
+        return value.to_bytes(self.word, "little")
+
+    def _file_header(self, event: events.FileHeader) -> list[Buffer]:
+        """§2"""
+        if event.kind == "xend":
+            return [XEND_MAGIC + struct.pack(">i", len(event.data)), event.data]
+        head = struct.pack("<4I", 0x01020304, event.mandatory_flags, event.optional_flags, len(event.data))
+        return [XL_MAGIC + head, event.data]
+
+    def _header(self, event: events.Header) -> list[Buffer]:
+        """§3"""
+        parts = [self._word(event.p2m_size)]
+        if event.guest == "pv":
+            if event.extended_info is not None:
+                blocks = [struct.pack("<4sI", block.id, len(block.data)) + block.data for block in event.extended_info]
+                parts.append(self._word(chunks.EXTENDED_INFO_MARK[self.word]))
+                parts.append(chunks.U32.pack(sum(map(len, blocks))))
+                parts += blocks
+            assert event.p2m_frames is not None
+            parts.append(event.p2m_frames.astype(f"<u{self.word}").tobytes())
+        return [b"".join(parts)]
+
+    def _batch(self, event: events.Batch) -> list[Buffer]:
+        """§5"""
+        if self.compressing != (event.data is None):
+            raise ValueError(f"a batch {'with' if self.compressing else 'without'} data in the {self._course.state}")
+        entries = event.pfns | event.types.astype(np.uint64) << np.uint64(chunks.TYPE_SHIFT)
+        head: list[Buffer] = [self._id(len(entries)) + entries.astype(f"<u{self.word}").tobytes()]
+        if event.data is not None and len(event.data):
+            head.append(_flat(event.data))
+        return head
+
+    def _tmem(self, event: events.Tmem) -> list[Buffer]:
+        """§4.4"""
+        ones = chunks.TMEM_ALL_ONES
+        head = chunks.TMEM_HEADER.pack(event.version, event.max_pools, ones, event.flags, event.weight, event.cap, ones)
+        parts: list[Buffer] = [self._id(ChunkId.TMEM) + head]
+        for pool in event.pools:
+            parts.append(chunks.TMEM_POOL.pack(pool.id, pool.flags, pool.announced_pages, *pool.uuid))
+            for page in pool.pages:
+                parts += [chunks.TMEM_OID.pack(*page.object_id) + chunks.U32.pack(page.index), page.data]
+            if len(pool.pages) < pool.announced_pages:
+                parts.append(chunks.TMEM_OID.pack(*chunks.TMEM_NO_OBJECT))
+        parts.append(chunks.U32.pack(ones))
+        return parts
+
+    def _tail_hvm(self, event: events.TailHvm) -> list[Buffer]:
+        """§7.1, §7.2"""
+        if event.record is None:
+            state, size = event.device_state, len(event.device_state)
+        else:
+            state = event.record.pack()
+            size = len(state) + self._hash.digest_size
+        head = chunks.HVM_MAGIC_PFNS.pack(*event.magic_pfns) + chunks.U32.pack(len(event.context)) + event.context
+        head += event.signature.value
+        if event.signature is not Signature.QEMU:
+            head += chunks.U32.pack(size)
+        return [head, state]
+
+    def _tail_pv(self, event: events.TailPv) -> list[Buffer]:
+        """§7.3"""
+        parts = [chunks.U32.pack(len(event.unmapped)) + event.unmapped.astype(f"<u{self.word}").tobytes()]
+        for vcpu in event.vcpus:
+            parts.append(vcpu.context)
+            if vcpu.extended is not None:
+                parts.append(vcpu.extended)
+            if vcpu.xsave_mask is not None and vcpu.xsave_size is not None:
+                parts.append(chunks.XSAVE_HEADER.pack(vcpu.xsave_mask, vcpu.xsave_size) + vcpu.xsave)
+        parts.append(event.shared_info)
+        return [b"".join(parts)]
+
+
+def _flat(data: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> memoryview:
+    return memoryview(np.ascontiguousarray(data).reshape(-1))

@@ -1,0 +1,90 @@
+"""What tests share that run the command or real processes."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import NamedTuple
+
+import pytest
+
+from remus_ckpt import cli
+
+
+class Ran(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """Runs `remus-ckpt` in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capture = capfdbinary
+
+    def binary(self, *arguments: object) -> tuple[int, bytes, str]:
+        """Exit code, standard output as bytes, standard error."""
+        self._capture.readouterr()
+        self._monkeypatch.setattr(sys, "argv", ["remus-ckpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out, err = self._capture.readouterr()
+        code = exit_.value.code
+        return (code if isinstance(code, int) else 0 if code is None else 1), out, err.decode()
+
+    def __call__(self, *arguments: object) -> Ran:
+        code, out, err = self.binary(*arguments)
+        return Ran(code, out.decode(), err)
+
+
+WRITER = """
+import mmap, sys, threading, time
+file = open(sys.argv[1], "r+b")
+memory = mmap.mmap(file.fileno(), 0)
+words = memoryview(memory).cast("Q")
+def write(first):
+    number = 0
+    while True:
+        number += 1
+        # A page holds one number, twice: a pause may fall in between, a checkpoint taken while it runs could tear more.
+        page = first + number % {pages}
+        words[page * 512] = number
+        words[page * 512 + 511] = number
+        if number % 50 == 0:
+            time.sleep(0.0005)
+for thread in range({threads} - 1):
+    threading.Thread(target=write, args=((thread + 1) * {pages},), daemon=True).start()
+print("ready", flush=True)
+write(0)
+"""
+
+
+@contextmanager
+def writer_process(path: Path, *, pages: int = 8, threads: int = 1) -> Iterator[Popen[bytes]]:
+    """A process that writes to `pages` pages of a file from each of its threads, until the end of the block."""
+    code = textwrap.dedent(WRITER).replace("{pages}", str(pages)).replace("{threads}", str(threads))
+    process = Popen([sys.executable, "-c", code, str(path)], stdout=PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def process_state(pid: int) -> str:
+    """The state letter of a process's first thread."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,0 +1,80 @@
+"""The demo, and that it would notice if it were wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from remus_ckpt import demo
+from remus_ckpt.demo import ledger
+from remus_ckpt.demo.ledger import Ledger
+from remus_ckpt.errors import RemusError
+
+
+def test_demo(tmp_path: Path) -> None:
+    lines: list[str] = []
+    report = demo.run_demo(seconds=1.0, interval_s=0.01, directory=tmp_path, seed=7, say=lines.append)
+    assert report["proved"] == report["checkpoints"] > 10
+    assert report["pauses_in_transfer"] > 0
+    assert report["continued_to"] > report["restored_transfers"] > 100
+    assert (tmp_path / "ledger.remus").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "ledger.img").stat().st_size == -(-ledger.BYTES // 4096) * 4096
+    assert len(lines) >= 7
+
+
+def test_demo_notices_a_checkpoint_that_is_not_what_was_there(tmp_path: Path) -> None:
+    demo.run_demo(seconds=0.6, interval_s=0.02, directory=tmp_path, seed=7, say=lambda _: None)
+    with pytest.raises(RemusError):
+        demo._prove(tmp_path / "ledger.remus", {0: "00" * 32}, lambda _: None)
+
+
+def made(transfers: int) -> tuple[bytearray, Ledger]:
+    data = bytearray(ledger.BYTES)
+    book = Ledger(data)
+    book.create(5)
+    for _ in range(transfers):
+        book.transfer()
+    return data, book
+
+
+def test_a_ledger_is_right_after_any_number_of_transfers() -> None:
+    _, book = made(0)
+    assert book.faults() == []
+    for _ in range(100):
+        book.transfer()
+        assert book.transfers % 20 or book.faults() == []
+
+
+def test_a_wrong_ledger_is_found() -> None:
+    data, book = made(50)
+    assert book.faults() == []
+    words = memoryview(data).cast("q")
+    words[ledger._ACCOUNTS + 4 * 17] += 1
+    assert book.faults()
+    words[ledger._ACCOUNTS + 4 * 17] -= 1
+    words[ledger._JOURNAL + 4 * 20 + 3] += 1
+    assert book.faults()
+
+
+def test_an_intent_finishes_a_transfer_from_any_store_on() -> None:
+    data, book = made(30)
+    before = bytes(data)
+    book.transfer()
+    after = bytes(data)
+    words = memoryview(bytearray(after)).cast("q")
+    stores = [(words[ledger._STORES + 2 * i], words[ledger._STORES + 2 * i + 1]) for i in range(words[ledger._COUNT])]
+    for done in range(len(stores) + 1):
+        torn = bytearray(before)
+        torn_words = memoryview(torn).cast("q")
+        intent = slice(ledger._INTENT, ledger._STORES + 2 * len(stores))
+        torn_words[intent] = words[intent]
+        torn_words[ledger._ACTIVE] = 31
+        for at, value in stores[:done]:
+            torn_words[at] = value
+        found = Ledger(torn)
+        assert found.in_transfer
+        assert bool(found.faults()) == (done < len(stores)) or done == 0
+        assert found.recover()
+        assert found.faults() == []
+        assert found.transfers == 31

@@ -1,0 +1,31 @@
+"""The README's examples are run as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), {})
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "0 b'step 0' b'hello'",
+        "1 b'step 1' b'hello'",
+        "in force: 1",
+        "0 [0] (1, 4096)",
+        "1 [1] (1, 4096)",
+        "2 [2] (1, 4096)",
+    ]
+
+
+def test_the_two_commands_are_there() -> None:
+    commands = re.findall(r"^    (python3 -m venv .venv && .*)$", README, re.MULTILINE)
+    assert [re.split(r"[ /]", command)[-2:] for command in commands] == [["remus-ckpt", "demo"], ["bin", "pytest"]]

@@ -1,0 +1,197 @@
+"""`remus-ckpt record` on real processes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import process_state, writer_process
+
+from remus_ckpt import read_checkpoints
+from remus_ckpt.codec.reference import Shadow
+from remus_ckpt.files import StreamWriter
+from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.sender import Sender
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
+
+PAGES = 64
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Path:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(PAGES * PAGE_SIZE))
+    return path
+
+
+@pytest.fixture
+def worker(memory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with writer_process(memory, pages=8, threads=2) as process:
+        yield process
+
+
+def record(memory: Path, pid: int, stream: Path, *more: str, **keywords: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "remus_ckpt", "record", str(memory), "--pid", str(pid), "-o", str(stream)]
+    return subprocess.Popen(
+        [*command, "--json", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords
+    )  # type: ignore[call-overload,no-any-return]
+
+
+def wait_for_bytes(stream: Path, size: int) -> None:
+    deadline = time.monotonic() + 20
+    while not stream.exists() or stream.stat().st_size < size:
+        assert time.monotonic() < deadline, "nothing was recorded"
+        time.sleep(0.01)
+
+
+def is_whole(stream: Path) -> int:
+    """Every checkpoint can be restored; returns how many there are."""
+    epochs = [checkpoint.epoch for checkpoint in read_checkpoints(stream, strict=True)]
+    assert epochs == list(range(len(epochs)))
+    return len(epochs)
+
+
+@pytest.mark.parametrize("options", [[], ["--codec", "rle"], ["--bounded"]])
+def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path, options: list[str]) -> None:
+    stream = tmp_path / "stream"
+    with record(memory, worker.pid, stream, "--duration", "400ms", "--interval", "10ms", *options) as recorder:
+        out, err = recorder.communicate(timeout=30)
+    assert recorder.returncode == 0, err
+    report = json.loads(out)
+    assert report["ended"] == "duration"
+    assert report["checkpoints"] == is_whole(stream) > 5
+    assert stream.stat().st_mode & 0o777 == 0o600
+    assert process_state(worker.pid) != "T"
+
+
+def test_interrupt_ends_with_a_whole_checkpoint(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    stream = tmp_path / "stream"
+    with record(memory, worker.pid, stream, "--interval", "5ms") as recorder:
+        wait_for_bytes(stream, 20_000)
+        recorder.send_signal(signal.SIGINT)
+        out, err = recorder.communicate(timeout=30)
+    assert recorder.returncode == 0, err
+    assert json.loads(out)["ended"] == "stopped"
+    assert is_whole(stream) == json.loads(out)["checkpoints"]
+    assert process_state(worker.pid) != "T"
+
+
+def test_death_of_the_worker_ends_it(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    stream = tmp_path / "stream"
+    with record(memory, worker.pid, stream, "--interval", "5ms") as recorder:
+        wait_for_bytes(stream, 20_000)
+        worker.kill()
+        out, err = recorder.communicate(timeout=30)
+    assert recorder.returncode == 0, err
+    assert json.loads(out)["ended"] == "source gone"
+    assert is_whole(stream) == json.loads(out)["checkpoints"]
+
+
+def test_death_of_the_recorder_leaves_the_worker_running_and_a_stream_to_restore(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    for number in range(3):
+        stream = tmp_path / f"stream{number}"
+        with record(memory, worker.pid, stream, "--interval", "1ms") as recorder:
+            wait_for_bytes(stream, 100_000 * (number + 1))
+            recorder.kill()
+            recorder.communicate(timeout=30)
+        assert [checkpoint.epoch for checkpoint in read_checkpoints(stream)][-1] >= 0
+        deadline = time.monotonic() + 5
+        while process_state(worker.pid) == "T":
+            assert time.monotonic() < deadline, "the worker stays stopped"
+            time.sleep(0.005)
+
+
+def no_space(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_no_room_for_the_stream(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    stream = tmp_path / "stream"
+    with record(memory, worker.pid, stream, "--interval", "1ms", preexec_fn=lambda: no_space(100_000)) as recorder:
+        _, err = recorder.communicate(timeout=60)
+    assert recorder.returncode == 1
+    assert "the stream ends with checkpoint" in err
+    assert 0 < stream.stat().st_size <= 100_000
+    count = is_whole(stream)
+    assert f"checkpoint {count - 1}" in err
+    assert process_state(worker.pid) != "T"
+
+
+@pytest.mark.root
+def test_full_disk(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=True)
+    try:
+        with record(memory, worker.pid, disk / "stream", "--interval", "1ms") as recorder:
+            _, err = recorder.communicate(timeout=60)
+        assert recorder.returncode == 1
+        count = is_whole(disk / "stream")
+        assert f"checkpoint {count - 1}" in err
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_stream_that_is_there_is_not_replaced_by_accident(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    stream = tmp_path / "stream"
+    stream.write_bytes(b"all that is left")
+    with record(memory, worker.pid, stream, "--duration", "20ms") as recorder:
+        recorder.communicate(timeout=30)
+    assert recorder.returncode == 1
+    assert stream.read_bytes() == b"all that is left"
+    with record(memory, worker.pid, stream, "--duration", "20ms", "--overwrite") as recorder:
+        recorder.communicate(timeout=30)
+    assert recorder.returncode == 0
+    assert is_whole(stream) > 0
+
+
+def test_bad_arguments(memory: Path, tmp_path: Path) -> None:
+    with record(memory, 2**22 + 1, tmp_path / "stream") as recorder:
+        _, err = recorder.communicate(timeout=30)
+    assert recorder.returncode == 1
+    assert "no process" in err
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_what_is_recorded_is_what_was_there_in_the_pause(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path, bounded: bool
+) -> None:
+    seen: dict[int, bytes] = {}
+    source = SharedFile(memory, Processes([worker.pid]))
+    output = StreamWriter(tmp_path / "stream")
+    sender = Sender(source.pages, reference=Shadow(source.shadow), buffer_pages=3)
+    loop = CheckpointLoop(
+        source,
+        sender,
+        output,
+        interval_s=0.003,
+        duration_s=0.5,
+        bounded=bounded,
+        on_paused=lambda epoch: seen.update({epoch: memory.read_bytes()}),
+    )
+    taken = list(loop.run())
+    output.close()
+    source.close()
+    assert len(taken) > 5
+    if bounded:
+        # Three pages fill the buffer, so that encoding and writing fall into the pause, which is reported.
+        assert any(one.blocked_s > 0 for one in taken)
+    else:
+        assert all(one.blocked_s == 0 for one in taken)
+    for checkpoint in read_checkpoints(tmp_path / "stream", strict=True):
+        assert checkpoint.memory.tobytes() == seen[checkpoint.epoch]
+    assert os.path.getsize(tmp_path / "stream") == sum(one.sent.stream_bytes for one in taken)

@@ -1,0 +1,329 @@
+"""Streams of our own: any flipped bit is found, the chain holds, and nothing passes for a record that is none."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import streams as s
+from pairs import noise
+from streams import ENABLE_COMPRESSION, END, entry, page, restore
+
+from remus_ckpt.errors import Malformed, UnknownFormat
+from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.pages import batches
+from remus_ckpt.sender import Sender
+from remus_ckpt.wire.dialect import Dialect
+from remus_ckpt.wire.record import CheckpointRecord, Position
+
+MAGIC = b"\x89REMUSck"
+both_words = pytest.mark.parametrize("word", [8, 4])
+
+
+def small_stream(word: Any, codec: Any = "delta", salt: int = 0) -> tuple[bytes, list[int]]:
+    """Three checkpoints of four pages, and where each ends; no full page, so that most bytes are structure."""
+    sender = Sender(4, codec=codec, word=word)
+    memory = np.zeros((4, 4096), dtype=np.uint8)
+    data = b""
+    ends = []
+    for epoch, (pfns, offset) in enumerate((([], 0), ([1, 3], 8), ([0, 1], 4000))):
+        memory[pfns, offset : offset + 6] = 17 + epoch + salt
+        numbers = np.array(pfns, dtype=np.int64)
+        scan = batches(numbers, memory[numbers])
+        for buffers in sender.checkpoint(scan, device_state=b"mine", time_ns=1_700_000_000_000_000_000 + epoch):
+            data += b"".join(bytes(buffer) for buffer in buffers)
+        ends.append(len(data))
+    return data, ends
+
+
+@both_words
+@pytest.mark.parametrize("detect", [True, False], ids=["detected", "given"])
+def test_any_flipped_bit_is_found(word: Any, detect: bool) -> None:
+    data, ends = small_stream(word)
+    dialect = None if detect else Dialect(word=word, guest="hvm", codec="delta")
+    good, error, restorer = restore(data, dialect=dialect)
+    assert error is None and len(good) == 3 and restorer.end is not None and restorer.end.complete
+    limits = Limits(memory_bytes=GIB)
+    flipped = bytearray(data)
+    for bit in range(8 * len(data)):
+        flipped[bit // 8] ^= 1 << bit % 8
+        memories, error, restorer = restore(flipped, dialect=dialect, limits=limits)
+        assert error is not None or (restorer.end is not None and not restorer.end.complete), bit
+        # What stands before the flip is there, and nothing else is.
+        assert memories == good[: sum(end <= bit // 8 for end in ends)], bit
+        flipped[bit // 8] ^= 1 << bit % 8
+
+
+@pytest.mark.parametrize("codec", ["delta", "rle"])
+def test_flipped_bits_in_full_pages_are_found(codec: Any) -> None:
+    sender = Sender(8, codec=codec)
+    data = bytearray()
+    for seed in range(3):
+        for buffers in sender.checkpoint(batches(np.arange(8), noise(seed, 8))):
+            data += b"".join(bytes(buffer) for buffer in buffers)
+    good = restore(data)[0]
+    rng = np.random.default_rng(3)
+    for bit in rng.integers(0, 8 * len(data), 300).tolist():
+        data[bit // 8] ^= 1 << bit % 8
+        memories, error, restorer = restore(data, limits=Limits(memory_bytes=GIB))
+        assert error is not None or (restorer.end is not None and not restorer.end.complete)
+        assert memories == good[: len(memories)] and len(memories) < 3
+        data[bit // 8] ^= 1 << bit % 8
+
+
+# The chain
+
+
+def parts(data: bytes, ends: list[int]) -> list[bytes]:
+    return [data[first:stop] for first, stop in zip([0, *ends], ends, strict=False)]
+
+
+@both_words
+@pytest.mark.parametrize(
+    ("order", "good"),
+    [((0, 2), 1), ((0, 2, 1), 1), ((0, 1, 1), 2), ((0, 1, 2, 1), 3), ((0, 1, 2, 2), 3)],
+    ids=["dropped", "swapped", "twice", "back", "last twice"],
+)
+def test_a_break_in_the_chain_is_found(order: tuple[int, ...], good: int, word: Any) -> None:
+    data, ends = small_stream(word)
+    pieces = parts(data, ends)
+    memories, error, restorer = restore(b"".join(pieces[i] for i in order))
+    assert type(error) is Malformed and error.section == "stream.md §9.3"
+    assert memories == restore(data)[0][:good]
+    assert restorer.memory.tobytes() == memories[-1]
+    # The offset is where the record of the wrong one stands.
+    front = sum(len(pieces[i]) for i in order[:good])
+    assert error.offset is not None and front < error.offset < front + len(pieces[order[good]])
+    at = error.offset
+    assert b"".join(pieces[i] for i in order)[at : at + 8] == MAGIC
+
+
+def test_checkpoints_of_two_streams_do_not_mix() -> None:
+    """The same numbers, other bytes: the digest in the position tells them apart."""
+    data, ends = small_stream(8)
+    other, other_ends = small_stream(8, salt=1)
+    assert ends == other_ends
+    ours, theirs = parts(data, ends), parts(other, other_ends)
+    assert ours[0] == theirs[0]
+    memories, error, _ = restore(ours[0] + ours[1] + theirs[2])
+    assert type(error) is Malformed and error.section == "stream.md §9.3" and len(memories) == 2
+    memories, error, _ = restore(ours[0] + theirs[1] + theirs[2])
+    assert error is None and len(memories) == 3
+
+
+# Records by hand
+
+
+def position(before: tuple[int, bytes] | None, body: bytes) -> tuple[int, bytes]:
+    """The position behind `before`, from the format: a SHA-256 over a name, the one before, the number, the body's."""
+    epoch = 0 if before is None else before[0] + 1
+    chain = b"remus position 1\0" + (bytes(32) if before is None else before[1]) + epoch.to_bytes(8, "little")
+    return epoch, hashlib.sha256(chain + hashlib.sha256(body).digest()).digest()
+
+
+def fields(before: tuple[int, bytes] | None, after: tuple[int, bytes], /, **changes: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "version": 1,
+        "epoch": after[0],
+        "time_ns": None,
+        "codec": "delta",
+        "before": None if before is None else list(before),
+        "after": list(after),
+        "device_state": b"",
+    }
+    made |= changes
+    return {name: value for name, value in made.items() if value is not ...}
+
+
+def closed(body: bytes, packed: bytes, *, magic: bytes = MAGIC, context: bytes = b"") -> bytes:
+    """A checkpoint of ours: its body, and a tail with this record and the right checksum."""
+    head = struct.pack("<3QI", 0, 0, 0, len(context)) + context + s.REMUS
+    head += struct.pack("<I", len(magic) + len(packed) + 32) + magic + packed
+    return body + head + hashlib.sha256(body + head).digest()
+
+
+FIRST_BODY = s.hvm_header(8, 4) + s.batch(8, [entry(2)], page(7)) + ENABLE_COMPRESSION + END
+FIRST = position(None, FIRST_BODY)
+RECORD_AT = len(FIRST_BODY) + 28 + 21 + 4
+
+
+def test_a_record_made_by_hand_is_read() -> None:
+    state = bytes(range(256))
+    first = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, time_ns=5, device_state=state)))
+    body = s.batch(8, [entry(2)]) + s.compressed(8, struct.pack("<hIhI", -100, 0, 4, 9)) + END
+    second = position(FIRST, body)
+    data = first + closed(body, msgpack.packb(fields(FIRST, second)))
+    memories, error, restorer = restore(data, strict=True)
+    assert error is None and len(memories) == 2
+    assert memories[1] == bytes(8192) + b"\7\7\7\7\t\0\0\0" + page(7)[8:] + bytes(4096)
+    assert restorer.in_force is not None and restorer.in_force.record == CheckpointRecord(
+        epoch=1, time_ns=None, codec="delta", before=Position(*FIRST), after=Position(*second)
+    )
+    _, _, restorer = restore(first)
+    assert restorer.in_force is not None
+    assert restorer.in_force.device_state == state
+    assert restorer.in_force.record is not None and restorer.in_force.record.time_ns == 5
+
+
+def test_the_sender_writes_what_the_format_says() -> None:
+    """The bytes of a whole small stream, put together here from the format."""
+    sender = Sender(4)
+    memory = np.zeros((4, 4096), dtype=np.uint8)
+    memory[2] = 7
+    data = b"".join(
+        bytes(buffer)
+        for buffers in sender.checkpoint(batches(np.array([2]), memory[[2]]), time_ns=5, device_state=b"own")
+        for buffer in buffers
+    )
+    expected = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, time_ns=5, device_state=b"own")))
+    assert data == expected
+    memory[2, 4:8] = (9, 0, 0, 0)
+    data = b"".join(
+        bytes(buffer) for buffers in sender.checkpoint(batches(np.array([2]), memory[[2]])) for buffer in buffers
+    )
+    body = s.batch(8, [entry(2)]) + s.compressed(8, struct.pack("<hIhI", -100, 0, 4, 9)) + END
+    assert data == closed(body, msgpack.packb(fields(FIRST, position(FIRST, body))))
+    assert sender.position == Position(*position(FIRST, body))
+
+
+def test_a_later_version_is_named_and_refused() -> None:
+    for version in (2, 0, "1", None):
+        data = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, version=version)))
+        _, error, restorer = restore(data)
+        assert type(error) is UnknownFormat
+        assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
+        assert restorer.in_force is None
+
+
+BAD_FIELDS: dict[str, dict[str, Any]] = {
+    "no version": {"version": ...},
+    "no epoch": {"epoch": ...},
+    "no time": {"time_ns": ...},
+    "no codec": {"codec": ...},
+    "no before": {"before": ...},
+    "no after": {"after": ...},
+    "no state": {"device_state": ...},
+    "epoch of text": {"epoch": "0"},
+    "epoch of another position": {"epoch": 1},
+    "epoch negative": {"epoch": -1, "after": [-1, bytes(32)]},
+    "time of a float": {"time_ns": 1.5},
+    "codec of bytes": {"codec": b"delta"},
+    "state of text": {"device_state": "text"},
+    "after nothing": {"after": None},
+    "after of one": {"after": [0]},
+    "after of three": {"after": [0, bytes(32), 0]},
+    "digest of 31 bytes": {"after": [0, bytes(31)]},
+    "digest of text": {"after": [0, "0" * 32]},
+    "behind itself": {"before": [0, bytes(32)]},
+    "behind a later one": {"before": [4, bytes(32)]},
+    "before a number": {"before": 7},
+}
+
+
+@pytest.mark.parametrize("what", BAD_FIELDS)
+def test_a_record_with_wrong_fields_is_refused(what: str) -> None:
+    data = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, **BAD_FIELDS[what])))
+    _, error, restorer = restore(data)
+    assert type(error) is Malformed
+    assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
+    assert restorer.in_force is None
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb([1, 2]),
+        msgpack.packb(7),
+        msgpack.packb(fields(None, FIRST)) + b"\0",
+        msgpack.packb(fields(None, FIRST))[:-1],
+        b"\x91" * 5000,
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        msgpack.packb({1: 2}),
+        msgpack.packb({"version": 1, "epoch": msgpack.ExtType(5, b"x")}),
+    ],
+    ids=["empty", "unused", "list", "number", "more", "less", "deep", "map of 4 G", "bytes of 4 G", "numbers", "ext"],
+)
+def test_what_is_no_map_is_refused(packed: bytes) -> None:
+    _, error, _ = restore(closed(FIRST_BODY, packed))
+    assert type(error) is Malformed
+    assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
+
+
+@pytest.mark.parametrize("state", [b"", b"QEV", b"Q", b"\x89REMUSc", b"\x89REMUSck", bytes(39), bytes(40), b"R" * 500])
+def test_garbage_under_our_signature_is_refused(state: bytes) -> None:
+    _, error, _ = restore(FIRST_BODY + s.hvm_tail(b"", s.REMUS, state))
+    assert type(error) is Malformed
+    assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
+
+
+def test_garbage_with_a_right_checksum_is_refused() -> None:
+    data = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST)), magic=b"\x89REMUScK")
+    _, error, _ = restore(data)
+    assert type(error) is Malformed
+    assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
+
+
+@pytest.mark.parametrize("state", [b"QEVM", b"QEVM" + bytes(27), b"QEVM" + bytes(28), b"QEVM" + bytes(5000)])
+def test_a_record_of_xen_under_this_signature_passes(state: bytes) -> None:
+    memories, error, restorer = restore(FIRST_BODY + s.hvm_tail(b"ctx", s.REMUS, state), strict=True)
+    assert error is None and len(memories) == 1
+    assert restorer.in_force is not None
+    assert restorer.in_force.device_state == state and restorer.in_force.record is None
+
+
+def test_a_wrong_checksum_is_said_before_the_record_is_read() -> None:
+    data = bytearray(closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, version=2))))
+    data[-1] ^= 1
+    _, error, _ = restore(data)
+    assert type(error) is Malformed
+    assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.4")
+
+
+def test_records_come_in_all_tails_or_in_none() -> None:
+    first = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST)))
+    for signature in (s.XL, s.REMUS):
+        memories, error, _ = restore(first + END + s.hvm_tail(b"", signature, b"QEVM"))
+        assert type(error) is Malformed and len(memories) == 1
+        assert error.section == "stream.md §9.2"
+        assert error.offset == len(first) + 4 + 28 + 21
+    plain = FIRST_BODY + s.hvm_tail(b"", s.XL, b"QEVM")
+    second = closed(END, msgpack.packb(fields(FIRST, position(FIRST, END))))
+    memories, error, _ = restore(plain + second)
+    assert type(error) is Malformed and len(memories) == 1
+    assert (error.offset, error.section) == (len(plain) + 4 + 28 + 21 + 4, "stream.md §9.2")
+
+
+def test_the_record_names_the_codec_of_the_data() -> None:
+    first = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, codec="rle")))
+    body = s.batch(8, [entry(2)]) + s.compressed(8, struct.pack("<hI", -100, 0)) + END
+    second = closed(body, msgpack.packb(fields(FIRST, position(FIRST, body), codec="rle")))
+    memories, error, _ = restore(first + second)
+    assert type(error) is Malformed and len(memories) == 1
+    assert (error.offset, error.section) == (len(first) + len(body) + 28 + 21 + 4, "stream.md §9.2")
+
+
+# Positions
+
+
+def test_a_position_is_the_chain_that_the_format_describes() -> None:
+    body = hashlib.sha256(b"body")
+    first = Position.after(None, body.digest())
+    assert (first.epoch, first.digest) == position(None, b"body")
+    second = Position.after(first, body.digest())
+    assert (second.epoch, second.digest) == position((first.epoch, first.digest), b"body")
+    assert first.digest != second.digest
+
+
+@pytest.mark.parametrize(
+    ("epoch", "digest"), [(-1, bytes(32)), (1 << 63, bytes(32)), ("0", bytes(32)), (0, bytes(31)), (0, "x" * 32)]
+)
+def test_what_is_no_position(epoch: Any, digest: Any) -> None:
+    with pytest.raises(ValueError):
+        Position(epoch, digest)

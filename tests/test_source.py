@@ -1,0 +1,189 @@
+"""Stopping real processes, and finding the dirty pages of a shared file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import process_state, writer_process
+
+from remus_ckpt.errors import SourceError
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def wait_for(condition: object, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_every_thread_stops_and_runs_on(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_bytes(bytes(64 * PAGE_SIZE))
+    with writer_process(memory, threads=4) as process:
+        processes = Processes([process.pid])
+        try:
+            for _ in range(20):
+                processes.stop()
+                before = memory.read_bytes()
+                time.sleep(0.002)
+                assert memory.read_bytes() == before, "somebody wrote in the pause"
+                processes.resume()
+                assert wait_for(lambda before=before: memory.read_bytes() != before), "nobody writes after it"
+        finally:
+            processes.close()
+
+
+def test_guard_resumes_when_the_one_who_stopped_dies(sleeper: subprocess.Popen[bytes]) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from remus_ckpt.source.processes import Processes\n"
+        "Processes([int(sys.argv[1])]).stop()\n"
+        "print('stopped', flush=True)\n"
+        "signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
+        assert recorder.stdout is not None
+        assert recorder.stdout.readline() == b"stopped\n"
+        assert process_state(sleeper.pid) == "T"
+        recorder.kill()
+    assert wait_for(lambda: process_state(sleeper.pid) != "T")
+
+
+def test_guard_leaves_a_process_alone_that_was_not_stopped_by_us(sleeper: subprocess.Popen[bytes]) -> None:
+    processes = Processes([sleeper.pid])
+    processes.stop()
+    processes.resume()
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    assert wait_for(lambda: process_state(sleeper.pid) == "T")
+    processes.close()
+    assert process_state(sleeper.pid) == "T"
+
+
+def test_without_its_guard_nothing_is_stopped(sleeper: subprocess.Popen[bytes]) -> None:
+    processes = Processes([sleeper.pid])
+    guard = processes._guard
+    assert guard is not None
+    guard.kill()
+    guard.wait()
+    with pytest.raises(SourceError):
+        processes.stop()
+    assert process_state(sleeper.pid) != "T"
+    processes.close()
+
+
+def test_a_dead_process_is_no_error_in_a_pause(sleeper: subprocess.Popen[bytes]) -> None:
+    processes = Processes([sleeper.pid])
+    assert processes.alive()
+    sleeper.kill()
+    assert wait_for(lambda: not processes.alive())
+    processes.stop()
+    processes.resume()
+    assert processes.death_fds() == []
+    processes.close()
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+def test_processes_that_cannot_be_recorded(pid: int) -> None:
+    with pytest.raises(SourceError):
+        Processes([pid])
+
+
+class Shared:
+    """A shared file that the test itself writes to."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        path.write_bytes(b"")
+        os.truncate(path, size)
+        self.path = path
+        self.source = SharedFile(path, Processes([]))
+
+    def write(self, offset: int, data: bytes) -> None:
+        with open(self.path, "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def take(self) -> list[int]:
+        """What a checkpoint would take; the shadow follows."""
+        dirty = self.source.dirty()
+        pages = self.source.read(dirty, np.empty((len(dirty), PAGE_SIZE), dtype=np.uint8))
+        self.source.shadow[dirty] = pages
+        image = self.path.read_bytes()
+        image += bytes(-len(image) % PAGE_SIZE)
+        assert self.source.shadow.tobytes() == image
+        return [int(number) for number in dirty]
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    path = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp") / f"remus-test-{os.getpid()}"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_dirty_pages_of_a_sparse_file(shm: Path) -> None:
+    shared = Shared(shm, 5000 * PAGE_SIZE)
+    assert shared.take() == []
+    shared.write(7 * PAGE_SIZE + 5, b"x")
+    shared.write(4999 * PAGE_SIZE + 4095, b"y")
+    assert shared.take() == [7, 4999]
+    assert shared.take() == []
+    # To look at a hole must not fill it.
+    assert shm.stat().st_blocks * 512 <= 64 * PAGE_SIZE
+    shared.source.close()
+
+
+def test_a_page_that_becomes_a_hole_is_dirty(shm: Path) -> None:
+    shared = Shared(shm, 64 * PAGE_SIZE)
+    shared.write(0, b"\1" * 64 * PAGE_SIZE)
+    assert len(shared.take()) == 64
+    subprocess.run(
+        ["fallocate", "--punch-hole", "--offset", str(3 * PAGE_SIZE), "--length", str(2 * PAGE_SIZE), shm], check=True
+    )
+    shared.write(10 * PAGE_SIZE, b"z")
+    assert shared.take() == [3, 4, 10]
+    shared.source.close()
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4097, 10 * PAGE_SIZE + 7])
+def test_sizes_that_are_no_multiple_of_a_page(tmp_path: Path, size: int) -> None:
+    shared = Shared(tmp_path / "memory", size)
+    shared.write(size - 1, b"e")
+    assert shared.take() == [(size - 1) // PAGE_SIZE]
+    shared.write(0, b"b")
+    assert shared.take() == [0]
+    assert shared.take() == []
+    shared.source.close()
+
+
+def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    shared = Shared(tmp_path / "memory", 16 * PAGE_SIZE)
+    os.truncate(shared.path, 4 * PAGE_SIZE)
+    with pytest.raises(SourceError):
+        shared.source.dirty()
+    shared.source.close()
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        Shared(tmp_path / "memory", 0)

@@ -1,0 +1,1 @@
+../remus_ckpt/conformance.py
