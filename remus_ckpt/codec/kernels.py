@@ -52,13 +52,17 @@ NATIVE = ("avx512", "avx2", "scalar")
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of one codec."""
+    """One implementation of one codec.
+
+    native: it checks lengths and page numbers itself, and raises ValueError for those that do not fit
+    """
 
     name: str
     max_page_bytes: int
     encode: Encode
     check: Check
     apply: Apply
+    native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,11 @@ def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
             _refuse(numpy, encoded, len(pages) if index is None else len(index), ~taken)
         return taken
 
-    return Kernel(name, numpy.max_page_bytes, encode, check, apply)
+    return Kernel(name, numpy.max_page_bytes, encode, check, apply, native=True)
 
 
 def _refuse(numpy: Kernel, encoded: NDArray[np.uint8], n: int, offset: int) -> None:
-    numpy.check(encoded, n)
+    numpy.check(np.frombuffer(encoded, dtype=np.uint8), n)
     raise RuntimeError(f"a native kernel found a fault at byte {offset} that numpy does not see")
 
 
