@@ -544,7 +544,7 @@ def main() -> None:
     if options.from_json:
         results = json.loads(options.from_json.read_text())
     else:
-        rounds = options.rounds or (3 if options.quick else 15)
+        rounds = options.rounds or (3 if options.quick else 11)
         gib = (64 << 20 if options.quick else 1 << 30) // PAGE_SIZE
         pages = 1024 if options.quick else 8192
         corpora = sorted(options.corpora.glob("*.pgpair.zst")) if zstandard else []
