@@ -45,7 +45,7 @@ static inline int open_frame(const uint8_t *data, size_t size, size_t at, walk *
 }
 
 /* §4: one run. Bounds: a length is read only before the end of the frame, and a run is compared with what is left of
- * frame and page. Where it returns 0, w->at is the place of the fault. */
+ * frame and page. Where it returns 0, w->at is the place of the fault, and no step may follow. */
 static inline int step(const uint8_t *data, walk *w)
 {
     size_t at = w->at;
@@ -63,7 +63,7 @@ static inline int step(const uint8_t *data, walk *w)
 }
 
 /* Each length says where the next one stands, so a page is a chain of loads: two pages are walked at once as long as
- * both are good, and then what is left of the first, so that the first fault is the one that is found. */
+ * both are good. A fault of the second counts once all of the first is found to be good. */
 int64_t remus_xbzrle_check(const uint8_t *data, size_t size, size_t n)
 {
     size_t at = 0;
@@ -77,16 +77,17 @@ int64_t remus_xbzrle_check(const uint8_t *data, size_t size, size_t n)
          * hardware to see what it is after. */
         if (a.at < a.end)
             prefetch_bytes(data + (two ? b.end : at), (two ? b.end : at) - a.body);
-        if (two)
-            while (a.at < a.end && b.at < b.end) {
-                if (!step(data, &a))
-                    return ~(int64_t)a.at;
-                if (!step(data, &b))
-                    break; /* found again when the page has its turn */
-            }
+        int good = 1;
+        while (two && good && a.at < a.end && b.at < b.end) {
+            if (!step(data, &a))
+                return ~(int64_t)a.at;
+            good = step(data, &b);
+        }
         while (a.at < a.end)
             if (!step(data, &a))
                 return ~(int64_t)a.at;
+        if (!good)
+            return ~(int64_t)b.at;
         if (two) {
             while (b.at < b.end)
                 if (!step(data, &b))
