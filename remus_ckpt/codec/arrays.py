@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.pages import PAGE_SIZE, Pages
+from remus_ckpt.pages import Pages
 
 SPAN_PAGES = 256
 """Pages taken at a time: a span of new and old pages stays in the second-level cache."""
@@ -96,24 +97,52 @@ def within(lengths: NDArray[np.integer]) -> Index:
     return np.arange(total, dtype=np.int64) - starts
 
 
-def page_numbers(index: Index | None, start: int, stop: int) -> Index:
-    """The numbers of the pages start…stop of a batch."""
-    return np.arange(start, stop, dtype=np.int64) if index is None else index[start:stop]
+class Span(Protocol):
+    """Some whole encoded pages, parsed and checked."""
+
+    @property
+    def first_page(self) -> int:
+        """Its first page, counted in the batch."""
+
+    @property
+    def pages(self) -> int:
+        """How many pages it has."""
+
+    @property
+    def end(self) -> int:
+        """The first encoded byte after it."""
 
 
-def count(pages: Pages, index: Index | None) -> int:
-    """How many pages a batch has."""
-    return len(pages) if index is None else len(index)
+S = TypeVar("S", bound=Span)
+Parse = Callable[[Bytes, int], Iterator[S]]
+Scatter = Callable[[S, slice, Index, Bytes, Pages], None]
 
 
-__all__ = [
-    "PAGE_SIZE",
-    "SPAN_PAGES",
-    "count",
-    "distinct_prefix",
-    "encode_spans",
-    "page_numbers",
-    "unaligned",
-    "windows",
-    "within",
-]
+def check_spans(parse: Parse[S], encoded: Bytes, n: int) -> int:
+    """Walk n encoded pages; `parse` raises Malformed. Returns the bytes that they take."""
+    consumed = 0
+    for span in parse(encoded, n):
+        consumed = span.end
+    return consumed
+
+
+def apply_spans(parse: Parse[S], scatter: Scatter[S], encoded: Bytes, pages: Pages, index: Index | None) -> int:
+    """Check the encoded pages, all of them, and then put them into `pages`. Returns the bytes consumed.
+
+    scatter(span, part, numbers, encoded, pages): apply the pages of that part of a span to the pages of those numbers,
+        none of which repeats
+    """
+    n = len(pages) if index is None else len(index)
+    consumed = check_spans(parse, encoded, n)
+    for span in parse(encoded, n):
+        stop = span.first_page + span.pages
+        if index is None:
+            numbers = np.arange(span.first_page, stop, dtype=np.int64)
+        else:
+            numbers = index[span.first_page : stop]
+        start = 0
+        while start < len(numbers):
+            part = slice(start, start + distinct_prefix(numbers[start:]))
+            scatter(span, part, numbers, encoded, pages)
+            start = part.stop
+    return consumed

@@ -82,31 +82,19 @@ def _emit(new: Pages, old: Pages, whole: arrays.Flags, out: arrays.Bytes) -> int
 
 def check(encoded: arrays.Bytes, n: int) -> int:
     """Refuse n pages that are malformed; see `kernels`."""
-    consumed = 0
-    for span in _parse(encoded, n):
-        consumed = span.end
-    return consumed
+    return arrays.check_spans(_parse, encoded, n)
 
 
 def apply(encoded: arrays.Bytes, pages: Pages, index: arrays.Index | None) -> int:
     """Apply one encoded page to each page of the batch; see `kernels`."""
-    n = arrays.count(pages, index)
-    consumed = check(encoded, n)
-    words = pages.reshape(-1).view("<u4")
-    for span in _parse(encoded, n):
-        numbers = arrays.page_numbers(index, span.first_page, span.first_page + len(span.heads))
-        start = 0
-        while start < len(numbers):
-            stop = start + arrays.distinct_prefix(numbers[start:])
-            _scatter(span, start, stop, numbers, encoded, pages, words)
-            start = stop
-    return consumed
+    return arrays.apply_spans(_parse, _scatter, encoded, pages, index)
 
 
 class _Span(NamedTuple):
     """Some whole pages, parsed and checked."""
 
     first_page: int
+    pages: int
     heads: NDArray[np.int64]  # for each page, its first record
     offsets: NDArray[np.int16]  # for each record
     values: NDArray[np.uint32]
@@ -115,24 +103,16 @@ class _Span(NamedTuple):
     end: int  # the first byte after them
 
 
-def _scatter(
-    span: _Span,
-    start: int,
-    stop: int,
-    numbers: arrays.Index,
-    encoded: arrays.Bytes,
-    pages: Pages,
-    words: NDArray[np.uint32],
-) -> None:
-    first = span.heads[start]
-    last = span.heads[stop] if stop < len(span.heads) else len(span.offsets)
+def _scatter(span: _Span, part: slice, numbers: arrays.Index, encoded: arrays.Bytes, pages: Pages) -> None:
+    first = span.heads[part.start]
+    last = span.heads[part.stop] if part.stop < len(span.heads) else len(span.offsets)
     offsets = span.offsets[first:last]
-    heads = span.heads[start:stop] - first
+    heads = span.heads[part] - first
     lengths = np.diff(heads, append=len(offsets))
-    where = np.repeat(numbers[start:stop] * PAGE_WORDS, lengths) + offsets // 4
+    where = np.repeat(numbers[part] * PAGE_WORDS, lengths) + offsets // 4
     is_delta = offsets >= 0
-    words[where[is_delta]] = span.values[first:last][is_delta]
-    here = (span.full_pages >= start) & (span.full_pages < stop)
+    pages.reshape(-1).view("<u4")[where[is_delta]] = span.values[first:last][is_delta]
+    here = (span.full_pages >= part.start) & (span.full_pages < part.stop)
     if here.any():
         rows = arrays.windows(encoded, PAGE_SIZE)
         pages[numbers[span.full_pages[here]]] = rows[span.bodies[here]]
@@ -146,7 +126,7 @@ def _parse(encoded: arrays.Bytes, n: int) -> Iterator[_Span]:
         span = _parse_window(window, at, page, n - page, at + len(window) == len(encoded))
         yield span
         at = span.end
-        page += len(span.heads)
+        page += span.pages
 
 
 def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end: bool) -> _Span:
@@ -187,6 +167,7 @@ def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end
     _check_records(offsets[:stop], values[:stop], place)
     return _Span(
         first_page,
+        taken,
         heads[:taken],
         offsets[:stop],
         values[:stop],

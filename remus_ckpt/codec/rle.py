@@ -84,36 +84,12 @@ def _emit(new: Pages, old: Pages, whole: arrays.Flags, out: arrays.Bytes) -> int
 
 def check(encoded: arrays.Bytes, n: int) -> int:
     """Refuse n pages that are malformed; see `kernels`."""
-    consumed = 0
-    for span in _parse(encoded, n):
-        consumed = span.end
-    return consumed
+    return arrays.check_spans(_parse, encoded, n)
 
 
 def apply(encoded: arrays.Bytes, pages: Pages, index: arrays.Index | None) -> int:
     """Apply one encoded page to each page of the batch; see `kernels`."""
-    n = arrays.count(pages, index)
-    consumed = check(encoded, n)
-    words = pages.reshape(-1).view("<u4")
-    source = arrays.unaligned(encoded, "<u4")
-    rows = arrays.windows(encoded, PAGE_SIZE)
-    for span in _parse(encoded, n):
-        numbers = arrays.page_numbers(index, span.first_page, span.first_page + span.pages)
-        start = 0
-        while start < len(numbers):
-            stop = start + arrays.distinct_prefix(numbers[start:])
-            here = slice(*np.searchsorted(span.page_of, [start, stop]))
-            marker, page = span.markers[here], numbers[span.page_of[here]]
-            copies = (marker > 0) & (marker < SKIP)
-            lengths = marker[copies].astype(np.int64)
-            inside = arrays.within(lengths)
-            to = np.repeat(page[copies] * PAGE_WORDS + span.word[here][copies], lengths) + inside
-            words[to] = source[np.repeat(span.places[here][copies] + 1, lengths) + inside * 4]
-            full = marker == FULL_PAGE
-            if full.any():
-                pages[page[full]] = rows[span.places[here][full] + 1]
-            start = stop
-    return consumed
+    return arrays.apply_spans(_parse, _scatter, encoded, pages, index)
 
 
 class _Span(NamedTuple):
@@ -126,6 +102,20 @@ class _Span(NamedTuple):
     page_of: NDArray[np.int64]  # the page of each marker, counted from first_page …
     word: NDArray[np.int64]  # … and the word of that page at which it begins
     end: int
+
+
+def _scatter(span: _Span, part: slice, numbers: arrays.Index, encoded: arrays.Bytes, pages: Pages) -> None:
+    here = slice(*np.searchsorted(span.page_of, [part.start, part.stop]))
+    marker, page, places = span.markers[here], numbers[span.page_of[here]], span.places[here]
+    copies = (marker > 0) & (marker < SKIP)
+    lengths = marker[copies].astype(np.int64)
+    inside = arrays.within(lengths)
+    to = np.repeat(page[copies] * PAGE_WORDS + span.word[here][copies], lengths) + inside
+    source = arrays.unaligned(encoded, "<u4")
+    pages.reshape(-1).view("<u4")[to] = source[np.repeat(places[copies] + 1, lengths) + inside * 4]
+    full = marker == FULL_PAGE
+    if full.any():
+        pages[page[full]] = arrays.windows(encoded, PAGE_SIZE)[places[full] + 1]
 
 
 def _parse(encoded: arrays.Bytes, n: int) -> Iterator[_Span]:

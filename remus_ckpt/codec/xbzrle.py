@@ -149,33 +149,12 @@ def _put_lengths(out: arrays.Bytes, at: NDArray[np.int64], values: NDArray[np.in
 
 def check(encoded: arrays.Bytes, n: int) -> int:
     """Refuse n pages that are malformed; see `kernels`."""
-    consumed = 0
-    for span in _parse(encoded, n):
-        consumed = span.end
-    return consumed
+    return arrays.check_spans(_parse, encoded, n)
 
 
 def apply(encoded: arrays.Bytes, pages: Pages, index: arrays.Index | None) -> int:
     """Apply one encoded page to each page of the batch; see `kernels`."""
-    n = arrays.count(pages, index)
-    consumed = check(encoded, n)
-    flat = pages.reshape(-1)
-    rows = arrays.windows(encoded, PAGE_SIZE)
-    for span in _parse(encoded, n):
-        numbers = arrays.page_numbers(index, span.first_page, span.first_page + span.pages)
-        start = 0
-        while start < len(numbers):
-            stop = start + arrays.distinct_prefix(numbers[start:])
-            here = slice(*np.searchsorted(span.page_of, [start, stop]))
-            lengths = span.lengths[here]
-            inside = arrays.within(lengths)
-            to = np.repeat(numbers[span.page_of[here]] * PAGE_SIZE + span.targets[here], lengths) + inside
-            flat[to] = encoded[np.repeat(span.sources[here], lengths) + inside]
-            raw = (span.raw_pages >= start) & (span.raw_pages < stop)
-            if raw.any():
-                pages[numbers[span.raw_pages[raw]]] = rows[span.bodies[raw]]
-            start = stop
-    return consumed
+    return arrays.apply_spans(_parse, _scatter, encoded, pages, index)
 
 
 class _Span(NamedTuple):
@@ -190,6 +169,17 @@ class _Span(NamedTuple):
     raw_pages: NDArray[np.int64]
     bodies: NDArray[np.int64]  # where their 4,096 bytes stand
     end: int
+
+
+def _scatter(span: _Span, part: slice, numbers: arrays.Index, encoded: arrays.Bytes, pages: Pages) -> None:
+    here = slice(*np.searchsorted(span.page_of, [part.start, part.stop]))
+    lengths = span.lengths[here]
+    inside = arrays.within(lengths)
+    to = np.repeat(numbers[span.page_of[here]] * PAGE_SIZE + span.targets[here], lengths) + inside
+    pages.reshape(-1)[to] = encoded[np.repeat(span.sources[here], lengths) + inside]
+    raw = (span.raw_pages >= part.start) & (span.raw_pages < part.stop)
+    if raw.any():
+        pages[numbers[span.raw_pages[raw]]] = arrays.windows(encoded, PAGE_SIZE)[span.bodies[raw]]
 
 
 def _parse(encoded: arrays.Bytes, n: int) -> Iterator[_Span]:
