@@ -12,6 +12,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remus_ckpt import Sender
+from remus_ckpt import Limits, Sender
 from remus_ckpt.errors import StreamError
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, PageBatch, PageType
 from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import CHUNKS, ChunkId, Layout, Signature
+from remus_ckpt.wire.chunks import CHUNKS, MAX_P2M_SIZE, ChunkId, Layout, Signature
 from remus_ckpt.wire.dialect import Dialect, detect_header
 from remus_ckpt.wire.reader import Reader
 from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
@@ -35,6 +36,7 @@ msgpack = pytest.importorskip("msgpack")
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = ROOT / "specs"
 GRAMMAR = SPECS / "grammar" / "remus_stream.ksy"
+TOOL = ROOT / "tools" / "grammar.py"
 VECTORS = SPECS / "vectors"
 SHARED = Path(os.environ.get("REMUS_CKPT_SHARED") or ROOT.parent / "shared") / "vectors" / "xen"
 
@@ -47,19 +49,20 @@ SMALL = 4 << 20
 
 
 @pytest.fixture(scope="session")
-def grammar(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def grammar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The class that the grammar compiles to."""
     out = tmp_path_factory.mktemp("grammar")
-    tool = ROOT / "tools" / "grammar.py"
-    ran = subprocess.run([sys.executable, str(tool), str(out)], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, str(TOOL), str(out)], capture_output=True, text=True, check=False)
     if ran.returncode == NO_COMPILER:
         pytest.skip(ran.stderr.strip())
     assert ran.returncode == 0, ran.stderr
     spec = importlib.util.spec_from_file_location("remus_stream", out / "remus_stream.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.RemusStream
+    yield module.RemusStream
+    del sys.modules[spec.name]
 
 
 def parse(grammar: Any, data: bytes, word: int, guest: str) -> Any:
@@ -116,7 +119,7 @@ def _batch(chunk: Any, word: int) -> events.Batch:
         data = np.frombuffer(b"".join(chunk.batch.pages), dtype=np.uint8).reshape(-1, PAGE_SIZE)
     return events.Batch(
         pfns=np.array([entry.pfn for entry in entries], dtype=np.uint64),
-        types=np.array([entry.type for entry in entries], dtype=np.uint8),
+        types=np.array([entry.page_type for entry in entries], dtype=np.uint8),
         data=data,
         offset=chunk.offset,
     )
@@ -236,7 +239,7 @@ def plain(value: Any) -> Any:
 
 def read(data: bytes, dialect: Dialect) -> tuple[list[events.Event], Reader]:
     """What the reader says of a stream that ends here. Raises StreamError."""
-    reader = Reader(dialect)
+    reader = Reader(dialect, limits=Limits(memory_bytes=(MAX_P2M_SIZE + 1) * PAGE_SIZE))
     reader.feed(data)
     reader.feed_eof()
     found: list[events.Event] = []
@@ -721,6 +724,19 @@ def test_what_the_grammar_cannot_say(grammar: Any, name: str) -> None:
 
 
 @pytest.mark.node
+@pytest.mark.parametrize("p2m_size", [1, MAX_P2M_SIZE])
+def test_edges_of_memory(grammar: Any, p2m_size: int) -> None:
+    items = [events.Header(word=8, guest="hvm", p2m_size=p2m_size), batch((p2m_size - 1, PageType.XALLOC), (0, 0))]
+    compare(grammar, written(8, *items, END, tail_hvm()), Dialect(8, "hvm"))
+
+
+@pytest.mark.node
+def test_largest_batch(grammar: Any) -> None:
+    items = [events.Header(word=8, guest="hvm", p2m_size=4), batch(*[(0, PageType.XTAB)] * 1024)]
+    compare(grammar, written(8, *items, END, tail_hvm()), Dialect(8, "hvm"))
+
+
+@pytest.mark.node
 def test_dialect_is_one_of_four(grammar: Any) -> None:
     with pytest.raises(kaitaistruct.ValidationExprError):
         parse(grammar, _hvm_body(), 2, "hvm")
@@ -762,6 +778,22 @@ def test_table_of_malformed_streams(grammar: Any) -> None:
 
 
 # The text of the grammar
+
+
+@pytest.mark.node
+@pytest.mark.parametrize("language", ["cpp_stl", "go", "java", "javascript", "rust"])
+def test_compiles_to_other_languages(grammar: Any, tmp_path: Path, language: str) -> None:
+    ran = subprocess.run([sys.executable, str(TOOL), str(tmp_path), "--language", language], check=False)
+    assert ran.returncode == 0
+    assert list(tmp_path.rglob("*remus_stream*")) or list(tmp_path.rglob("*RemusStream*"))
+
+
+@pytest.mark.node
+def test_program_of_the_readme(grammar: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (GRAMMAR.parent / "README.md").read_text()
+    (program,) = re.findall(r"^    from kaitaistruct.*?(?=^\S)", text, re.M | re.S)
+    exec(textwrap.dedent(program), {"data": _hvm_body(_i32(-9))})
+    assert capsys.readouterr().out == "8 -9\n12 0\n"
 
 
 def fields() -> list[tuple[str, str]]:

@@ -702,7 +702,7 @@ types:
       - id: rule_page_type
         size: 0
         valid:
-          expr: type < 5 or type > 7
+          expr: page_type < 5 or page_type > 7
         doc-ref: specs/stream.md §5.2
       - id: rule_pfn
         size: 0
@@ -713,12 +713,12 @@ types:
       pfn:
         value: bits.value & 0x0fffffff
         doc-ref: specs/stream.md §5.1
-      type:
+      page_type:
         value: bits.value >> 28 & 0xf
-        doc: One of `page_type`.
+        doc: One of the enum of that name.
         doc-ref: specs/stream.md §5.2
       has_data:
-        value: type < page_type::broken.to_i
+        value: page_type < page_type::broken.to_i
         doc-ref: specs/stream.md §5.2
       pages_after:
         value: 'page_number + (has_data ? 1 : 0)'
