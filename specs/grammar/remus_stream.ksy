@@ -363,7 +363,7 @@ types:
         size: 0
         valid:
           expr: number == 0 or is_own == before.is_own
-        doc-ref: specs/stream.md §9.1
+        doc-ref: specs/stream.md §9.1, §9.2
       - id: after
         type: >-
           course(chunks.last.after.is_armed, is_last, is_own, chunks.last.after.highest_vcpu,
@@ -397,7 +397,7 @@ types:
           min: -21
           max: 1024
         doc: A count of entries, 0 for the end of the body, or one of `chunk_id`.
-        doc-ref: specs/stream.md §4.1
+        doc-ref: specs/stream.md §4.1, §5
       - id: batch
         type: batch(id, not is_compressed)
         if: id > 0
