@@ -256,11 +256,13 @@ def compare(grammar: Any, data: bytes, dialect: Dialect | None = None) -> list[e
     Where it is cut, the grammar misses bytes, and sees the same in what stands before the cut.
     """
     found, reader = read(data, dialect or Dialect())
-    word, guest = reader.dialect.word, reader.dialect.guest
-    end = found[-1]
-    assert isinstance(end, events.EndOfStream) and word is not None and guest is not None
-    if not end.complete and not reader.saw_last_checkpoint:
-        with pytest.raises(EOFError):
+    # Where the bytes end before the dialect can be told, it makes no difference.
+    word, guest = reader.dialect.word or 8, reader.dialect.guest or "hvm"
+    *said, end = found
+    assert isinstance(end, events.EndOfStream)
+    if not end.complete and not (reader.saw_last_checkpoint and isinstance(said[-1], events.Tail)):
+        # A file header is recognised by 12 bytes; fewer are taken for p2m_size.
+        with pytest.raises(EOFError if len(data) >= 12 else REFUSALS):
             parse(grammar, data, word, guest)
         if not reader.checkpoint_end:
             return found
