@@ -1,4 +1,7 @@
-"""The checkpoint loop: pause, take the dirty pages, resume, encode, deliver; and again after the interval."""
+"""The checkpoint loop: pause, take the dirty pages, resume, encode, deliver; and again after the interval.
+
+The first checkpoint copies all of memory while the source runs, and pauses it only for what changed meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
@@ -25,6 +29,7 @@ class Taken:
 
     sent: Sent
     dirty_pages: int
+    """Those that the pause found and copied. The first checkpoint sends more: it copies all once before its pause."""
     pause_s: float
     """From the order to stop to the order to run on, without what `on_paused` took."""
     blocked_s: float
@@ -125,42 +130,62 @@ class CheckpointLoop:
         epoch = 0 if self._sender.position is None else self._sender.position.epoch + 1
         pause = _Pause(self._source, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
-            pause.begin()
-            dirty = self._source.dirty()
-            if self._bounded:
-                scan: Iterator[PageBatch] = self._capture_as_drawn(dirty, pause)
-            else:
-                scan = batches(dirty, self._source.read(dirty, self._room(len(dirty))))
-                pause.end()
-            encoding = time.monotonic()
-            blocked = 0.0
             # Each group of buffers has been encoded and is written while the scan stands still.
-            for group in self._sender.checkpoint(scan, time_ns=time.time_ns()):
+            for group in self._sender.checkpoint(self._scan(pause), time_ns=time.time_ns()):
                 self._output.write(group)
-                if pause.is_on:
-                    blocked = time.monotonic() - encoding - pause.reading_s
         finally:
             pause.end()
         self._output.commit()
-        done = time.monotonic()
         assert self._sender.sent is not None
-        return Taken(self._sender.sent, len(dirty), pause.seconds, blocked, done - max(encoding, pause.ended_at))
+        encode_s = time.monotonic() - pause.ended_at
+        blocked_s = max(pause.seconds - pause.capture_s, 0.0) if self._bounded else 0.0
+        return Taken(self._sender.sent, pause.dirty_pages, pause.seconds, blocked_s, encode_s)
+
+    def _scan(self, pause: _Pause) -> Iterator[PageBatch]:
+        """The capture, with the pause around it; what is drawn after the pause was copied in it."""
+        if self._sender.sent is None:
+            yield from self._first_copy()
+        pause.begin()
+        with pause.capturing():
+            dirty = self._source.dirty()
+        pause.dirty_pages = len(dirty)
+        if not self._bounded:
+            captured = self._source.read(dirty, self._room(len(dirty)))
+            pause.end()
+            yield from batches(dirty, captured)
+            return
+        for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
+            part = dirty[start : start + MAX_BATCH_ENTRIES]
+            with pause.capturing():
+                captured = self._source.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
+            yield from batches(part, captured)
+        # Nothing more is drawn: what the last buffer still costs falls outside the pause.
+        pause.end()
+
+    def _first_copy(self) -> Iterator[PageBatch]:
+        """All of memory while the source runs on, perhaps torn.
+
+        The sender's reference takes it in as it is sent, so that the pause has only to copy what has changed since: a
+        page may stand in round 0 more than once, and the last time counts. It is gone over again while that halves what
+        the pause will find.
+        """
+        before = 2 * self._source.pages
+        while True:
+            count = 0
+            for start in range(0, self._source.pages, MAX_BATCH_ENTRIES):
+                sample = self._source.sample(start, min(start + MAX_BATCH_ENTRIES, self._source.pages))
+                changed = dirty_pages(sample, self._source.shadow[start : start + len(sample)])
+                count += len(changed)
+                yield from batches(changed + start, gather(sample, changed))
+            if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
+                return
+            before = count
 
     def _room(self, pages: int) -> Pages:
         """A buffer for the capture; kept, because fresh memory costs a fault a page."""
         if len(self._capture) < pages:
             self._capture = np.empty((max(pages, 2 * len(self._capture)), PAGE_SIZE), dtype=np.uint8)
         return self._capture
-
-    def _capture_as_drawn(self, dirty: NDArray[np.int64], pause: _Pause) -> Iterator[PageBatch]:
-        for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
-            part = dirty[start : start + MAX_BATCH_ENTRIES]
-            reading = time.monotonic()
-            data = self._source.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
-            pause.reading_s += time.monotonic() - reading
-            yield from batches(part, data)
-        # Nothing more is drawn: what the last buffer still costs falls outside the pause.
-        pause.end()
 
 
 class Totals:
@@ -237,9 +262,12 @@ class _Pause:
         self._source = source
         self._on_paused = on_paused
         self._began = 0.0
-        self.is_on = False
+        self._is_on = False
+        self.dirty_pages = 0
         self.seconds = 0.0
-        self.reading_s = 0.0
+        """From the order to stop to the order to run on, without what `on_paused` took."""
+        self.capture_s = 0.0
+        """Of it: stopping, finding and copying pages."""
         self.ended_at = 0.0
 
     def begin(self) -> None:
@@ -247,22 +275,29 @@ class _Pause:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         self._began = time.monotonic()
         try:
-            self._source.pause()
+            with self.capturing():
+                self._source.pause()
         except BaseException:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
             raise
-        self.is_on = True
+        self._is_on = True
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.capture_s += time.monotonic() - begin
 
     def end(self) -> None:
-        if not self.is_on:
+        if not self._is_on:
             return
-        self.is_on = False
+        self._is_on = False
+        witness = time.monotonic()
         try:
-            witness = time.monotonic()
             self._on_paused()
-            witness = time.monotonic() - witness
         finally:
+            witness = time.monotonic() - witness
             self._source.resume()
             self.ended_at = time.monotonic()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-        self.seconds = self.ended_at - self._began - witness
+            self.seconds = self.ended_at - self._began - witness

@@ -25,6 +25,9 @@ class Source(Protocol):
     def pause(self) -> None:
         """Stop all who write; return when they have stopped. Raises SourceError; they run on then."""
 
+    def sample(self, first: int, stop: int) -> Pages:
+        """A copy of the pages first…stop as they are now, perhaps torn. At any time."""
+
     def dirty(self) -> NDArray[np.int64]:
         """The pages that differ from the shadow, ascending. While paused."""
 

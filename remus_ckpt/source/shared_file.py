@@ -71,6 +71,19 @@ class SharedFile:
         """Descriptors that become readable when a process dies."""
         return self._processes.death_fds()
 
+    def sample(self, first: int, stop: int) -> Pages:
+        """A copy of the pages first…stop as they are now, perhaps torn.
+
+        It is read, not looked at through the mapping: a file that shrinks meanwhile would end us.
+        """
+        pages = np.zeros((stop - first, PAGE_SIZE), dtype=np.uint8)
+        room = memoryview(pages.reshape(-1))
+        at = first * PAGE_SIZE
+        while room and (size := os.preadv(self._fd, [room], at)):
+            room = room[size:]
+            at += size
+        return pages
+
     def dirty(self) -> NDArray[np.int64]:
         """The pages that differ from the shadow. Raises SourceError if the file's size has changed."""
         size = os.fstat(self._fd).st_size
