@@ -33,6 +33,7 @@ class Codec:
         self.kernel = kernel.name
         self.max_page_bytes = kernel.max_page_bytes
         self._kernel = kernel
+        self._native = kernel.native
 
     def __repr__(self) -> str:
         return f"<codec {self.name}, kernel {self.kernel}>"
@@ -63,6 +64,17 @@ class Codec:
         Returns the encoded bytes, back to back.
         Raises ValueError or TypeError for arrays that do not fit this; nothing is changed then.
         """
+        if self._native:
+            # The native functions look at types, lengths and numbers themselves, in less time than numpy takes to. What
+            # they refuse is converted below, or refused in words.
+            try:
+                n = pages.nbytes // PAGE_SIZE if index is None else len(index)
+                room_for = np.empty(n * self.max_page_bytes, dtype=np.uint8) if out is None else out
+                size = self._kernel.encode(pages, index, reference, reference_index, full, update, room_for)  # type: ignore[arg-type]
+                view = memoryview(room_for)
+                return view[:size] if view.format == "B" and view.ndim == 1 else view.cast("B")[:size]
+            except (AttributeError, TypeError, ValueError, BufferError):
+                pass
         source = _as_pages(pages, "pages")
         base = _as_pages(reference, "reference", writable=update)
         picked = None if index is None else _as_index(index, len(source), "index", 0)
@@ -112,6 +124,11 @@ class Codec:
         Returns the number of bytes consumed.
         Raises Malformed, its offset counted in `encoded`; `pages` is untouched then.
         """
+        if self._native:
+            try:
+                return self._kernel.apply(encoded, pages, index)  # type: ignore[arg-type]
+            except (TypeError, ValueError, BufferError):
+                pass
         target = _as_pages(pages, "pages", writable=True)
         picked = None if index is None else _as_index(index, len(target), "index", 0)
         return self._kernel.apply(np.frombuffer(encoded, dtype=np.uint8), target, picked)

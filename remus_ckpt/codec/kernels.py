@@ -15,6 +15,7 @@ REMUS_CKPT_KERNEL forces one by name and fails if it cannot be had.
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from collections.abc import Callable
@@ -29,14 +30,16 @@ from remus_ckpt.codec import delta, oracle, rle, xbzrle
 from remus_ckpt.errors import KernelUnavailable
 from remus_ckpt.pages import Pages
 
+_NATIVE: dict[str, dict[str, Any]] = {}
+_FEATURES: dict[str, bool] = {}
+_NOT_BUILT: str | None = None
 try:
-    from remus_ckpt.codec import _native
+    # By name, as the plain statement words the failure as if it were a circular import.
+    _native = importlib.import_module("remus_ckpt.codec._native")
 except ImportError as error:
-    _NATIVE: dict[str, dict[str, Any]] = {}
-    _FEATURES: dict[str, bool] = {}
-    _NOT_BUILT: str | None = f"the C extension is not there: {error}"
+    _NOT_BUILT = f"the C extension is not there ({error}); it is built where a C compiler is found at installation"
 else:
-    _NATIVE, _FEATURES, _NOT_BUILT = _native.KERNELS, _native.FEATURES, None
+    _NATIVE, _FEATURES = _native.KERNELS, _native.FEATURES
 
 Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -52,13 +55,17 @@ NATIVE = ("avx512", "avx2", "scalar")
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of one codec."""
+    """One implementation of one codec.
+
+    native: it checks lengths and page numbers itself, and raises ValueError for those that do not fit
+    """
 
     name: str
     max_page_bytes: int
     encode: Encode
     check: Check
     apply: Apply
+    native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +100,11 @@ def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
             _refuse(numpy, encoded, len(pages) if index is None else len(index), ~taken)
         return taken
 
-    return Kernel(name, numpy.max_page_bytes, encode, check, apply)
+    return Kernel(name, numpy.max_page_bytes, encode, check, apply, native=True)
 
 
 def _refuse(numpy: Kernel, encoded: NDArray[np.uint8], n: int, offset: int) -> None:
-    numpy.check(encoded, n)
+    numpy.check(np.frombuffer(encoded, dtype=np.uint8), n)
     raise RuntimeError(f"a native kernel found a fault at byte {offset} that numpy does not see")
 
 

@@ -1,7 +1,7 @@
 /* remus_ckpt.codec._native: the table of kernels as Python functions over the buffer protocol.
  *
- * Each function checks what the kernels take for granted (lengths, page numbers) and runs without the GIL. Whether the
- * arrays have the right type is for the caller. Only the stable ABI of Python 3.11 is used.
+ * Each function checks what the kernels take for granted (types, lengths, page numbers), raises ValueError, TypeError
+ * or BufferError before anything is done, and runs without the GIL. Only the stable ABI of Python 3.11 is used.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
@@ -32,17 +32,42 @@ static int count_is(Py_ssize_t given, Py_ssize_t wanted)
     return given == wanted;
 }
 
-/* None leaves the view empty, which releasing takes no offence at. */
-static int view(PyObject *object, Py_buffer *buffer, int flags)
+/* Views of arrays by the type of their items; those of pages end in an axis of 4,096. A view is contiguous, so that its
+ * length counts. None leaves it empty, which releasing takes no offence at. */
+static int view(PyObject *object, Py_buffer *buffer, const char *formats, int flags, const char *what)
 {
-    return object == Py_None ? 0 : PyObject_GetBuffer(object, buffer, flags);
+    if (object == Py_None)
+        return 0;
+    if (PyObject_GetBuffer(object, buffer, flags | PyBUF_ND | PyBUF_FORMAT))
+        return -1;
+    if (buffer->format && buffer->format[0] && !buffer->format[1] && strchr(formats, buffer->format[0]))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s must have items of a type among '%s'", what, formats);
+    return -1;
 }
 
-static int is_pages(const Py_buffer *buffer, const char *what)
+static int view_pages(PyObject *object, Py_buffer *buffer, int flags, const char *what)
 {
-    if (buffer->len % REMUS_PAGE)
-        PyErr_Format(PyExc_ValueError, "%s holds %zd bytes, which are no whole pages", what, buffer->len);
-    return buffer->len % REMUS_PAGE == 0;
+    if (object == Py_None) {
+        PyErr_Format(PyExc_TypeError, "%s must be pages", what);
+        return -1;
+    }
+    if (view(object, buffer, "B", flags, what))
+        return -1;
+    if (buffer->ndim > 1 && buffer->shape[buffer->ndim - 1] == REMUS_PAGE)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s must be uint8[n, %d]", what, REMUS_PAGE);
+    return -1;
+}
+
+static int view_numbers(PyObject *object, Py_buffer *buffer, int flags, const char *what)
+{
+    if (view(object, buffer, "lq", flags, what))
+        return -1;
+    if (object == Py_None || (buffer->itemsize == 8 && buffer->ndim == 1))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s must be int64[n]", what);
+    return -1;
 }
 
 static int in_range(const Py_buffer *numbers, int64_t lowest, Py_ssize_t size, const char *what)
@@ -54,9 +79,9 @@ static int in_range(const Py_buffer *numbers, int64_t lowest, Py_ssize_t size, c
         memcpy(&number, (const char *)numbers->buf + i * 8, 8);
         good &= number >= lowest && number < (int64_t)size;
     }
-    if (!good || numbers->len % 8)
-        PyErr_Format(PyExc_ValueError, "%s must be int64 in %lld…%zd", what, (long long)lowest, size - 1);
-    return good && numbers->len % 8 == 0;
+    if (!good)
+        PyErr_Format(PyExc_ValueError, "%s must lie in %d to %zd", what, (int)lowest, size - 1);
+    return good;
 }
 
 static void release(Py_buffer *buffers, int n)
@@ -76,17 +101,16 @@ static PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     if (!b || !count_is(nargs, 7))
         return NULL;
     const int update = PyObject_IsTrue(args[5]);
-    if (update < 0 || view(args[0], &v[PAGES], PyBUF_SIMPLE) || view(args[1], &v[INDEX], PyBUF_SIMPLE)
-        || view(args[2], &v[REFERENCE], update ? PyBUF_WRITABLE : PyBUF_SIMPLE)
-        || view(args[3], &v[SLOTS], PyBUF_SIMPLE) || view(args[4], &v[FULL], PyBUF_SIMPLE)
-        || view(args[6], &v[OUT], PyBUF_WRITABLE))
+    if (update < 0 || view_pages(args[0], &v[PAGES], 0, "pages") || view_numbers(args[1], &v[INDEX], 0, "index")
+        || view_pages(args[2], &v[REFERENCE], update ? PyBUF_WRITABLE : 0, "reference")
+        || view_numbers(args[3], &v[SLOTS], 0, "reference_index") || view(args[4], &v[FULL], "?", 0, "full")
+        || PyObject_GetBuffer(args[6], &v[OUT], PyBUF_WRITABLE))
         goto done;
     const Py_ssize_t pages = v[PAGES].len / REMUS_PAGE, references = v[REFERENCE].len / REMUS_PAGE;
     const Py_ssize_t n = args[1] == Py_None ? pages : v[INDEX].len / 8;
-    if (!is_pages(&v[PAGES], "pages") || !is_pages(&v[REFERENCE], "reference")
-        || !in_range(&v[INDEX], 0, pages, "index") || !in_range(&v[SLOTS], -1, references, "reference_index"))
+    if (!in_range(&v[INDEX], 0, pages, "index") || !in_range(&v[SLOTS], -1, references, "reference_index"))
         goto done;
-    if ((args[3] == Py_None ? references < n : v[SLOTS].len / 8 != n) || (args[4] != Py_None && v[FULL].len != n)
+    if ((args[3] == Py_None ? references != n : v[SLOTS].len / 8 != n) || (args[4] != Py_None && v[FULL].len != n)
         || v[OUT].len / (Py_ssize_t)remus_max_page[b->codec] < n) {
         PyErr_Format(PyExc_ValueError, "references, full and out must suffice for %zd pages", n);
         goto done;
@@ -136,12 +160,12 @@ static PyObject *apply(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     memset(v, 0, sizeof v);
     if (!b || !count_is(nargs, 3))
         return NULL;
-    if (PyObject_GetBuffer(args[0], &v[DATA], PyBUF_SIMPLE) || PyObject_GetBuffer(args[1], &v[PAGES], PyBUF_WRITABLE)
-        || view(args[2], &v[INDEX], PyBUF_SIMPLE))
+    if (PyObject_GetBuffer(args[0], &v[DATA], PyBUF_SIMPLE) || view_pages(args[1], &v[PAGES], PyBUF_WRITABLE, "pages")
+        || view_numbers(args[2], &v[INDEX], 0, "index"))
         goto done;
     const Py_ssize_t pages = v[PAGES].len / REMUS_PAGE;
     const size_t n = (size_t)(args[2] == Py_None ? pages : v[INDEX].len / 8);
-    if (!is_pages(&v[PAGES], "pages") || !in_range(&v[INDEX], 0, pages, "index"))
+    if (!in_range(&v[INDEX], 0, pages, "index"))
         goto done;
     const remus_codec *codec = &b->kernel->codecs[b->codec];
     int64_t taken;
@@ -167,12 +191,10 @@ static PyObject *compare(PyObject *self, PyObject *const *args, Py_ssize_t nargs
     memset(v, 0, sizeof v);
     if (!b || !count_is(nargs, list ? 3 : 2))
         return NULL;
-    if (PyObject_GetBuffer(args[0], &v[MEMORY], PyBUF_SIMPLE) || PyObject_GetBuffer(args[1], &v[SHADOW], PyBUF_SIMPLE)
-        || (list && PyObject_GetBuffer(args[2], &v[FOUND], PyBUF_WRITABLE)))
+    if (view_pages(args[0], &v[MEMORY], 0, "memory") || view_pages(args[1], &v[SHADOW], 0, "shadow")
+        || (list && view_numbers(args[2], &v[FOUND], PyBUF_WRITABLE, "found")))
         goto done;
     const Py_ssize_t n = v[MEMORY].len / REMUS_PAGE;
-    if (!is_pages(&v[MEMORY], "memory"))
-        goto done;
     if (v[SHADOW].len != v[MEMORY].len || (list && v[FOUND].len / 8 < n)) {
         PyErr_Format(PyExc_ValueError, "shadow and found must suffice for %zd pages", n);
         goto done;
@@ -210,12 +232,12 @@ static PyObject *move(PyObject *self, PyObject *const *args, Py_ssize_t nargs, i
     memset(v, 0, sizeof v);
     if (!b || !count_is(nargs, 3))
         return NULL;
-    if (PyObject_GetBuffer(args[0], &v[MEMORY], gather ? PyBUF_SIMPLE : PyBUF_WRITABLE)
-        || PyObject_GetBuffer(args[1], &v[INDEX], PyBUF_SIMPLE)
-        || PyObject_GetBuffer(args[2], &v[PAGES], gather ? PyBUF_WRITABLE : PyBUF_SIMPLE))
+    if (view_pages(args[0], &v[MEMORY], gather ? 0 : PyBUF_WRITABLE, "memory")
+        || view_numbers(args[1], &v[INDEX], 0, "index")
+        || view_pages(args[2], &v[PAGES], gather ? PyBUF_WRITABLE : 0, "pages"))
         goto done;
     const size_t n = (size_t)(v[INDEX].len / 8);
-    if (!is_pages(&v[MEMORY], "memory") || !in_range(&v[INDEX], 0, v[MEMORY].len / REMUS_PAGE, "index"))
+    if (!in_range(&v[INDEX], 0, v[MEMORY].len / REMUS_PAGE, "index"))
         goto done;
     if (v[PAGES].len / REMUS_PAGE < (Py_ssize_t)n) {
         PyErr_Format(PyExc_ValueError, "the buffer must suffice for %zu pages", n);

@@ -10,7 +10,6 @@
 
 #define GROUP 64 /* bytes that are compared and brought up to date together */
 #define GROUPS (REMUS_PAGE / GROUP)
-#define AHEAD 1024 /* bytes that a walk over encoded pages prefetches */
 #define SLACK 128 /* an encoder may write this far behind what it reports */
 
 /* After this the compiler knows nothing of where x came from, and so cannot read the source a second time: what goes
@@ -54,10 +53,23 @@ INLINE void put_32(uint8_t *out, uint32_t x)
     memcpy(out, &x, 4);
 }
 
-/* Encoded pages are walked from length to length, which no hardware foresees. A prefetch past the end does no harm. */
-INLINE void prefetch_ahead(const uint8_t *data)
+/* Encoded pages are walked from length to length, which no hardware foresees. Past the end of a buffer a prefetch does
+ * no harm. */
+INLINE void prefetch_bytes(const uint8_t *data, size_t size)
 {
-    __builtin_prefetch((const void *)((uintptr_t)data + AHEAD));
+    for (size_t at = 0; at < size; at += GROUP)
+        __builtin_prefetch((const void *)((uintptr_t)data + at));
+}
+
+/* Fetches page i, which is soon to be applied, if those before it took so many bytes that many of its lines are likely
+ * to be written. Where pages change in a few words each, that would cost more than it saves. */
+INLINE void prefetch_target(const uint8_t *pages, const int64_t *index, size_t i, size_t n, size_t bytes_before)
+{
+    if (bytes_before < REMUS_PAGE / 8 || i >= n)
+        return;
+    const uint8_t *page = pages + page_at(index, i);
+    for (size_t at = 0; at < REMUS_PAGE; at += GROUP)
+        __builtin_prefetch(page + at, 1);
 }
 
 /* Encodes a page that has a reference; next_* are the pages to prefetch. Returns the end of what it wrote. */

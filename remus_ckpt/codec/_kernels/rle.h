@@ -106,8 +106,11 @@ INLINE uint8_t *ISA(rle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *n
                                       size_t n)                                                                  \
     {                                                                                                            \
         (void)size;                                                                                              \
+        const uint8_t *before = data;                                                                            \
         for (size_t i = 0; i < n; i++) {                                                                         \
             uint8_t *page = pages + page_at(index, i);                                                           \
+            prefetch_target(pages, index, i + 1, n, (size_t)(data - before));                                    \
+            before = data;                                                                                       \
             uint8_t *const end = page + REMUS_PAGE;                                                              \
             if (*data == 0x00) {                                                                                 \
                 data++;                                                                                          \

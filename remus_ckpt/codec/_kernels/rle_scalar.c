@@ -7,8 +7,11 @@ RLE_APPLY(scalar)
 /* specs/rle.md §4. Bounds: `data[at]` is read only where at < size; every step is compared with what is left. */
 int64_t remus_rle_check(const uint8_t *data, size_t size, size_t n)
 {
-    size_t at = 0;
+    size_t at = 0, before = 0;
     for (size_t i = 0; i < n; i++) {
+        /* The page after this one, if this one and it are as long as the one before. */
+        prefetch_bytes(data + at + (at - before), at - before);
+        before = at;
         if (at >= size)
             return ~(int64_t)at;
         if (data[at] == 0x00) {
@@ -26,7 +29,6 @@ int64_t remus_rle_check(const uint8_t *data, size_t size, size_t n)
             if (at >= size)
                 return ~(int64_t)at;
             const unsigned marker = data[at], words = marker & 0x7f;
-            prefetch_ahead(data + at);
             if (words == 0 || words > left)
                 return ~(int64_t)at;
             left -= words;

@@ -149,6 +149,12 @@ INLINE uint8_t *ISA(xbzrle_fold_page)(const uint8_t *now, uint8_t *ref, const ui
         return encode_batch(batch, out, REMUS_XBZRLE_MAX, ISA(xbzrle_fold_page), ISA(xbzrle_full));              \
     }
 
+/* What is left of an encoded page, and where its next run belongs. */
+typedef struct {
+    const uint8_t *data, *end;
+    uint8_t *page;
+} ISA(xbzrle_walk);
+
 INLINE unsigned ISA(xbzrle_number)(const uint8_t **data)
 {
     unsigned number = *(*data)++;
@@ -157,27 +163,51 @@ INLINE unsigned ISA(xbzrle_number)(const uint8_t **data)
     return number;
 }
 
-/* After a check that passed: only what the frames say is read, and a page is never left. */
+INLINE void ISA(xbzrle_run)(ISA(xbzrle_walk) *walk)
+{
+    walk->page += ISA(xbzrle_number)(&walk->data);
+    const unsigned bytes = ISA(xbzrle_number)(&walk->data);
+    copy_exact(walk->page, walk->data, bytes);
+    walk->page += bytes;
+    walk->data += bytes;
+}
+
+/* Opens the frame at `data`; a raw one is copied, and nothing is left of it. Returns where the next one begins. */
+INLINE const uint8_t *ISA(xbzrle_open)(const uint8_t *data, uint8_t *page, ISA(xbzrle_walk) *walk)
+{
+    const uint8_t *const end = data + FRAME + ((unsigned)data[1] << 8 | data[2]);
+    if (data[0] == 2)
+        copy_page(data + FRAME, page, NULL);
+    *walk = (ISA(xbzrle_walk)){data[0] == 2 ? end : data + FRAME, end, page};
+    return end;
+}
+
+/* After a check that passed: only what the frames say is read, and a page is never left.
+ * Each length says where the next one stands, so a page is a chain of loads; two pages, if they are two, are walked at
+ * once. */
 #define XBZRLE_APPLY(isa)                                                                                        \
     TARGET void remus_xbzrle_apply_##isa(const uint8_t *data, size_t size, uint8_t *pages, const int64_t *index, \
                                          size_t n)                                                               \
     {                                                                                                            \
         (void)size;                                                                                              \
-        for (size_t i = 0; i < n; i++) {                                                                         \
-            uint8_t *page = pages + page_at(index, i);                                                           \
-            const unsigned kind = data[0];                                                                       \
-            const uint8_t *const end = data + FRAME + ((unsigned)data[1] << 8 | data[2]);                        \
-            data += FRAME;                                                                                       \
-            if (kind == 2) {                                                                                     \
-                copy_page(data, page, NULL);                                                                     \
-                data = end;                                                                                      \
+        for (size_t i = 0; i < n;) {                                                                             \
+            ISA(xbzrle_walk) a, b = {NULL, NULL, NULL};                                                          \
+            const uint8_t *const before = data;                                                                  \
+            const size_t page = page_at(index, i++);                                                             \
+            data = ISA(xbzrle_open)(data, pages + page, &a);                                                     \
+            if (i < n && page_at(index, i) != page)                                                              \
+                data = ISA(xbzrle_open)(data, pages + page_at(index, i++), &b);                                  \
+            prefetch_target(pages, index, i, n, (size_t)(data - before) / 2);                                    \
+            if (a.data < a.end)                                                                                  \
+                prefetch_bytes(data, (size_t)(data - before));                                                   \
+            prefetch_target(pages, index, i + 1, n, (size_t)(data - before) / 2);                                \
+            while (a.data < a.end && b.data < b.end) {                                                           \
+                ISA(xbzrle_run)(&a);                                                                             \
+                ISA(xbzrle_run)(&b);                                                                             \
             }                                                                                                    \
-            while (data < end) {                                                                                 \
-                page += ISA(xbzrle_number)(&data);                                                               \
-                const unsigned bytes = ISA(xbzrle_number)(&data);                                                \
-                copy_exact(page, data, bytes);                                                                   \
-                page += bytes;                                                                                   \
-                data += bytes;                                                                                   \
-            }                                                                                                    \
+            while (a.data < a.end)                                                                               \
+                ISA(xbzrle_run)(&a);                                                                             \
+            while (b.data < b.end)                                                                               \
+                ISA(xbzrle_run)(&b);                                                                             \
         }                                                                                                        \
     }

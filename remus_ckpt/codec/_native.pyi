@@ -1,4 +1,0 @@
-from typing import Any
-
-KERNELS: dict[str, dict[str, Any]]
-FEATURES: dict[str, bool]
