@@ -961,6 +961,13 @@ BAD: list[tuple[str, bytes, int, str, str | None]] = [
         "COMPRESSED_DATA",
     ),
     (
+        "rle, the fault on the first byte of the second chunk",
+        rle_round(8, TWO, s.compressed(8, b"\0"), s.compressed(8, b"\x02ab")),
+        START + 20 + 13 + 12,
+        "rle §4.3",
+        "COMPRESSED_DATA",
+    ),
+    (
         "delta, offset",
         rle_round(8, TWO, s.compressed(8, BEGIN + BEGIN + struct.pack("<hI", 2, 1))),
         START + 20 + 12 + 12,

@@ -129,9 +129,14 @@ def compare(vector: dict[str, Any], said: list[dict[str, Any]], error: StreamErr
 
 
 def can_be_detected(vector: dict[str, Any]) -> bool:
-    """A PV header without extended info has a PFN where an HVM guest's has a chunk's id."""
-    headers = [row for row in vector["events"] if row["event"] == "header"]
-    return all(row["guest"] == "hvm" or "extended_info" in row for row in headers)
+    """Not what specs/stream.md §1.2 names: a PV header without extended info has a PFN where an HVM guest's has a
+    chunk's id, and a 32-bit HVM header followed by the id 0 or −1 looks like a 64-bit one or a PV guest's."""
+    for header, following in zip(vector["events"], [*vector["events"][1:], {"event": None}], strict=False):
+        if header["event"] == "header":
+            if header["guest"] == "pv":
+                return "extended_info" in header
+            return header["word"] == 8 or following["event"] not in ("end_of_body", "enable_verify_mode")
+    return True
 
 
 @pytest.mark.parametrize("detect", [False, True], ids=["given", "detected"])
