@@ -47,6 +47,8 @@ def load_manifest(folder: Path) -> list[dict[str, Any]]:
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f"{folder}: a manifest of format {manifest.get('format')}, not {MANIFEST_FORMAT}")
     vectors: list[dict[str, Any]] = manifest["vectors"]
+    for vector in vectors:
+        vector["events"] = [json.loads(line) for line in (folder / vector["events"]).read_text().splitlines()]
     return vectors
 
 
