@@ -24,6 +24,8 @@ Then bytes and expectations. `word` is as wide as the dialect says; numbers are 
                        offset, and zeros elsewhere: `page 68656c6c6f`, `page 11*4096`, `page 0@01,4092@ff*4`
     fill COUNT HEX     HEX COUNT times
     range FIRST LAST [TYPE]                   PFN entries, one `word` each
+    deltas FIRST LAST HEX                     a record of `delta` for each word from the offset FIRST to LAST
+    flip NAME HEX      the byte at that label is XORed; what was computed from it stays
     file NAME          a file beside the source
     label NAME         a name for this offset
     sha256 NAME        SHA-256 of the bytes from that label up to here
@@ -168,6 +170,13 @@ class Source:
             first, last, *of_type = (int(value, 0) for value in rest.split())
             shifted = (of_type or [0])[0] << 28
             self.data += b"".join(self._word(pfn | shifted) for pfn in range(first, last + 1))
+        elif verb == "deltas":
+            first, last, value = rest.split()
+            for offset in range(int(first, 0), int(last, 0) + 1, 4):
+                self.data += struct.pack("<h", offset) + bytes.fromhex(value)
+        elif verb == "flip":
+            name, value = rest.split()
+            self.data[self.labels[name]] ^= int(value, 16)
         elif verb == "file":
             path = self.path.parent / rest
             self.data += lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
@@ -310,7 +319,7 @@ def _statements(path: Path, text: str) -> list[tuple[str, int, str]]:
 
 
 def _repeated(text: str) -> bytes:
-    parts = [part.partition("*") for part in text.split()]
+    parts = [part.partition("*") for part in text.replace(",", " ").split()]
     return b"".join(bytes.fromhex(value) * int(count or 1) for value, _, count in parts)
 
 
