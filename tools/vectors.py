@@ -25,7 +25,7 @@ Then bytes and expectations. `word` is as wide as the dialect says; numbers are 
     fill COUNT HEX     HEX COUNT times
     range FIRST LAST [TYPE]                   PFN entries, one `word` each
     deltas FIRST LAST HEX                     a record of `delta` for each word from the offset FIRST to LAST
-    flip NAME HEX      the byte at that label is XORed; what was computed from it stays
+    flip NAME+N HEX    the byte N behind that label is XORed; what was computed from it stays
     file NAME          a file beside the source
     label NAME         a name for this offset
     sha256 NAME        SHA-256 of the bytes from that label up to here
@@ -175,8 +175,8 @@ class Source:
             for offset in range(int(first, 0), int(last, 0) + 1, 4):
                 self.data += struct.pack("<h", offset) + bytes.fromhex(value)
         elif verb == "flip":
-            name, value = rest.split()
-            self.data[self.labels[name]] ^= int(value, 16)
+            name, behind, value = re.split(r"[+ ]+", rest)
+            self.data[self.labels[name] + int(behind)] ^= int(value, 16)
         elif verb == "file":
             path = self.path.parent / rest
             self.data += lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
