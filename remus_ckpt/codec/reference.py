@@ -84,6 +84,9 @@ class Lru:
         full = np.ones(len(pfns), dtype=bool)
         for i, (pfn, table) in enumerate(zip(pfns.tolist(), tables.tolist(), strict=True)):
             if table:
+                # A normal page in front of it in the same buffer may have taken a slot again: that holds what the
+                # receiver has no longer.
+                self.invalidate(pfns[i : i + 1])
                 slots[i] = -1
                 continue
             slot = self._slots.get(pfn)
