@@ -56,7 +56,7 @@ For an encoder, the head says `kind: encode`, and the body begins with what it i
 What follows is the stream that must come out, up to its tails, whose length is the encoder's own: offsets are not
 compared.
 
-What a decoder must say stands in ID.jsonl, one event a line; all else in manifest.json.
+What is known of a vector stands in ID.json, and the names of these files in manifest.json.
 """
 
 from __future__ import annotations
@@ -337,22 +337,23 @@ def _page(text: str) -> bytes:
 def build(folder: Path) -> dict[str, bytes]:
     """Every file of the folder, from its sources: name → bytes. A compressed file stands as its content."""
     files: dict[str, bytes] = {}
-    entries = []
+    names = []
     for path in sorted((folder / "src").glob("*.txt")):
         source = Source(path)
         for variant in [source, Source(path, strict=True)] if source.is_pair else [source]:
             entry, data = variant.entry()
-            suffix = "json" if entry["kind"] == "encode" else "bin"
+            suffix = "given.json" if entry["kind"] == "encode" else "bin"
             name = f"{path.stem}.{suffix}" + (".xz" if len(data) >= COMPRESS_FROM_BYTES else "")
             files[name] = data
-            said = f"{entry['id']}.jsonl"
-            files[said] = "".join(_json(event) + "\n" for event in entry["events"]).encode()
-            entry["events"] = said
-            entries.append(
-                {"id": entry.pop("id"), "file": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-                | entry
-            )
-    lines = ",\n".join(_json(entry) for entry in entries)
+            events = entry.pop("events")
+            entry |= {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            # One field a line, one event a line: a change is a line in a diff.
+            fields = [f"{json.dumps(key)}: {_json(value)}" for key, value in entry.items()]
+            lines = ",".join(f"\n  {_json(event)}" for event in events)
+            text = "{\n" + ",\n".join([*fields, f'"events": [{lines}]']) + "\n}\n"
+            names.append(f"{entry['id']}.json")
+            files[names[-1]] = text.encode()
+    lines = ",\n".join(json.dumps(name) for name in names)
     files["manifest.json"] = f'{{"format": 1, "vectors": [\n{lines}\n]}}\n'.encode()
     return files
 
