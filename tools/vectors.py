@@ -39,6 +39,7 @@ Then bytes and expectations. `word` is as wide as the dialect says; numbers are 
     ! checkpoint EPOCH PAGES LEFT   memory after it: p2m_size from the header event, then PFN=PAGE or FIRST-LAST=PAGE
                            for every page that is not zero; or sha256=HEX of all of it
     ! error KIND SECTION   the fault begins at this offset
+    ! @OFFSET EVENT …      an event at another offset, of a stream that was captured
     silent                 from here on nothing is said any more, since the fault has been met; bytes go on
 
 Two statements are an event and its bytes at once:
@@ -240,6 +241,9 @@ class Source:
     def _expect(self, rest: str) -> None:
         name, _, fields = rest.partition(" ")
         here = len(self.data)
+        if name.startswith("@"):
+            here = int(name[1:])
+            name, _, fields = fields.partition(" ")
         if name == "error":
             kind, section = fields.split(maxsplit=1)
             self._error = {"kind": kind, "offset": here, "section": section.strip()}
