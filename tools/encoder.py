@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Our own encoder, as the conformance suite wants one: pages as JSON in, a stream out (specs/conformance.md §4).
 
-    tools/conform.py --encoder 'python tools/encoder.py'
+tools/conform.py --encoder 'python tools/encoder.py'
 """
 
 from __future__ import annotations

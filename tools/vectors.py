@@ -374,15 +374,20 @@ def content(path: Path) -> bytes | None:
     return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
+def difference(folder: Path) -> tuple[dict[str, bytes], list[str], list[Path]]:
+    """Every file from its sources, the names of those that are missing or not so, and the files that have no source."""
+    files = build(folder)
+    changed = [name for name, data in files.items() if content(folder / name) != data]
+    kept = {"manifest.schema.json"} | set(files)
+    return files, changed, [path for path in folder.iterdir() if path.is_file() and path.name not in kept]
+
+
 def main() -> int:
     """Make or check them; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    files = build(FOLDER)
-    kept = {"manifest.json", "manifest.schema.json"} | set(files)
-    stale = [path for path in FOLDER.iterdir() if path.is_file() and path.name not in kept]
-    changed = [name for name, data in files.items() if content(FOLDER / name) != data]
+    files, changed, stale = difference(FOLDER)
     for name in changed:
         print(f"{'differs' if options.check else 'made'}: {name}")
         if not options.check:
