@@ -522,6 +522,8 @@ REFUSED: list[tuple[str, bytes, type[StreamError], int, str]] = [
     ("QEMU", b"QEVM\0\0\0\x03" + bytes(60), UnknownFormat, 0, "§1.2"),
     ("gzip", b"\x1f\x8b\x08\x08\x12\x34\x56\x78\x00\x03" + bytes(60), UnknownFormat, 0, "§1.2"),
     ("zstd", b"\x28\xb5\x2f\xfd" + bytes(60), UnknownFormat, 0, "§1.2"),
+    ("no chunk that could be the first", s.word(8, 4) + struct.pack("<i", -22) + bytes(16), UnknownFormat, 0, "§1.2"),
+    ("no batch that could be the first", s.word(8, 4) + struct.pack("<i", 1025) + bytes(16), UnknownFormat, 0, "§1.2"),
     ("p2m_size too large", s.word(8, 1 << 28) + EC + END + bytes(16), UnknownFormat, 0, "§1.2"),
 ]
 
