@@ -21,6 +21,9 @@ from remus_ckpt.wire.dialect import Dialect
 from remus_ckpt.wire.reader import NEED_DATA, Reader
 from remus_ckpt.wire.record import CheckpointRecord
 
+_STAGED_COST_BYTES = 256
+"""What a staged batch or chunk takes besides its contents: it counts, or tiny ones would take far more than the limit."""
+
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
@@ -213,27 +216,28 @@ class Restorer:
         if len(pfns):
             coming.pfn_lists.append(pfns)
         if event.data is None:
+            self._charge(0, event)
             self._format_b = True
-            return
-        if self.in_force is None:
+        elif self.in_force is not None:
+            self._charge(event.data.nbytes, event)
+            self._raw.append((pfns, event.data))
+        elif not self._verify_only:
             # The first checkpoint follows nothing that would have to be kept, so its pages need no second copy.
-            if not self._verify_only:
-                self.memory[pfns] = event.data
-            return
-        self._staged_bytes += event.data.nbytes
-        self._limit(self._staged_bytes, "checkpoint_bytes", event)
-        self._raw.append((pfns, event.data))
+            self.memory[pfns] = event.data
 
     def _take_compressed(self, event: events.CompressedData) -> None:
         coming = self._now
         self._format_b = True
         coming.compressed_chunks += 1
         coming.compressed_bytes += len(event.data)
-        self._staged_bytes += len(event.data)
-        self._limit(self._staged_bytes, "checkpoint_bytes", event)
+        self._charge(len(event.data), event)
         if len(event.data):
             self._compressed.append(event)
             self._announced.append(coming.page_count)
+
+    def _charge(self, size: int, event: events.Event) -> None:
+        self._staged_bytes += size + _STAGED_COST_BYTES
+        self._limit(self._staged_bytes, "checkpoint_bytes", event)
 
     def _limit(self, value: int, limit: str, event: events.Event) -> None:
         ceiling = getattr(self.reader.limits, limit)
