@@ -22,7 +22,7 @@ from remus_ckpt.wire.reader import NEED_DATA, Reader
 from remus_ckpt.wire.record import CheckpointRecord
 
 _STAGED_COST_BYTES = 256
-"""What a staged batch or chunk takes besides its contents: it counts, or tiny ones would take far more than the limit."""
+"""What a staged batch or chunk takes besides its contents; without it, tiny ones would take far more than the limit."""
 
 
 @dataclass(slots=True, eq=False)
