@@ -97,15 +97,17 @@ class Source:
         self._silent = False
         self._payload: tuple[int, int] | None = None  # where the payload that is open begins, and how long it is to be
         head, _, body = path.read_text().partition("\n--\n")
-        for _, _, statement in _statements(path, head):
+        for _, statement in _statements(head):
             key, _, value = statement.partition(":")
             self.head[key.strip()] = value.strip()
         self.is_pair = self.head.get("strict") == "both"
         self.strict = strict if self.is_pair else self.head.get("strict") == "yes"
-        self._run(path, body, [])
+        self._run(path, body, [], first_line=head.count("\n") + 3)
+        if self._payload is not None:
+            sys.exit(f"{path}: a payload is open at the end")
 
-    def _run(self, path: Path, text: str, arguments: list[str]) -> None:
-        for name, number, statement in _statements(path, text):
+    def _run(self, path: Path, text: str, arguments: list[str], first_line: int = 1) -> None:
+        for number, statement in _statements(text):
             condition = re.match(r"(accepted|refused):\s*", statement)
             if condition:
                 if (condition[1] == "refused") != self.strict:
@@ -116,7 +118,7 @@ class Source:
                     statement = statement.replace(f"${place}", arguments[place - 1])
                 self._take(statement)
             except (ValueError, KeyError, struct.error, IndexError, OSError) as error:
-                sys.exit(f"{name}:{number}: {statement}: {type(error).__name__}: {error}")
+                sys.exit(f"{path}:{first_line + number}: {statement}: {type(error).__name__}: {error}")
 
     @property
     def dialect(self) -> dict[str, Any]:
@@ -316,10 +318,10 @@ class Source:
             self.p2m_size = self.given["p2m_size"]
 
 
-def _statements(path: Path, text: str) -> list[tuple[str, int, str]]:
-    """(file, line, statement) of every line that has one. The number counts from the part's first line."""
+def _statements(text: str) -> list[tuple[int, str]]:
+    """(line, statement) of every line that has one; lines count from 0."""
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
-    return [(path.name, number, line) for number, line in enumerate(lines, 1) if line]
+    return [(number, line) for number, line in enumerate(lines) if line]
 
 
 def _repeated(text: str) -> bytes:

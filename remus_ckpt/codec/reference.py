@@ -49,9 +49,12 @@ class Shadow:
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The slot of a page is its number; a page that was a page table goes full once."""
-        full = tables | ~self._known[pfns]
-        self._known[pfns] = True
-        self._known[pfns[tables]] = False
+        full = np.zeros(len(pfns), dtype=bool)
+        if tables.any() or not self._known[pfns].all():
+            # A PFN may come more than once, so each depends on the one before.
+            for i, (pfn, table) in enumerate(zip(pfns.tolist(), tables.tolist(), strict=True)):
+                full[i] = table or not self._known[pfn]
+                self._known[pfn] = not table
         return pfns, full
 
 
