@@ -46,8 +46,10 @@ def load_manifest(folder: Path) -> list[dict[str, Any]]:
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f"{folder}: a manifest of format {manifest.get('format')}, not {MANIFEST_FORMAT}")
-    vectors: list[dict[str, Any]] = manifest["vectors"]
-    return vectors
+    return [
+        json.loads((folder / vector).read_text()) if isinstance(vector, str) else vector
+        for vector in manifest["vectors"]
+    ]
 
 
 def load_vector(folder: Path, vector: dict[str, Any]) -> bytes:

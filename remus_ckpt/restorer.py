@@ -101,7 +101,8 @@ class Restorer:
         self._announced: list[int] = []  # pages announced before each compressed chunk
         self._staged_bytes = 0
         self._format_b = False  # the checkpoint that is coming has its pages in COMPRESSED_DATA
-        self._verify_only = False
+        self._verify_only = False  # ENABLE_VERIFY_MODE has come
+        self._written = (0, 0)  # raw batches and pages of the coming checkpoint in front of it
 
     @property
     def dialect(self) -> Dialect:
@@ -154,7 +155,9 @@ class Restorer:
             case events.Toolstack():
                 self._now.toolstack = event.data
             case events.EnableVerifyMode():
-                self._verify_only = True
+                if not self._verify_only:
+                    self._verify_only = True
+                    self._written = len(self._raw), self._now.page_count
             case events.Tail():
                 self._stage(event)
             case events.EndOfStream():
@@ -166,11 +169,15 @@ class Restorer:
         if self.staged is None:
             raise ValueError("no checkpoint is staged")
         checkpoint = self.staged
-        if not self._verify_only:
-            for pfns, data in self._raw:
-                self.memory[pfns] = data
-            if len(self._index):
-                get_codec(self._codec).apply(self._payload, self.memory, index=self._index)
+        raw, index = self._raw, self._index
+        if self._verify_only:
+            # "from there on the stream changes no memory" (stream.md §8.5): what came before it does
+            raw, index = raw[: self._written[0]], index[: self._written[1]]
+            self._written = 0, 0
+        for pfns, data in raw:
+            self.memory[pfns] = data
+        if len(index):
+            get_codec(self._codec).apply(self._payload, self.memory, index=index)
         self._forget()
         self.staged = None
         self.in_force = checkpoint

@@ -784,6 +784,9 @@ def test_a_qemu_record_without_length_ends_with_the_bytes() -> None:
         found, error, _ = run(front + state)
         assert error is None and found[-1].complete
         assert found[-2].device_state == state and found[-2].end == len(front + state)
+    for state in (b"", b"Q", b"QEV"):
+        found, error, _ = run(front + state)
+        assert error is None and not found[-1].complete and kinds_of(found)[-2] == "EndOfBody"
 
 
 # Writer
@@ -932,7 +935,6 @@ BAD: list[tuple[str, bytes, int, str, str | None]] = [
     ("TMEM without ones", HEAD + struct.pack("<i7I", -5, 1, 2, 3, 4, 5, 6, 7), 8, "§4.4", "chunk -5 TMEM"),
     ("unknown signature", HEAD + EC + END + s.hvm_tail(b"ctx", b"DeviceModelRecord0001"), 16 + 28 + 3, "§7.2", "tail"),
     ("QEMU's record without QEVM", HEAD + EC + END + s.hvm_tail(b"", s.QEMU, b"QEMU"), 16 + 28 + 21, "§7.2", "tail"),
-    ("QEMU's record, empty", HEAD + EC + END + s.hvm_tail(b"", s.QEMU, b""), 16 + 28 + 21, "§7.2", "tail"),
     ("half a block", s.pv_header(8, 4, [1], b"vcpu\0\0\0"), 20, "§3.3", "header"),
     ("a block too long", s.pv_header(8, 4, [1], b"what" + struct.pack("<I", 1)), 20, "§3.3", "header"),
     ("a block of 2**32-1", s.pv_header(8, 4, [1], b"what" + struct.pack("<I", 0xFFFFFFFF)), 20, "§3.3", "header"),
@@ -956,6 +958,13 @@ BAD: list[tuple[str, bytes, int, str, str | None]] = [
         rle_round(8, TWO, s.compressed(8, b"\0\x81"), s.compressed(8, b"\x82\0\0")),
         START + 20 + 14 + 12 + 1,
         "rle §2.2",
+        "COMPRESSED_DATA",
+    ),
+    (
+        "rle, the fault on the first byte of the second chunk",
+        rle_round(8, TWO, s.compressed(8, b"\0"), s.compressed(8, b"\x02ab")),
+        START + 20 + 13 + 12,
+        "rle §4.3",
         "COMPRESSED_DATA",
     ),
     (
@@ -1100,7 +1109,7 @@ def test_a_length_alone_costs_no_memory(data: bytes) -> None:
     finally:
         tracemalloc.stop()
     assert error is None
-    assert peak < 4 * MIB
+    assert peak < 12 * MIB
 
 
 def seconds_for(chunks: int) -> float:

@@ -625,6 +625,8 @@ class Reader:
                 raise _End
             if not state.startswith(chunks.QEMU_MAGIC):
                 self._refuse("the device state does not begin with QEVM", here, "stream.md §7.2", "tail")
+            # The state ends with the bytes, and the stream with it.
+            self._course.last_checkpoint = True
         else:
             (size,) = yield from self._unpack(chunks.U32)
             self._limit(size, "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
@@ -653,8 +655,6 @@ class Reader:
             try:
                 yield from self._have(1)
             except _End:
-                # The state ends with the bytes, and the stream with it.
-                self._course.last_checkpoint = True
                 return bytes(parts)
             parts += self._small[self._begin : self._stop]
             self._begin = self._stop
