@@ -183,7 +183,7 @@ def test_a_fault_at_every_byte_of_one_page_of_three(codec: str, kernel: str) -> 
     encoded, _ = encode(codec, "numpy", old[None], new[None])
     three = np.stack([old] * 3)
     for at in range(len(encoded)):
-        for byte in (0, 1, 0x7F, 0x80, 0xFF):
+        for byte in (0, 0x7F, 0xFF):
             damaged = encoded[:at] + bytes([byte]) + encoded[at + 1 :]
             for pages in ([damaged, encoded, encoded], [encoded, damaged, encoded], [encoded, damaged, damaged]):
                 joined = b"".join(pages)

@@ -112,6 +112,11 @@ class Codec:
         """
         if n < 0:
             raise ValueError(f"n is {n}")
+        if self._native:
+            try:
+                return self._kernel.check(encoded, n)  # type: ignore[arg-type]
+            except (TypeError, BufferError):
+                pass
         return self._kernel.check(np.frombuffer(encoded, dtype=np.uint8), n)
 
     def apply(self, encoded: Buffer, pages: Pages, *, index: NDArray[np.integer] | None = None) -> int:
