@@ -469,8 +469,15 @@ def print_events(
     Example: remus-ckpt events guest.save.xz | jq .event
     """
     walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=True)
+
+    def held() -> str | None:
+        return None if walk.restorer.in_force is None else memory_sha256(walk.restorer.memory)
+
     for event in walk.events():
-        print(json.dumps(describe(event)))
+        line = describe(event)
+        if isinstance(event, events.EndOfStream):
+            line["memory_sha256"] = held()
+        print(json.dumps(line))
         if walk.restorer.staged is not None:
             done = walk.restorer.commit()
             line = {"offset": done.end, "event": "checkpoint", "epoch": done.epoch}
@@ -478,7 +485,7 @@ def print_events(
     if walk.error is not None:
         kind = {UnknownFormat: "unknown-format", LimitExceeded: "limit"}.get(type(walk.error), "malformed")
         where = {"offset": walk.error.offset, "event": "error", "kind": kind, "section": walk.error.section}
-        print(json.dumps(where | {"message": str(walk.error)}))
+        print(json.dumps(where | {"message": str(walk.error), "memory_sha256": held()}))
     sys.stdout.flush()
     walk.say_how_it_ended()
     walk.fail_if_corrupt()

@@ -134,6 +134,8 @@ def compare(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, 
         elif stated.get("offset") != fault["offset"]:
             # Where exactly a fault is noticed differs between good implementations.
             verdict.notes.append(f"error at byte {stated.get('offset')}, here at {fault['offset']}")
+        if errors and stated.get("memory_sha256") != fault["memory_sha256"]:
+            verdict.problems.append("after the error, memory is not that of the last good checkpoint")
     elif errors:
         verdict.problems.append(f"an error is said: {_cut(errors[0])}")
 

@@ -86,6 +86,10 @@ def test_our_decoder(vector: dict[str, Any], command: Command, monkeypatch: pyte
         assert {name: said[name] for name in fault} == fault
 
 
+def _held(restorer: Restorer) -> str | None:
+    return None if restorer.in_force is None else hashlib.sha256(restorer.memory).hexdigest()
+
+
 def _restored(data: bytes, dialect: Dialect, *, strict: bool, step: int = 1 << 30) -> tuple[int, bytes]:
     """Exit code and lines of a decoder, as `remus-ckpt events` makes them, for a stream that comes in such steps."""
     restorer = Restorer(dialect, strict=strict)
@@ -101,13 +105,15 @@ def _restored(data: bytes, dialect: Dialect, *, strict: bool, step: int = 1 << 3
                     restorer.feed_eof()
                 continue
             lines.append(describe(event))
+            if isinstance(event, events.EndOfStream):
+                lines[-1]["memory_sha256"] = _held(restorer)
             if restorer.staged is not None:
                 done = restorer.commit()
                 lines.append({"offset": done.end, "event": "checkpoint", "epoch": done.epoch})
                 lines[-1]["memory_sha256"] = hashlib.sha256(done.memory).hexdigest()
         code = 0
     except StreamError as error:
-        lines.append({"offset": error.offset, "event": "error"})
+        lines.append({"offset": error.offset, "event": "error", "memory_sha256": _held(restorer)})
         code = error.exit_code
     return code, "\n".join(map(json.dumps, lines)).encode()
 

@@ -144,13 +144,17 @@ class Source:
             "origin": self.head["origin"],
             "events": events,
         }
+        # What is in force when the bytes end or a fault is met is what the last checkpoint left.
+        held = next((event["memory_sha256"] for event in reversed(events) if event["event"] == "checkpoint"), None)
+        if events and events[-1]["event"] == "end":
+            events[-1]["memory_sha256"] = held
         if kind == "encode":
             for event in events:
                 event.pop("offset", None)
                 event.pop("end", None)
             return entry, (json.dumps(self.given, indent=0) + "\n").encode()
         if self._error is not None:
-            entry["error"] = self._error
+            entry["error"] = self._error | {"memory_sha256": held}
         return entry, bytes(self.data)
 
     def _take(self, statement: str) -> None:
