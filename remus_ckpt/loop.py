@@ -18,6 +18,7 @@ import numpy as np
 
 from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.files import StreamWriter
+from remus_ckpt.memory import zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source
@@ -182,9 +183,9 @@ class CheckpointLoop:
             before = count
 
     def _room(self, pages: int) -> Pages:
-        """A buffer for the capture; kept, because fresh memory costs a fault a page."""
+        """A buffer for the capture; kept, because fresh memory costs a fault a page, and aligned to pages for the codec."""
         if len(self._capture) < pages:
-            self._capture = np.empty((max(pages, 2 * len(self._capture)), PAGE_SIZE), dtype=np.uint8)
+            self._capture = zeros(max(pages, 2 * len(self._capture)))
         return self._capture
 
 
