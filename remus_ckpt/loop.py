@@ -183,7 +183,7 @@ class CheckpointLoop:
             before = count
 
     def _room(self, pages: int) -> Pages:
-        """A buffer for the capture; kept, because fresh memory costs a fault a page, and aligned to pages for the codec."""
+        """A buffer for the capture: kept, because fresh memory costs a fault a page, and aligned, for the codec."""
         if len(self._capture) < pages:
             self._capture = zeros(max(pages, 2 * len(self._capture)))
         return self._capture

@@ -795,7 +795,7 @@ def test_dialect_is_one_of_four(grammar: Any) -> None:
 def verdict(grammar: Any, data: bytes, word: int | None, guest: str | None) -> str:
     """What the grammar says of a malformed stream: why it refuses it, or "accepted"."""
     try:
-        known = detect_header(Dialect(word, guest), data[:16])
+        known = detect_header(Dialect(word, guest), data[:16], 0)
     except StreamError:
         known = Dialect(word or 8, guest or "hvm")
     try:
