@@ -101,6 +101,7 @@ class Restorer:
         self._compressed: list[events.CompressedData] = []
         self._payload: memoryview = memoryview(b"")
         self._index: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._checked = 0  # bytes of the payload that the check took
         self._announced: list[int] = []  # pages announced before each compressed chunk
         self._staged_bytes = 0
         self._format_b = False  # the checkpoint that is coming has its pages in COMPRESSED_DATA
@@ -180,7 +181,9 @@ class Restorer:
         for pfns, data in raw:
             self.memory[pfns] = data
         if len(index):
-            get_codec(self._codec).apply(self._payload, self.memory, index=index)
+            # All pages of the checkpoint have been checked; in verify mode only those in front of it are applied.
+            checked = self._checked if len(index) == len(self._index) else None
+            get_codec(self._codec).apply(self._payload, self.memory, index=index, checked=checked)
         self._forget()
         self.staged = None
         self.in_force = checkpoint
@@ -269,7 +272,7 @@ class Restorer:
         self._payload = memoryview(joined)
         self._index = np.concatenate([np.empty(0, dtype=np.int64), *self._now.pfn_lists])
         try:
-            consumed = codec.check(joined, len(self._index))
+            consumed = self._checked = codec.check(joined, len(self._index))
         except Malformed as error:
             raise self._fail(
                 Malformed(

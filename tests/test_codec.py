@@ -715,3 +715,21 @@ def test_the_tables_here_cover_every_codec() -> None:
     assert {row[0] for row in MALFORMED} | {"xbzrle-fold"} == set(CODECS)
     assert {row[0] for row in by_hand()} == set(CODECS)
     assert PAGE_WORDS * 4 == PAGE_SIZE
+
+
+@every_kernel
+def test_what_has_been_checked_is_not_walked_again(name: str, kernel: str) -> None:
+    codec = get_codec(name, kernel=kernel)
+    old, new = stacked(list(edges().values()))
+    index = np.arange(len(new))[::-1] + 3
+    data = bytes(codec.encode(new, old.copy()))
+    # Surplus behind the last page: a page more of the codec's own.
+    longer = data + bytes(codec.encode(new[:1], old[:1].copy(), full=np.array([True])))
+    target = np.zeros((len(new) + 5, PAGE_SIZE), dtype=np.uint8)
+    target[index] = old
+    size = codec.check(longer, len(new))
+    assert size == len(data)
+    assert codec.apply(longer, target, index=index, checked=size) == size
+    assert (target[index] == new).all()
+    with pytest.raises(ValueError):
+        codec.apply(data, target, index=index, checked=len(data) + 1)

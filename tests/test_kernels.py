@@ -309,7 +309,10 @@ def test_native_functions_refuse_what_does_not_fit(kernel: str) -> None:
         with pytest.raises(ValueError):
             encode_(*arguments)
     with pytest.raises(ValueError):
-        apply_(bytes(2), pages, np.array([-1, 0], dtype=np.int64))
+        apply_(bytes(2), pages, np.array([-1, 0], dtype=np.int64), None)
+    for checked in (3, -2):
+        with pytest.raises(ValueError):
+            apply_(bytes(2), pages, None, checked)
     with pytest.raises(TypeError):
         encode_(pages)
 

@@ -119,24 +119,36 @@ class Codec:
                 pass
         return self._kernel.check(np.frombuffer(encoded, dtype=np.uint8), n)
 
-    def apply(self, encoded: Buffer, pages: Pages, *, index: NDArray[np.integer] | None = None) -> int:
+    def apply(
+        self,
+        encoded: Buffer,
+        pages: Pages,
+        *,
+        index: NDArray[np.integer] | None = None,
+        checked: int | None = None,
+    ) -> int:
         """Apply encoded pages in place, in order; a page listed twice is applied twice.
 
         encoded: one encoded page for each of `pages`, or for each of `index`
         pages: uint8[…, 4096], C-contiguous, writable, holding what the encoder had as reference
         index: integers[n], which of `pages`
+        checked: what `check` returned for these very bytes and n pages. They are not walked again then, so a wrong
+            value is as bad as a wild pointer; leave it out where `check` has not run.
 
         Returns the number of bytes consumed.
         Raises Malformed, its offset counted in `encoded`; `pages` is untouched then.
         """
         if self._native:
             try:
-                return self._kernel.apply(encoded, pages, index)  # type: ignore[arg-type]
+                return self._kernel.apply(encoded, pages, index, checked)  # type: ignore[arg-type]
             except (TypeError, ValueError, BufferError):
                 pass
         target = _as_pages(pages, "pages", writable=True)
         picked = None if index is None else _as_index(index, len(target), "index", 0)
-        return self._kernel.apply(np.frombuffer(encoded, dtype=np.uint8), target, picked)
+        data = np.frombuffer(encoded, dtype=np.uint8)
+        if checked is not None and not 0 <= checked <= len(data):
+            raise ValueError(f"checked is {checked} of {len(data)} bytes")
+        return self._kernel.apply(data, target, picked, checked)
 
 
 def get_codec(name: str, *, kernel: str | None = None) -> Codec:

@@ -126,14 +126,18 @@ def check_spans(parse: Parse[S], encoded: Bytes, n: int) -> int:
     return consumed
 
 
-def apply_spans(parse: Parse[S], scatter: Scatter[S], encoded: Bytes, pages: Pages, index: Index | None) -> int:
+def apply_spans(
+    parse: Parse[S], scatter: Scatter[S], encoded: Bytes, pages: Pages, index: Index | None, checked: int | None
+) -> int:
     """Check the encoded pages, all of them, and then put them into `pages`. Returns the bytes consumed.
+
+    checked: what the check returned, if there has been one
 
     scatter(span, part, numbers, encoded, pages): apply the pages of that part of a span to the pages of those numbers,
         none of which repeats
     """
     n = len(pages) if index is None else len(index)
-    consumed = check_spans(parse, encoded, n)
+    consumed = check_spans(parse, encoded, n) if checked is None else checked
     for span in parse(encoded, n):
         stop = span.first_page + span.pages
         if index is None:

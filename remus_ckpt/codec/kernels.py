@@ -5,7 +5,7 @@ arrays are C-contiguous, and `out` has room for n × max_page_bytes:
 
     encode(pages, index, reference, reference_index, full, update, out) -> bytes written
     check(encoded, n) -> bytes that n pages take
-    apply(encoded, pages, index) -> bytes consumed
+    apply(encoded, pages, index, checked) -> bytes consumed; what `check` returned stands in `checked`, or None
 
 The native ones come from one C extension, `_native`, which holds every instruction set that its compiler knew; the CPU
 decides which of them may run. Without the extension numpy serves.
@@ -45,7 +45,7 @@ Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Encode = Callable[[Pages, Index | None, Pages, Index | None, Flags | None, bool, NDArray[np.uint8]], int]
 Check = Callable[[NDArray[np.uint8], int], int]
-Apply = Callable[[NDArray[np.uint8], Pages, Index | None], int]
+Apply = Callable[[NDArray[np.uint8], Pages, Index | None, int | None], int]
 
 ENVIRONMENT = "REMUS_CKPT_KERNEL"
 
@@ -86,7 +86,7 @@ class Scan:
 
 def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
     """The native functions tell where the fault is; numpy, which is as strict, tells what it is."""
-    encode, find_fault, apply_checked = _NATIVE[name][codec]
+    encode, find_fault, find_and_apply = _NATIVE[name][codec]
 
     def check(encoded: NDArray[np.uint8], n: int) -> int:
         taken: int = find_fault(encoded, n)
@@ -94,8 +94,8 @@ def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
             _refuse(numpy, encoded, n, ~taken)
         return taken
 
-    def apply(encoded: NDArray[np.uint8], pages: Pages, index: Index | None) -> int:
-        taken: int = apply_checked(encoded, pages, index)
+    def apply(encoded: NDArray[np.uint8], pages: Pages, index: Index | None, checked: int | None = None) -> int:
+        taken: int = find_and_apply(encoded, pages, index, checked)
         if taken < 0:
             _refuse(numpy, encoded, len(pages) if index is None else len(index), ~taken)
         return taken

@@ -223,7 +223,7 @@ class Xbzrle:
 Index = NDArray[np.int64]
 Encode = Callable[[Pages, Index | None, Pages, Index | None, NDArray[np.bool_] | None, bool, NDArray[np.uint8]], int]
 Check = Callable[[NDArray[np.uint8], int], int]
-Apply = Callable[[NDArray[np.uint8], Pages, Index | None], int]
+Apply = Callable[[NDArray[np.uint8], Pages, Index | None, int | None], int]
 
 
 def kernel(codec: PageCodec) -> tuple[Encode, Check, Apply]:
@@ -257,7 +257,7 @@ def kernel(codec: PageCodec) -> tuple[Encode, Check, Apply]:
             at = codec.decode(data, at, None)
         return at
 
-    def apply(encoded: NDArray[np.uint8], pages: Pages, index: Index | None) -> int:
+    def apply(encoded: NDArray[np.uint8], pages: Pages, index: Index | None, checked: int | None = None) -> int:
         data = encoded.tobytes()
         numbers = range(len(pages)) if index is None else index
         check(encoded, len(numbers))

@@ -152,9 +152,9 @@ def check(encoded: arrays.Bytes, n: int) -> int:
     return arrays.check_spans(_parse, encoded, n)
 
 
-def apply(encoded: arrays.Bytes, pages: Pages, index: arrays.Index | None) -> int:
+def apply(encoded: arrays.Bytes, pages: Pages, index: arrays.Index | None, checked: int | None = None) -> int:
     """Apply one encoded page to each page of the batch; see `kernels`."""
-    return arrays.apply_spans(_parse, _scatter, encoded, pages, index)
+    return arrays.apply_spans(_parse, _scatter, encoded, pages, index, checked)
 
 
 class _Span(NamedTuple):

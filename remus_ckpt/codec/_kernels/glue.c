@@ -150,7 +150,8 @@ static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return PyLong_FromLongLong(taken);
 }
 
-/* apply(encoded, pages, index) -> bytes consumed, or ~offset of the first fault; the pages are untouched then */
+/* apply(encoded, pages, index, checked) -> bytes consumed, or ~offset of the first fault; the pages are untouched then.
+ * checked: None, or what check returned for these bytes and as many pages: they are not walked again */
 static PyObject *apply(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     enum { DATA, PAGES, INDEX, BUFFERS };
@@ -158,8 +159,14 @@ static PyObject *apply(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     Py_buffer v[BUFFERS];
     PyObject *result = NULL;
     memset(v, 0, sizeof v);
-    if (!b || !count_is(nargs, 3))
+    if (!b || !count_is(nargs, 4))
         return NULL;
+    const Py_ssize_t checked = args[3] == Py_None ? -1 : PyLong_AsSsize_t(args[3]);
+    if (checked < 0 && args[3] != Py_None) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "checked is %zd", checked);
+        return NULL;
+    }
     if (PyObject_GetBuffer(args[0], &v[DATA], PyBUF_SIMPLE) || view_pages(args[1], &v[PAGES], PyBUF_WRITABLE, "pages")
         || view_numbers(args[2], &v[INDEX], 0, "index"))
         goto done;
@@ -167,10 +174,14 @@ static PyObject *apply(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     const size_t n = (size_t)(args[2] == Py_None ? pages : v[INDEX].len / 8);
     if (!in_range(&v[INDEX], 0, pages, "index"))
         goto done;
+    if (checked > v[DATA].len) {
+        PyErr_Format(PyExc_ValueError, "checked is %zd of %zd bytes", checked, v[DATA].len);
+        goto done;
+    }
     const remus_codec *codec = &b->kernel->codecs[b->codec];
     int64_t taken;
     Py_BEGIN_ALLOW_THREADS
-    taken = codec->check(v[DATA].buf, (size_t)v[DATA].len, n);
+    taken = checked >= 0 ? checked : codec->check(v[DATA].buf, (size_t)v[DATA].len, n);
     if (taken >= 0)
         codec->apply(v[DATA].buf, (size_t)taken, v[PAGES].buf, v[INDEX].buf, n);
     Py_END_ALLOW_THREADS

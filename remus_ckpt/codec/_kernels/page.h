@@ -103,6 +103,12 @@ INLINE size_t encode_batch(const remus_batch *b, uint8_t *out, size_t max, page_
                     next_now = b->pages + page_at(b->index, i + 1);
                     next_ref = b->reference + (size_t)(next < 0 ? slot : next) * REMUS_PAGE;
                 }
+                /* Two pages ahead, one line: it is the address that takes long to find where pages are scattered. */
+                if (i + 2 < b->n) {
+                    const int64_t later = b->slots ? number_at(b->slots, i + 2) : (int64_t)i + 2;
+                    __builtin_prefetch(b->pages + page_at(b->index, i + 2));
+                    __builtin_prefetch(b->reference + (size_t)(later < 0 ? slot : later) * REMUS_PAGE);
+                }
                 stop = page(now, ref, next_now, next_ref, b->update, to);
             }
         }
