@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,9 +16,7 @@ from typing import Annotated, Any, NoReturn
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
 from remus_ckpt import __version__, conformance
@@ -26,16 +24,30 @@ from remus_ckpt.codec import kernels
 from remus_ckpt.codec.reference import Lru, Reference, Shadow
 from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.demo import run_demo
-from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, SourceError, StreamError, UnknownFormat
-from remus_ckpt.files import StreamFile, StreamWriter, create_private, read_events
-from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, SourceError, UnknownFormat
+from remus_ckpt.files import StreamWriter, create_private
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
 from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches, pages_for
-from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.sender import Sender
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.walk import (
+    Walk,
+    complain,
+    detail_checkpoint,
+    errors,
+    list_checkpoint,
+    out,
+    print_checkpoints,
+    print_details,
+    print_deviations,
+    print_head,
+    progress,
+    shorten,
+    walk_stream,
+)
 from remus_ckpt.wire import events
 from remus_ckpt.wire.describe import describe
 from remus_ckpt.wire.dialect import Dialect
@@ -50,8 +62,6 @@ app = typer.Typer(
 
     Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format.""",
 )
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-out = Console(soft_wrap=True, highlight=False)
 
 
 class CodecName(StrEnum):
@@ -83,7 +93,7 @@ def main() -> NoReturn:
         app()
         sys.exit(0)
     except RemusError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output is gone; that is no error of theirs or ours.
@@ -91,12 +101,8 @@ def main() -> NoReturn:
         sys.exit(1)
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
-        _complain(f"{named}{error.strerror or error}")
+        complain(f"{named}{error.strerror or error}")
         sys.exit(1)
-
-
-def _complain(message: str) -> None:
-    errors.print(Text(f"remus-ckpt: {message}"))
 
 
 def _print_json(value: Any) -> None:
@@ -129,171 +135,6 @@ def _dialect(word: int | None, guest: GuestName | None, codec: CodecName | None)
     )
 
 
-@contextmanager
-def _progress(what: str, total: int | None, quiet: bool) -> Iterator[Any]:
-    """A bar on standard error where that is a terminal; yields a function that takes the bytes done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
-class _Walk:
-    """Reads a stream from end to end and keeps what there is to say of it."""
-
-    def __init__(self, path: str, restorer: Restorer, *, quiet: bool) -> None:
-        self.path = path
-        self.name = "standard input" if path == "-" else path
-        self.restorer = restorer
-        self.error: StreamError | None = None
-        self.is_cut = False
-        self._quiet = quiet
-
-    def events(self) -> Iterator[events.Event]:
-        """Every event; `restorer.staged` is put in force when the next one is asked for. A fault ends them."""
-        with StreamFile(self.path) as file, _progress(file.name, file.size, self._quiet) as advance:
-            try:
-                for event in read_events(file, self.restorer):
-                    advance(file.position())
-                    yield event
-                    if self.restorer.staged is not None:
-                        self.restorer.commit()
-            except StreamError as error:
-                self.error = error
-            self.is_cut = file.is_cut
-
-    def checkpoints(self) -> Iterator[Checkpoint]:
-        """Every checkpoint once it is in force."""
-        for _ in self.events():
-            if self.restorer.staged is not None:
-                yield self.restorer.commit()
-
-    def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
-        """The JSON of `inspect` and `verify`."""
-        dialect, end = self.restorer.dialect, self.restorer.end
-        reader = self.restorer.reader
-        result: dict[str, Any] = {
-            "dialect": {"word": dialect.word, "guest": dialect.guest, "codec": dialect.codec},
-            "p2m_size": len(self.restorer.memory) or None,
-            "checkpoints": listed,
-            "complete": end is not None and end.complete and not self.is_cut,
-            "trailing_bytes": end.trailing_bytes if end is not None else None,
-            "deviations": [
-                {"name": deviation.name, "offset": deviation.first_offset, "count": deviation.count}
-                for deviation in reader.deviations.values()
-            ],
-        }
-        if self.error is not None:
-            result["error"] = {
-                "kind": type(self.error).__name__,
-                "message": self.error.message,
-                "offset": self.error.offset,
-                "section": self.error.section,
-                "chunk": self.error.chunk,
-            }
-        return result
-
-    def say_how_it_ended(self) -> None:
-        """Tell on standard error what is wrong or missing, and what is in force."""
-        held = self.restorer.in_force
-        in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
-        if self.error is not None:
-            _complain(f"{self.name}: {self.error}; {in_force}")
-        elif self.is_cut:
-            _complain(f"{self.name}: the compressed file is cut off; {in_force}")
-        elif self.restorer.end is not None and not self.restorer.end.complete:
-            trailing = self.restorer.end.trailing_bytes
-            reader = self.restorer.reader
-            if reader.saw_last_checkpoint:
-                _complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
-            else:
-                _complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
-
-    def fail_if_corrupt(self) -> None:
-        """Leave with the exit code of the fault, if there is one."""
-        if self.error is not None:
-            raise typer.Exit(self.error.exit_code)
-
-
-def _walk(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> _Walk:
-    limits = Limits(memory_bytes=max_memory * GIB)
-    return _Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
-
-
-def _listed(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "epoch": checkpoint.epoch,
-        "start": checkpoint.start,
-        "end": checkpoint.end,
-        "batches": checkpoint.batches,
-        "entries": checkpoint.entries,
-        "pages": checkpoint.page_count,
-        "compressed_chunks": checkpoint.compressed_chunks,
-        "compressed_bytes": checkpoint.compressed_bytes,
-    }
-
-
-def _details(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `inspect` adds."""
-    details: dict[str, Any] = {
-        "ratio": checkpoint.compressed_bytes / (checkpoint.page_count * PAGE_SIZE)
-        if checkpoint.compressed_chunks and checkpoint.page_count
-        else None,
-        "parameters": checkpoint.parameters,
-    }
-    if checkpoint.vcpus is not None:
-        details["vcpus"] = checkpoint.vcpus.ids()
-    tail = checkpoint.tail
-    if isinstance(tail, events.TailHvm):
-        details["tail"] = {
-            "guest": "hvm",
-            "offset": tail.offset,
-            "context_bytes": len(tail.context),
-            "signature": tail.signature.value.decode(),
-            "device_state_bytes": len(checkpoint.device_state),
-        }
-    elif isinstance(tail, events.TailPv):
-        details["tail"] = {
-            "guest": "pv",
-            "offset": tail.offset,
-            "vcpus": [vcpu.id for vcpu in tail.vcpus],
-            "unmapped_pfns": len(tail.unmapped),
-        }
-    if checkpoint.record is not None:
-        record = checkpoint.record
-        details["record"] = {
-            "time_ns": record.time_ns,
-            "codec": record.codec,
-            "before": None if record.before is None else str(record.before),
-            "after": str(record.after),
-        }
-    return details
-
-
-def _print_checkpoints(listed: list[dict[str, Any]], hashes: bool) -> None:
-    names = ["epoch", "start", "end", "batches", "entries", "pages", "compressed_chunks", "compressed_bytes"]
-    rows = [[name.replace("compressed_", "compr. ") for name in names] + ["ratio"]]
-    for checkpoint in listed:
-        raw = checkpoint["pages"] * PAGE_SIZE
-        ratio = f"{checkpoint['compressed_bytes'] / raw:.1%}" if checkpoint["compressed_chunks"] and raw else "raw"
-        rows.append([f"{checkpoint[name]:,}" for name in names] + [ratio])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
-        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        if hashes:
-            line += "  " + (listed[number - 1]["memory_sha256"] if number else "memory sha256")
-        out.print(Text(line))
-
-
-def _print_head(walk: _Walk) -> None:
-    dialect = walk.restorer.dialect
-    pages = len(walk.restorer.memory)
-    out.print(
-        f"dialect: word {dialect.word}, guest {dialect.guest}, codec {dialect.codec or 'none'}; "
-        f"memory {pages:,} pages ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
-    )
-
-
 # The commands on files
 
 
@@ -322,14 +163,14 @@ def encode(
         raise typer.BadParameter("the images are empty")
     for path, size in zip(images, sizes, strict=True):
         if size != pages * PAGE_SIZE:
-            _complain(f"{path}: {size} bytes, padded with zeros to {pages} pages of {PAGE_SIZE}")
+            complain(f"{path}: {size} bytes, padded with zeros to {pages} pages of {PAGE_SIZE}")
     reference: Reference = Lru(reference_pages) if reference_pages else Shadow(zeros(pages))
     sender = Sender(pages, codec=codec.value, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
     listed = []
     writer = StreamWriter(output)
     try:
         before = zeros(pages)
-        with _progress(writer.name, pages * PAGE_SIZE * len(images), as_json) as advance:
+        with progress(writer.name, pages * PAGE_SIZE * len(images), as_json) as advance:
             for number, path in enumerate(images):
                 image = load_image(path, pages)
                 start = writer.written
@@ -353,7 +194,7 @@ def encode(
     if as_json:
         _print_json(report)
     else:
-        _print_checkpoints(listed, False)
+        print_checkpoints(listed, False)
 
 
 def _scan(image: Pages, dirty: NDArray[np.int64]) -> Iterator[PageBatch]:
@@ -384,7 +225,7 @@ def restore(
 
     Example: remus-ckpt restore orders.remus -o orders.img
     """
-    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
         sys.stdout.buffer.write(walk.restorer.memory.reshape(-1).data)
@@ -394,13 +235,13 @@ def restore(
     if device_state is not None:
         _write_out(str(device_state), found.device_state)
     if as_json and output != "-":
-        _print_json(walk.summary([_listed(found)]) | {"restored": found.epoch, "image": output})
+        _print_json(walk.summary([list_checkpoint(found)]) | {"restored": found.epoch, "image": output})
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
     walk.fail_if_corrupt()
 
 
-def _seek(walk: _Walk, epoch: int | None) -> Checkpoint:
+def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
     """Put a checkpoint in force, or the last good one; say what is wrong with the stream on the way."""
     epochs = []
     for checkpoint in walk.checkpoints():
@@ -431,24 +272,24 @@ def inspect(
 
     Example: remus-ckpt inspect guest.save.xz --chunks
     """
-    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed, seen = [], []
     for event in walk.events():
         if chunks:
             row = describe(event)
             seen.append(row)
             if not as_json:
-                rest = " ".join(f"{name}={_short(row[name])}" for name in row if name not in ("offset", "event"))
+                rest = " ".join(f"{name}={shorten(row[name])}" for name in row if name not in ("offset", "event"))
                 out.print(Text(f"{row['offset']:>12}  {row['event']} {rest}".rstrip()))
         if walk.restorer.staged is not None:
-            listed.append(_listed(walk.restorer.staged) | _details(walk.restorer.staged))
+            listed.append(list_checkpoint(walk.restorer.staged) | detail_checkpoint(walk.restorer.staged))
     if as_json:
         _print_json(walk.summary(listed) | ({"chunks": seen} if chunks else {}))
     elif walk.restorer.dialect.word is not None:
-        _print_head(walk)
-        _print_checkpoints(listed, False)
-        _print_details(listed)
-        _print_deviations(walk)
+        print_head(walk)
+        print_checkpoints(listed, False)
+        print_details(listed)
+        print_deviations(walk)
     walk.say_how_it_ended()
     walk.fail_if_corrupt()
 
@@ -468,7 +309,7 @@ def print_events(
 
     Example: remus-ckpt events guest.save.xz | jq .event
     """
-    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=True)
+    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=True)
 
     def held() -> str | None:
         return None if walk.restorer.in_force is None else memory_sha256(walk.restorer.memory)
@@ -501,39 +342,6 @@ def run_conformance(context: typer.Context) -> None:
     raise typer.Exit(conformance.main(context.args))
 
 
-def _short(value: Any) -> str:
-    """A value of a chunk on one line; many numbers as ranges, and only the first of those."""
-    if not isinstance(value, list) or len(value) < 4:
-        return str(value)
-    if len(set(value)) <= 3:
-        return ",".join(f"{number}×{value.count(number)}" for number in sorted(set(value)))
-    numbers = np.array(value)
-    edges = np.flatnonzero(np.diff(numbers) != 1)
-    firsts, lasts = numbers[np.append(0, edges + 1)], numbers[np.append(edges, -1)]
-    parts = [f"{first}-{last}" if first != last else f"{first}" for first, last in zip(firsts, lasts, strict=True)]
-    return ",".join(parts[:8]) + ("…" if len(parts) > 8 else "")
-
-
-def _print_details(listed: list[dict[str, Any]]) -> None:
-    for row in listed:
-        parts = [f"{name}={value:#x}" for name, value in row["parameters"].items()]
-        if "vcpus" in row:
-            parts.append(f"VCPU_INFO={row['vcpus']}")
-        tail = row["tail"]
-        parts.append("tail " + ", ".join(f"{name} {value}" for name, value in tail.items() if name != "guest"))
-        if "record" in row:
-            parts.append(f"position {row['record']['after']}")
-        out.print(Text(f"checkpoint {row['epoch']}: " + "; ".join(parts)))
-
-
-def _print_deviations(walk: _Walk) -> None:
-    for deviation in walk.restorer.reader.deviations.values():
-        out.print(
-            f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
-            "(specs/permissive.md)"
-        )
-
-
 @app.command(short_help="Walk and decode all of a stream.")
 def verify(
     stream: Stream,
@@ -551,10 +359,10 @@ def verify(
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
-    walk = _walk(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed = []
     for checkpoint in walk.checkpoints():
-        row = _listed(checkpoint)
+        row = list_checkpoint(checkpoint)
         if hashes:
             row["memory_sha256"] = memory_sha256(checkpoint.memory)
         listed.append(row)
@@ -562,9 +370,9 @@ def verify(
     if as_json:
         _print_json(summary)
     elif walk.restorer.dialect.word is not None:
-        _print_head(walk)
-        _print_checkpoints(listed, hashes)
-        _print_deviations(walk)
+        print_head(walk)
+        print_checkpoints(listed, hashes)
+        print_deviations(walk)
         if walk.error is None:
             out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'not complete'}")
     walk.say_how_it_ended()
@@ -596,7 +404,7 @@ def diff(
         if not second.isdecimal():
             raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
         numbers, before, after = _differing_pages(
-            _walk(first, _dialect(word, guest, codec), max_memory, quiet=as_json), int(second), third
+            walk_stream(first, _dialect(word, guest, codec), max_memory, quiet=as_json), int(second), third
         )
         in_bytes = differing_ranges(numbers, before, after)
     ranges = list(in_bytes)
@@ -609,7 +417,7 @@ def diff(
     out.print(f"{len(numbers):,} pages differ, in {count:,} bytes and {len(ranges):,} ranges")
 
 
-def _differing_pages(walk: _Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages]:
+def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages]:
     """The pages that differ between two checkpoints, before and after."""
     low, high = sorted((one, other))
     numbers = np.empty(0, dtype=np.int64)
@@ -660,7 +468,7 @@ def extract(
 
     Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
     """
-    walk = _walk(stream, _dialect(word, guest, codec), max_memory, quiet=as_json)
+    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     memory = walk.restorer.memory
     numbers = _page_range(pfn, len(memory))
@@ -784,7 +592,7 @@ def record(
         source = SharedFile(file, Processes(pid))
         stack.callback(source.close)
         if source.size % PAGE_SIZE:
-            _complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
+            complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
         writer = StreamWriter(output)
         stack.callback(writer.close)
         sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))

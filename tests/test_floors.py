@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"sender", "restorer", "memory"},
     {"source", "store", "files"},
     {"loop", "service"},
-    {"cli", "demo", "conformance", "__main__"},
+    {"cli", "walk", "demo", "conformance", "__main__"},
 ]
 APART = {frozenset({"codec", "wire"})}
 """These share a floor and know nothing of each other."""

@@ -1,0 +1,233 @@
+"""Reading a stream from end to end for the command line, and saying what is in it and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
+
+from remus_ckpt.errors import StreamError
+from remus_ckpt.files import StreamFile, read_events
+from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.wire import events
+from remus_ckpt.wire.dialect import Dialect
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False)
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    errors.print(Text(f"remus-ckpt: {message}"))
+
+
+@contextmanager
+def progress(what: str, total: int | None, quiet: bool) -> Iterator[Any]:
+    """A bar on standard error where that is a terminal; yields a function that takes the bytes done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+class Walk:
+    """Reads a stream from end to end and keeps what there is to say of it."""
+
+    def __init__(self, path: str, restorer: Restorer, *, quiet: bool) -> None:
+        self.path = path
+        self.name = "standard input" if path == "-" else path
+        self.restorer = restorer
+        self.error: StreamError | None = None
+        self.is_cut = False
+        self._quiet = quiet
+
+    def events(self) -> Iterator[events.Event]:
+        """Every event; `restorer.staged` is put in force when the next one is asked for. A fault ends them."""
+        with StreamFile(self.path) as file, progress(file.name, file.size, self._quiet) as advance:
+            try:
+                for event in read_events(file, self.restorer):
+                    advance(file.position())
+                    yield event
+                    if self.restorer.staged is not None:
+                        self.restorer.commit()
+            except StreamError as error:
+                self.error = error
+            self.is_cut = file.is_cut
+
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """Every checkpoint once it is in force."""
+        for _ in self.events():
+            if self.restorer.staged is not None:
+                yield self.restorer.commit()
+
+    def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
+        """The JSON of `inspect` and `verify`."""
+        dialect, end = self.restorer.dialect, self.restorer.end
+        reader = self.restorer.reader
+        result: dict[str, Any] = {
+            "dialect": {"word": dialect.word, "guest": dialect.guest, "codec": dialect.codec},
+            "p2m_size": len(self.restorer.memory) or None,
+            "checkpoints": listed,
+            "complete": end is not None and end.complete and not self.is_cut,
+            "trailing_bytes": end.trailing_bytes if end is not None else None,
+            "deviations": [
+                {"name": deviation.name, "offset": deviation.first_offset, "count": deviation.count}
+                for deviation in reader.deviations.values()
+            ],
+        }
+        if self.error is not None:
+            result["error"] = {
+                "kind": type(self.error).__name__,
+                "message": self.error.message,
+                "offset": self.error.offset,
+                "section": self.error.section,
+                "chunk": self.error.chunk,
+            }
+        return result
+
+    def say_how_it_ended(self) -> None:
+        """Tell on standard error what is wrong or missing, and what is in force."""
+        held = self.restorer.in_force
+        in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
+        if self.error is not None:
+            complain(f"{self.name}: {self.error}; {in_force}")
+        elif self.is_cut:
+            complain(f"{self.name}: the compressed file is cut off; {in_force}")
+        elif self.restorer.end is not None and not self.restorer.end.complete:
+            trailing = self.restorer.end.trailing_bytes
+            reader = self.restorer.reader
+            if reader.saw_last_checkpoint:
+                complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
+            else:
+                complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
+
+    def fail_if_corrupt(self) -> None:
+        """Leave with the exit code of the fault, if there is one."""
+        if self.error is not None:
+            raise typer.Exit(self.error.exit_code)
+
+
+def walk_stream(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> Walk:
+    """A walk over a stream that is not begun yet; `max_memory` in GiB."""
+    limits = Limits(memory_bytes=max_memory * GIB)
+    return Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
+
+
+def list_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect` and `verify` say of every checkpoint, for JSON."""
+    return {
+        "epoch": checkpoint.epoch,
+        "start": checkpoint.start,
+        "end": checkpoint.end,
+        "batches": checkpoint.batches,
+        "entries": checkpoint.entries,
+        "pages": checkpoint.page_count,
+        "compressed_chunks": checkpoint.compressed_chunks,
+        "compressed_bytes": checkpoint.compressed_bytes,
+    }
+
+
+def detail_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect` adds."""
+    details: dict[str, Any] = {
+        "ratio": checkpoint.compressed_bytes / (checkpoint.page_count * PAGE_SIZE)
+        if checkpoint.compressed_chunks and checkpoint.page_count
+        else None,
+        "parameters": checkpoint.parameters,
+    }
+    if checkpoint.vcpus is not None:
+        details["vcpus"] = checkpoint.vcpus.ids()
+    tail = checkpoint.tail
+    if isinstance(tail, events.TailHvm):
+        details["tail"] = {
+            "guest": "hvm",
+            "offset": tail.offset,
+            "context_bytes": len(tail.context),
+            "signature": tail.signature.value.decode(),
+            "device_state_bytes": len(checkpoint.device_state),
+        }
+    elif isinstance(tail, events.TailPv):
+        details["tail"] = {
+            "guest": "pv",
+            "offset": tail.offset,
+            "vcpus": [vcpu.id for vcpu in tail.vcpus],
+            "unmapped_pfns": len(tail.unmapped),
+        }
+    if checkpoint.record is not None:
+        record = checkpoint.record
+        details["record"] = {
+            "time_ns": record.time_ns,
+            "codec": record.codec,
+            "before": None if record.before is None else str(record.before),
+            "after": str(record.after),
+        }
+    return details
+
+
+def print_checkpoints(listed: list[dict[str, Any]], hashes: bool) -> None:
+    """The same as a table."""
+    names = ["epoch", "start", "end", "batches", "entries", "pages", "compressed_chunks", "compressed_bytes"]
+    rows = [[name.replace("compressed_", "compr. ") for name in names] + ["ratio"]]
+    for checkpoint in listed:
+        raw = checkpoint["pages"] * PAGE_SIZE
+        ratio = f"{checkpoint['compressed_bytes'] / raw:.1%}" if checkpoint["compressed_chunks"] and raw else "raw"
+        rows.append([f"{checkpoint[name]:,}" for name in names] + [ratio])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        if hashes:
+            line += "  " + (listed[number - 1]["memory_sha256"] if number else "memory sha256")
+        out.print(Text(line))
+
+
+def print_head(walk: Walk) -> None:
+    """The dialect and the size of memory, on one line."""
+    dialect = walk.restorer.dialect
+    pages = len(walk.restorer.memory)
+    out.print(
+        f"dialect: word {dialect.word}, guest {dialect.guest}, codec {dialect.codec or 'none'}; "
+        f"memory {pages:,} pages ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
+    )
+
+
+def shorten(value: Any) -> str:
+    """A value of a chunk on one line; many numbers as ranges, and only the first of those."""
+    if not isinstance(value, list) or len(value) < 4:
+        return str(value)
+    if len(set(value)) <= 3:
+        return ",".join(f"{number}×{value.count(number)}" for number in sorted(set(value)))
+    numbers = np.array(value)
+    edges = np.flatnonzero(np.diff(numbers) != 1)
+    firsts, lasts = numbers[np.append(0, edges + 1)], numbers[np.append(edges, -1)]
+    parts = [f"{first}-{last}" if first != last else f"{first}" for first, last in zip(firsts, lasts, strict=True)]
+    return ",".join(parts[:8]) + ("…" if len(parts) > 8 else "")
+
+
+def print_details(listed: list[dict[str, Any]]) -> None:
+    """What `inspect` adds, a line for each checkpoint."""
+    for row in listed:
+        parts = [f"{name}={value:#x}" for name, value in row["parameters"].items()]
+        if "vcpus" in row:
+            parts.append(f"VCPU_INFO={row['vcpus']}")
+        tail = row["tail"]
+        parts.append("tail " + ", ".join(f"{name} {value}" for name, value in tail.items() if name != "guest"))
+        if "record" in row:
+            parts.append(f"position {row['record']['after']}")
+        out.print(Text(f"checkpoint {row['epoch']}: " + "; ".join(parts)))
+
+
+def print_deviations(walk: Walk) -> None:
+    """What was accepted though it should not be there."""
+    for deviation in walk.restorer.reader.deviations.values():
+        out.print(
+            f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
+            "(specs/permissive.md)"
+        )
