@@ -14,7 +14,7 @@ class Limits:
     memory_bytes: int = 64 * GIB
     """p2m_size × 4,096: the address space taken for memory. Pages that never arrive take no memory."""
     checkpoint_bytes: int = 16 * GIB
-    """Pages and compressed data staged for one checkpoint after the first."""
+    """Pages and compressed data staged for one checkpoint after the first, and 256 bytes for each batch and chunk."""
     checkpoint_entries: int = 1 << 26
     """PFN entries with data in one checkpoint."""
     compressed_chunk_bytes: int = 64 * MIB

@@ -1053,13 +1053,14 @@ LIMITED: list[tuple[str, Limits, bytes, int]] = [
     ),
     (
         "checkpoint_bytes",
-        Limits(checkpoint_bytes=4),
+        # Each of the three costs 256 bytes besides its contents.
+        Limits(checkpoint_bytes=3 * 256 + 4),
         rle_round(8, TWO, s.compressed(8, bytes(3)), s.compressed(8, bytes(2))),
         START + 20 + 15,
     ),
     (
         "checkpoint_bytes",
-        Limits(checkpoint_bytes=2 * PAGE_SIZE),
+        Limits(checkpoint_bytes=2 * 256 + 2 * PAGE_SIZE),
         PLAIN_ROUND + s.batch(8, [entry(0), entry(1)], page(1), page(2)) + s.batch(8, [entry(0)], page(1)),
         len(PLAIN_ROUND) + 20 + 2 * PAGE_SIZE,
     ),
