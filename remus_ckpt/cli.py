@@ -30,7 +30,7 @@ from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
 from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches, pages_for
 from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.sender import Sender
+from remus_ckpt.sender import MAX_BUFFER_PAGES, Sender
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.walk import (
@@ -49,6 +49,7 @@ from remus_ckpt.walk import (
     walk_stream,
 )
 from remus_ckpt.wire import events
+from remus_ckpt.wire.chunks import MAX_P2M_SIZE
 from remus_ckpt.wire.describe import describe
 from remus_ckpt.wire.dialect import Dialect
 
@@ -84,11 +85,15 @@ Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise
 WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
 GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
 CodecOption = Annotated[CodecName | None, typer.Option("--codec", help="Page codec; else detected.")]
-MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", help="Refuse streams of larger memories.")]
+MaxMemory = Annotated[
+    int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse streams of larger memories.")
+]
 
 
 def main() -> NoReturn:
     """Run the command; every error of ours is one line and an exit code."""
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(1)  # closed: nothing could be said
     try:
         app()
         sys.exit(0)
@@ -103,6 +108,16 @@ def main() -> NoReturn:
         named = f"{error.filename}: " if error.filename else ""
         complain(f"{named}{error.strerror or error}")
         sys.exit(1)
+
+
+def _keep_apart(output: str, *inputs: str | Path) -> None:
+    """Refuse to write to what is to be read, or to one file twice."""
+    for path in map(str, inputs):
+        if "-" in (output, path) or (os.path.exists(path) and not os.path.isfile(path)):
+            continue
+        is_one = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
+        if is_one or os.path.abspath(output) == os.path.abspath(path):
+            raise typer.BadParameter(f"{output} is read from or written to already: name another file")
 
 
 def _print_json(value: Any) -> None:
@@ -144,10 +159,12 @@ def encode(
     output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
     codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
     buffer_pages: Annotated[
-        int | None, typer.Option(min=1, help="Pages compressed at a time. [default: 8196, 8192 for rle]")
+        int | None,
+        typer.Option(min=1, max=MAX_BUFFER_PAGES, help="Pages compressed at a time. [default: 8196, 8192 for rle]"),
     ] = None,
     reference_pages: Annotated[
-        int | None, typer.Option(min=1, help="Keep the N pages used last as reference. [default: all]")
+        int | None,
+        typer.Option(min=1, max=MAX_P2M_SIZE, help="Keep the N pages used last as reference. [default: all]"),
     ] = None,
     word: Annotated[int, typer.Option(help="Toolstack word of the stream, 8 or 4.")] = 8,
     as_json: AsJson = False,
@@ -157,6 +174,7 @@ def encode(
     Example: remus-ckpt encode monday.img tuesday.img -o week.remus
     """
     _dialect(word, None, None)
+    _keep_apart(output, *images)
     sizes = [path.stat().st_size for path in images]
     pages = max(pages_for(size) for size in sizes)
     if not pages:
@@ -225,6 +243,9 @@ def restore(
 
     Example: remus-ckpt restore orders.remus -o orders.img
     """
+    _keep_apart(output, stream)
+    if device_state is not None:
+        _keep_apart(str(device_state), stream, output)
     walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
@@ -468,6 +489,7 @@ def extract(
 
     Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
     """
+    _keep_apart(output, stream)
     walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     memory = walk.restorer.memory
@@ -551,16 +573,16 @@ def check(
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)?", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)", text.strip())
     if not match:
-        raise typer.BadParameter(f"{text!r}: write 25ms, 2s or 5m")
-    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+        raise typer.BadParameter(f"{text!r} is no duration: write it with its unit, such as 25ms, 2s or 5m")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
 
 
 @app.command(short_help="Take checkpoints of live shared memory.")
 def record(
     file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
-    pid: Annotated[list[int], typer.Option(help="A process that writes to it; may be repeated.")],
+    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to it; may be repeated.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
     interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
     duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
@@ -580,6 +602,7 @@ def record(
     """
     interval_s = _seconds(interval)
     duration_s = None if duration is None else _seconds(duration)
+    _keep_apart(output, file)
     if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
         raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
     totals = Totals()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
 import lzma
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -174,11 +176,24 @@ def read_checkpoints(
                 yield restorer.commit()
 
 
-def create_private(path: str | Path) -> int:
-    """Create a file that holds memory, or empty the one that is there: a descriptor, mode 0600."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    if os.path.isfile(path):
-        os.fchmod(descriptor, 0o600)
+def create_private(path: str | Path, *, is_ours: bool = False) -> int:
+    """Create a file that holds memory, or empty the one that is there: a descriptor, mode 0600.
+
+    is_ours: nobody else may be writing to it in this way until it is closed
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if is_ours:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RemusError(f"{path} is being written by somebody else") from None
+            os.ftruncate(descriptor, 0)
+            os.fchmod(descriptor, 0o600)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -194,7 +209,7 @@ class StreamWriter:
         if str(path) == "-":
             self._fd = os.dup(sys.stdout.fileno())
         else:
-            self._fd = create_private(path)
+            self._fd = create_private(path, is_ours=True)
             self._is_file = os.path.isfile(path)
         self.written = 0
         self.committed = 0
@@ -204,7 +219,12 @@ class StreamWriter:
         """Write all of the buffers."""
         left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
         while left:
-            size = os.writev(self._fd, left[:_MAX_VECTORS])
+            try:
+                size = os.writev(self._fd, left[:_MAX_VECTORS])
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.name) from error
             self.written += size
             while left and size >= len(left[0]):
                 size -= len(left.pop(0))

@@ -295,6 +295,8 @@ class _Pause:
         self._is_on = False
         witness = time.monotonic()
         try:
+            self._source.check_paused()
+            witness = time.monotonic()
             self._on_paused()
         finally:
             witness = time.monotonic() - witness

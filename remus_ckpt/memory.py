@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -50,6 +51,8 @@ def save_image(memory: Pages, path: str | Path) -> None:
             for _, chunk in _chunks(memory):
                 device.write(chunk.reshape(-1).data)
         return
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(target.parent))
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with open(descriptor, "wb", buffering=0) as file:
@@ -64,6 +67,9 @@ def save_image(memory: Pages, path: str | Path) -> None:
                         left = left[file.write(left) :]
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, str(target)) from error
     except BaseException:
         os.unlink(temporary)
         raise

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from remus_ckpt.errors import StreamError
+from remus_ckpt.errors import LimitExceeded, StreamError
 from remus_ckpt.files import StreamFile, read_events
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.pages import PAGE_SIZE
@@ -98,7 +98,10 @@ class Walk:
         held = self.restorer.in_force
         in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
         if self.error is not None:
-            complain(f"{self.name}: {self.error}; {in_force}")
+            raise_it = ""
+            if isinstance(self.error, LimitExceeded) and self.error.limit == "memory_bytes":
+                raise_it = "; --max-memory raises it"
+            complain(f"{self.name}: {self.error}{raise_it}; {in_force}")
         elif self.is_cut:
             complain(f"{self.name}: the compressed file is cut off; {in_force}")
         elif self.restorer.end is not None and not self.restorer.end.complete:

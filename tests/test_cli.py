@@ -171,7 +171,7 @@ def test_exit_codes(tmp_path: Path, series: Series, command: Command) -> None:
     assert command("--version").code == 0
     # The word is wrong: what follows makes no sense.
     assert command("verify", series.stream, "--word", 4, "--guest", "hvm").code == 20
-    assert command("verify", series.stream, "--max-memory", 0).code == 20
+    assert command("verify", series.stream, "--max-memory", 0).code == 2
 
 
 @pytest.mark.parametrize("name", ["xz", "gzip", "lz4", "zstd"])
@@ -320,7 +320,7 @@ def test_help_has_examples(command: Command) -> None:
 
 
 def test_durations() -> None:
-    assert [cli._seconds(text) for text in ("25ms", "2s", "0.5", "3m", "1h", "500us")] == [
+    assert [cli._seconds(text) for text in ("25ms", "2s", "0.5s", "3m", "1h", "500us")] == [
         0.025, 2.0, 0.5, 180.0, 3600.0, 0.0005,
     ]  # fmt: skip
 
@@ -334,3 +334,20 @@ def test_check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REMUS_CKPT_KERNEL", "abacus")
     assert command("check").code == 1
     assert command("demo").code == 1
+
+
+def test_what_is_read_is_not_written_over(series: Series, tmp_path: Path, command: Command) -> None:
+    before = series.stream.read_bytes()
+    image = series.images[0].read_bytes()
+    (tmp_path / "link").hardlink_to(series.stream)
+    for arguments in [
+        ("restore", series.stream, "-o", series.stream),
+        ("restore", series.stream, "-o", tmp_path / "link"),
+        ("restore", series.stream, "-o", tmp_path / "new", "--device-state", tmp_path / "new"),
+        ("extract", series.stream, "--pfn", "1", "-o", series.stream),
+        ("encode", *series.images, "-o", series.images[0]),
+    ]:
+        assert command(*arguments).code == 2
+    assert series.stream.read_bytes() == before
+    assert series.images[0].read_bytes() == image
+    assert not (tmp_path / "new").exists()

@@ -159,6 +159,18 @@ def test_a_stream_that_is_there_is_not_replaced_by_accident(
     assert is_whole(stream) > 0
 
 
+def test_the_memory_itself_is_no_place_for_the_stream(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "link").hardlink_to(memory)
+    for output in (memory, tmp_path / "link"):
+        with record(memory, worker.pid, output, "--duration", "20ms", "--overwrite") as recorder:
+            recorder.communicate(timeout=30)
+        assert recorder.returncode == 2
+    assert memory.stat().st_size == PAGES * PAGE_SIZE
+    assert worker.poll() is None
+
+
 def test_bad_arguments(memory: Path, tmp_path: Path) -> None:
     with record(memory, 2**22 + 1, tmp_path / "stream") as recorder:
         _, err = recorder.communicate(timeout=30)

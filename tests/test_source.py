@@ -103,7 +103,41 @@ def test_a_dead_process_is_no_error_in_a_pause(sleeper: subprocess.Popen[bytes])
     processes.close()
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+def test_a_process_is_recorded_by_one(sleeper: subprocess.Popen[bytes]) -> None:
+    first = Processes([sleeper.pid])
+    with pytest.raises(SourceError):
+        Processes([sleeper.pid])
+    first.close()
+    Processes([sleeper.pid]).close()
+
+
+def test_a_process_that_is_stopped_already_is_left_alone(sleeper: subprocess.Popen[bytes]) -> None:
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    assert wait_for(lambda: process_state(sleeper.pid) == "T")
+    with pytest.raises(SourceError):
+        Processes([sleeper.pid])
+    assert process_state(sleeper.pid) == "T"
+
+
+def test_a_pause_that_somebody_ends_is_noticed(sleeper: subprocess.Popen[bytes]) -> None:
+    processes = Processes([sleeper.pid])
+    processes.stop()
+    processes.check_stopped()
+    os.kill(sleeper.pid, signal.SIGCONT)
+    assert wait_for(lambda: process_state(sleeper.pid) != "T")
+    with pytest.raises(SourceError):
+        processes.check_stopped()
+    processes.resume()
+    processes.close()
+
+
+def test_a_process_that_does_not_have_the_file_is_refused(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    (tmp_path / "memory").write_bytes(bytes(PAGE_SIZE))
+    with pytest.raises(SourceError):
+        SharedFile(tmp_path / "memory", Processes([sleeper.pid]))
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1, 10**20])
 def test_processes_that_cannot_be_recorded(pid: int) -> None:
     with pytest.raises(SourceError):
         Processes([pid])

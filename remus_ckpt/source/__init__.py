@@ -34,6 +34,9 @@ class Source(Protocol):
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
         """Copy pages into `out`. While paused."""
 
+    def check_paused(self) -> None:
+        """Raise SourceError if the pause has been broken from outside: what was copied is not of one instant then."""
+
     def resume(self) -> None:
         """Let them run on."""
 

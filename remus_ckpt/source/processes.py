@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ class Processes:
         self._pidfds: dict[int, int] = {}
         self._pipe = -1
         self._guard: subprocess.Popen[bytes] | None = None
+        self._claims: list[socket.socket] = []
         try:
             for pid in dict.fromkeys(pids):
                 self._open(pid)
@@ -46,12 +48,24 @@ class Processes:
             pidfd = os.pidfd_open(pid)
             self._pidfds[pid] = pidfd
             signal.pidfd_send_signal(pidfd, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             raise SourceError(f"there is no process {pid}") from None
         except PermissionError:
             raise SourceError(f"process {pid} may not be stopped: run as its user or as root") from None
         except OSError as error:
             raise SourceError(f"process {pid}: {error.strerror} (a thread's number is not a process's)") from None
+
+        states = _states(pid)
+        if states and _STOPPED.issuperset(states.values()) and "T" in states.values():
+            # Whoever stopped it wants it so; our pauses would end with it running.
+            raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
+        # Two who stop the same process would each end the other's pauses. The name goes with us when we die.
+        claim = socket.socket(socket.AF_UNIX)
+        self._claims.append(claim)
+        try:
+            claim.bind(f"\0remus-ckpt pauses {pid}")
+        except OSError:
+            raise SourceError(f"process {pid} is being recorded by somebody else") from None
 
     def _start_guard(self) -> None:
         reading, self._pipe = os.pipe2(os.O_CLOEXEC)
@@ -78,6 +92,27 @@ class Processes:
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds.clear()
+        for claim in self._claims:
+            claim.close()
+        self._claims.clear()
+
+    def maps(self, path: str, file: os.stat_result) -> dict[int, bool]:
+        """For each process that lives and lets us look, whether it has that file mapped or open.
+
+        By its inode or by its name: not every file system shows the same device in both places.
+        """
+        name = os.path.realpath(path)
+        found = {}
+        for pid in self._living():
+            try:
+                with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+                    rows = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+                found[pid] = any(row[4] == str(file.st_ino) or row[5:] == [name] for row in rows)
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    found[pid] |= os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), file)
+            except OSError:
+                continue
+        return found
 
     def death_fds(self) -> list[int]:
         """A descriptor for each process that lives; it becomes readable when that one dies."""
@@ -105,6 +140,12 @@ class Processes:
         except BaseException:
             self.resume()
             raise
+
+    def check_stopped(self) -> None:
+        """Raise SourceError if somebody else has let one of them run on since `stop`."""
+        for pid in self._living():
+            if not _STOPPED.issuperset(_states(pid).values()):
+                raise SourceError(f"process {pid} was let run on by somebody else in a pause (SIGCONT)")
 
     def resume(self) -> None:
         """Let them run on."""
@@ -139,6 +180,9 @@ class Processes:
                     if running
                     else f"process {pid} keeps starting threads"
                 )
+            # Somebody else's SIGCONT takes ours back.
+            if before:
+                self._signal(signal.SIGSTOP)
             time.sleep(_POLL_S)
 
 

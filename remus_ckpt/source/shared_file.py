@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,15 @@ class SharedFile:
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            self.size = status.st_size
+            if not stat.S_ISREG(status.st_mode):
+                raise SourceError(f"{self.path} is no file that could be mapped")
+            for pid, has_it in processes.maps(self.path, status).items():
+                if not has_it:
+                    raise SourceError(
+                        f"process {pid} has {self.path} neither mapped nor open: name those that write to it"
+                    )
             if not self.size:
                 raise SourceError(f"{self.path} is empty: there is no memory in it")
             self.pages = pages_for(self.size)
@@ -62,6 +71,10 @@ class SharedFile:
     def resume(self) -> None:
         """Let them run on."""
         self._processes.resume()
+
+    def check_paused(self) -> None:
+        """Raise SourceError if somebody else has let a process run on."""
+        self._processes.check_stopped()
 
     def alive(self) -> bool:
         """Whether any of the processes lives."""
