@@ -23,7 +23,6 @@ FULL_PAGE_BYTES = RECORD_BYTES + PAGE_SIZE
 MAX_PAGE_BYTES = FULL_PAGE_BYTES
 MAX_DELTA_WORDS = PAGE_SIZE // RECORD_BYTES
 """682: with one word more, the records would be longer than the full form (specs/delta.md §3.2)."""
-MAX_ACCEPTED_PAGE_BYTES = RECORD_BYTES * (1 + PAGE_WORDS)
 
 _RECORD = np.dtype([("offset", "<i2"), ("value", "<u4")])
 _WINDOW_BYTES = 1 << 20

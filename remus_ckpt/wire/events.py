@@ -226,10 +226,6 @@ class EndOfStream(Event):
     trailing_bytes: int
 
 
-Info = VcpuInfo | HvmParam | TscInfo | Tmem | TmemExtra | Toolstack | EnableVerifyMode
-"""The chunks that may stand anywhere in a body and change nothing in how it is read."""
-
-
 @dataclass(slots=True)
 class Deviation:
     """Something that is accepted though no sender should write it (specs/permissive.md)."""

@@ -748,6 +748,3 @@ class Reader:
             trailing = self._offset - self.checkpoint_end
             complete = self.checkpoint_end > 0 and trailing == 0
             yield events.EndOfStream(complete=complete, trailing_bytes=trailing, offset=self._offset)
-
-
-__all__ = ["NEED_DATA", "Position", "Reader"]
