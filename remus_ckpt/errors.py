@@ -7,6 +7,10 @@
     │   └── UnknownFormat        21  not a format that is read here, or one that is refused by name
     ├── NoCheckpoint             1   no complete checkpoint to restore, or not the one asked for
     ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
+    ├── StoreError               1   a store cannot be opened, read or written; what was committed is untouched
+    ├── LinkError                1   no connection to the other side, or none any longer
+    │   └── Refused              1   the other side says no, and why
+    │       └── Fenced           22  because another has taken over: this side must stop
     └── KernelUnavailable        1   the kernel that was demanded cannot be had here; a ValueError too
 
 A caller's own mistake (a wrong shape, a read-only array) is a ValueError or TypeError as everywhere in Python.
@@ -72,6 +76,32 @@ class NoCheckpoint(RemusError):
 
 class SourceError(RemusError):
     """The memory being recorded cannot be stopped, read or followed any longer."""
+
+
+class StoreError(RemusError):
+    """A store cannot be opened, read or written. What was committed is untouched."""
+
+
+class LinkError(RemusError):
+    """The other side cannot be reached, or is gone."""
+
+
+class Refused(LinkError):
+    """The other side has ended the session and said why; `code` is a name in specs/session.md §7."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Fenced(Refused):
+    """Another has taken over under the higher `term`; what this side holds back must never be released."""
+
+    exit_code = 22
+
+    def __init__(self, message: str, *, term: int) -> None:
+        super().__init__(message, code="fenced")
+        self.term = term
 
 
 class KernelUnavailable(RemusError, ValueError):

@@ -17,7 +17,8 @@ import pytest
 import zstandard
 from support import Command
 
-from remus_ckpt import Sender, batches, cli
+from remus_ckpt import Sender, batches
+from remus_ckpt.cli.options import parse_duration
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE
 
@@ -320,7 +321,7 @@ def test_help_has_examples(command: Command) -> None:
 
 
 def test_durations() -> None:
-    assert [cli._seconds(text) for text in ("25ms", "2s", "0.5s", "3m", "1h", "500us")] == [
+    assert [parse_duration(text) for text in ("25ms", "2s", "0.5s", "3m", "1h", "500us")] == [
         0.025, 2.0, 0.5, 180.0, 3600.0, 0.0005,
     ]  # fmt: skip
 

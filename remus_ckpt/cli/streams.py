@@ -1,43 +1,50 @@
-"""The command `remus-ckpt`."""
+"""The commands on files: streams and images."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.live import Live
 from rich.text import Text
 
-from remus_ckpt import __version__, conformance
+from remus_ckpt import conformance
+from remus_ckpt.cli.options import (
+    AsJson,
+    CodecName,
+    CodecOption,
+    GuestName,
+    GuestOption,
+    MaxMemory,
+    Stream,
+    Strict,
+    WordOption,
+    app,
+    dialect_of,
+    keep_apart,
+    print_json,
+    write_out,
+)
 from remus_ckpt.codec import kernels
 from remus_ckpt.codec.reference import Lru, Reference, Shadow
 from remus_ckpt.codec.scan import dirty_pages, gather
-from remus_ckpt.demo import run_demo
-from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, SourceError, UnknownFormat
-from remus_ckpt.files import StreamWriter, create_private
-from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
+from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, UnknownFormat
+from remus_ckpt.files import StreamWriter
 from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches, pages_for
 from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.sender import MAX_BUFFER_PAGES, Sender
-from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.walk import (
     Walk,
     complain,
     detail_checkpoint,
-    errors,
     list_checkpoint,
     out,
     print_checkpoints,
@@ -51,106 +58,6 @@ from remus_ckpt.walk import (
 from remus_ckpt.wire import events
 from remus_ckpt.wire.chunks import MAX_P2M_SIZE
 from remus_ckpt.wire.describe import describe
-from remus_ckpt.wire.dialect import Dialect
-
-app = typer.Typer(
-    name="remus-ckpt",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
-
-    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format.""",
-)
-
-
-class CodecName(StrEnum):
-    """The codecs that a save stream holds."""
-
-    delta = "delta"
-    rle = "rle"
-
-
-class GuestName(StrEnum):
-    """The kinds of guest."""
-
-    hvm = "hvm"
-    pv = "pv"
-
-
-Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; .xz, .zst, .lz4 and .gz as they are.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]
-WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
-GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
-CodecOption = Annotated[CodecName | None, typer.Option("--codec", help="Page codec; else detected.")]
-MaxMemory = Annotated[
-    int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse streams of larger memories.")
-]
-
-
-def main() -> NoReturn:
-    """Run the command; every error of ours is one line and an exit code."""
-    if sys.stdout is None or sys.stderr is None:
-        sys.exit(1)  # closed: nothing could be said
-    try:
-        app()
-        sys.exit(0)
-    except RemusError as error:
-        complain(str(error))
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Whoever read our output is gone; that is no error of theirs or ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
-        complain(f"{named}{error.strerror or error}")
-        sys.exit(1)
-
-
-def _keep_apart(output: str, *inputs: str | Path) -> None:
-    """Refuse to write to what is to be read, or to one file twice."""
-    for path in map(str, inputs):
-        if "-" in (output, path) or (os.path.exists(path) and not os.path.isfile(path)):
-            continue
-        is_one = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
-        if is_one or os.path.abspath(output) == os.path.abspath(path):
-            raise typer.BadParameter(f"{output} is read from or written to already: name another file")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"remus-ckpt {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    pass
-
-
-# What the commands share
-
-
-def _dialect(word: int | None, guest: GuestName | None, codec: CodecName | None) -> Dialect:
-    if word not in (None, 4, 8):
-        raise typer.BadParameter(f"--word is 8 or 4, not {word}")
-    return Dialect(
-        word=word,  # type: ignore[arg-type]
-        guest=guest.value if guest else None,
-        codec=codec.value if codec else None,
-    )
-
-
-# The commands on files
 
 
 @app.command(short_help="Write a stream from memory images.")
@@ -173,8 +80,8 @@ def encode(
 
     Example: remus-ckpt encode monday.img tuesday.img -o week.remus
     """
-    _dialect(word, None, None)
-    _keep_apart(output, *images)
+    dialect_of(word, None, None)
+    keep_apart(output, *images)
     sizes = [path.stat().st_size for path in images]
     pages = max(pages_for(size) for size in sizes)
     if not pages:
@@ -210,7 +117,7 @@ def encode(
     if output == "-":
         return
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         print_checkpoints(listed, False)
 
@@ -243,10 +150,10 @@ def restore(
 
     Example: remus-ckpt restore orders.remus -o orders.img
     """
-    _keep_apart(output, stream)
+    keep_apart(output, stream)
     if device_state is not None:
-        _keep_apart(str(device_state), stream, output)
-    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+        keep_apart(str(device_state), stream, output)
+    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
         sys.stdout.buffer.write(walk.restorer.memory.reshape(-1).data)
@@ -254,9 +161,9 @@ def restore(
     else:
         save_image(walk.restorer.memory, output)
     if device_state is not None:
-        _write_out(str(device_state), found.device_state)
+        write_out(str(device_state), found.device_state)
     if as_json and output != "-":
-        _print_json(walk.summary([list_checkpoint(found)]) | {"restored": found.epoch, "image": output})
+        print_json(walk.summary([list_checkpoint(found)]) | {"restored": found.epoch, "image": output})
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
     walk.fail_if_corrupt()
@@ -293,7 +200,7 @@ def inspect(
 
     Example: remus-ckpt inspect guest.save.xz --chunks
     """
-    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed, seen = [], []
     for event in walk.events():
         if chunks:
@@ -305,7 +212,7 @@ def inspect(
         if walk.restorer.staged is not None:
             listed.append(list_checkpoint(walk.restorer.staged) | detail_checkpoint(walk.restorer.staged))
     if as_json:
-        _print_json(walk.summary(listed) | ({"chunks": seen} if chunks else {}))
+        print_json(walk.summary(listed) | ({"chunks": seen} if chunks else {}))
     elif walk.restorer.dialect.word is not None:
         print_head(walk)
         print_checkpoints(listed, False)
@@ -330,7 +237,7 @@ def print_events(
 
     Example: remus-ckpt events guest.save.xz | jq .event
     """
-    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=True)
+    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=True)
 
     def held() -> str | None:
         return None if walk.restorer.in_force is None else memory_sha256(walk.restorer.memory)
@@ -380,7 +287,7 @@ def verify(
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
-    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed = []
     for checkpoint in walk.checkpoints():
         row = list_checkpoint(checkpoint)
@@ -389,7 +296,7 @@ def verify(
         listed.append(row)
     summary = walk.summary(listed)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     elif walk.restorer.dialect.word is not None:
         print_head(walk)
         print_checkpoints(listed, hashes)
@@ -425,13 +332,13 @@ def diff(
         if not second.isdecimal():
             raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
         numbers, before, after = _differing_pages(
-            walk_stream(first, _dialect(word, guest, codec), max_memory, quiet=as_json), int(second), third
+            walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json), int(second), third
         )
         in_bytes = differing_ranges(numbers, before, after)
     ranges = list(in_bytes)
     count = sum(stop - start for start, stop in ranges)
     if as_json:
-        _print_json({"pages": len(numbers), "bytes": int((before != after).sum()), "ranges": ranges})
+        print_json({"pages": len(numbers), "bytes": int((before != after).sum()), "ranges": ranges})
         return
     for start, stop in ranges:
         out.print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
@@ -489,19 +396,19 @@ def extract(
 
     Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
     """
-    _keep_apart(output, stream)
-    walk = walk_stream(stream, _dialect(word, guest, codec), max_memory, quiet=as_json)
+    keep_apart(output, stream)
+    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     memory = walk.restorer.memory
     numbers = _page_range(pfn, len(memory))
     if as_json:
         pages = [{"pfn": number, "hex": memory[number].tobytes().hex()} for number in numbers]
-        _print_json({"epoch": found.epoch, "pages": pages})
+        print_json({"epoch": found.epoch, "pages": pages})
     elif hexdump or (output == "-" and sys.stdout.isatty()):
         text = "\n".join(line for number in numbers for line in _hexdump(number, memory[number].tobytes())) + "\n"
-        _write_out(output, text.encode())
+        write_out(output, text.encode())
     else:
-        _write_out(output, b"".join(memory[number].tobytes() for number in numbers))
+        write_out(output, b"".join(memory[number].tobytes() for number in numbers))
     walk.fail_if_corrupt()
 
 
@@ -533,15 +440,6 @@ def _hexdump(number: int, page: bytes) -> Iterator[str]:
         yield f"{number * PAGE_SIZE + start:012x}  {row[:8].hex(' ')}  {row[8:].hex(' ')}  |{text}|"
 
 
-def _write_out(output: str, data: bytes) -> None:
-    if output == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
-    with open(create_private(output), "wb") as file:
-        file.write(data)
-
-
 @app.command(short_help="Say which kernels run, and why.")
 def check(
     require_native: Annotated[
@@ -555,7 +453,7 @@ def check(
     """
     report = kernels.report()
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         out.print(Text(f"kernel: {report['kernel']} ({report['why']})"))
         out.print(Text(f"available: {', '.join(report['available'])}"))
@@ -567,104 +465,3 @@ def check(
         raise RemusError(report["why"])
     if require_native and not report["built"]:
         raise RemusError(report["not_built"])
-
-
-# The commands on live memory
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)", text.strip())
-    if not match:
-        raise typer.BadParameter(f"{text!r} is no duration: write it with its unit, such as 25ms, 2s or 5m")
-    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
-
-
-@app.command(short_help="Take checkpoints of live shared memory.")
-def record(
-    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
-    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to it; may be repeated.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
-    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
-    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
-    bounded: Annotated[
-        bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a stream that is there.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Take checkpoints of a process's shared memory until Ctrl-C, its death or the end of the duration.
-
-    Each pause stops every thread of every --pid, takes the dirty pages, and lets them run on; a guard process does that
-    if this one dies. What is protected is memory: not registers, files or sockets.
-
-    Example: remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms
-    """
-    interval_s = _seconds(interval)
-    duration_s = None if duration is None else _seconds(duration)
-    _keep_apart(output, file)
-    if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
-        raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
-    totals = Totals()
-    failure: Exception | None = None
-    with ExitStack() as stack:
-        stop = StopSignal()
-        stack.callback(stop.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
-        source = SharedFile(file, Processes(pid))
-        stack.callback(source.close)
-        if source.size % PAGE_SIZE:
-            complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
-        writer = StreamWriter(output)
-        stack.callback(writer.close)
-        sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
-        loop = CheckpointLoop(
-            source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
-        )
-        show = None
-        if errors.is_terminal and not as_json:
-            show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
-        try:
-            for taken in loop.run():
-                totals.add(taken)
-                if show:
-                    show.update(Text(totals.line(taken)))
-        except (SourceError, OSError) as error:
-            failure = error
-    report = totals.report() | {"stream": output, "ended": "failed" if failure else loop.ended}
-    if as_json:
-        print(json.dumps(report, indent=1), file=sys.stderr if output == "-" else sys.stdout)
-    else:
-        errors.print(Text(f"{writer.name}: {totals.text()}; {report['ended']}"))
-    if failure is not None:
-        held = f"the stream ends with checkpoint {totals.last}" if totals.pauses else "no checkpoint is complete"
-        is_output = isinstance(failure, OSError)
-        reason = failure.strerror if isinstance(failure, OSError) else failure
-        raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
-
-
-@app.command(short_help="Record, kill, restore and continue a worker.")
-def demo(
-    seconds: Annotated[
-        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
-    ] = 3.0,
-    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
-    directory: Annotated[Path | None, typer.Option("--keep", help="Keep stream and image in this folder.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Record a real worker, kill it at a random instant, restore its last checkpoint, prove it, and go on from it."""
-    report = run_demo(
-        seconds=seconds,
-        interval_s=_seconds(interval),
-        directory=directory,
-        seed=seed,
-        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
-    )
-    if as_json:
-        _print_json(report)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,121 @@
+"""The commands on live memory, into a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.live import Live
+from rich.text import Text
+
+from remus_ckpt.cli.options import (
+    AsJson,
+    CodecName,
+    app,
+    keep_apart,
+    parse_duration,
+    print_json,
+)
+from remus_ckpt.codec.reference import Shadow
+from remus_ckpt.demo import run_demo
+from remus_ckpt.errors import RemusError, SourceError
+from remus_ckpt.files import StreamWriter
+from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.sender import Sender
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.walk import complain, errors, out
+
+
+@app.command(short_help="Take checkpoints of live shared memory.")
+def record(
+    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
+    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to it; may be repeated.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
+    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
+    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
+    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    bounded: Annotated[
+        bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a stream that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take checkpoints of a process's shared memory until Ctrl-C, its death or the end of the duration.
+
+    Each pause stops every thread of every --pid, takes the dirty pages, and lets them run on; a guard process does that
+    if this one dies. What is protected is memory: not registers, files or sockets.
+
+    Example: remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms
+    """
+    interval_s = parse_duration(interval)
+    duration_s = None if duration is None else parse_duration(duration)
+    keep_apart(output, file)
+    if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
+        raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
+    totals = Totals()
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        stop = StopSignal()
+        stack.callback(stop.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+        source = SharedFile(file, Processes(pid))
+        stack.callback(source.close)
+        if source.size % PAGE_SIZE:
+            complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
+        writer = StreamWriter(output)
+        stack.callback(writer.close)
+        sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
+        loop = CheckpointLoop(
+            source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
+        )
+        show = None
+        if errors.is_terminal and not as_json:
+            show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
+        try:
+            for taken in loop.run():
+                totals.add(taken)
+                if show:
+                    show.update(Text(totals.line(taken)))
+        except (SourceError, OSError) as error:
+            failure = error
+    report = totals.report() | {"stream": output, "ended": "failed" if failure else loop.ended}
+    if as_json:
+        print(json.dumps(report, indent=1), file=sys.stderr if output == "-" else sys.stdout)
+    else:
+        errors.print(Text(f"{writer.name}: {totals.text()}; {report['ended']}"))
+    if failure is not None:
+        held = f"the stream ends with checkpoint {totals.last}" if totals.pauses else "no checkpoint is complete"
+        is_output = isinstance(failure, OSError)
+        reason = failure.strerror if isinstance(failure, OSError) else failure
+        raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
+
+
+@app.command(short_help="Record, kill, restore and continue a worker.")
+def demo(
+    seconds: Annotated[
+        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
+    ] = 3.0,
+    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
+    directory: Annotated[Path | None, typer.Option("--keep", help="Keep stream and image in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Record a real worker, kill it at a random instant, restore its last checkpoint, prove it, and go on from it."""
+    report = run_demo(
+        seconds=seconds,
+        interval_s=parse_duration(interval),
+        directory=directory,
+        seed=seed,
+        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
+    )
+    if as_json:
+        print_json(report)

@@ -1,0 +1,96 @@
+"""The application that the commands hang on, and what they share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from remus_ckpt.files import create_private
+from remus_ckpt.wire.dialect import Dialect
+
+app = typer.Typer(
+    name="remus-ckpt",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
+
+    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format.""",
+)
+
+
+class CodecName(StrEnum):
+    """The codecs that a save stream holds."""
+
+    delta = "delta"
+    rle = "rle"
+
+
+class GuestName(StrEnum):
+    """The kinds of guest."""
+
+    hvm = "hvm"
+    pv = "pv"
+
+
+Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; .xz, .zst, .lz4 and .gz as they are.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]
+WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
+GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
+CodecOption = Annotated[CodecName | None, typer.Option("--codec", help="Page codec; else detected.")]
+MaxMemory = Annotated[
+    int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse streams of larger memories.")
+]
+
+
+def keep_apart(output: str, *inputs: str | Path) -> None:
+    """Refuse to write to what is to be read, or to one file twice."""
+    for path in map(str, inputs):
+        if "-" in (output, path) or (os.path.exists(path) and not os.path.isfile(path)):
+            continue
+        is_one = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
+        if is_one or os.path.abspath(output) == os.path.abspath(path):
+            raise typer.BadParameter(f"{output} is read from or written to already: name another file")
+
+
+def print_json(value: Any) -> None:
+    """To standard output."""
+    print(json.dumps(value, indent=1))
+
+
+def dialect_of(word: int | None, guest: GuestName | None, codec: CodecName | None) -> Dialect:
+    """What the options say of a stream."""
+    if word not in (None, 4, 8):
+        raise typer.BadParameter(f"--word is 8 or 4, not {word}")
+    return Dialect(
+        word=word,  # type: ignore[arg-type]
+        guest=guest.value if guest else None,
+        codec=codec.value if codec else None,
+    )
+
+
+def write_out(output: str, data: bytes) -> None:
+    """To a file of mode 0600, or to standard output ("-")."""
+    if output == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    with open(create_private(output), "wb") as file:
+        file.write(data)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, from a number with its unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)", text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no duration: write it with its unit, such as 25ms, 2s or 5m")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
