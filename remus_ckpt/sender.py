@@ -95,7 +95,8 @@ class Sender:
         self._reference: Reference = reference or Shadow(zeros(p2m_size))
         self._writer = Writer(word)
         self._started = False
-        self._broken = False
+        self.unfinished = False
+        """A checkpoint was begun and not taken to its end."""
         self._carried: list[NDArray[np.int64]] = []
 
     @property
@@ -116,7 +117,7 @@ class Sender:
         self.position = position
         self.owed = np.union1d(self.owed, pfns)
         self._reference.invalidate(self.owed)
-        self._broken = False
+        self.unfinished = False
 
     def checkpoint(
         self,
@@ -138,14 +139,14 @@ class Sender:
         Raises ValueError for pages that do not fit. A checkpoint that is not taken to the end leaves the receiver
         with half of it: the sender refuses to go on, and a new stream begins with a new sender.
         """
-        if self._broken:
+        if self.unfinished:
             raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
         epoch = 0 if self.position is None else self.position.epoch + 1
         if position is not None:
             if self.position is not None and position.epoch != epoch:
                 raise ValueError(f"position {position} behind {self.position}")
             epoch = position.epoch
-        self._broken = True
+        self.unfinished = True
         self._carried = []
         sent = Sent(epoch, before=self.position)
         begin = self._writer.offset
@@ -180,7 +181,7 @@ class Sender:
         sent.position = self.position = after
         self.sent = sent
         self.owed = np.empty(0, dtype=np.int64)
-        self._broken = False
+        self.unfinished = False
         yield closing
 
     def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
