@@ -9,66 +9,51 @@ from __future__ import annotations
 import logging
 import os
 import select
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from remus_ckpt import __version__
 from remus_ckpt.errors import LinkError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service import failover
-from remus_ckpt.service.observe import Metrics
-from remus_ckpt.service.transport import Connection, Listener
-from remus_ckpt.store import HistoryWriter, Retention, Store
+from remus_ckpt.service.observe import Metrics, log
+from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
+from remus_ckpt.store import HistoryWriter, Store
 from remus_ckpt.wire import session as wire
 from remus_ckpt.wire.session import Session
 
-_log = logging.getLogger(__name__)
-
 _HELLO_S = 5.0
 _FRAME_S = 60.0
-_PERSISTENT_PRIMARY = "had_primary"
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What a backup does with what it protects.
-
-    lease_s: a primary that is silent for so long is gone
-    automatic: take over then without being asked; `fence` must be there
-    fence: a shell command that makes sure that the primary writes and releases nothing more; exit status 0 says so
-    on_failover: a shell command that starts the work here
-    retention: what is kept of the past
-    names: the names that may be protected; None for any
-    """
-
-    lease_s: float = 5.0
-    automatic: bool = False
-    fence: str | None = None
-    on_failover: str | None = None
-    retention: Retention = field(default_factory=Retention)
-    names: frozenset[str] | None = None
-    max_connections: int = 256
 
 
 class Backup:
     """Serves primaries, users who ask, and the clock, until it is stopped.
 
-    store: where checkpoints are kept
-    listeners: where connections come from; closed with this
+    store: where checkpoints are kept, or its directory
+    listen: addresses such as "tls://0.0.0.0:7411"; `addresses` has them with the ports that were chosen for port 0
+    tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
+    insecure: allow plain tcp:// on an address that other machines can reach
+    limits: what the streams of primaries may claim
+    warm_dir: where the warm copies lie, such as a folder in /dev/shm; by default in the store
+    on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
+
+    `run` serves in the calling thread; used in a `with`, it serves in a thread of its own.
+    Raises StoreError or LinkError where it cannot begin.
     """
 
     def __init__(
         self,
-        store: Store,
-        listeners: Iterable[Listener],
+        store: Store | str | Path,
+        listen: Iterable[str | Address],
         *,
+        tls_dir: str | Path | None = None,
+        insecure: bool = False,
         policy: Policy | None = None,
         limits: Limits | None = None,
         warm_dir: str | Path | None = None,
@@ -78,21 +63,38 @@ class Backup:
     ) -> None:
         self.policy = policy or Policy()
         self.metrics = metrics or Metrics()
-        self._store = store
-        self._listeners = list(listeners)
+        self.report_phase = on_phase or (lambda name, epoch: None)
+        self._store = store if isinstance(store, Store) else Store(store)
         self._limits = limits or Limits()
         self._warm_dir = warm_dir
-        self._phase = on_phase or (lambda name, epoch: None)
-        self._stop = stop or StopSignal()
-        self._owns_stop = stop is None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._standbys: dict[str, Standby] = {}
         self._lock = threading.Lock()
         self._visits: list[_Visit] = []
-        for name in store.names():
-            self._standbys[name] = self._open(name)
+        self._thread: threading.Thread | None = None
+        with ExitStack() as stack:
+            self._stop = stop or StopSignal()
+            if stop is None:
+                stack.callback(self._stop.close)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, self._wake)
+            self._standbys: dict[str, Standby] = {}
+            stack.callback(lambda: [standby.close() for standby in self._standbys.values()])
+            for name in self._store.names():
+                self._standbys[name] = self._open(name)
+            tls = TlsFiles(tls_dir) if tls_dir is not None else None
+            self._listeners = [
+                stack.enter_context(
+                    Listener(
+                        Address.parse(address) if isinstance(address, str) else address, tls=tls, insecure=insecure
+                    )
+                )
+                for address in listen
+            ]
+            self._closing = stack.pop_all()
+        self.addresses = [str(listener.address) for listener in self._listeners]
 
-    def __enter__(self) -> Backup:
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self.run, name="backup", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,17 +133,13 @@ class Backup:
     def close(self) -> None:
         """End all sessions and let go of the store. What is committed stays."""
         self._stop.set()
-        for listener in self._listeners:
-            listener.close()
+        if self._thread is not None:
+            self._thread.join()
         for visit in self._visiting():
             visit.end("shutdown", "the backup is being stopped")
         for visit in self._visiting():
             visit.thread.join()
-        for standby in self._standbys.values():
-            standby.close()
-        os.close(self._wake)
-        if self._owns_stop:
-            self._stop.close()
+        self._closing.close()
 
     def failover(self, name: str, *, fence: bool = False) -> dict[str, Any]:
         """Promote by hand, at once; returns what the survivor goes on from.
@@ -152,9 +150,7 @@ class Backup:
         standby = self._standbys.get(name)
         if standby is None:
             raise NoCheckpoint(f"nothing is protected under the name {name!r} here")
-        standby.hand_over(fence)
-        self.wake()
-        return standby.await_promotion()
+        return standby.take_over(fence=fence)
 
     def status(self) -> dict[str, Any]:
         """What there is to say of this side, for users."""
@@ -165,7 +161,7 @@ class Backup:
             "names": {name: standby.status() for name, standby in sorted(self._standbys.items())},
         }
 
-    def wake(self) -> None:
+    def _turn_soon(self) -> None:
         """Something has changed that a decision hangs on."""
         os.eventfd_write(self._wake, 1)
 
@@ -182,7 +178,7 @@ class Backup:
             # Those who have not said who they are make room, the oldest first.
             nameless = next((visit for visit in visits if not visit.is_known), None)
             if nameless is None:
-                _log.warning("too many connections", extra={"peer": connection.peer})
+                log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()
                 return
             nameless.connection.close()
@@ -193,28 +189,29 @@ class Backup:
         visit.thread.start()
 
     def standby(self, name: str) -> Standby:
-        """That under a name, made if it is new."""
+        """That under a name, made if it is new. Raises Refusal for one that is not taken here."""
+        try:
+            wire.check_name(name)
+        except ValueError as error:
+            raise Refusal("name", str(error)) from None
         if self.policy.names is not None and name not in self.policy.names:
-            raise _Refusal("name", f"the name {name!r} is not protected here: this backup was started with --name")
+            raise Refusal("name", f"{name!r} is not among the names that this backup was started for (--name)")
         with self._lock:
             if name not in self._standbys:
+                if len(self._standbys) >= self.policy.max_names:
+                    raise Refusal("limit", f"this backup keeps {len(self._standbys)} names already")
                 self._standbys[name] = self._open(name)
             return self._standbys[name]
 
     def _open(self, name: str) -> Standby:
         writer = self._store.writer(
-            name, limits=self._limits, warm_dir=self._warm_dir, on_phase=self._phase, retention=self.policy.retention
+            name,
+            limits=self._limits,
+            warm_dir=self._warm_dir,
+            on_phase=self.report_phase,
+            retention=self.policy.retention,
         )
-        return Standby(name, writer, self)
-
-
-class _Refusal(RemusError):
-    """Why a visitor is sent away; it is told."""
-
-    def __init__(self, code: str, message: str, term: int | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.term = term
+        return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
 
 
 class _Visit:
@@ -233,6 +230,11 @@ class _Visit:
         """When anything came last."""
         self.status: dict[str, Any] = {}
         """What the primary last said of itself."""
+
+    @property
+    def peer(self) -> str:
+        """Address and name of the other side."""
+        return self.connection.peer
 
     # Called by others
 
@@ -265,23 +267,23 @@ class _Visit:
                 self._serve_control()
             else:
                 self._serve_primary(hello)
-        except _Refusal as error:
+        except Refusal as error:
             self._say_goodbye(wire.Error(code=error.code, message=str(error), term=error.term))
-            _log.warning("refused", extra={"peer": self.connection.peer, "code": error.code, "reason": str(error)})
+            log("refused", level=logging.WARNING, peer=self.connection.peer, code=error.code, reason=str(error))
         except UnknownFormat as error:
             self._say_goodbye(wire.Error(code="version", message=str(error)))
-            _log.warning("refused", extra={"peer": self.connection.peer, "code": "version", "reason": str(error)})
+            log("refused", level=logging.WARNING, peer=self.connection.peer, code="version", reason=str(error))
         except StreamError as error:
             self._say_goodbye(wire.Error(code="malformed", message=str(error), offset=error.offset))
-            _log.warning("malformed", extra={"peer": self.connection.peer, "reason": str(error)})
+            log("malformed", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
-            _log.error("store failed", extra={"peer": self.connection.peer, "reason": str(error)})
+            log("store failed", level=logging.ERROR, peer=self.connection.peer, reason=str(error))
         except (LinkError, TimeoutError) as error:
-            _log.warning("connection lost", extra={"peer": self.connection.peer, "reason": str(error)})
+            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except Exception as error:
             self._try_say(wire.Error(code="internal", message=f"{type(error).__name__}: {error}"))
-            _log.exception("connection failed", extra={"peer": self.connection.peer})
+            log("connection failed", level=logging.ERROR, error=error, peer=self.connection.peer)
         finally:
             self.connection.close()
 
@@ -354,7 +356,7 @@ class _Visit:
 
     def _serve_primary(self, hello: wire.Hello) -> None:
         if hello.page_size != PAGE_SIZE:
-            raise _Refusal("page-size", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+            raise Refusal("page-size", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
         self.run_id = hello.run
         standby = self.backup.standby(hello.name)
         with standby.hosting(self, hello) as writer:

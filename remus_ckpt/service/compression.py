@@ -25,11 +25,11 @@ class Chooser:
     offered: what the other side reads
     """
 
-    def __init__(self, wanted: str, offered: Sequence[Compression]) -> None:
+    def __init__(self, wanted: str, offered: Sequence[str]) -> None:
         self.choice: Compression = "none"
         self._candidates: list[Compression] = []
         if wanted == "auto":
-            self._candidates = [name for name in offered if name != "none"]
+            self._candidates = [name for name in ("lz4", "zstd") if name in offered]  # type: ignore[misc]
         elif wanted in offered:
             self.choice = wanted  # type: ignore[assignment]
         self._rate: float | None = None  # bytes/s of the link

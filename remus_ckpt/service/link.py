@@ -67,6 +67,7 @@ class Link:
         """What the backup last said of itself."""
         self._heard = time.monotonic()
         self._closing = False
+        self._counted = 0
         self._thread: threading.Thread | None = None
         try:
             self._post(hello)
@@ -82,10 +83,10 @@ class Link:
         """Address and name of the backup."""
         return self._connection.peer
 
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes sent in this session so far."""
-        return self._connection.bytes_sent
+    def take_wire_bytes(self) -> int:
+        """Bytes sent since this was asked last."""
+        before, self._counted = self._counted, self._connection.bytes_sent
+        return self._counted - before
 
     def _await_welcome(self) -> Welcome:
         first = time.monotonic()

@@ -26,21 +26,18 @@ from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.service.link import Link
-from remus_ckpt.service.observe import Metrics
+from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.transport import Connection
 from remus_ckpt.source import Source
 from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import Position
-from remus_ckpt.wire.session import VERSION, Ack, Begin, Commit, Hello, Level, StreamShape, compressions
-
-_log = logging.getLogger(__name__)
+from remus_ckpt.wire.session import COMPRESSIONS, LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
 
 LASTING = frozenset({"version", "name", "limit", "fenced", "page-size"})
 """Refusals that another try would not change."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _MAX_UNRELEASED = 1000
-_LEVELS: dict[Level, int] = {"received": 0, "durable": 1, "applied": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +228,7 @@ class Primary:
             except (LinkError, Malformed) as error:
                 reason = error
             if str(reason) != said:
-                _log.warning("no link", extra={"name_": self.name, "reason": str(reason)})
+                log("no link", level=logging.WARNING, name=self.name, reason=str(reason))
                 said = str(reason)
             if deadline is not None and time.monotonic() + backoff_s > deadline:
                 raise reason if isinstance(reason, LinkError) else LinkError(str(reason))
@@ -252,8 +249,7 @@ class Primary:
 
     def _open(self) -> None:
         hello = Hello(
-            versions=(VERSION,),
-            program="remus_ckpt",
+            program=f"remus_ckpt {__version__}",
             role="primary",
             name=self.name,
             run=self._run,
@@ -262,7 +258,7 @@ class Primary:
             page_size=PAGE_SIZE,
             codec=self._codec,
             word=self._word,
-            compressions=compressions(),
+            compressions=COMPRESSIONS,
         )
         connection = self._connect()
         try:
@@ -280,8 +276,11 @@ class Primary:
             raise
         self._link = link
         self._connections += 1
-        self._metrics.connected(self.name, self.term or 0, is_again=self._connections > 1)
-        _log.info("linked", extra={"name_": self.name, "peer": link.peer, "mode": begin.mode, "term": self.term})
+        self._metrics.set_connected(self.name, True)
+        self._metrics.set_term(self.name, begin.term)
+        if self._connections > 1:
+            self._metrics.reconnected(self.name)
+        log("linked", name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
 
     def _agree(self, link: Link) -> Begin:
         """Go on with deltas if the backup holds what our reference can be brought back to, else begin anew."""
@@ -297,10 +296,7 @@ class Primary:
             default=None,
         )
         if held is not None and self.committed is not None and held.epoch < self.committed.epoch:
-            _log.error(
-                "the backup has lost committed checkpoints",
-                extra={"name_": self.name, "committed": str(self.committed), "held": str(held)},
-            )
+            log("the backup has lost committed checkpoints", level=logging.ERROR, name=self.name, committed=str(self.committed), held=str(held))
         with self._changed:
             self._flights.clear()
         self._source.shadow = zeros(self._source.pages)
@@ -337,18 +333,18 @@ class Primary:
         link, self._link = self._link, None
         if link is not None:
             link.close()
-        self._metrics.disconnected(self.name)
+        self._metrics.set_connected(self.name, False)
         with self._changed:
             self._changed.notify_all()
         if isinstance(error, Fenced):
-            self._metrics.fenced(self.name)
+            self._metrics.fence(self.name)
             self.ended = "fenced"
-            _log.error("fenced", extra={"name_": self.name, "term": error.term, "reason": str(error)})
+            log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
             raise error
         if isinstance(error, Refused) and error.code in LASTING:
             raise error
         if link is not None:
-            _log.warning("link lost", extra={"name_": self.name, "reason": str(error)})
+            log("link lost", level=logging.WARNING, name=self.name, reason=str(error))
 
     def _make_loop(self, duration_s: float | None) -> CheckpointLoop:
         assert self._sender is not None
@@ -366,14 +362,13 @@ class Primary:
     def _count(self, taken: Taken) -> None:
         self._metrics.checkpoint(
             self.name,
-            epoch=taken.sent.epoch,
             pause_s=taken.pause_s,
             dirty_pages=taken.dirty_pages,
             raw_bytes=taken.sent.pages * PAGE_SIZE,
             encoded_bytes=taken.sent.stream_bytes,
             wire_bytes=self._link.take_wire_bytes() if self._link else 0,
-            lag=len(self._flights),
         )
+        self._metrics.set_lag(self.name, len(self._flights))
 
     # What the loop sends
 
@@ -416,7 +411,7 @@ class Primary:
     # What comes back, in the link's thread
 
     def _acknowledged(self, ack: Ack) -> None:
-        if _LEVELS[ack.level] < _LEVELS[self._wait]:
+        if LEVELS.index(ack.level) < LEVELS.index(self._wait):
             return
         with self._changed:
             known = any(flight.sent.position == ack.position for flight in self._flights)
@@ -436,7 +431,9 @@ class Primary:
         for flight in done:
             assert flight.sent.position is not None
             committed = Committed(flight.sent.epoch, flight.sent.position, now - flight.began)
-            self._metrics.committed(self.name, epoch=committed.epoch, latency_s=committed.latency_s)
+            self._metrics.committed(
+                self.name, committed.epoch, committed.latency_s, time.time(), committed.position.digest
+            )
             if self._release is not None:
                 self._release.put(committed)
 
@@ -476,6 +473,6 @@ class _Release:
                 return
             try:
                 self._call(committed)
-            except Exception:
+            except Exception as error:
                 # What is released is the user's; that it fails must not stop the commits behind it.
-                _log.exception("on_commit failed", extra={"epoch": committed.epoch})
+                log("on_commit failed", level=logging.ERROR, error=error, epoch=committed.epoch)

@@ -66,6 +66,10 @@ _MOST = (1 << 63) - 1
 Side = Literal["client", "server"]
 Compression = Literal["none", "lz4", "zstd"]
 
+Level = Literal["received", "durable", "applied"]
+LEVELS: tuple[Level, ...] = ("received", "durable", "applied")
+"""How far a checkpoint has come on the backup, in that order (specs/session.md §3.6)."""
+
 FLAGS: dict[str, int] = {"none": 0, "lz4": 1, "zstd": 2}
 """How the payload of a DATA frame is packed (specs/session.md §2.3)."""
 
@@ -349,6 +353,7 @@ class Begin(Message):
     mode: Literal["full", "continue"]
     term: int
     position: Position | None = None
+    wait: Level = "durable"
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Begin])
@@ -380,7 +385,7 @@ class Commit(Message):
 class Ack(Message):
     """What the backup has done with a checkpoint and all before it (specs/session.md §3.6)."""
 
-    level: Literal["received", "durable", "applied"]
+    level: Level
     position: Position
 
 
@@ -461,14 +466,19 @@ FIELDS: dict[type[Message], dict[str, Kind]] = {
         "limits": _map(_whole()),
         "lease_s": _seconds,
     },
-    Begin: {"mode": _one_of("full", "continue"), "term": _whole(), "position": _optional(_position)},
+    Begin: {
+        "mode": _one_of("full", "continue"),
+        "term": _whole(),
+        "position": _optional(_position),
+        "wait": _one_of(*LEVELS),
+    },
     Commit: {
         "position": _position,
         "before": _optional(_position),
         "stream_bytes": _whole(1),
         "pages": _whole(),
     },
-    Ack: {"level": _one_of("received", "durable", "applied"), "position": _position},
+    Ack: {"level": _one_of(*LEVELS), "position": _position},
     Heartbeat: {"number": _whole(), "reply": _flag, "status": _map(_scalar)},
     Error: {"code": _NAME, "message": _clipped, "term": _optional(_whole()), "offset": _optional(_whole())},
     Goodbye: {"reason": _clipped},
@@ -995,6 +1005,11 @@ class Session:
         if name not in self._packers:
             self._packers[name] = _Lz4() if name == "lz4" else _Zstd()
         return cast("_Lz4 | _Zstd", self._packers[name])
+
+
+def compress(data: memoryview, compression: Compression) -> bytes:
+    """What a DATA frame of these bytes would hold, for who wants to know whether it is worth it."""
+    return _Lz4().pack(data) if compression == "lz4" else _Zstd().pack(data)
 
 
 def _refuse(text: str, offset: int | None, section: str, number: FrameType | None = None) -> NoReturn:
