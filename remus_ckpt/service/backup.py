@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt import __version__
-from remus_ckpt.errors import LinkError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE

@@ -262,9 +262,7 @@ class Primary:
         )
         connection = self._connect()
         try:
-            link = Link(
-                connection, hello, on_ack=self._acknowledged, status=self.status, compression=self._compression
-            )
+            link = Link(connection, hello, on_ack=self._acknowledged, status=self.status, compression=self._compression)
         except BaseException:
             connection.close()
             raise
@@ -296,7 +294,13 @@ class Primary:
             default=None,
         )
         if held is not None and self.committed is not None and held.epoch < self.committed.epoch:
-            log("the backup has lost committed checkpoints", level=logging.ERROR, name=self.name, committed=str(self.committed), held=str(held))
+            log(
+                "the backup has lost committed checkpoints",
+                level=logging.ERROR,
+                name=self.name,
+                committed=str(self.committed),
+                held=str(held),
+            )
         with self._changed:
             self._flights.clear()
         self._source.shadow = zeros(self._source.pages)

@@ -357,8 +357,10 @@ class Standby:
                 self._by_hand = ByHand(time.monotonic(), fence)
                 self._wake()
                 done = self._changed.wait_for(
-                    lambda: self._handed_out is not None
-                    or (fence and self._fence is not None and self._fence.phase is failover.Phase.FAILED),
+                    lambda: (
+                        self._handed_out is not None
+                        or (fence and self._fence is not None and self._fence.phase is failover.Phase.FAILED)
+                    ),
                     _PROMOTION_S,
                 )
                 if self._handed_out is None:
