@@ -12,7 +12,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,7 +65,7 @@ class Backup:
         self.metrics = metrics or Metrics()
         self.report_phase = on_phase or (lambda name, epoch: None)
         self._store = store if isinstance(store, Store) else Store(store)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._warm_dir = warm_dir
         self._lock = threading.Lock()
         self._visits: list[_Visit] = []
@@ -77,7 +77,7 @@ class Backup:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self._wake)
             self._standbys: dict[str, Standby] = {}
-            stack.callback(lambda: [standby.close() for standby in self._standbys.values()])
+            stack.callback(self._close_standbys)
             for name in self._store.names():
                 self._standbys[name] = self._open(name)
             tls = TlsFiles(tls_dir) if tls_dir is not None else None
@@ -188,6 +188,10 @@ class Backup:
             self._visits.append(visit)
         visit.thread.start()
 
+    def _close_standbys(self) -> None:
+        for standby in self._standbys.values():
+            standby.close()
+
     def standby(self, name: str) -> Standby:
         """That under a name, made if it is new. Raises Refusal for one that is not taken here."""
         try:
@@ -206,7 +210,7 @@ class Backup:
     def _open(self, name: str) -> Standby:
         writer = self._store.writer(
             name,
-            limits=self._limits,
+            limits=self.limits,
             warm_dir=self._warm_dir,
             on_phase=self.report_phase,
             retention=self.policy.retention,
@@ -313,18 +317,13 @@ class _Visit:
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
 
     def _try_say(self, message: wire.Message) -> None:
-        try:
+        with suppress(LinkError, TimeoutError, ValueError):  # if it cannot be told, it cannot be told
             self.say(message)
-        except (LinkError, TimeoutError, ValueError):
-            pass  # it cannot be told
 
     def _say_goodbye(self, message: wire.Message) -> None:
         self._try_say(message)
         # Closed at once, what it still sends would destroy what it has not yet read of ours.
-        try:
-            self.connection.finish(1.0)
-        except (LinkError, TimeoutError):
-            pass
+        self.connection.finish(1.0)
 
     def _serve_control(self) -> None:
         self.say(
@@ -360,7 +359,7 @@ class _Visit:
         self.run_id = hello.run
         standby = self.backup.standby(hello.name)
         with standby.hosting(self, hello) as writer:
-            self.say(standby.welcome(hello))
+            self.say(standby.welcome(hello, self.backup.limits))
             last_frame = time.monotonic()
             while True:
                 event = self.session.next_event()
@@ -370,7 +369,7 @@ class _Visit:
                     case wire.Begin():
                         writer.begin(full=event.mode == "full")
                         self.session.sink = writer
-                        standby.began(event)
+                        log("receiving", name=hello.name, peer=self.peer, mode=event.mode, position=str(event.position))
                     case wire.DataReceived():
                         self.backup.report_phase("receiving", 0)
                     case wire.Commit():

@@ -12,7 +12,7 @@ _SAMPLE_BYTES = 1 << 18
 _SAMPLE_EVERY_BYTES = 32 << 20
 _SMALL_BYTES = 4096
 _MARGIN = 0.8
-"""Compression has to promise a fifth less time before it is taken up, so that it is not taken up and dropped in turns."""
+"""Compression has to promise a fifth less time before it is taken up: it is not to be taken up and dropped in turns."""
 _MEMORY = 0.7
 """How much of an estimate stays when a new measurement comes."""
 
@@ -29,7 +29,7 @@ class Chooser:
         self.choice: Compression = "none"
         self._candidates: list[Compression] = []
         if wanted == "auto":
-            self._candidates = [name for name in ("lz4", "zstd") if name in offered]  # type: ignore[misc]
+            self._candidates = [name for name in ("lz4", "zstd") if name in offered]
         elif wanted in offered:
             self.choice = wanted  # type: ignore[assignment]
         self._rate: float | None = None  # bytes/s of the link

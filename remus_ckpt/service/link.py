@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
@@ -226,10 +227,8 @@ class Link:
     def close(self, goodbye: str | None = None) -> None:
         """End the session; with a reason, tell the backup that this is no accident."""
         if goodbye is not None and self._error is None:
-            try:
+            with suppress(RemusError, ValueError):  # it may be gone already
                 self._post(Goodbye(reason=goodbye))
-            except RemusError:
-                pass  # it is gone already
         self._release()
 
     def _release(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt import __version__
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
@@ -202,7 +203,12 @@ class Primary:
     def status(self) -> dict[str, Any]:
         """What there is to say of this side, for the other and for users."""
         newest = self._sender.position if self._sender else None
-        return self._metrics.status(self.name) | {
+        counted = self._metrics.status(self.name)
+        flat = {key: value for key, value in counted.items() if not isinstance(value, dict)}
+        for key in ("pause", "commit_latency"):
+            for percentile, seconds in (counted.get(f"{key}_s") or {}).items():
+                flat[f"{key}_{percentile}_ms"] = seconds * 1e3
+        return flat | {
             "term": self.term,
             "epoch": newest.epoch if newest else None,
             "committed_epoch": self.committed.epoch if self.committed else None,

@@ -15,14 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from remus_ckpt import __version__
 from remus_ckpt.errors import NoCheckpoint, RemusError, StoreError
+from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.store import HistoryWriter, Retention
 from remus_ckpt.wire.record import Position
-from remus_ckpt.wire.session import Hello
+from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
 
 _RETRY_S = 1.0
 _PROMOTION_S = 60.0
@@ -179,6 +181,25 @@ class Standby:
         known = {"term": state.term, "role": state.role, **state.more}
         if any(known.get(key) != value for key, value in changes.items()):
             self._writer.set_state(**changes)
+
+    def welcome(self, hello: Hello, limits: Limits) -> Welcome:
+        """What the primary that has just been let in is to know."""
+        if hello.memory_pages * PAGE_SIZE > limits.memory_bytes:
+            raise Refusal(
+                "limit",
+                f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {limits.memory_bytes:,} "
+                "(--max-memory)",
+            )
+        shape = self._writer.stream
+        return Welcome(
+            program=f"remus_ckpt {__version__}",
+            term=self._writer.state.term,
+            position=self._writer.position,
+            stream=None if shape is None else StreamShape(*shape),
+            compressions=tuple(name for name in COMPRESSIONS if name in hello.compressions),
+            limits={"memory_bytes": limits.memory_bytes, "checkpoint_bytes": limits.checkpoint_bytes},
+            lease_s=self._policy.lease_s,
+        )
 
     def said_goodbye(self, reason: str) -> None:
         """The primary has ended in an orderly way: nothing is to be taken over from it."""
