@@ -53,6 +53,8 @@ ENTRIES = 256
 """Of a status, of limits, of a list of versions or compressions."""
 TREE_ENTRIES = 4096
 """Of each list and map in a request or a reply."""
+ACKABLE = 4096
+"""So many commits back an acknowledgement may reach."""
 DEPTH = 16
 """How deep the arguments of a request and the result of a reply may nest."""
 
@@ -600,6 +602,7 @@ class Session:
         self._stream_bytes = 0  # since the last commit
         self._position: Position | None = None  # of the last commit
         self._committed = False
+        self._made: dict[Position, None] = {}  # the newest positions of this session, which an ack may name
         self._prefaced = False
         self._packers: dict[str, Any] = {}
         self._small = bytearray(_BUFFER_BYTES)
@@ -628,6 +631,7 @@ class Session:
     def get_buffer(self) -> memoryview:
         """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
         self._lent = None
+        self._give_up()
         if self._target is not None:
             return self._target
         if self._rest >= DIRECT_BYTES and self._begin == self._stop and self.sink is not None:
@@ -665,9 +669,7 @@ class Session:
         """The next message, or NEED_DATA. After DataReceived let the sink read what it has before the next is taken."""
         if self._error is not None:
             raise self._error
-        if isinstance(self.last_sent, Error):
-            # What was under way when this side gave up is of no use to it any longer.
-            self._target, self._rest, self._parser = None, 0, self._drain()
+        self._give_up()
         try:
             return next(self._parser)
         except _End:
@@ -732,6 +734,11 @@ class Session:
         yield from self._preface()
         while True:
             yield from self._frame()
+
+    def _give_up(self) -> None:
+        if isinstance(self.last_sent, Error):
+            # What was under way when this side ended it is of no use any longer: not to the sink either.
+            self._target, self._rest, self._parser = None, 0, self._drain()
 
     def _drain(self) -> Parser:
         """Behind the end, what comes is counted and not read."""
@@ -892,11 +899,19 @@ class Session:
                 self._check_begin(message, offset)
                 self.begin = message
                 self._position = message.position
+                if message.position is not None:
+                    self._made[message.position] = None
             case Commit():
                 self._check_commit(message, offset)
                 self._stream_bytes = 0
                 self._position = message.position
                 self._committed = True
+                self._made[message.position] = None
+                if len(self._made) > ACKABLE:
+                    del self._made[next(iter(self._made))]
+            case Ack():
+                if message.position not in self._made:
+                    _refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
             case Error() | Goodbye():
                 if offset is None:
                     self.last_sent = message
