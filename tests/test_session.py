@@ -264,6 +264,31 @@ def test_what_leaves_the_state_alone_can_cross_what_does_not():
     assert both["client"].state is both["server"].state is State.BETWEEN
 
 
+def test_frames_that_cross_mean_the_same_to_both():
+    """Only one side can leave a state, and what the other may still say there it may say in the next one too."""
+    for (state, side, _), after in TRANSITIONS.items():
+        if after is state:
+            continue
+        other = "server" if side == "client" else "client"
+        still = {number for there, who, number in TRANSITIONS if (there, who) == (state, other)}
+        for number in still:
+            assert TRANSITIONS[state, other, number] is state  # type: ignore[index]
+            assert TRANSITIONS[after, other, number] is after  # type: ignore[index]
+
+
+def test_one_thread_receives_while_another_sends():
+    client = reach(State.BETWEEN)["client"]
+
+    class Meanwhile(dict):  # type: ignore[type-arg]
+        def __contains__(self, position: object) -> bool:
+            client.send_data([b"abcde"])
+            return super().__contains__(position)
+
+    client._made = Meanwhile(client._made)
+    assert len(push(client, packed(Ack(level="durable", position=FIRST)))) == 1
+    assert client.state is State.WITHIN
+
+
 # The end
 
 
@@ -456,6 +481,7 @@ WRONG: list[tuple[FrameType, str, Any]] = [
     (FrameType.HELLO, "role", "backup"),
     (FrameType.HELLO, "name", "../etc"),
     (FrameType.HELLO, "name", ""),
+    (FrameType.HELLO, "name", "x" * 65),
     (FrameType.HELLO, "run", bytes(15)),
     (FrameType.HELLO, "term", -1),
     (FrameType.HELLO, "term", 1 << 63),
@@ -630,10 +656,11 @@ def test_a_length_alone_takes_no_memory(number: FrameType):
             tracemalloc.stop()
 
 
-def test_a_nest_of_lengths_takes_little_memory():
+@pytest.mark.parametrize("claim", [b"\xdd\x00\x00\x10\x00", b"\xdd\x00\x0f\x00\x00", b"\xdf\x00\x0f\x00\x00\xa1x"])
+def test_a_nest_of_lengths_takes_little_memory(claim: bytes):
     """The library takes memory for each array as its length says, before a single entry is there."""
     session = reach(State.CONTROL)["server"]
-    data = frame(FrameType.REQUEST, b"\x81\xa1x" + b"\xdd\x00\x00\x10\x00" * 200_000)
+    data = frame(FrameType.REQUEST, b"\x81\xa1x" + (claim * 200_000)[:1_000_000])
     tracemalloc.start()
     try:
         refused(session, data)

@@ -287,7 +287,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello(Message):
-    """The client's first word (specs/session.md §3.1). All after `role` is empty or zero for `control`.
+    """The client's first word (specs/session.md §3.1). All after `role` may be empty or zero for `control`.
 
     versions: of this protocol, that the client can speak
     program: name and version, for people
@@ -311,8 +311,9 @@ class Hello(Message):
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Hello])
-        if self.role == "primary":
+        if self.role == "primary" or self.name:
             check_name(self.name)
+        if self.role == "primary":
             _checked(self, {"memory_pages": _whole(1), "page_size": _whole(1), "codec": _NAME, "word": _WORD})
 
 
@@ -574,7 +575,7 @@ class Session:
     """One connection, from its preface to its end.
 
     One thread may receive while another sends. Two that send must take turns, each until its buffers are on the way:
-    frames are numbered by nothing but their order.
+    nothing but their order says which frame follows which.
 
     `next_event` raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end
     and nobody has ended the session, and the same again from then on. An Error can still be sent then. When this side
@@ -879,9 +880,10 @@ class Session:
 
     def _move(self, side: Side, number: FrameType, message: Message | None, offset: int | None) -> None:
         """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
-        following = TRANSITIONS.get((self.state, side, number))
+        here = self.state
+        following = TRANSITIONS.get((here, side, number))
         if following is None:
-            _refuse(f"the {side} may not say it in the state {self.state.name}", offset, "§4", number)
+            _refuse(f"the {side} may not say it in the state {here.name}", offset, "§4", number)
         match message:
             case Hello():
                 self.hello = message
@@ -917,8 +919,8 @@ class Session:
                     self.last_sent = message
                 else:
                     self.last_received = message
-        # What leaves the state alone does not write it either: the other thread may be about to.
-        if following is not self.state:
+        # What leaves the state alone does not write it either: the other thread may have, meanwhile.
+        if following is not here:
             self.state = following
 
     def _check_begin(self, begin: Begin, offset: int | None) -> None:
