@@ -53,6 +53,8 @@ ENTRIES = 256
 """Of a status, of limits, of a list of versions or compressions."""
 TREE_ENTRIES = 4096
 """Of each list and map in a request or a reply."""
+ACKABLE = 4096
+"""So many commits back an acknowledgement may reach."""
 DEPTH = 16
 """How deep the arguments of a request and the result of a reply may nest."""
 
@@ -289,7 +291,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello(Message):
-    """The client's first word (specs/session.md §3.1). All after `role` is empty or zero for `control`.
+    """The client's first word (specs/session.md §3.1). All after `role` may be empty or zero for `control`.
 
     versions: of this protocol, that the client can speak
     program: name and version, for people
@@ -313,8 +315,9 @@ class Hello(Message):
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Hello])
-        if self.role == "primary":
+        if self.role == "primary" or self.name:
             check_name(self.name)
+        if self.role == "primary":
             _checked(self, {"memory_pages": _whole(1), "page_size": _whole(1), "codec": _NAME, "word": _WORD})
 
 
@@ -582,7 +585,7 @@ class Session:
     """One connection, from its preface to its end.
 
     One thread may receive while another sends. Two that send must take turns, each until its buffers are on the way:
-    frames are numbered by nothing but their order.
+    nothing but their order says which frame follows which.
 
     `next_event` raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end
     and nobody has ended the session, and the same again from then on. An Error can still be sent then. When this side
@@ -610,6 +613,7 @@ class Session:
         self._stream_bytes = 0  # since the last commit
         self._position: Position | None = None  # of the last commit
         self._committed = False
+        self._made: dict[Position, None] = {}  # the newest positions of this session, which an ack may name
         self._prefaced = False
         self._packers: dict[str, Any] = {}
         self._small = bytearray(_BUFFER_BYTES)
@@ -638,6 +642,7 @@ class Session:
     def get_buffer(self) -> memoryview:
         """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
         self._lent = None
+        self._give_up()
         if self._target is not None:
             return self._target
         if self._rest >= DIRECT_BYTES and self._begin == self._stop and self.sink is not None:
@@ -675,9 +680,7 @@ class Session:
         """The next message, or NEED_DATA. After DataReceived let the sink read what it has before the next is taken."""
         if self._error is not None:
             raise self._error
-        if isinstance(self.last_sent, Error):
-            # What was under way when this side gave up is of no use to it any longer.
-            self._target, self._rest, self._parser = None, 0, self._drain()
+        self._give_up()
         try:
             return next(self._parser)
         except _End:
@@ -742,6 +745,11 @@ class Session:
         yield from self._preface()
         while True:
             yield from self._frame()
+
+    def _give_up(self) -> None:
+        if isinstance(self.last_sent, Error):
+            # What was under way when this side ended it is of no use any longer: not to the sink either.
+            self._target, self._rest, self._parser = None, 0, self._drain()
 
     def _drain(self) -> Parser:
         """Behind the end, what comes is counted and not read."""
@@ -882,9 +890,10 @@ class Session:
 
     def _move(self, side: Side, number: FrameType, message: Message | None, offset: int | None) -> None:
         """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
-        following = TRANSITIONS.get((self.state, side, number))
+        here = self.state
+        following = TRANSITIONS.get((here, side, number))
         if following is None:
-            _refuse(f"the {side} may not say it in the state {self.state.name}", offset, "§4", number)
+            _refuse(f"the {side} may not say it in the state {here.name}", offset, "§4", number)
         match message:
             case Hello():
                 self.hello = message
@@ -902,18 +911,26 @@ class Session:
                 self._check_begin(message, offset)
                 self.begin = message
                 self._position = message.position
+                if message.position is not None:
+                    self._made[message.position] = None
             case Commit():
                 self._check_commit(message, offset)
                 self._stream_bytes = 0
                 self._position = message.position
                 self._committed = True
+                self._made[message.position] = None
+                if len(self._made) > ACKABLE:
+                    del self._made[next(iter(self._made))]
+            case Ack():
+                if message.position not in self._made:
+                    _refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
             case Error() | Goodbye():
                 if offset is None:
                     self.last_sent = message
                 else:
                     self.last_received = message
-        # What leaves the state alone does not write it either: the other thread may be about to.
-        if following is not self.state:
+        # What leaves the state alone does not write it either: the other thread may have, meanwhile.
+        if following is not here:
             self.state = following
 
     def _check_begin(self, begin: Begin, offset: int | None) -> None:
