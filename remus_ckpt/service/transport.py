@@ -312,6 +312,7 @@ class Connection:
         """
         deadline = _deadline(timeout_s)
         views = [_flat(buffer) for buffer in buffers]
+        size = sum(map(len, views))
         if not self._send_lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
             raise LinkError(f"{self.peer}: another thread was still sending after {timeout_s:g} s")
         try:
@@ -330,7 +331,7 @@ class Connection:
                 except OSError as error:
                     self._send_fault = _say(error)
                     raise LinkError(f"{self.peer}: {self._send_fault}") from error
-                self.bytes_sent += sum(map(len, views))
+                self.bytes_sent += size
         finally:
             self._send_lock.release()
 
@@ -343,6 +344,7 @@ class Connection:
             raise LinkError(f"{self.peer}: the connection was closed here")
 
     def _send_plain(self, views: list[memoryview], deadline: float | None) -> None:
+        """Send all of them; the list is used up."""
         at = 0
         while at < len(views):
             try:
