@@ -149,7 +149,7 @@ class CheckpointLoop:
 
     def take(self) -> Taken:
         """One checkpoint, now. Raises as `run` does."""
-        epoch = 0 if self._sender.position is None else self._sender.position.epoch + 1
+        epoch = self._sender.next_epoch
         pause = _Pause(self._source, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
             # Each group of buffers has been encoded and is written while the scan stands still.

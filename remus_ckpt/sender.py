@@ -64,6 +64,7 @@ class Sender:
     buffer_pages: pages in the page buffer; by default 8,196, and 8,192 for `rle`
     reference: what deltas are taken against; by default a full `Shadow` of its own
     position: the position that the first checkpoint follows, None at the beginning of all
+    first_epoch: the number of the first checkpoint where it follows nothing
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Sender:
         buffer_pages: int | None = None,
         reference: Reference | None = None,
         position: Position | None = None,
+        first_epoch: int = 0,
     ) -> None:
         if not 0 < p2m_size <= MAX_P2M_SIZE:
             raise ValueError(f"memory of {p2m_size} pages; a stream holds 1…{MAX_P2M_SIZE}")
@@ -89,6 +91,7 @@ class Sender:
         """What the last checkpoint came to."""
         self.owed: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         """Pages that the receiver does not hold as the reference says: they must be in the next checkpoint."""
+        self._first_epoch = first_epoch
         self._codec_name = codec
         self._codec = get_codec(codec)
         self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
@@ -98,6 +101,11 @@ class Sender:
         self.unfinished = False
         """A checkpoint was begun and not taken to its end."""
         self._carried: list[NDArray[np.int64]] = []
+
+    @property
+    def next_epoch(self) -> int:
+        """The number of the next checkpoint."""
+        return self._first_epoch if self.position is None else self.position.epoch + 1
 
     @property
     def pfns(self) -> NDArray[np.int64]:
@@ -141,7 +149,7 @@ class Sender:
         """
         if self.unfinished:
             raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
-        epoch = 0 if self.position is None else self.position.epoch + 1
+        epoch = self.next_epoch
         if position is not None:
             if self.position is not None and position.epoch != epoch:
                 raise ValueError(f"position {position} behind {self.position}")
@@ -165,7 +173,7 @@ class Sender:
         if len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
         state = device_state() if callable(device_state) else device_state
-        after = position or Position.after(self.position, self._writer.digest(), state)
+        after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
         record = CheckpointRecord(
             epoch=epoch,
             time_ns=time_ns,

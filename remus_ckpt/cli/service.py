@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
@@ -27,7 +25,6 @@ from remus_ckpt.cli.options import (
     parse_duration,
     print_json,
 )
-from remus_ckpt.errors import RemusError
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import StopSignal, Totals
 from remus_ckpt.pages import PAGE_SIZE
@@ -111,7 +108,8 @@ def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
 @app.command(short_help="Keep the checkpoints of primaries, and take over.")
 def backup(
     listen: Annotated[
-        list[str], typer.Option(help="Where to listen: tls://HOST:PORT (also HOST:PORT), unix:PATH, tcp://. Repeatable.")
+        list[str],
+        typer.Option(help="Where: tls://HOST:PORT (also HOST:PORT), unix:PATH, tcp://. Repeatable."),
     ],
     store: Annotated[Path, typer.Option(help="The folder that holds the checkpoints; made if it is not there.")],
     tls_dir: TlsDir = None,

@@ -65,6 +65,7 @@ class Backup:
         self.metrics = metrics or Metrics()
         self.report_phase = on_phase or (lambda name, epoch: None)
         self._store = store if isinstance(store, Store) else Store(store)
+        self._store.create()
         self.limits = limits or Limits()
         self._warm_dir = warm_dir
         self._lock = threading.Lock()
@@ -211,7 +212,7 @@ class Backup:
         writer = self._store.writer(
             name,
             limits=self.limits,
-            warm_dir=self._warm_dir,
+            warm_directory=self._warm_dir,
             on_phase=self.report_phase,
             retention=self.policy.retention,
         )

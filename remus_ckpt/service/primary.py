@@ -307,6 +307,9 @@ class Primary:
                 committed=str(self.committed),
                 held=str(held),
             )
+        floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
+        if newest is not None and newest.epoch < floor:
+            newest = None  # what came behind it is lost, and nothing can follow it under a number that was used
         with self._changed:
             self._flights.clear()
         self._source.shadow = zeros(self._source.pages)
@@ -316,6 +319,7 @@ class Primary:
             word=self._word,
             reference=Shadow(self._source.shadow),
             position=newest,
+            first_epoch=floor + 1,
         )
         self._one_by_one = None
         return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)

@@ -195,7 +195,8 @@ class Standby:
             program=f"remus_ckpt {__version__}",
             term=self._writer.state.term,
             position=self._writer.position,
-            stream=None if shape is None else StreamShape(*shape),
+            highest_epoch=self._writer.highest_epoch if self._writer.highest_epoch >= 0 else None,
+            stream=None if shape is None else StreamShape(shape.codec, shape.word, shape.p2m_size),
             compressions=tuple(name for name in COMPRESSIONS if name in hello.compressions),
             limits={"memory_bytes": limits.memory_bytes, "checkpoint_bytes": limits.checkpoint_bytes},
             lease_s=self._policy.lease_s,
@@ -298,7 +299,7 @@ class Standby:
         """The image and the device state, as files of their own: whoever goes on from them may write to them."""
         if self._handed_out is None:
             state = self._writer.state
-            image, device_state = self._writer.hand_out(state.term)
+            image, device_state = self._writer.hand_out()
             self._handed_out = {
                 "name": self.name,
                 "term": state.term,

@@ -328,6 +328,7 @@ class Welcome(Message):
     version: of the hello's, the one that is spoken from here on
     term: of this session
     position: of the newest checkpoint that the backup holds durably, None: nothing
+    highest_epoch: that it has ever seen, also in checkpoints that it has lost: a full copy must have a higher one
     stream: what a stream that continues there must be; None: only a full copy will do
     compressions: of the hello's, those that DATA frames may use
     limits: by name, what the backup takes
@@ -338,6 +339,7 @@ class Welcome(Message):
     program: str
     term: int
     position: Position | None = None
+    highest_epoch: int | None = None
     stream: StreamShape | None = None
     compressions: tuple[str, ...] = ()
     limits: dict[str, int]
@@ -464,6 +466,7 @@ FIELDS: dict[type[Message], dict[str, Kind]] = {
         "program": _PROGRAM,
         "term": _whole(),
         "position": _optional(_position),
+        "highest_epoch": _optional(_whole()),
         "stream": _optional(_shape),
         "compressions": _several(_NAME),
         "limits": _map(_whole()),
