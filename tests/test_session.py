@@ -589,6 +589,12 @@ def test_a_payload_that_is_no_such_map(number: FrameType, payload: bytes):
     refused(receiver_of(number), frame(number, payload))
 
 
+@pytest.mark.parametrize("extension", [b"\xc7\x00\x05", b"\xd4\x05\x00", b"\xd6\xff\x00\x00\x00\x00"])
+def test_no_extension_even_under_a_key_that_nobody_reads(extension: bytes):
+    payload = b"\x82\xa7unknown" + extension + b"\xa6reason\xa0"
+    assert refused(receiver_of(FrameType.GOODBYE), frame(FrameType.GOODBYE, payload)).section == "session.md §3.9"
+
+
 def test_a_long_message_is_cut_not_refused():
     error = Error(code="internal", message="\udcff" + "é" * 10_000)
     assert len(error.message) == 4096
@@ -841,10 +847,12 @@ def test_streams_of_all_sizes_arrive(compression: Any):
     noise = random.integers(0, 256, size=DATA_BYTES + 100, dtype=np.uint8)
     parts: list[Buffer] = [b"", b"x", noise, bytearray(70_000), np.zeros((20, PAGE_SIZE), dtype=np.uint8), b"end"]
     both = reach(State.BETWEEN)
+    begin = both["server"].received_bytes
     buffers = both["client"].send_data(parts, compression)
     events = push(both["server"], joined(buffers))
     assert bytes(both["server"].sink.got) == joined(parts)
     assert sum(event.size for event in events) == len(joined(parts))
+    assert both["server"].received_bytes - begin == sum(map(len, buffers))
     assert sum(map(len, buffers)) <= len(joined(parts)) + 2 * HEADER_BYTES
 
 
@@ -879,6 +887,21 @@ def test_long_payloads_are_received_into_the_sink():
     # What is left is short: it comes through the session's own buffer, and what is behind it with it.
     assert len(server.get_buffer()) > 50_000
     assert not np.shares_memory(np.frombuffer(server.get_buffer(), np.uint8), np.frombuffer(sink.buffer, np.uint8))
+
+
+def test_more_may_be_received_before_all_events_are_taken():
+    both = reach(State.BETWEEN)
+    data = joined(both["client"].send_data([np.arange(200_000, dtype=np.uint8)]))
+    server, sink = both["server"], Heap(10)
+    server.sink = sink
+    server.get_buffer()[:30_000] = data[:30_000]
+    server.buffer_updated(30_000)
+    assert server.next_event() == DataReceived(10)
+    sink.buffer = bytearray(1 << 20)
+    server.get_buffer()[:1000] = data[30_000:31_000]
+    server.buffer_updated(1000)
+    push(server, data[31_000:])
+    assert bytes(sink.got) == data[HEADER_BYTES:]
 
 
 def compressed(name: str, content: bytes, size: int | None = None) -> bytes:

@@ -614,8 +614,7 @@ class Session:
         self.last_received: Message | None = None
         """The one that the other side ended with."""
         self._stream_bytes = 0  # since the last commit
-        self._position: Position | None = None  # of the last commit
-        self._committed = False
+        self._position: Position | None = None  # of the last commit, or that Begin names
         self._made: dict[Position, None] = {}  # the newest positions of this session, which an ack may name
         self._prefaced = False
         self._packers: dict[str, Any] = {}
@@ -920,7 +919,6 @@ class Session:
                 self._check_commit(message, offset)
                 self._stream_bytes = 0
                 self._position = message.position
-                self._committed = True
                 self._made[message.position] = None
                 if len(self._made) > ACKABLE:
                     del self._made[next(iter(self._made))]
@@ -950,7 +948,7 @@ class Session:
             text = f"{commit.stream_bytes} bytes are committed of {self._stream_bytes}"
             _refuse(text, offset, "§3.5", FrameType.COMMIT)
         # A full copy need not say in its Begin what it follows.
-        if (self._committed or self._position is not None) and commit.before != self._position:
+        if self._position is not None and commit.before != self._position:
             text = f"it follows {commit.before}, the one before made {self._position}"
             _refuse(text, offset, "§5", FrameType.COMMIT)
 
@@ -1085,6 +1083,10 @@ def _pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return made
 
 
+def _no_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"the extension type {code}")
+
+
 def _unpack(number: FrameType, payload: memoryview, offset: int) -> Message:
     """The message of a control frame (§2.2, §3)."""
     section = f"§3.{int(number)}"
@@ -1100,6 +1102,7 @@ def _unpack(number: FrameType, payload: memoryview, offset: int) -> Message:
             max_array_len=most,
             max_map_len=most,
             max_ext_len=0,
+            ext_hook=_no_extension,
         )
         if type(fields) is not dict:
             raise ValueError("the payload is no map")
