@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt import __version__
-from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import LimitExceeded, LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
@@ -219,6 +219,19 @@ class Backup:
         return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
 
 
+class _Silent(LinkError):
+    """A peer that says nothing; it is told."""
+
+
+def _code_of(error: StreamError) -> str:
+    """What the peer is told of a fault in its bytes (specs/session.md §7)."""
+    if isinstance(error, UnknownFormat) and error.chunk == "HELLO":
+        return "version"
+    if isinstance(error, LimitExceeded):
+        return "limit"
+    return "malformed" if (error.section or "").startswith("session.md") else "stream"
+
+
 class _Visit:
     """One connection, from its handshake to its end, in a thread of its own."""
 
@@ -275,15 +288,16 @@ class _Visit:
         except Refusal as error:
             self._say_goodbye(wire.Error(code=error.code, message=str(error), term=error.term))
             log("refused", level=logging.WARNING, peer=self.connection.peer, code=error.code, reason=str(error))
-        except UnknownFormat as error:
-            self._say_goodbye(wire.Error(code="version", message=str(error)))
-            log("refused", level=logging.WARNING, peer=self.connection.peer, code="version", reason=str(error))
         except StreamError as error:
-            self._say_goodbye(wire.Error(code="malformed", message=str(error), offset=error.offset))
-            log("malformed", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+            code = _code_of(error)
+            self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
             log("store failed", level=logging.ERROR, peer=self.connection.peer, reason=str(error))
+        except _Silent as error:
+            self._say_goodbye(wire.Error(code="timeout", message=str(error)))
+            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except (LinkError, TimeoutError) as error:
             log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except Exception as error:
@@ -306,7 +320,7 @@ class _Visit:
         try:
             size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
         except TimeoutError:
-            raise LinkError(otherwise) from None
+            raise _Silent(otherwise) from None
         if not size:
             raise LinkError("the other side has closed the connection")
         self.heard = time.monotonic()
@@ -356,7 +370,7 @@ class _Visit:
 
     def _serve_primary(self, hello: wire.Hello) -> None:
         if hello.page_size != PAGE_SIZE:
-            raise Refusal("page-size", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+            raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
         self.run_id = hello.run
         standby = self.backup.standby(hello.name)
         with standby.hosting(self, hello) as writer:
@@ -384,14 +398,14 @@ class _Visit:
                         raise LinkError(f"it ended the session: {event.message}")
                     case None:
                         if time.monotonic() - last_frame > _FRAME_S:
-                            raise LinkError(f"no whole frame in {_FRAME_S:g} s")
+                            raise _Silent(f"no whole frame in {_FRAME_S:g} s")
                         silence_s = 2 * self.backup.policy.lease_s
                         self._receive(silence_s, f"silent for {silence_s:g} s")
 
     def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
         begin = time.monotonic()
-        self.say(wire.Ack(level="received", position=commit.position))
         writer.check(commit.position)
+        self.say(wire.Ack(level="received", position=commit.position))
         writer.store()
         self.say(wire.Ack(level="durable", position=commit.position))
         self.backup.report_phase("acknowledged", commit.position.epoch)

@@ -34,7 +34,7 @@ from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import COMPRESSIONS, LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
 
-LASTING = frozenset({"version", "name", "limit", "fenced", "page-size"})
+LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
