@@ -71,6 +71,7 @@ class Backup:
         self._lock = threading.Lock()
         self._visits: list[_Visit] = []
         self._thread: threading.Thread | None = None
+        self._is_closed = False
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
             if stop is None:
@@ -132,7 +133,10 @@ class Backup:
                     self._receive_visit(connection)
 
     def close(self) -> None:
-        """End all sessions and let go of the store. What is committed stays."""
+        """End all sessions and let go of the store. What is committed stays. May be called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
