@@ -442,7 +442,10 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def _finished(self, request: socket.socket) -> None:
         with self._live_lock:
-            self._live.pop(request).cancel()
+            timer = self._live.pop(request)
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()
         self._free.release()
 
     def _cut(self, request: socket.socket) -> None:
