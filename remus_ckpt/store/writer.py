@@ -252,11 +252,13 @@ class HistoryWriter:
             end = contents.end
             lost = [entry.epoch for entry in expected if entry.end > end]
             if reason is None and lost:
-                reason = f"it ends at byte {size}, and held checkpoints up to {lost[-1]}"
+                reason = f"whole checkpoints end at byte {end} of {size}"
             elif reason is None and not contents.entries:
                 reason = "it holds no whole checkpoint"
             elif reason is None and size > end and holds_a_record(fd, end, size):
                 reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
+            if reason is not None and lost:
+                reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
             if reason is None and size > end:
                 os.ftruncate(fd, end)
                 os.fsync(fd)
