@@ -485,7 +485,7 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         with peer:
             welcome = hear(peer, session)
             begin = wire.Begin(mode="full", term=welcome.term, position=welcome.position)
-            too_many = (4).to_bytes(8, "little") + (1025).to_bytes(4, "little")
+            too_many = (4).to_bytes(8, "little") + (1025).to_bytes(4, "little") + bytes(4096)
             out = session.send(begin) + session.send_data([too_many])
             peer.sendall(b"".join(map(bytes, out)))
             event = hear(peer, session)
