@@ -485,12 +485,13 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         with peer:
             welcome = hear(peer, session)
             begin = wire.Begin(mode="full", term=welcome.term, position=welcome.position)
-            too_many = (4).to_bytes(8, "little") + (1025).to_bytes(4, "little") + bytes(4096)
-            out = session.send(begin) + session.send_data([too_many])
+            good = (4).to_bytes(8, "little") + (1).to_bytes(4, "little") + bytes(8) + bytes(4096)
+            too_many = (1025).to_bytes(4, "little")
+            out = session.send(begin) + session.send_data([good, too_many])
             peer.sendall(b"".join(map(bytes, out)))
             event = hear(peer, session)
             assert event.code == "stream"
-            assert event.offset == 8
+            assert event.offset == len(good)
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
         with Memory(backup.addresses[0]) as memory:
             memory.step(2)

@@ -72,12 +72,13 @@ class Backup:
         self._visits: list[_Visit] = []
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._wake_lock = threading.Lock()
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
             if stop is None:
                 stack.callback(self._stop.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.callback(os.close, self._wake)
+            stack.callback(self._close_wake)
             self._standbys: dict[str, Standby] = {}
             stack.callback(self._close_standbys)
             for name in self._store.names():
@@ -168,7 +169,9 @@ class Backup:
 
     def _turn_soon(self) -> None:
         """Something has changed that a decision hangs on."""
-        os.eventfd_write(self._wake, 1)
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     # Connections
 
@@ -192,6 +195,11 @@ class Backup:
         with self._lock:
             self._visits.append(visit)
         visit.thread.start()
+
+    def _close_wake(self) -> None:
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
 
     def _close_standbys(self) -> None:
         for standby in self._standbys.values():
