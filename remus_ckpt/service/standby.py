@@ -424,9 +424,11 @@ class Standby:
         """Let go of the store. A takeover command that still runs then is run again when a backup is started anew."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._visitor is None
-                and not self._promoting
-                and not (self._takeover and self._takeover.phase is failover.Phase.RUNNING),
+                lambda: (
+                    self._visitor is None
+                    and not self._promoting
+                    and not (self._takeover and self._takeover.phase is failover.Phase.RUNNING)
+                ),
                 self._policy.lease_s,
             )
             self._is_closed = True
