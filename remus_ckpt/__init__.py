@@ -7,6 +7,8 @@
 The command is `remus-ckpt`; the format is described in `specs/`.
 """
 
+__version__ = "0.1.0"
+
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.reference import Lru, Shadow
 from remus_ckpt.errors import (
@@ -50,4 +52,3 @@ __all__ = [
     "get_codec",
     "read_checkpoints",
 ]
-__version__ = "0.1.0"

@@ -3,7 +3,8 @@
     RemusError                   exit code 1
     ├── StreamError              the bytes of a peer or of a file are at fault; nothing was applied
     │   ├── Malformed            20  the bytes break a rule of the format
-    │   │   └── LimitExceeded    20  they claim more than a named limit allows
+    │   │   ├── LimitExceeded    20  they claim more than a named limit allows
+    │   │   └── BadCheckpoint    20  what a store holds of a checkpoint has changed; another is offered
     │   └── UnknownFormat        21  not a format that is read here, or one that is refused by name
     ├── NoCheckpoint             1   no complete checkpoint to restore, or not the one asked for
     ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
@@ -62,6 +63,23 @@ class LimitExceeded(Malformed):
     def __init__(self, message: str, *, limit: str, offset: int, section: str, chunk: str | None = None) -> None:
         super().__init__(message, offset=offset, section=section, chunk=chunk)
         self.limit = limit
+
+
+class BadCheckpoint(Malformed):
+    """A checkpoint in a store cannot be read back.
+
+    segment: the file; offset counts in it
+    epoch: of the checkpoint, None where nothing says which it was
+    good: the newest epoch before the one asked for that is there, None where there is none
+    """
+
+    def __init__(
+        self, message: str, *, segment: str, epoch: int | None, good: int | None, offset: int, section: str | None
+    ) -> None:
+        super().__init__(message, offset=offset, section=section, chunk=segment)
+        self.segment = segment
+        self.epoch = epoch
+        self.good = good
 
 
 class UnknownFormat(StreamError):

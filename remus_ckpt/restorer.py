@@ -5,8 +5,10 @@ No I/O, no clock. Whatever the bytes do, memory stays at the last checkpoint tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ from remus_ckpt.memory import zeros
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
 from remus_ckpt.wire import events
 from remus_ckpt.wire.dialect import Dialect
-from remus_ckpt.wire.reader import NEED_DATA, Reader
+from remus_ckpt.wire.reader import NEED_DATA, Boundary, Digest, Reader
 from remus_ckpt.wire.record import CheckpointRecord
 
 _STAGED_COST_BYTES = 256
@@ -73,19 +75,59 @@ class Checkpoint:
         return self.tail.device_state if isinstance(self.tail, events.TailHvm) else b""
 
 
+class Home(Protocol):
+    """Where a restorer's memory lives. What it raises passes through the restorer, which is to be rewound then."""
+
+    def open(self, pages: int) -> Pages:
+        """Fresh memory, uint8[pages, 4096], all zeros."""
+
+    def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
+        """Put pages uint8[n, 4096] into the first checkpoint; where a PFN stands twice the later page counts."""
+
+    def reserve(self, pfns: NDArray[np.int64]) -> None:
+        """Make sure that these pages can be written: afterwards writing them into the memory must not fail."""
+
+
+class Anonymous:
+    """Memory of this process."""
+
+    def open(self, pages: int) -> Pages:
+        """Fresh memory; a page takes memory when it is first written."""
+        return zeros(pages)
+
+    def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
+        """Write them."""
+        memory[pfns] = data
+
+    def reserve(self, pfns: NDArray[np.int64]) -> None:
+        """Nothing is to be done."""
+
+
 class Restorer:
     """One stream into one memory.
 
     dialect: what is known of the stream; the rest is detected
     limits: what the stream may claim
     strict: refuse what is otherwise accepted under a name in specs/permissive.md
+    home: where memory lives; by default in this process
+    new_digest: makes what computes a checkpoint's SHA-256
+    start: where in a stream to begin; memory has no pages then, and checkpoints can only be passed over
 
     Bytes come in by `get_buffer` and `buffer_updated`, or by `feed`, and `feed_eof` ends them. `next_checkpoint` gives
-    a checkpoint that is whole and checked; `commit` puts it in force.
+    a checkpoint that is whole and checked; `commit` puts it in force, `skip` passes over it.
     """
 
-    def __init__(self, dialect: Dialect | None = None, *, limits: Limits | None = None, strict: bool = False) -> None:
-        self.reader = Reader(dialect, limits=limits, strict=strict)
+    def __init__(
+        self,
+        dialect: Dialect | None = None,
+        *,
+        limits: Limits | None = None,
+        strict: bool = False,
+        home: Home | None = None,
+        new_digest: Callable[[], Digest] = hashlib.sha256,
+        start: Boundary | None = None,
+    ) -> None:
+        self.reader = Reader(dialect, limits=limits, strict=strict, new_digest=new_digest)
         self.get_buffer = self.reader.get_buffer
         self.buffer_updated = self.reader.buffer_updated
         self.feed_eof = self.reader.feed_eof
@@ -107,11 +149,21 @@ class Restorer:
         self._format_b = False  # the checkpoint that is coming has its pages in COMPRESSED_DATA
         self._verify_only = False  # ENABLE_VERIFY_MODE has come
         self._written = (0, 0)  # raw batches and pages of the coming checkpoint in front of it
+        self._home: Home = home or Anonymous()
+        if start is not None:
+            self.reader.rewind(start)
+            self._coming = Checkpoint(epoch=start.epoch, start=start.offset, memory=self.memory)
+        self._behind = self.reader.boundary(), False  # the last checkpoint, and whether verify mode was on there
 
     @property
     def dialect(self) -> Dialect:
         """Of the stream: as given, with what has been detected so far."""
         return self.reader.dialect
+
+    @property
+    def boundary(self) -> Boundary:
+        """The place behind the checkpoint that is in force."""
+        return self._behind[0]
 
     def feed(self, data: Buffer) -> None:
         """Bytes of the stream; they are kept, not copied."""
@@ -144,7 +196,7 @@ class Restorer:
         event = self.reader.next_event()
         match event:
             case events.Header():
-                self.memory = zeros(event.p2m_size)
+                self.memory = self._home.open(event.p2m_size)
                 self._coming = Checkpoint(epoch=0, start=0, memory=self.memory)
             case events.Batch():
                 self._take_batch(event)
@@ -172,23 +224,50 @@ class Restorer:
         """Put the staged checkpoint in force. It has been checked, so this does not fail."""
         if self.staged is None:
             raise ValueError("no checkpoint is staged")
-        checkpoint = self.staged
         raw, index = self._raw, self._index
         if self._verify_only:
             # "from there on the stream changes no memory" (stream.md §8.5): what came before it does
             raw, index = raw[: self._written[0]], index[: self._written[1]]
-            self._written = 0, 0
         for pfns, data in raw:
             self.memory[pfns] = data
         if len(index):
             # All pages of the checkpoint have been checked; in verify mode only those in front of it are applied.
             checked = self._checked if len(index) == len(self._index) else None
             get_codec(self._codec).apply(self._payload, self.memory, index=index, checked=checked)
+        return self.skip()
+
+    def skip(self) -> Checkpoint:
+        """Pass over the staged checkpoint: it counts as in force, but memory is not written."""
+        if self.staged is None:
+            raise ValueError("no checkpoint is staged")
+        checkpoint = self.in_force = self.staged
         self._forget()
         self.staged = None
-        self.in_force = checkpoint
+        self._written = 0, 0
         self._coming = Checkpoint(epoch=checkpoint.epoch + 1, start=checkpoint.end, memory=self.memory)
+        self._behind = self.reader.boundary(), self._verify_only
         return checkpoint
+
+    def rewind(self) -> None:
+        """Drop what has come of a checkpoint that is not in force, a fault in it too, and go on behind the last one.
+
+        The bytes of the next checkpoint are to come from its first one again. Where nothing is in force yet that is the
+        beginning of the stream, with fresh memory.
+        """
+        boundary, self._verify_only = self._behind
+        self.reader.rewind(boundary)
+        self._forget()
+        self.staged = None
+        self.end = None
+        self._written = 0, 0
+        if self.in_force is not None:
+            epoch = self.in_force.epoch + 1
+            self._coming = Checkpoint(epoch=epoch, start=boundary.offset, memory=self.memory)
+        elif boundary.offset == 0:
+            self.memory = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+            self._coming = None
+        else:
+            self._coming = Checkpoint(epoch=boundary.epoch, start=boundary.offset, memory=self.memory)
 
     @property
     def _now(self) -> Checkpoint:
@@ -226,7 +305,7 @@ class Restorer:
             self._raw.append((pfns, event.data))
         elif not self._verify_only:
             # The first checkpoint follows nothing that would have to be kept, so its pages need no second copy.
-            self.memory[pfns] = event.data
+            self._home.write(self.memory, pfns, event.data)
 
     def _take_compressed(self, event: events.CompressedData) -> None:
         coming = self._now
@@ -262,6 +341,10 @@ class Restorer:
             coming.epoch = tail.record.epoch
         if self._format_b:
             self._check_compressed(tail)
+        if self._raw:
+            self._home.reserve(np.concatenate([pfns for pfns, _ in self._raw]))
+        if len(self._index):
+            self._home.reserve(self._index)
         self.staged = coming
 
     def _check_compressed(self, tail: events.Tail) -> None:

@@ -1,1 +1,1 @@
-"""Primary and backup: checkpoints that survive the death of the machine that made them."""
+"""Primary and backup: the two services, and what carries them."""

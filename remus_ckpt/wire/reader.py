@@ -6,12 +6,13 @@ gives the same events. A payload is received where it stays: nothing is copied t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Generator
-from dataclasses import replace
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ from remus_ckpt.wire.dialect import (
     XEND_MAGIC,
     XL_MAGIC,
     Dialect,
+    StreamCodec,
+    Word,
     detect_codec,
     detect_header,
 )
@@ -43,6 +46,45 @@ _GROWTH_BYTES = 8 << 20
 Parser = Generator[events.Event | None, None, Any]
 
 
+class Digest(Protocol):
+    """What of hashlib's objects is used here. What `update` is given stays as it is, but for views of a bytearray."""
+
+    def update(self, data: Any, /) -> None:
+        """Take in bytes."""
+
+    def digest(self) -> bytes:
+        """SHA-256 of all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """A place between two checkpoints, and all that a reader must know to go on there.
+
+    offset: where in the stream it stands
+    epoch: how many checkpoints of the stream lie before it
+    """
+
+    offset: int = 0
+    epoch: int = 0
+    dialect: Dialect = field(default_factory=Dialect)
+    p2m_size: int = 0
+    position: Position | None = None
+    course: Course = field(default_factory=Course)
+    is_foreign: bool = False
+    """A checkpoint before it had no record of ours."""
+    deviations: tuple[events.Deviation, ...] = ()
+
+    @classmethod
+    def of_ours(
+        cls, *, offset: int, epoch: int, word: Word, codec: StreamCodec, p2m_size: int, position: Position
+    ) -> Self:
+        """Behind any checkpoint of a stream of our own shape (specs/stream.md §9.1)."""
+        course = Course()
+        course.state = State.COMPRESSED_BODY
+        dialect = Dialect(word=word, guest="hvm", codec=codec)
+        return cls(offset=offset, epoch=epoch, dialect=dialect, p2m_size=p2m_size, position=position, course=course)
+
+
 class _End(Exception):
     """The bytes end within something."""
 
@@ -53,11 +95,20 @@ class Reader:
     dialect: what is known of the stream; the rest is detected
     limits: what the stream may claim
     strict: refuse what is otherwise accepted under a name in specs/permissive.md
+    new_digest: makes what computes a checkpoint's SHA-256
 
-    `next_event` raises Malformed or UnknownFormat, and raises the same again from then on.
+    `next_event` raises Malformed or UnknownFormat, and raises the same again until `rewind`.
     """
 
-    def __init__(self, dialect: Dialect | None = None, *, limits: Limits | None = None, strict: bool = False) -> None:
+    def __init__(
+        self,
+        dialect: Dialect | None = None,
+        *,
+        limits: Limits | None = None,
+        strict: bool = False,
+        new_digest: Callable[[], Digest] = hashlib.sha256,
+    ) -> None:
+        self.new_digest = new_digest
         self.dialect = dialect or Dialect()
         """As given, with what has been detected so far."""
         self.limits = limits or Limits()
@@ -76,7 +127,7 @@ class Reader:
         self._payload: memoryview | None = None  # the rest of a payload that is being received in place
         self._eof = False
         self._error: StreamError | None = None
-        self._hash: Any = hashlib.sha256()
+        self._hash: Digest | None = new_digest()
         self._hashed = 0  # how far into _small the digest has come
         self._position: Position | None = None  # that the last record of ours made
         self._p2m_size = 0
@@ -87,6 +138,49 @@ class Reader:
     def saw_last_checkpoint(self) -> bool:
         """Whether the stream has said that no checkpoint follows."""
         return self._course.last_checkpoint
+
+    @property
+    def compressing(self) -> bool:
+        """Whether batches are in format B now."""
+        return self._course.in_compressed_body
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that came and have not been read yet."""
+        return self._stop - self._begin + sum(map(len, self._pending))
+
+    def boundary(self) -> Boundary:
+        """The place where the reader is: at the beginning, or behind the tail that `next_event` gave last."""
+        if self._offset != self.checkpoint_end:
+            raise ValueError("the reader is in the middle of a checkpoint")
+        return Boundary(
+            offset=self._offset,
+            epoch=self.epoch,
+            dialect=self.dialect,
+            p2m_size=self._p2m_size,
+            position=self._position,
+            course=copy.copy(self._course),
+            is_foreign=self._hash is None,
+            deviations=tuple(map(copy.copy, self.deviations.values())),
+        )
+
+    def rewind(self, boundary: Boundary) -> None:
+        """Drop all that came behind a place, errors too, and go on reading there: its bytes are to come (again)."""
+        self.dialect = boundary.dialect
+        self.deviations = {deviation.name: copy.copy(deviation) for deviation in boundary.deviations}
+        self.epoch = boundary.epoch
+        self.checkpoint_end = self._base = boundary.offset
+        self._course = copy.copy(boundary.course)
+        self._begin = self._stop = self._hashed = 0
+        self._pending.clear()
+        self._payload = None
+        self._eof = False
+        self._error = None
+        self._hash = None if boundary.is_foreign else self.new_digest()
+        self._position = boundary.position
+        self._p2m_size = boundary.p2m_size
+        self._opening = b""
+        self._parser = self._stream() if self._course.state is State.FRONT else self._checkpoints()
 
     # Bytes in
 
@@ -269,6 +363,9 @@ class Reader:
         elif front and XEND_MAGIC.startswith(front):
             yield from self._xend_header()
         yield from self._header()
+        yield from self._checkpoints()
+
+    def _checkpoints(self) -> Parser:
         while self._course.state is not State.DONE:
             while self._course.state in BODIES:
                 yield from self._chunk()
@@ -598,7 +695,7 @@ class Reader:
         self.epoch += 1
         if self._hash is not None:
             self._digest()
-            self._hash = hashlib.sha256()
+            self._hash = self.new_digest()
         yield from self._emit(event, "stream.md §7", "tail")
 
     def _tail_hvm(self) -> Generator[events.Event | None, None, events.Event]:

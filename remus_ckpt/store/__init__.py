@@ -1,0 +1,66 @@
+"""Checkpoints on disk: segments that are save streams, an index of them, and a warm copy of memory (specs/store.md).
+
+Store           a directory of histories, one for each protected name
+History         reads one: lists, restores, verifies, exports; without a lock
+HistoryWriter   writes one: receives, checks, stores, applies, compacts, prunes; the only one
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from remus_ckpt.errors import StoreError
+from remus_ckpt.limits import Limits
+from remus_ckpt.store.disk import guarding
+from remus_ckpt.store.history import Bad, History, Report
+from remus_ckpt.store.segments import Entry, Shape
+from remus_ckpt.store.state import FILE, Role, State
+from remus_ckpt.store.writer import HistoryWriter, Retention
+
+__all__ = ["Bad", "Entry", "History", "HistoryWriter", "Report", "Retention", "Role", "Shape", "State", "Store"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Store:
+    """A directory of histories."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def create(self) -> None:
+        """Make the directory, of mode 0700, if it is not there. Raises StoreError."""
+        with guarding(self.directory):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """The histories that are there. Raises StoreError."""
+        try:
+            found = os.listdir(self.directory)
+        except FileNotFoundError:
+            raise StoreError(f"{self.directory}: there is no such directory") from None
+        except OSError as error:
+            raise StoreError(f"{self.directory}: {error.strerror}") from error
+        return sorted(name for name in found if _NAME.fullmatch(name) and (self.directory / name / FILE).is_file())
+
+    def history(self, name: str, *, limits: Limits | None = None) -> History:
+        """One of them, to be read. Raises StoreError."""
+        return History(self._path(name), limits=limits)
+
+    def writer(self, name: str, **options: Any) -> HistoryWriter:
+        """One of them, to be written; it is created where it is not there. Options as of `HistoryWriter`.
+
+        Raises StoreError.
+        """
+        return HistoryWriter(self._path(name), name, **options)
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise StoreError(
+                f"{name!r:.80} is no name for a history: 1 to 64 letters, digits, dots, dashes and underscores, "
+                "the first a letter or a digit"
+            )
+        return self.directory / name

@@ -1,0 +1,179 @@
+"""A full base written from the warm copy while checkpoints go on coming (specs/store.md §7)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import StoreError
+from remus_ckpt.pages import Pages
+from remus_ckpt.store.disk import guarding, write_all
+from remus_ckpt.store.segments import Shape
+from remus_ckpt.wire import events
+from remus_ckpt.wire.chunks import Signature
+from remus_ckpt.wire.record import CheckpointRecord
+from remus_ckpt.wire.writer import Writer
+
+_CHUNK_PAGES = 256
+_FEW_PAGES = 1024
+_MAX_ROUNDS = 4
+
+
+class Compaction:
+    """One new segment on its way, written by a thread of its own.
+
+    lock: held by whoever changes memory; the thread takes it for a copy of 1 MiB at a time
+    memory, has_room: the warm copy, and which of its pages are no holes
+    path: of the new file
+    on_ready: called with the lock held when but a few pages are left; it may call `close`
+    on_failed: called with the lock held when the file could not be written
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        memory: Pages,
+        has_room: NDArray[np.bool_],
+        shape: Shape,
+        path: Path,
+        *,
+        on_ready: Callable[[], None],
+        on_failed: Callable[[StoreError], None],
+    ) -> None:
+        self.path = path
+        self.is_ready = False
+        self.is_over = False
+        self.written = 0
+        self.pages = 0
+        self.fd = -1
+        self._lock = lock
+        self._memory = memory
+        self._has_room = has_room
+        self._touched = np.zeros(len(memory), dtype=bool)
+        self._sent = np.zeros(len(memory), dtype=bool)
+        self._shape = shape
+        self._writer = Writer(shape.word)
+        self._on_ready = on_ready
+        self._on_failed = on_failed
+        self._thread = threading.Thread(target=self._run, name="compaction", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread's end; not with the lock held."""
+        self._thread.join()
+
+    def touch(self, pfns: NDArray[np.int64]) -> None:
+        """These pages have been written; the lock is held."""
+        self._touched[pfns] = True
+
+    def cancel(self) -> None:
+        """Give up; the lock is held. The thread ends soon, and removes the file if there was one."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._discard()
+
+    def close(self, record: CheckpointRecord) -> int:
+        """Write what is left, and the tail; returns the file's descriptor. The lock is held, memory is at `record`.
+
+        Everything is durable then, but not its name. Raises StoreError.
+        """
+        with guarding(self.path):
+            left = np.flatnonzero(self._touched)
+            for start in range(0, len(left), _CHUNK_PAGES):
+                self._write_pages(self._take(left[start : start + _CHUNK_PAGES]))
+            self._write(events.EnableCompression())
+            self._write(events.EndOfBody())
+            signature = Signature.REMUS
+            self._write(events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=signature, record=record))
+            os.fdatasync(self.fd)
+        self.is_over = True
+        return self.fd
+
+    def _run(self) -> None:
+        try:
+            with guarding(self.path):
+                self._copy()
+        except StoreError as error:
+            with self._lock:
+                if not self.is_over:
+                    self.cancel()
+                    self._on_failed(error)
+
+    def _copy(self) -> None:
+        with self._lock:
+            if self.is_over:
+                return
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            pages = len(self._memory)
+            self._write(events.Header(word=self._shape.word, guest="hvm", p2m_size=pages))
+        rounds = 0
+        numbers = np.arange(pages, dtype=np.int64)
+        while True:
+            for start in range(0, len(numbers), _CHUNK_PAGES):
+                with self._lock:
+                    if self.is_over:
+                        return
+                    batch = self._take(numbers[start : start + _CHUNK_PAGES])
+                    if batch is None:
+                        continue
+                    # Its own descriptor: a cancelled compaction closes the other one.
+                    fd = os.dup(self.fd)
+                try:
+                    self._write_pages(batch, fd)
+                finally:
+                    os.close(fd)
+            with self._lock:
+                if self.is_over:
+                    return
+                fd = os.dup(self.fd)
+            try:
+                # What is left is little, so that the close has little to wait for.
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            rounds += 1
+            with self._lock:
+                if self.is_over:
+                    return
+                numbers = np.flatnonzero(self._touched)
+                if len(numbers) <= _FEW_PAGES or rounds >= _MAX_ROUNDS:
+                    self.is_ready = True
+                    self._on_ready()
+                    return
+
+    def _take(self, numbers: NDArray[np.int64]) -> events.Batch | None:
+        """A copy of these pages, without zeros that nobody has seen otherwise. The lock is held."""
+        self._touched[numbers] = False
+        numbers = numbers[self._has_room[numbers]]
+        data = self._memory[numbers]
+        keep = data.view(np.uint64).any(axis=1) | self._sent[numbers]
+        if not keep.all():
+            numbers, data = numbers[keep], data[keep]
+        if not len(numbers):
+            return None
+        self._sent[numbers] = True
+        types = np.zeros(len(numbers), dtype=np.uint8)
+        return events.Batch(pfns=numbers.astype(np.uint64), types=types, data=data)
+
+    def _write_pages(self, batch: events.Batch | None, fd: int | None = None) -> None:
+        if batch is not None:
+            self.pages += len(batch.pfns)
+            self._write(batch, fd)
+
+    def _write(self, event: events.Event, fd: int | None = None) -> None:
+        self.written += write_all(self.fd if fd is None else fd, self._writer.write(event))
+
+    def _discard(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.path.unlink(missing_ok=True)

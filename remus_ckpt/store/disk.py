@@ -1,0 +1,62 @@
+"""Files of a store: every error of the system becomes a StoreError that names the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from remus_ckpt.errors import StoreError
+from remus_ckpt.pages import Buffer
+
+_MAX_VECTORS = 1024
+
+
+@contextmanager
+def guarding(path: str | Path | None) -> Iterator[None]:
+    """OSError as StoreError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}") from error
+
+
+def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
+    """Write all of the buffers; returns how many bytes that were. Raises OSError."""
+    left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    written = 0
+    while left:
+        size = os.writev(fd, left[:_MAX_VECTORS])
+        written += size
+        while left and size >= len(left[0]):
+            size -= len(left.pop(0))
+        if size:
+            left[0] = left[0][size:]
+    return written
+
+
+def sync_directory(path: Path) -> None:
+    """What was created, renamed or removed in it is durable when this returns. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """A file of mode 0600 with new contents: whole or not at all, and durable. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            write_all(descriptor, [data])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)

@@ -1,0 +1,242 @@
+"""Segment files: their names, and how one is read (specs/store.md §4)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import Malformed, StreamError
+from remus_ckpt.limits import Limits
+from remus_ckpt.pages import PAGE_SIZE, Pages
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.store.disk import guarding
+from remus_ckpt.store.hashing import HashThread
+from remus_ckpt.wire.chunks import Signature
+from remus_ckpt.wire.dialect import StreamCodec, Word
+from remus_ckpt.wire.reader import Boundary
+from remus_ckpt.wire.record import RECORD_MAGIC, CheckpointRecord, Position
+
+DIRECTORY = "segments"
+PARTIAL = ".partial"
+_NAME = re.compile(r"(\d{20})-(\d{6,12})\.remus")
+_SEARCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One durable checkpoint.
+
+    position, time_ns: as its record says
+    segment, start, end: its bytes in that file; to restore it, the file is read from its beginning to `end`
+    pages: how many it carries
+    is_base: it carries all of memory that is not zeros
+    """
+
+    position: Position
+    time_ns: int | None
+    segment: str
+    start: int
+    end: int
+    pages: int
+    is_base: bool
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.position.epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a stream must be, to be continued: its page codec, its toolstack word in bytes, and its pages of memory."""
+
+    codec: StreamCodec
+    word: Word
+    p2m_size: int
+
+
+@dataclass(slots=True)
+class Contents:
+    """What a segment holds.
+
+    size: of the file, where it will not grow any more
+    fault: what ended the reading, where that was not the end of the file
+    """
+
+    name: str
+    entries: list[Entry] = field(default_factory=list)
+    shape: Shape | None = None
+    size: int | None = None
+    fault: StreamError | None = None
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the last whole checkpoint."""
+        return self.entries[-1].end if self.entries else 0
+
+
+def segment_name(first_epoch: int, sequence: int) -> str:
+    """The name of a segment whose base is that checkpoint; the sequence number says which is newer."""
+    return f"{first_epoch:020}-{sequence:06}.remus"
+
+
+def sequence_of(name: str) -> int:
+    """The sequence number in a segment's name."""
+    return int(name.partition("-")[2].partition(".")[0])
+
+
+def list_segments(directory: Path) -> list[str]:
+    """The names of a history's segments, oldest first. Raises StoreError."""
+    path = directory / DIRECTORY
+    with guarding(path):
+        return sorted((name for name in os.listdir(path) if _NAME.fullmatch(name)), key=sequence_of)
+
+
+def replay(fd: int, restorer: Restorer, *, start: int = 0, end: int | None = None) -> Iterator[Checkpoint]:
+    """Feed a file to a restorer, and yield each checkpoint that is staged, to be committed or skipped by the caller.
+
+    start, end: the bytes that are read; end None: to the end of the file
+    Ends with the bytes. Raises StreamError, and OSError where the file cannot be read.
+    """
+    at = start
+    while True:
+        if (checkpoint := restorer.next_checkpoint()) is not None:
+            yield checkpoint
+            continue
+        room = restorer.get_buffer()
+        if end is not None:
+            room = room[: end - at]
+        size = os.preadv(fd, [room], at) if len(room) else 0
+        if not size:
+            return
+        restorer.buffer_updated(size)
+        at += size
+
+
+def entry_of(checkpoint: Checkpoint, segment: str, shift: int = 0) -> Entry:
+    """The entry of a checkpoint of ours, whose bytes stand `shift` further on in its segment than in its stream.
+
+    Raises Malformed for one without a record.
+    """
+    record = record_of(checkpoint)
+    return Entry(
+        position=record.after,
+        time_ns=record.time_ns,
+        segment=segment,
+        start=checkpoint.start + shift,
+        end=checkpoint.end + shift,
+        pages=checkpoint.page_count,
+        is_base=checkpoint.start + shift == 0,
+    )
+
+
+def record_of(checkpoint: Checkpoint) -> CheckpointRecord:
+    """Raises Malformed for a checkpoint without a record of ours."""
+    if checkpoint.record is None:
+        raise Malformed(
+            "a store holds streams of our own: this checkpoint has no record",
+            offset=checkpoint.tail.offset if checkpoint.tail else checkpoint.end,
+            section="store.md §4.1",
+            chunk="tail",
+        )
+    return checkpoint.record
+
+
+class Nowhere:
+    """The home of a restorer that only reads, and skips every checkpoint."""
+
+    def open(self, pages: int) -> Pages:
+        """No memory."""
+        return np.empty((0, PAGE_SIZE), dtype=np.uint8)
+
+    def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
+        """Nothing is kept."""
+
+    def reserve(self, pfns: NDArray[np.int64]) -> None:
+        """Nothing will be written."""
+
+
+def scan(
+    path: Path,
+    *,
+    known: Contents | None = None,
+    end: int | None = None,
+    limits: Limits | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Contents:
+    """Read a segment, or the rest of it, check all that is in it, and say what that is.
+
+    known: what is in it as far as that is known; reading goes on from there
+    end: where to stop; None: at the end of the file
+    advance: called with the bytes read so far
+    Raises OSError where it cannot be read.
+    """
+    found = Contents(path.name)
+    start = None
+    if known is not None and known.entries:
+        found.entries, found.shape, start = list(known.entries), known.shape, boundary_behind(known)
+    hashing = HashThread()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        restorer = Restorer(limits=limits, home=Nowhere(), new_digest=hashing.new, start=start)
+        for checkpoint in replay(fd, restorer, start=found.end, end=end):
+            found.entries.append(entry_of(checkpoint, path.name))
+            restorer.skip()
+            found.shape = shape_of(restorer)
+            if advance is not None:
+                advance(checkpoint.end)
+    except StreamError as error:
+        found.fault = error
+    finally:
+        os.close(fd)
+        hashing.close()
+    return found
+
+
+def shape_of(restorer: Restorer) -> Shape:
+    """Of the stream whose checkpoint is in force; one of ours."""
+    boundary, checkpoint = restorer.boundary, restorer.in_force
+    assert checkpoint is not None and checkpoint.record is not None and boundary.dialect.word is not None
+    return Shape(cast(StreamCodec, checkpoint.record.codec), boundary.dialect.word, boundary.p2m_size)
+
+
+def boundary_behind(contents: Contents) -> Boundary:
+    """Where reading goes on behind the last entry."""
+    assert contents.shape is not None and contents.entries
+    last, shape = contents.entries[-1], contents.shape
+    return Boundary.of_ours(
+        offset=last.end,
+        epoch=len(contents.entries),
+        word=shape.word,
+        codec=shape.codec,
+        p2m_size=shape.p2m_size,
+        position=last.position,
+    )
+
+
+def holds_a_record(fd: int, start: int, size: int) -> bool:
+    """Whether from `start` to `size` there stands a record of ours with all of its bytes.
+
+    Then what is there is no checkpoint that was cut off, whatever its first bytes say. Raises OSError.
+    """
+    needle = Signature.REMUS.value
+    head = len(needle) + 4 + len(RECORD_MAGIC)
+    at = start
+    while at < size:
+        block = os.pread(fd, _SEARCH_BYTES + head, at)
+        found = block.find(needle)
+        while 0 <= found < _SEARCH_BYTES and found + head <= len(block):
+            length = int.from_bytes(block[found + len(needle) : found + len(needle) + 4], "little")
+            whole = at + found + len(needle) + 4 + length <= size
+            if whole and block[found + head - len(RECORD_MAGIC) : found + head] == RECORD_MAGIC:
+                return True
+            found = block.find(needle, found + 1)
+        at += _SEARCH_BYTES
+    return False

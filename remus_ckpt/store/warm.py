@@ -1,0 +1,97 @@
+"""Memory in a mapped file, which has room for every page before it is written (specs/store.md §6)."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import StoreError
+from remus_ckpt.pages import PAGE_SIZE, Pages
+from remus_ckpt.store.disk import guarding
+
+_GAP_PAGES = 8
+"""Pages that lie so near to each other are given room with one call, and those between them too."""
+
+
+class MappedFile:
+    """A restorer's home: a sparse file of mode 0600. A store into a mapping that finds no room on the disk would end
+    the process with SIGBUS; so pages get their room by `write` and `reserve`, which can say no.
+
+    path: created, or emptied
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: Path | None = Path(path)
+        """None once it has been handed out."""
+        with guarding(path):
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self.has_room: NDArray[np.bool_] = np.empty(0, dtype=bool)
+        """bool[pages]: the others are holes, and zeros."""
+
+    def open(self, pages: int) -> Pages:
+        """The file as memory of zeros."""
+        with guarding(self.path):
+            os.ftruncate(self.fd, 0)
+            os.ftruncate(self.fd, pages * PAGE_SIZE)
+            area = mmap.mmap(self.fd, pages * PAGE_SIZE)
+        self.has_room = np.zeros(pages, dtype=bool)
+        return np.frombuffer(area, dtype=np.uint8).reshape(pages, PAGE_SIZE)
+
+    def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
+        """Write pages through the descriptor, which faults no page into the mapping. Raises StoreError."""
+        if not len(pfns):
+            return
+        borders = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
+        with guarding(self.path):
+            for first, stop in itertools.pairwise(borders):
+                left = memoryview(data[first:stop].reshape(-1))
+                at = int(pfns[first]) * PAGE_SIZE
+                while left:
+                    size = os.pwrite(self.fd, left, at)
+                    left, at = left[size:], at + size
+        self.has_room[pfns] = True
+
+    def reserve(self, pfns: NDArray[np.int64]) -> None:
+        """Room on the disk for these pages. Raises StoreError."""
+        missing = np.unique(pfns[~self.has_room[pfns]])
+        if not len(missing):
+            return
+        borders = [0, *(np.flatnonzero(np.diff(missing) > _GAP_PAGES) + 1).tolist(), len(missing)]
+        with guarding(self.path):
+            for first, stop in itertools.pairwise(borders):
+                start, end = int(missing[first]), int(missing[stop - 1]) + 1
+                os.posix_fallocate(self.fd, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
+                self.has_room[start:end] = True
+
+    def sync(self) -> None:
+        """Durable when it returns. Raises StoreError."""
+        with guarding(self.path):
+            os.fsync(self.fd)
+
+    def hand_out(self, path: Path) -> None:
+        """Give the file to somebody else, under another name: it is not removed with this. Raises StoreError."""
+        assert self.path is not None, "it has been handed out before"
+        with guarding(self.path):
+            os.rename(self.path, path)
+        self.path = None
+
+    def close(self) -> None:
+        """Close the descriptor; memory stays mapped as long as somebody has it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def remove(self) -> None:
+        """Close it and take the file away."""
+        self.close()
+        if self.path is None:
+            return
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}") from error

@@ -1,0 +1,826 @@
+"""The writing side of a history: received, checked, durable, applied, in that order (specs/store.md §6)."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from remus_ckpt.errors import Malformed, NoCheckpoint, StoreError, StreamError
+from remus_ckpt.limits import MIB, Limits
+from remus_ckpt.pages import Buffer, Pages
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.store import index, segments
+from remus_ckpt.store.compaction import Compaction
+from remus_ckpt.store.disk import guarding, replace_file, sync_directory, write_all
+from remus_ckpt.store.history import History, hashing
+from remus_ckpt.store.segments import (
+    PARTIAL,
+    Contents,
+    Entry,
+    Shape,
+    entry_of,
+    holds_a_record,
+    list_segments,
+    record_of,
+    replay,
+    scan,
+    segment_name,
+    sequence_of,
+    shape_of,
+)
+from remus_ckpt.store.state import Role, State, load_state, save_state
+from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.wire import events
+from remus_ckpt.wire.record import Position
+
+LOCK = "lock"
+WARM = "warm"
+COMPACT_BYTES = 64 * MIB
+COMPACT_CHECKPOINTS = 20_000
+_NOT_OURS = (
+    events.FileHeader,
+    events.VcpuInfo,
+    events.HvmParam,
+    events.TscInfo,
+    events.Toolstack,
+    events.Tmem,
+    events.TmemExtra,
+    events.EnableVerifyMode,
+    events.LastCheckpoint,
+    events.TailPv,
+)
+"""What no stream of our own has, and a compaction would lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What is kept; None: no matter. Whole segments go, oldest first, never the one that holds the newest checkpoint.
+
+    count: a segment goes when so many checkpoints are left without it
+    age_s: a segment goes when its newest checkpoint is older than so many seconds
+    bytes: the oldest segments go until what is left has no more bytes
+    """
+
+    count: int | None = None
+    age_s: float | None = None
+    bytes: int | None = None
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A segment, and the restorer that its stream is for.
+
+    end: the first byte behind its last durable checkpoint; written: behind all that came
+    shift: how much further on a byte stands in the segment than in the restorer's stream
+    is_sealed: nothing may be appended
+    """
+
+    restorer: Restorer
+    home: MappedFile
+    path: Path
+    fd: int
+    shape: Shape | None = None
+    end: int = 0
+    written: int = 0
+    shift: int = 0
+    base_bytes: int = 0
+    checkpoints: int = 0
+    is_sealed: bool = False
+
+
+class HistoryWriter:
+    """The one who may write a history. Opening recovers what is there (specs/store.md §5).
+
+    directory: of the name; it is created where it is not there
+    name: written into a new store
+    limits: what a stream may claim
+    warm_directory: where the warm copy lies; by default in the history itself
+    retention: pruned by it after each compaction and each new base
+    compact_bytes, compact_checkpoints: compact when the deltas behind a base have more bytes than it and than this,
+        or are more than so many; None: only by `compact`
+    on_phase: called with "staged", "stored", "applying", "applied", "compacting", "compacted" or "pruning" and an epoch
+
+    Per checkpoint: bytes by `feed`, or `get_buffer` and `buffer_updated`; then `check`, `store`, `apply`. After any
+    error but one of `begin`, `abandon` comes before anything else. Methods may be called by one thread at a time.
+    Raises StoreError where the store cannot be opened or written, or another writer has it.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        name: str,
+        *,
+        limits: Limits | None = None,
+        warm_directory: str | Path | None = None,
+        retention: Retention | None = None,
+        compact_bytes: int | None = COMPACT_BYTES,
+        compact_checkpoints: int = COMPACT_CHECKPOINTS,
+        on_phase: Callable[[str, int], None] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.warnings: list[str] = []
+        """What was found wrong when the store was opened, and what could not be done since."""
+        self.position: Position | None = None
+        """Of the newest durable checkpoint."""
+        self._limits = limits
+        self._retention = retention
+        self._compact_bytes = compact_bytes
+        self._compact_checkpoints = compact_checkpoints
+        self._on_phase = on_phase or (lambda phase, epoch: None)
+        self._lock = threading.RLock()
+        self._chain: _Chain | None = None
+        self._coming: _Chain | None = None
+        self._stored: Entry | None = None
+        self._failed = False
+        self._room = memoryview(b"")
+        self._compaction: Compaction | None = None
+        self._compact_over = 0  # bytes of deltas that the next compaction waits for, after one that failed
+        self._highest = -1
+        self._warm_number = 0
+        self._lock_fd = -1
+        self._segments = self.directory / segments.DIRECTORY
+        self._warm = Path(warm_directory) if warm_directory is not None else self.directory / WARM
+        with guarding(self.directory):
+            self._create(name)
+            self._lock_fd = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._take_lock()
+            self.state = self._load_or_create_state(name)
+            """What store.json says."""
+            self._index = index.Index(self.directory / index.FILE)
+            with guarding(self.directory):
+                self._recover()
+        except BaseException:
+            self._release()
+            raise
+        self.history = History(self.directory, limits=limits)
+        """The reading side."""
+
+    # Opening
+
+    def _create(self, name: str) -> None:
+        if not self.directory.is_dir():
+            self.directory.mkdir(mode=0o700, parents=True)
+            sync_directory(self.directory.parent)
+        if not self._segments.is_dir():
+            self._segments.mkdir(mode=0o700)
+            sync_directory(self.directory)
+        self._warm.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{self.directory} is being written by another process") from None
+
+    def _load_or_create_state(self, name: str) -> State:
+        is_new = not (self.directory / "store.json").exists() and not list_segments(self.directory)
+        if is_new:
+            save_state(self.directory, State(name))
+        return load_state(self.directory)
+
+    def _recover(self) -> None:
+        for path in [*self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
+            path.unlink(missing_ok=True)
+        names = list_segments(self.directory)
+        on_disk = index.read_index(self.directory / index.FILE)
+        indexed = on_disk or {}
+        self._highest = -1 if self.state.highest_epoch is None else self.state.highest_epoch
+        damaged = {name: reason for name, reason in self.state.damaged.items() if name in names}
+        known: dict[str, Contents] = {}
+        for name in reversed(names):
+            expected = indexed.get(name, Contents(name)).entries
+            self._highest = max([self._highest, int(name[:20]), *(entry.epoch for entry in expected)])
+            if self._chain is None:
+                contents, reason = self._open_segment(name, expected)
+            else:
+                contents, reason = self._glance(name, indexed.get(name))
+            known[name] = contents
+            self._highest = max([self._highest, *(entry.epoch for entry in contents.entries)])
+            if reason is not None:
+                damaged[name] = reason
+        gone = sorted(name for name in indexed if name not in names)
+        if names:
+            # The oldest are gone because they were pruned.
+            gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
+        self.warnings += [f"{name}: the index names it, and it is not there" for name in gone]
+        for name in gone:
+            self._highest = max([self._highest, *(entry.epoch for entry in indexed[name].entries)])
+        self.warnings += [f"{name}: {damaged[name]}" for name in names if name in damaged]
+        if damaged != self.state.damaged or gone:
+            self.state = replace(self.state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None)
+            save_state(self.directory, self.state)
+        if gone and self._chain is not None and sequence_of(gone[-1]) > sequence_of(self._chain.path.name):
+            self._chain.is_sealed = True
+        if self._chain is not None:
+            held = self._chain.restorer.in_force
+            assert held is not None
+            self.position = record_of(held).after
+        if on_disk is None or {name: _said(known[name]) for name in names} != {
+            name: _said(one) for name, one in indexed.items()
+        }:
+            self._index.rebuild(known[name] for name in names)
+        else:
+            self._index.flush()
+        self._note(self._index.warning)
+
+    def _open_segment(self, name: str, expected: list[Entry]) -> tuple[Contents, str | None]:
+        """Replay what may be the newest segment; returns what it holds and, where it is damaged, how."""
+        path = self._segments / name
+        contents = Contents(name)
+        home = self._new_home()
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        reason = None
+        try:
+            with hashing() as new_digest:
+                restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
+                try:
+                    for staged in replay(fd, restorer):
+                        contents.entries.append(entry_of(staged, name))
+                        restorer.commit()
+                except StreamError as error:
+                    contents.fault = error
+                    reason = str(error)
+            size = os.fstat(fd).st_size
+            end = contents.end
+            lost = [entry.epoch for entry in expected if entry.end > end]
+            if reason is None and lost:
+                reason = f"whole checkpoints end at byte {end} of {size}"
+            elif reason is None and not contents.entries:
+                reason = "it holds no whole checkpoint"
+            elif reason is None and size > end and holds_a_record(fd, end, size):
+                reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
+            if reason is not None and lost:
+                reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
+            if reason is None and size > end:
+                os.ftruncate(fd, end)
+                os.fsync(fd)
+            if contents.entries:
+                restorer.reader.new_digest = hashlib.sha256
+                restorer.rewind()
+                contents.shape = shape_of(restorer)
+                chain = _Chain(restorer, home, path, fd, contents.shape, end, end)
+                chain.base_bytes, chain.checkpoints = contents.entries[0].end, len(contents.entries)
+                chain.is_sealed = reason is not None or self._chain_is_old(name) or not restorer.reader.compressing
+                self._chain = chain
+                os.lseek(fd, end, os.SEEK_SET)
+        except BaseException:
+            if self._chain is None:
+                os.close(fd)
+                home.remove()
+            raise
+        if self._chain is None:
+            os.close(fd)
+            home.remove()
+        if self._chain is None or self._chain.is_sealed:
+            contents.size = size
+        return contents, reason
+
+    def _chain_is_old(self, name: str) -> bool:
+        """Whether a newer segment stands behind the one that gives the newest checkpoint: it was damaged."""
+        return list_segments(self.directory)[-1] != name
+
+    def _glance(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
+        """An older segment: the index is believed where the size is right."""
+        path = self._segments / name
+        size = path.stat().st_size
+        if known is not None and known.entries and known.end <= size and known.size in (size, None):
+            if known.size is None and known.end == size:
+                known.size = size
+            if known.size == size:
+                return known, None
+        contents = scan(path, limits=self._limits)
+        contents.size = size
+        if contents.fault is not None:
+            return contents, str(contents.fault)
+        lost = [] if known is None else [entry.epoch for entry in known.entries if entry.end > contents.end]
+        if lost or contents.end < size:
+            return contents, f"its whole checkpoints end at byte {contents.end} of {size}"
+        return contents, None
+
+    def _new_home(self) -> MappedFile:
+        self._warm_number += 1
+        return MappedFile(self._warm / f"memory-{self._warm_number}.image")
+
+    # What there is
+
+    def set_state(self, *, term: int | None = None, role: Role | None = None, **more: Any) -> None:
+        """Change store.json: whole or not at all, and durable when this returns. Raises StoreError."""
+        with self._lock:
+            state = replace(
+                self.state,
+                term=self.state.term if term is None else term,
+                role=self.state.role if role is None else role,
+                more={**self.state.more, **more},
+            )
+            save_state(self.directory, state)
+            self.state = state
+
+    @property
+    def stream(self) -> Shape | None:
+        """What a stream must be, to continue from `position`; None: only a full one can follow."""
+        chain = self._chain
+        if chain is None or chain.is_sealed or self._epoch < self._highest:
+            return None
+        return chain.shape
+
+    @property
+    def highest_epoch(self) -> int:
+        """Of any checkpoint that was ever seen here, −1 before the first: a new base must have a higher one."""
+        return self._highest
+
+    @property
+    def in_force(self) -> Checkpoint | None:
+        """The checkpoint that the warm copy holds."""
+        return None if self._chain is None else self._chain.restorer.in_force
+
+    @property
+    def memory(self) -> Pages | None:
+        """uint8[p2m_size, 4096], the warm copy; it changes in `apply` alone."""
+        return None if self._chain is None else self._chain.restorer.memory
+
+    @property
+    def image(self) -> Path | None:
+        """The warm copy's file; of use to others only while nothing is applied."""
+        return None if self._chain is None else self._chain.home.path
+
+    # Receiving
+
+    def begin(self, *, full: bool) -> None:
+        """What comes next begins a new stream (full), or goes on with the one whose last checkpoint is `position`.
+
+        What is incomplete is dropped. Raises StoreError where the stream cannot go on or a file cannot be created.
+        """
+        with self._lock:
+            self.abandon()
+            if not full:
+                if self.stream is None:
+                    raise StoreError(f"{self.directory}: no stream that could be continued; a full copy is needed")
+                self._coming = self._chain
+                return
+            self._cancel_compaction()
+            home = self._new_home()
+            path = self._segments / f"incoming-{self._next_sequence():06}{PARTIAL}"
+            try:
+                with guarding(path):
+                    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            except BaseException:
+                home.remove()
+                raise
+            self._coming = _Chain(Restorer(limits=self._limits, home=home), home, path, fd)
+
+    def _next_sequence(self) -> int:
+        names = list_segments(self.directory)
+        return sequence_of(names[-1]) + 1 if names else 0
+
+    def _receiving(self) -> _Chain:
+        if self._coming is None or self._failed or self._stored is not None:
+            raise StoreError(f"{self.directory}: nothing can be received now")
+        if self._coming.restorer.staged is not None:
+            self._failed = True
+            raise Malformed(
+                "bytes behind the end of a checkpoint that has not been committed",
+                offset=self._coming.restorer.staged.end,
+                section="store.md §4.2",
+            )
+        return self._coming
+
+    def get_buffer(self) -> memoryview:
+        """Where to receive the next bytes; `buffer_updated` says how many came."""
+        with self._lock:
+            self._room = self._receiving().restorer.get_buffer()
+            return self._room
+
+    def buffer_updated(self, size: int) -> None:
+        """Take in what was received into `get_buffer`. Raises StreamError, and StoreError where there is no room."""
+        with self._lock:
+            chain = self._receiving()
+            self._write(chain, self._room[:size])
+            chain.restorer.buffer_updated(size)
+            self._room = memoryview(b"")
+            self._read(chain)
+
+    def feed(self, data: Buffer) -> None:
+        """Take in bytes that are there already. Raises as `buffer_updated`."""
+        if not len(data):
+            return
+        with self._lock:
+            chain = self._receiving()
+            self._write(chain, data)
+            chain.restorer.feed(data)
+            self._read(chain)
+
+    def _write(self, chain: _Chain, data: Buffer) -> None:
+        try:
+            with guarding(chain.path):
+                chain.written += write_all(chain.fd, [data])
+        except StoreError:
+            self._failed = True
+            raise
+
+    def _read(self, chain: _Chain) -> None:
+        restorer = chain.restorer
+        try:
+            while restorer.staged is None and (event := restorer.next_event()) is not None:
+                if isinstance(event, _NOT_OURS):
+                    raise Malformed(
+                        f"{type(event).__name__} stands in no stream of our own",
+                        offset=event.offset,
+                        section="store.md §4.1",
+                    )
+        except BaseException:
+            self._failed = True
+            raise
+
+    def check(self, position: Position) -> Checkpoint:
+        """After the last byte of a checkpoint: it is whole and right, and leads to this position.
+
+        Raises Malformed.
+        """
+        with self._lock:
+            if self._coming is None or self._failed or self._stored is not None:
+                raise StoreError(f"{self.directory}: there is nothing to check")
+            restorer = self._coming.restorer
+            try:
+                staged = restorer.staged
+                if staged is None:
+                    at = self._coming.written - self._coming.shift
+                    raise Malformed("the checkpoint is not whole", offset=at, section="store.md §4.2")
+                self._check(self._coming, staged, position)
+            except Malformed:
+                self._failed = True
+                raise
+            self._on_phase("staged", staged.epoch)
+            return staged
+
+    def _check(self, chain: _Chain, staged: Checkpoint, position: Position) -> None:
+        reader = chain.restorer.reader
+        record = record_of(staged)
+        at = staged.tail.offset if staged.tail is not None else staged.end
+        if reader.buffered:
+            raise Malformed(f"{reader.buffered} bytes behind its end", offset=staged.end, section="store.md §4.2")
+        if record.after != position:
+            raise Malformed(
+                f"the checkpoint leads to the position {record.after}, not to {position}",
+                offset=at,
+                section="store.md §4.2",
+            )
+        if not reader.compressing:
+            raise Malformed("its first body does not enable compression", offset=at, section="store.md §4.1")
+        if isinstance(staged.tail, events.TailHvm) and (staged.tail.context or any(staged.tail.magic_pfns)):
+            raise Malformed("its tail holds the state of a hypervisor", offset=at, section="store.md §4.1")
+        if chain.shape is not None and chain.shape.codec != record.codec:
+            raise Malformed(
+                f"the codec changes from {chain.shape.codec} to {record.codec}", offset=at, section="store.md §4.1"
+            )
+        if record.epoch <= self._highest:
+            raise Malformed(
+                f"epoch {record.epoch} behind epoch {self._highest}, which the store has seen",
+                offset=at,
+                section="store.md §4.2",
+            )
+
+    def store(self) -> Entry:
+        """Make the checked checkpoint durable: it is when this returns, and may be acknowledged. Raises StoreError."""
+        with self._lock:
+            chain = self._coming
+            if chain is None or self._failed or self._stored is not None or chain.restorer.staged is None:
+                raise StoreError(f"{self.directory}: no checkpoint has been checked")
+            staged = chain.restorer.staged
+            self._failed = True
+            # Should the sync fail, nobody knows what the disk holds: nothing is put behind it any more.
+            was_sealed, chain.is_sealed = chain.is_sealed, True
+            with guarding(chain.path):
+                os.fdatasync(chain.fd)
+                if chain is not self._chain:
+                    final = chain.path.with_name(segment_name(staged.epoch, self._next_sequence()))
+                    os.rename(chain.path, final)
+                    chain.path = final
+                    sync_directory(self._segments)
+            self._failed, chain.is_sealed = False, was_sealed
+            entry = entry_of(staged, chain.path.name, chain.shift)
+            chain.end = chain.written
+            self.position = entry.position
+            self._highest = entry.epoch
+            self._stored = entry
+            self._on_phase("stored", entry.epoch)
+            return entry
+
+    def apply(self) -> None:
+        """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction."""
+        with self._lock:
+            chain, entry = self._coming, self._stored
+            if chain is None or entry is None:
+                raise StoreError(f"{self.directory}: no checkpoint has been stored")
+            self._on_phase("applying", entry.epoch)
+            self._stored = None
+            is_new = chain is not self._chain
+            checkpoint = chain.restorer.commit()
+            chain.checkpoints += 1
+            if is_new:
+                chain.shape, chain.base_bytes = shape_of(chain.restorer), chain.end
+                self._switch(chain)
+                self._index.add(entry, Contents(entry.segment, shape=chain.shape))
+            else:
+                self._index.add(entry)
+            self._note(self._index.warning)
+            if self._compaction is not None:
+                for pfns in checkpoint.pfn_lists:
+                    self._compaction.touch(pfns)
+            self._on_phase("applied", entry.epoch)
+            if self._compaction is not None and self._compaction.is_ready:
+                self._close_compaction()
+            elif self._is_long(chain):
+                self.compact()
+            if is_new and self._retention is not None:
+                self._prune_quietly(self._retention)
+
+    def _switch(self, chain: _Chain) -> None:
+        """Another stream is in force."""
+        old = self._chain
+        self._chain = chain
+        if old is not None:
+            self._close_segment(old)
+            try:
+                old.home.remove()
+            except StoreError as error:
+                self._note(str(error))
+
+    def _close_segment(self, chain: _Chain) -> None:
+        """It will not grow any more."""
+        self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
+        os.close(chain.fd)
+
+    def abandon(self) -> None:
+        """Cut off what is incomplete, back to the newest durable checkpoint; after an error in any step too.
+
+        A checkpoint that is stored and not applied yet is durable, and applied. Nothing comes before the next `begin`.
+        """
+        with self._lock:
+            chain = self._coming
+            if self._stored is not None:
+                self.apply()
+            self._coming = None
+            was_failed, self._failed = self._failed, False
+            if chain is None:
+                return
+            if chain is not self._chain:
+                os.close(chain.fd)
+                chain.home.close()
+                with guarding(chain.path):
+                    chain.path.unlink(missing_ok=True)
+                chain.home.remove()
+                return
+            if chain.written != chain.end or was_failed or chain.restorer.staged is not None:
+                chain.restorer.rewind()
+                was_sealed, chain.is_sealed = chain.is_sealed, True
+                with guarding(chain.path):
+                    os.ftruncate(chain.fd, chain.end)
+                    os.lseek(chain.fd, chain.end, os.SEEK_SET)
+                    os.fdatasync(chain.fd)
+                chain.written, chain.is_sealed = chain.end, was_sealed
+
+    # Compaction and retention
+
+    def _is_long(self, chain: _Chain) -> bool:
+        if self._compact_bytes is None:
+            return False
+        deltas = chain.end - chain.base_bytes
+        most = max(chain.base_bytes, self._compact_bytes, self._compact_over)
+        return deltas > most or chain.checkpoints > self._compact_checkpoints
+
+    @property
+    def compacting(self) -> bool:
+        """Whether a compaction is under way."""
+        return self._compaction is not None
+
+    def compact(self, *, wait: bool = False) -> None:
+        """Start a new segment, with a full base that is written in the background from the warm copy.
+
+        wait: return when it is closed; not while checkpoints come, since it is closed between two of them
+        A compaction that fails leaves things as they were; `warnings` says why. Raises StoreError.
+        """
+        with self._lock:
+            chain = self._chain
+            if chain is None or chain.shape is None:
+                raise StoreError(f"{self.directory}: there is no checkpoint to compact")
+            if self._compaction is None:
+                path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
+                self._compaction = Compaction(
+                    self._lock,
+                    chain.restorer.memory,
+                    chain.home.has_room,
+                    chain.shape,
+                    path,
+                    on_ready=self._on_ready,
+                    on_failed=self._on_failed,
+                )
+                self._on_phase("compacting", self._epoch)
+                self._compaction.start()
+            compaction = self._compaction
+        if wait:
+            compaction.join()
+
+    @property
+    def _epoch(self) -> int:
+        return -1 if self.position is None else self.position.epoch
+
+    def _on_ready(self) -> None:
+        chain = self._chain
+        is_between = chain is not None and chain.written == chain.end and self._stored is None and not self._failed
+        if is_between and (self._coming is None or self._coming is chain):
+            self._close_compaction()
+
+    def _on_failed(self, error: StoreError) -> None:
+        self._compaction = None
+        if self._chain is not None:
+            self._compact_over = self._chain.end - self._chain.base_bytes + COMPACT_BYTES
+        self._note(f"compaction: {error}")
+
+    def _cancel_compaction(self) -> None:
+        if self._compaction is not None:
+            self._compaction.cancel()
+            self._compaction = None
+
+    def _close_compaction(self) -> None:
+        """Between two checkpoints: the new segment is the one that later ones go to."""
+        compaction, chain = self._compaction, self._chain
+        assert compaction is not None and chain is not None
+        checkpoint = chain.restorer.in_force
+        assert checkpoint is not None
+        record = record_of(checkpoint)
+        final = compaction.path.with_name(segment_name(record.epoch, self._next_sequence()))
+        try:
+            fd = compaction.close(record)
+            with guarding(final):
+                os.rename(compaction.path, final)
+                sync_directory(self._segments)
+        except StoreError as error:
+            compaction.is_over = False
+            compaction.cancel()
+            try:
+                final.unlink(missing_ok=True)
+            except OSError:
+                # It would count as newer than what this segment gets from now on.
+                chain.is_sealed = True
+            self._on_failed(error)
+            return
+        self._compaction = None
+        self._close_segment(chain)
+        chain.fd, chain.path = fd, final
+        chain.end = chain.written = chain.base_bytes = compaction.written
+        chain.shift = compaction.written - chain.restorer.boundary.offset
+        chain.checkpoints, chain.is_sealed = 1, False
+        self._compact_over = 0
+        entry = Entry(
+            position=record.after,
+            time_ns=record.time_ns,
+            segment=final.name,
+            start=0,
+            end=compaction.written,
+            pages=compaction.pages,
+            is_base=True,
+        )
+        self._index.add(entry, Contents(final.name, shape=chain.shape))
+        self._note(self._index.warning)
+        self._on_phase("compacted", record.epoch)
+        if self._retention is not None:
+            self._prune_quietly(self._retention)
+
+    def _prune_quietly(self, retention: Retention) -> None:
+        try:
+            self.prune(retention)
+        except StoreError as error:
+            self._note(f"prune: {error}")
+
+    def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
+        """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError."""
+        with self._lock:
+            if self._chain is None:
+                return []
+            contents = History(self.directory, limits=self._limits).contents()
+            now = time.time_ns() if now_ns is None else now_ns
+            removed = []
+            current = sequence_of(self._chain.path.name)
+            while len(contents) > 1 and sequence_of(contents[0].name) < current:
+                oldest = contents[0]
+                path = self._segments / oldest.name
+                with guarding(path):
+                    is_over = self._is_over(contents, retention, now)
+                    if not is_over:
+                        break
+                    self._on_phase("pruning", oldest.entries[-1].epoch if oldest.entries else self._epoch)
+                    # First out of the index: a segment that it does not name is found again if we die here.
+                    self._index.drop(oldest.name)
+                    path.unlink()
+                    sync_directory(self._segments)
+                removed.append(contents.pop(0).name)
+            damaged = {name: why for name, why in self.state.damaged.items() if name not in removed}
+            if damaged != self.state.damaged:
+                self.state = replace(self.state, damaged=damaged)
+                save_state(self.directory, self.state)
+            return removed
+
+    def _is_over(self, contents: list[Contents], retention: Retention, now_ns: int) -> bool:
+        """Whether the oldest may go. Raises OSError."""
+        oldest, newer = contents[0], contents[1:]
+        if retention.count is not None:
+            left = {entry.epoch for one in newer for entry in one.entries}
+            if len(left) >= retention.count:
+                return True
+        if retention.age_s is not None:
+            taken = oldest.entries[-1].time_ns if oldest.entries else None
+            if taken is None:
+                taken = (self._segments / oldest.name).stat().st_mtime_ns
+            if now_ns - taken > retention.age_s * 1e9:
+                return True
+        if retention.bytes is not None:
+            size = sum((self._segments / one.name).stat().st_size for one in contents)
+            return size > retention.bytes
+        return False
+
+    def _note(self, warning: str | None) -> None:
+        if warning is not None and warning not in self.warnings:
+            self.warnings.append(warning)
+
+    # Takeover
+
+    def hand_out(self) -> tuple[Path, Path]:
+        """The newest checkpoint's memory and device state, as files for one who goes on from them and writes to them.
+
+        They lie where the warm copy does, and are made once for each term: asked again, even after a crash of this
+        process, they are the same files, whatever has been written to them. Only after a crash of the machine, which
+        may have torn them, they are made anew. The stream that led here cannot be continued any more.
+        Raises StoreError, NoCheckpoint.
+        """
+        with self._lock:
+            self._cancel_compaction()
+            chain, checkpoint = self._chain, self.in_force
+            if chain is None or checkpoint is None or self.position is None:
+                raise NoCheckpoint(f"{self.directory}: there is no checkpoint to go on from")
+            image = self._warm / f"taken-over-{self.state.term}.image"
+            device_state = self._warm / f"taken-over-{self.state.term}.state"
+            made = {"position": str(self.position), "boot": _boot_id()}
+            if self.state.more.get("handed_out") == made and image.exists() and device_state.exists():
+                return image, device_state
+            with guarding(self._warm):
+                for path in self._warm.glob("taken-over-*"):
+                    path.unlink()
+                replace_file(device_state, checkpoint.device_state)
+            chain.is_sealed = True
+            self.set_state(handed_out=made)
+            if chain.home.path is None:  # it was handed out before, and the file has been taken away
+                self.history.restore_image(image)
+            else:
+                chain.home.hand_out(image)
+            return image, device_state
+
+    # The end
+
+    def close(self) -> None:
+        """Drop what is incomplete, end a compaction, and let another write. May be called again."""
+        if self._lock_fd < 0:
+            return
+        with self._lock:
+            compaction = self._compaction
+            try:
+                self.abandon()
+            except StoreError as error:
+                self._note(str(error))
+            self._cancel_compaction()
+        if compaction is not None:
+            compaction.join()
+        self._release()
+
+    def _release(self) -> None:
+        if self._chain is not None:
+            os.close(self._chain.fd)
+            self._chain.home.close()
+            self._chain = None
+        if hasattr(self, "_index"):
+            self._index.close()
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+    def __enter__(self) -> HistoryWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _boot_id() -> str:
+    """Changes when the machine starts anew: what was not synced before may be torn then."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _said(contents: Contents) -> tuple[object, ...]:
+    return contents.size, contents.shape, contents.entries
