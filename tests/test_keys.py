@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -83,6 +84,7 @@ def test_no_certificate_outlives_its_ca(tmp_path: Path) -> None:
     authority = keys.init(tmp_path, days=10, now=NOW)
     issued = keys.issue(tmp_path, "late", days=365, now=NOW + timedelta(days=3))
     assert issued.expires == authority.expires
+    assert keys.issue(tmp_path, "early", now=NOW - timedelta(days=3)).starts == authority.starts
     with pytest.raises(LinkError):
         keys.issue(tmp_path, "too-late", now=NOW + timedelta(days=11))
     assert not (tmp_path / "too-late").exists()
@@ -176,6 +178,21 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(LinkError):
         keys.init(tmp_path / "long", days=10**9)
     assert not (tmp_path / "long" / "ca.pem").exists()
+
+
+def test_half_a_set_is_removed_again(tmp_path: Path) -> None:
+    """The key is written, and the CA's certificate does not fit any more: as on a full disk."""
+    keys.init(tmp_path / "ca")
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(LinkError):
+            keys.issue(tmp_path / "ca", "backup")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+    keys.issue(tmp_path / "ca", "backup")
 
 
 def test_the_command(tmp_path: Path, command: Command) -> None:

@@ -252,10 +252,15 @@ def test_many_threads_count_right() -> None:
             metrics.checkpoint("orders", pause_s=0.001, dirty_pages=2, wire_bytes=3)
 
     threads = [threading.Thread(target=count) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     status = metrics.status("orders")
     assert (status["checkpoints"], status["dirty_pages_total"], status["wire_bytes"]) == (3000, 6000, 9000)
 

@@ -135,6 +135,23 @@ def _wait(fd: int, event: int, deadline: float | None) -> None:
         raise _Late
 
 
+class _Use:
+    """Keeps a descriptor from being freed, and given to somebody else, while a thread waits on it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        connection = self._connection
+        with connection._state:
+            if connection._is_closed:
+                raise LinkError(f"{connection.peer}: the connection is closed")
+            connection._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._connection._leave()
+
+
 class Connection:
     """Bytes to and from one peer, made by `connect` or by a listener's `accept`.
 
@@ -170,6 +187,7 @@ class Connection:
         self._is_server = server_name is None
         self._state = threading.Lock()
         self._users = 0
+        self._use = _Use(self)
         self._is_closed = False
         self._send_lock = threading.Lock()
         self._send_fault: str | None = None
@@ -195,21 +213,12 @@ class Connection:
         """The descriptor, for a poll; -1 when closed. Readiness says nothing of bytes that TLS holds already."""
         return self._socket.fileno()
 
-    @contextmanager
-    def _using(self) -> Iterator[None]:
-        """Keep the descriptor from being freed, and given to somebody else, while a thread waits on it."""
+    def _leave(self) -> None:
         with self._state:
-            if self._is_closed:
-                raise LinkError(f"{self.peer}: the connection is closed")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._users -= 1
-                is_last = self._is_closed and not self._users
-            if is_last:
-                self._socket.close()
+            self._users -= 1
+            is_last = self._is_closed and not self._users
+        if is_last:
+            self._socket.close()
 
     def close(self) -> None:
         """Hang up. Who waits in another thread gets a LinkError. May be called twice, and from any thread."""
@@ -231,7 +240,7 @@ class Connection:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            with suppress(OSError, LinkError, _Late), self._using():
+            with suppress(OSError, LinkError, _Late), self._use:
                 if not self._send_lock.acquire(timeout=timeout_s):
                     return
                 try:
@@ -259,7 +268,7 @@ class Connection:
         Raises LinkError; the connection is closed then.
         """
         try:
-            with self._using():
+            with self._use:
                 if self._tls is not None:
                     self._shake(self._tls, _deadline(timeout_s))
                 elif self._socket.family == socket.AF_UNIX:
@@ -320,7 +329,7 @@ class Connection:
         if not self._send_lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
             raise LinkError(f"{self.peer}: another thread was still sending after {timeout_s:g} s")
         try:
-            with self._using():
+            with self._use:
                 self._check_ready()
                 if self._send_fault is not None:
                     raise LinkError(f"{self.peer}: {self._send_fault}")
@@ -394,7 +403,7 @@ class Connection:
         if not len(view):
             raise ValueError("the view is empty")
         deadline = _deadline(timeout_s)
-        with self._using():
+        with self._use:
             self._check_ready()
             if self._receive_fault is not None:
                 raise self._receive_fault
