@@ -414,6 +414,18 @@ def test_images(store: Store, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["image", "store"]
 
 
+def test_the_warm_copy_copied(store: Store, tmp_path: Path) -> None:
+    with store.writer("orders") as writer:
+        with pytest.raises(NoCheckpoint):
+            writer.copy_image(tmp_path / "image")
+        source = fill(writer, 3)
+        writer.feed(source.checkpoint()[:-1])
+        assert writer.copy_image(tmp_path / "image").epoch == 2
+        assert (tmp_path / "image").read_bytes() == memory_at(2).tobytes()
+        with pytest.raises(StoreError):
+            writer.copy_image(tmp_path / "no" / "image")
+
+
 def test_zero_pages_are_holes_everywhere(store: Store, tmp_path: Path) -> None:
     pages = 1 << 16
     sender = Sender(pages)
@@ -428,7 +440,8 @@ def test_zero_pages_are_holes_everywhere(store: Store, tmp_path: Path) -> None:
         image = tmp_path / "image"
         writer.history.restore_image(image)
         assert writer.image is not None
-        for path in (image, writer.image):
+        writer.copy_image(tmp_path / "copy")
+        for path in (image, writer.image, tmp_path / "copy"):
             assert path.stat().st_size == pages * PAGE_SIZE and path.stat().st_blocks * 512 <= 64 * PAGE_SIZE
         assert all(path.stat().st_size < 5 * PAGE_SIZE for path in (writer.directory / "segments").iterdir())
 

@@ -16,7 +16,7 @@ from remus_ckpt.errors import BadCheckpoint, NoCheckpoint, StoreError, StreamErr
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
-from remus_ckpt.store.disk import guarding, write_all
+from remus_ckpt.store.disk import appearing, guarding, write_all
 from remus_ckpt.store.hashing import HashThread
 from remus_ckpt.store.segments import Contents, Entry, Nowhere, holds_a_record, list_segments, replay, scan
 from remus_ckpt.store.state import State, load_state
@@ -206,19 +206,8 @@ class History:
                 with guarding("standard output"):
                     _copy(source, 1, entry.end)
                 return entry
-            target = Path(path)
-            with guarding(target):
-                descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-                try:
-                    try:
-                        _copy(source, descriptor, entry.end)
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
-                    os.replace(temporary, target)
-                except BaseException:
-                    os.unlink(temporary)
-                    raise
+            with appearing(Path(path)) as descriptor:
+                _copy(source, descriptor, entry.end)
         finally:
             os.close(source)
         return entry
