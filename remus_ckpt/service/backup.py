@@ -30,6 +30,7 @@ from remus_ckpt.wire.session import Session
 
 _HELLO_S = 5.0
 _FRAME_S = 60.0
+_BEAT_S = 0.1
 
 
 class Backup:
@@ -275,7 +276,8 @@ class _Visit:
         try:
             self._numbers += 1
             message = wire.Heartbeat(number=self._numbers, status={})
-            self.connection.send(self.session.send(message), self.backup.policy.lease_s)
+            # The thread that accepts must not wait for a peer: one that takes not even this is not there.
+            self.connection.send(self.session.send(message), _BEAT_S)
         except (LinkError, TimeoutError, ValueError):
             self.connection.close()  # its own thread says why
         finally:

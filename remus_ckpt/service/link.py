@@ -128,9 +128,17 @@ class Link:
         self.check()
         self._chooser.look(self._pending)
         with self._sending:
-            frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
+            try:
+                frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
+                for message in messages:
+                    frames += self._session.send(message)
+            except ValueError:
+                # The other side has ended the session in this instant, and the thread that heard it says why.
+                if self._thread is not None:
+                    self._thread.join(1.0)
+                self.check()
+                raise
             for message in messages:
-                frames += self._session.send(message)
                 if isinstance(message, Commit):
                     self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
             self._send(frames)

@@ -355,6 +355,7 @@ class Primary:
 
     def _lost(self, error: LinkError) -> None:
         link, self._link = self._link, None
+        self._began = 0.0
         if link is not None:
             link.close()
         self._metrics.set_connected(self.name, False)
