@@ -290,6 +290,8 @@ class Primary:
             raise
         self._link = link
         self._connections += 1
+        if self._compression not in ("auto", "none", *link.welcome.compressions):
+            log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
         self._metrics.set_connected(self.name, True)
         self._metrics.set_term(self.name, begin.term)
         if self._connections > 1:
