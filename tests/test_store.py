@@ -87,6 +87,20 @@ def test_one_writer(store: Store) -> None:
         assert writer.position is not None and writer.position.epoch == 0
 
 
+def test_a_warm_directory_serves_one(tmp_path: Path) -> None:
+    one, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    with one.writer("orders", warm_directory=tmp_path / "warm") as writer:
+        fill(writer, 1)
+        assert writer.image is not None and writer.image.parent == tmp_path / "warm" / "orders"
+        with pytest.raises(StoreError):
+            other.writer("orders", warm_directory=tmp_path / "warm")
+        assert writer.image.read_bytes() == memory_at(0).tobytes()
+        with one.writer("others", warm_directory=tmp_path / "warm"):
+            pass
+    with other.writer("orders", warm_directory=tmp_path / "warm"):
+        pass
+
+
 @pytest.mark.parametrize("step", [1, 7, 100, 4096, None])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_bytes_may_come_as_they_like(store: Store, step: int | None, in_place: bool) -> None:

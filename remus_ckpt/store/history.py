@@ -80,7 +80,7 @@ class History:
     def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
         self.directory = Path(directory)
         self._limits = limits
-        self._scanned: dict[tuple[str, int, int], Contents] = {}
+        self._scanned: dict[str, tuple[tuple[int, int], Contents]] = {}
         load_state(self.directory)
 
     @property
@@ -117,10 +117,10 @@ class History:
                 return known
             if known.size is None and known.end < status.st_size:
                 return scan(path, known=known, end=status.st_size, limits=self._limits)
-        key = name, status.st_size, status.st_mtime_ns
-        if key not in self._scanned:
-            self._scanned[key] = scan(path, end=status.st_size, limits=self._limits)
-        return self._scanned[key]
+        version = status.st_size, status.st_mtime_ns
+        if name not in self._scanned or self._scanned[name][0] != version:
+            self._scanned[name] = version, scan(path, end=status.st_size, limits=self._limits)
+        return self._scanned[name][1]
 
     def entries(self) -> list[Entry]:
         """The durable checkpoints by epoch, each once, in the newest segment that holds it.
@@ -132,7 +132,8 @@ class History:
 
     def newest(self) -> Entry | None:
         """The newest durable checkpoint."""
-        return self.entries()[-1] if self.entries() else None
+        entries = self.entries()
+        return entries[-1] if entries else None
 
     def find(self, at: int | datetime | None = None) -> Entry:
         """A checkpoint by its epoch; the last one not after a time; or the newest. Raises NoCheckpoint."""
