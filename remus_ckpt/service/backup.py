@@ -65,7 +65,7 @@ class Backup:
         self.policy = policy or Policy()
         self.metrics = metrics or Metrics()
         self.report_phase = on_phase or (lambda name, epoch: None)
-        self._store = store if isinstance(store, Store) else Store(store)
+        self._store = store if isinstance(store, Store) else Store(Path(store).absolute())
         self._store.create()
         self.limits = limits or Limits()
         self._warm_dir = warm_dir
