@@ -70,7 +70,7 @@ class BadCheckpoint(Malformed):
 
     segment: the file; offset counts in it
     epoch: of the checkpoint, None where nothing says which it was
-    good: the newest epoch before it that is there, None where there is none
+    good: the newest epoch before the one asked for that is there, None where there is none
     """
 
     def __init__(

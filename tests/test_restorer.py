@@ -10,11 +10,14 @@ import pytest
 import streams as s
 from streams import BROKEN, ENABLE_COMPRESSION, END, XALLOC, XTAB, entry, page, restore
 
-from remus_ckpt.errors import Malformed
-from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.errors import Malformed, StreamError
+from remus_ckpt.pages import PAGE_SIZE, Pages, batches
 from remus_ckpt.restorer import Restorer
+from remus_ckpt.sender import Sender
 from remus_ckpt.wire import events
 from remus_ckpt.wire.dialect import Dialect
+from remus_ckpt.wire.reader import Boundary
+from remus_ckpt.wire.record import Position
 
 both_words = pytest.mark.parametrize("word", [8, 4])
 BEGIN = struct.pack("<hI", -100, 0)
@@ -246,3 +249,233 @@ def test_pages_of_a_checkpoint_are_copies() -> None:
         pages = checkpoint.pages
         assert np.array_equal(pages, restorer.memory[checkpoint.pfns])
         assert not np.shares_memory(pages, restorer.memory)
+
+
+def own_stream() -> tuple[bytes, list[bytes]]:
+    """Three checkpoints of ours, and memory after each; a few thousand bytes, so that every cut can be tried."""
+    sender, memory = Sender(4), np.zeros((4, PAGE_SIZE), dtype=np.uint8)
+    data, memories = b"", []
+    for epoch in range(3):
+        memory[1, 16 * epoch : 16 * epoch + 9] = epoch + 1
+        scan = batches(np.array([1]), memory[1:2].copy())
+        data += b"".join(bytes(b) for g in sender.checkpoint(scan, device_state=b"%d" % epoch) for b in g)
+        memories.append(memory.tobytes())
+    return data, memories
+
+
+def all_of(restorer: Restorer) -> list[tuple[int, int, int, bytes]]:
+    """What comes from here to the end of what it was fed."""
+    return [(c.epoch, c.start, c.end, c.memory.tobytes()) for c in restorer.checkpoints()]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rewind_from_every_byte(in_place: bool) -> None:
+    data, memories = own_stream()
+    whole = Restorer()
+    whole.feed(data)
+    expected = all_of(whole)
+    assert [row[3] for row in expected] == memories
+    for cut in range(len(data) + 1):
+        restorer = Restorer()
+        before = []
+        if in_place:
+            at = 0
+            while at < cut:
+                room = restorer.get_buffer()
+                size = min(len(room), cut - at)
+                room[:size] = data[at : at + size]
+                restorer.buffer_updated(size)
+                at += size
+                before += all_of(restorer)
+        else:
+            restorer.feed(data[:cut])
+            before = all_of(restorer)
+        restorer.rewind()
+        at = restorer.boundary.offset
+        assert at == (before[-1][2] if before else 0)
+        if before:
+            assert restorer.memory.tobytes() == before[-1][3]
+        restorer.feed(data[at:])
+        restorer.feed_eof()
+        assert before + all_of(restorer) == expected
+        assert restorer.end is not None and restorer.end.complete
+
+
+def test_rewind_forgets_a_fault_and_a_staged_checkpoint() -> None:
+    data, memories = own_stream()
+    restorer = Restorer()
+    ends = [row[2] for row in all_of(_fed(data))]
+    restorer.feed(data[: ends[0]])
+    assert restorer.next_checkpoint() is not None
+    restorer.rewind()  # staged: it is not in force, so it goes
+    assert restorer.staged is None and restorer.memory.shape == (0, PAGE_SIZE)
+    restorer.feed(data[: ends[0]])
+    assert len(all_of(restorer)) == 1
+    for at in range(ends[0], ends[1], 7):
+        bad = bytearray(data[ends[0] : ends[1]])
+        bad[at - ends[0]] ^= 0x40
+        restorer.feed(bytes(bad))
+        restorer.feed_eof()
+        try:
+            assert restorer.next_checkpoint() is None
+        except StreamError:
+            with pytest.raises(StreamError):
+                restorer.next_event()
+        restorer.rewind()
+        assert restorer.memory.tobytes() == memories[0]
+    restorer.feed(data[ends[0] :])
+    assert [row[3] for row in all_of(restorer)] == memories[1:]
+
+
+def two_vcpus(word: int) -> bytes:
+    """Two checkpoints of a PV guest: the first says how long the tail of both is."""
+    blocks = s.block(b"vcpu", bytes(5168)), s.block(b"extv", b""), s.block(b"xcnt", struct.pack("<I", 16 + 8))
+    vcpu = bytes(5168) + bytes(128) + struct.pack("<2Q", 1, 8) + bytes(8)
+    first = s.pv_header(word, 4, [1], *blocks) + s.vcpu_info(1, 3) + s.batch(word, [entry(0)], page(1)) + END
+    second = s.batch(word, [entry(1)], page(2)) + END
+    return first + s.pv_tail(word, [2], vcpu, vcpu) + second + s.pv_tail(word, [], vcpu, vcpu)
+
+
+@pytest.mark.parametrize("build", [s.small_hvm, two_vcpus], ids=["hvm", "pv"])
+def test_rewind_keeps_what_the_checkpoints_before_have_said(build: Any) -> None:
+    """State that a tail's layout hangs on, and deviations: a foreign stream, cut at many places."""
+    data = build(8)
+    whole = Restorer()
+    whole.feed(data)
+    expected = all_of(whole)
+    assert len(expected) > 1
+    for cut in range(0, len(data), 61):
+        restorer = Restorer()
+        restorer.feed(data[:cut])
+        before = all_of(restorer)
+        restorer.rewind()
+        restorer.feed(data[restorer.boundary.offset :])
+        assert before + all_of(restorer) == expected
+        assert restorer.reader.deviations == whole.reader.deviations
+        assert restorer.dialect == whole.dialect
+
+
+def test_a_deviation_of_what_is_dropped_is_not_counted() -> None:
+    later = struct.pack("<iIQ", -3, 5, 6)  # its padding is not zero
+    data = head() + later + s.batch(8, [entry(0)]) + s.compressed(8, b"\x80" + page(7)) + END + s.hvm_tail()
+    restorer = Restorer()
+    restorer.feed(head())
+    all_of(restorer)
+    for _ in range(3):
+        restorer.feed(later)
+        assert restorer.next_checkpoint() is None and list(restorer.reader.deviations) == ["nonzero-pad"]
+        restorer.rewind()
+        assert restorer.reader.deviations == {}
+    restorer.feed(data[len(head()) :])
+    assert len(all_of(restorer)) == 1
+    assert restorer.reader.deviations["nonzero-pad"].count == 1
+
+
+def test_verify_mode_in_what_is_dropped_is_off_again() -> None:
+    restorer = Restorer()
+    restorer.feed(head())
+    all_of(restorer)
+    restorer.feed(struct.pack("<i", -1) + s.batch(8, [entry(0)]))
+    assert restorer.next_checkpoint() is None
+    restorer.rewind()
+    restorer.feed(s.batch(8, [entry(0)]) + s.compressed(8, b"\x80" + page(7)) + END + s.hvm_tail())
+    assert [row[3] for row in all_of(restorer)] == [memory_of(7, 2, 3, 4)]
+
+
+def test_skipping_reads_and_checks_but_keeps_no_memory() -> None:
+    data, _ = own_stream()
+    restorer = _fed(data)
+    first = restorer.next_checkpoint()
+    assert first is not None
+    restorer.commit()
+    held = restorer.memory.tobytes()
+    epochs = []
+    while restorer.next_checkpoint() is not None:
+        epochs.append(restorer.skip().epoch)
+    assert epochs == [1, 2] and restorer.memory.tobytes() == held
+    with pytest.raises(ValueError):
+        restorer.skip()
+
+
+def test_begin_in_the_middle_of_a_stream_of_ours() -> None:
+    data, _ = own_stream()
+    rows = all_of(_fed(data))
+    records = [c.record for c in _fed(data).checkpoints()]
+    for number in (1, 2):
+        record = records[number - 1]
+        assert record is not None
+        start = Boundary.of_ours(
+            offset=rows[number][1], epoch=number, word=8, codec="delta", p2m_size=4, position=record.after
+        )
+        restorer = Restorer(start=start)
+        restorer.feed(data[start.offset :])
+        found = []
+        while restorer.next_checkpoint() is not None:
+            one = restorer.skip()
+            found.append((one.epoch, one.start, one.end))
+        assert found == [row[:3] for row in rows[number:]]
+        # The chain of positions is held to.
+        wrong = Boundary.of_ours(
+            offset=start.offset,
+            epoch=number,
+            word=8,
+            codec="delta",
+            p2m_size=4,
+            position=Position(record.epoch, bytes(32)),
+        )
+        restorer = Restorer(start=wrong)
+        restorer.feed(data[start.offset :])
+        with pytest.raises(Malformed) as caught:
+            restorer.next_checkpoint()
+        assert caught.value.section == "stream.md §9.3"
+
+
+def _fed(data: bytes) -> Restorer:
+    restorer = Restorer()
+    restorer.feed(data)
+    return restorer
+
+
+class Full(Exception):
+    """No room."""
+
+
+class SmallHome:
+    """A home that has room for some pages, and says so before they are written."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.has: set[int] = set()
+        self.memory: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+
+    def open(self, pages: int) -> Pages:
+        self.memory = np.zeros((pages, PAGE_SIZE), dtype=np.uint8)
+        return self.memory
+
+    def write(self, memory: Pages, pfns: Any, data: Pages) -> None:
+        self.reserve(pfns)
+        memory[pfns] = data
+
+    def reserve(self, pfns: Any) -> None:
+        wanted = self.has | set(pfns.tolist())
+        if len(wanted) > self.room:
+            raise Full
+        self.has = wanted
+
+
+def test_a_home_that_is_full_stops_a_checkpoint_before_it_is_staged() -> None:
+    more = s.batch(8, [entry(0), entry(2)]) + s.compressed(8, b"\x80" + page(7) + b"\x80" + page(8)) + END
+    first = s.hvm_header(8, 4) + s.batch(8, [entry(0)], page(1)) + ENABLE_COMPRESSION + END + s.hvm_tail()
+    home = SmallHome(1)
+    restorer = Restorer(home=home)
+    restorer.feed(first)
+    assert len(all_of(restorer)) == 1
+    restorer.feed(more + s.hvm_tail())
+    with pytest.raises(Full):
+        restorer.next_checkpoint()
+    assert restorer.staged is None and restorer.memory.tobytes() == memory_of(1, 0, 0, 0)
+    home.room = 2
+    restorer.rewind()
+    restorer.feed(more + s.hvm_tail())
+    assert [row[3] for row in all_of(restorer)] == [memory_of(7, 0, 8, 0)]
+    assert home.has == {0, 2}

@@ -84,8 +84,8 @@ def test_without_its_guard_nothing_is_stopped(sleeper: subprocess.Popen[bytes]) 
     processes = Processes([sleeper.pid])
     guard = processes._guard
     assert guard is not None
-    guard.kill()
-    guard.wait()
+    guard.process.kill()
+    guard.process.wait()
     with pytest.raises(SourceError):
         processes.stop()
     assert process_state(sleeper.pid) != "T"

@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format.""",
+    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format, 22 fenced: another has
+    taken over.""",
 )
 
 

@@ -25,6 +25,7 @@ from remus_ckpt.cli.options import (
     parse_duration,
     print_json,
 )
+from remus_ckpt.demo import run_demo
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import StopSignal, Totals
 from remus_ckpt.pages import PAGE_SIZE
@@ -391,3 +392,25 @@ def failover(
     out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
     out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
     out.print(Text(f"to protect it from there: remus-ckpt protect {report['image']} --term {report['term']} …"))
+
+
+@app.command(short_help="Protect a worker, kill its side, and see the backup go on.")
+def demo(
+    seconds: Annotated[
+        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
+    ] = 3.0,
+    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
+    directory: Annotated[Path | None, typer.Option("--keep", help="Keep the store in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Protect a real worker over TLS, kill its side at a random instant, let the backup take over, and prove it."""
+    report = run_demo(
+        seconds=seconds,
+        interval_s=parse_duration(interval),
+        directory=directory,
+        seed=seed,
+        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
+    )
+    if as_json:
+        print_json(report)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt import __version__
-from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import LimitExceeded, LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
@@ -71,12 +71,14 @@ class Backup:
         self._lock = threading.Lock()
         self._visits: list[_Visit] = []
         self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._wake_lock = threading.Lock()
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
             if stop is None:
                 stack.callback(self._stop.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.callback(os.close, self._wake)
+            stack.callback(self._close_wake)
             self._standbys: dict[str, Standby] = {}
             stack.callback(self._close_standbys)
             for name in self._store.names():
@@ -132,7 +134,10 @@ class Backup:
                     self._receive_visit(connection)
 
     def close(self) -> None:
-        """End all sessions and let go of the store. What is committed stays."""
+        """End all sessions and let go of the store. What is committed stays. May be called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -164,7 +169,9 @@ class Backup:
 
     def _turn_soon(self) -> None:
         """Something has changed that a decision hangs on."""
-        os.eventfd_write(self._wake, 1)
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     # Connections
 
@@ -188,6 +195,11 @@ class Backup:
         with self._lock:
             self._visits.append(visit)
         visit.thread.start()
+
+    def _close_wake(self) -> None:
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
 
     def _close_standbys(self) -> None:
         for standby in self._standbys.values():
@@ -217,6 +229,19 @@ class Backup:
             retention=self.policy.retention,
         )
         return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
+
+
+class _Silent(LinkError):
+    """A peer that says nothing; it is told."""
+
+
+def _code_of(error: StreamError) -> str:
+    """What the peer is told of a fault in its bytes (specs/session.md §7)."""
+    if isinstance(error, UnknownFormat) and error.chunk == "HELLO":
+        return "version"
+    if isinstance(error, LimitExceeded):
+        return "limit"
+    return "malformed" if (error.section or "").startswith("session.md") else "stream"
 
 
 class _Visit:
@@ -275,15 +300,16 @@ class _Visit:
         except Refusal as error:
             self._say_goodbye(wire.Error(code=error.code, message=str(error), term=error.term))
             log("refused", level=logging.WARNING, peer=self.connection.peer, code=error.code, reason=str(error))
-        except UnknownFormat as error:
-            self._say_goodbye(wire.Error(code="version", message=str(error)))
-            log("refused", level=logging.WARNING, peer=self.connection.peer, code="version", reason=str(error))
         except StreamError as error:
-            self._say_goodbye(wire.Error(code="malformed", message=str(error), offset=error.offset))
-            log("malformed", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+            code = _code_of(error)
+            self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
             log("store failed", level=logging.ERROR, peer=self.connection.peer, reason=str(error))
+        except _Silent as error:
+            self._say_goodbye(wire.Error(code="timeout", message=str(error)))
+            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except (LinkError, TimeoutError) as error:
             log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except Exception as error:
@@ -306,7 +332,7 @@ class _Visit:
         try:
             size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
         except TimeoutError:
-            raise LinkError(otherwise) from None
+            raise _Silent(otherwise) from None
         if not size:
             raise LinkError("the other side has closed the connection")
         self.heard = time.monotonic()
@@ -356,7 +382,7 @@ class _Visit:
 
     def _serve_primary(self, hello: wire.Hello) -> None:
         if hello.page_size != PAGE_SIZE:
-            raise Refusal("page-size", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+            raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
         self.run_id = hello.run
         standby = self.backup.standby(hello.name)
         with standby.hosting(self, hello) as writer:
@@ -384,14 +410,14 @@ class _Visit:
                         raise LinkError(f"it ended the session: {event.message}")
                     case None:
                         if time.monotonic() - last_frame > _FRAME_S:
-                            raise LinkError(f"no whole frame in {_FRAME_S:g} s")
+                            raise _Silent(f"no whole frame in {_FRAME_S:g} s")
                         silence_s = 2 * self.backup.policy.lease_s
                         self._receive(silence_s, f"silent for {silence_s:g} s")
 
     def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
         begin = time.monotonic()
-        self.say(wire.Ack(level="received", position=commit.position))
         writer.check(commit.position)
+        self.say(wire.Ack(level="received", position=commit.position))
         writer.store()
         self.say(wire.Ack(level="durable", position=commit.position))
         self.backup.report_phase("acknowledged", commit.position.epoch)

@@ -183,7 +183,7 @@ class Link:
                     if self._sending.acquire(blocking=False):
                         try:
                             self._connection.send(
-                                self._session.send(Heartbeat(number=number, reply=False, status=self._status())),
+                                self._session.send(Heartbeat(number=number, status=self._status())),
                                 self._lease_s,
                             )
                         finally:

@@ -354,24 +354,24 @@ def summarize(values: Sequence[float]) -> dict[str, float] | None:
 
 
 _MAX_SCRAPES = 8
-_SCRAPE_S = 5.0
 
 
 class MetricsServer:
     """Metrics over HTTP, from a thread of its own.
 
     address: HOST:PORT where it really listens
-    At most 8 requests are served at a time, more are hung up on, and each has 5 s for all of it.
+    request_s: for all of one request, after which it is hung up on
+    At most 8 are served at a time; more are hung up on at once.
     """
 
-    def __init__(self, where: str, registry: CollectorRegistry) -> None:
+    def __init__(self, where: str, registry: CollectorRegistry, *, request_s: float = 5.0) -> None:
         text = where.removeprefix(":")
         address = Address.parse(f"127.0.0.1:{text}" if text.isascii() and text.isdigit() else where, "tcp")
         try:
             family, _, _, _, place = socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            self._server = _Server(family, place)
+            self._server = _Server(family, place, request_s)
         except OSError as error:
             raise LinkError(f"metrics at {where}: {error.strerror or error}") from error
         self._server.set_app(make_wsgi_app(registry))
@@ -388,6 +388,7 @@ class MetricsServer:
 
     def close(self) -> None:
         """Stop, and hang up on who is being served. May be called twice."""
+        _shut([self._server.socket])  # its thread wakes at once, not at its next look around
         self._server.shutdown()
         self._thread.join()
         self._server.hang_up()
@@ -395,17 +396,17 @@ class MetricsServer:
 
 
 class _Handler(wsgiref.simple_server.WSGIRequestHandler):
-    timeout = _SCRAPE_S
-
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
 class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     daemon_threads = False  # so that server_close() waits for them
+    request_queue_size = 64
 
-    def __init__(self, family: int, place: Any) -> None:
+    def __init__(self, family: int, place: Any, request_s: float) -> None:
         self.address_family = family
+        self._request_s = request_s
         self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
         self._live: dict[socket.socket, threading.Timer] = {}
         self._live_lock = threading.Lock()
@@ -421,8 +422,8 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        # The handler's own time limit is for each read; a peer that sends a byte a second would pass it.
-        timer = threading.Timer(_SCRAPE_S, self._cut, [request])
+        # A limit for each read, which the handler could have, would be passed by a peer that sends a byte a second.
+        timer = threading.Timer(self._request_s, self._cut, [request])
         timer.daemon = True
         with self._live_lock:
             self._live[request] = timer
@@ -441,7 +442,10 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def _finished(self, request: socket.socket) -> None:
         with self._live_lock:
-            self._live.pop(request).cancel()
+            timer = self._live.pop(request)
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()
         self._free.release()
 
     def _cut(self, request: socket.socket) -> None:

@@ -34,7 +34,7 @@ from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import COMPRESSIONS, LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
 
-LASTING = frozenset({"version", "name", "limit", "fenced", "page-size"})
+LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
@@ -128,6 +128,7 @@ class Primary:
         self._began = 0.0
         self._connections = 0
         self._release = _Release(on_commit) if on_commit else None
+        self._fenced: Fenced | None = None
 
     # The user's calls
 
@@ -153,24 +154,31 @@ class Primary:
             except LinkError as error:
                 self._lost(error)
 
-    def checkpoint(self, timeout_s: float = 30.0) -> int:
+    def checkpoint(self, timeout_s: float = 30.0, *, wait: bool = False) -> int:
         """Take one checkpoint now, in the calling thread; returns its epoch when it has been sent.
 
-        Raises LinkError when the backup could not be reached in that time; the next call tries again.
+        wait: return when it is committed, and take another if the link breaks before
+        Raises LinkError when that was not done in that time; the next call tries again.
         """
         deadline = time.monotonic() + timeout_s
+        epoch = None
         while True:
             try:
                 self._connect_patiently(deadline)
-                if self._one_by_one is None:
-                    self._one_by_one = self._make_loop(None)
-                taken = self._one_by_one.take()
-                self._count(taken)
-                return taken.sent.epoch
+                if epoch is None or self.committed is None or self.committed.epoch < epoch:
+                    if self._one_by_one is None:
+                        self._one_by_one = self._make_loop(None)
+                    taken = self._one_by_one.take()
+                    self._count(taken)
+                    epoch = taken.sent.epoch
+                if wait:
+                    self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
+                return epoch
             except LinkError as error:
-                self._lost(error)
                 if time.monotonic() >= deadline:
+                    self.check()  # the link may be well, and the backup slow
                     raise
+                self._lost(error)
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
@@ -223,6 +231,8 @@ class Primary:
 
     def _connect_patiently(self, deadline: float | None) -> None:
         """Connect, again and again with longer pauses, until it is done or there is no more reason to."""
+        if self._fenced is not None:
+            raise self._fenced
         backoff_s = _FIRST_BACKOFF_S
         said = ""
         while self._link is None and not self.ended:
@@ -356,6 +366,7 @@ class Primary:
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
             self.ended = "fenced"
+            self._fenced = error
             log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
             raise error
         if isinstance(error, Refused) and error.code in LASTING:

@@ -112,10 +112,7 @@ class Protection:
         """
         if self._thread is not None:
             raise ValueError("checkpoints are taken in a thread here; wait_for() waits for a commit")
-        epoch = self._primary.checkpoint(timeout_s)
-        if wait:
-            self._primary.wait_for(epoch, timeout_s)
-        return epoch
+        return self._primary.checkpoint(timeout_s, wait=wait)
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed. Raises LinkError where that is not known."""

@@ -109,6 +109,7 @@ class Standby:
         self._promoting = False
         self._not_before = 0.0  # an action that failed for want of a disk is tried again then
         self._handed_out: dict[str, Any] | None = None
+        self._is_closed = False
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
 
@@ -221,7 +222,7 @@ class Standby:
                 self._listening_since, self._looked_at, now, self._policy.lease_s
             )
             self._looked_at = now
-            if self._promoting:
+            if self._promoting or self._is_closed:
                 return now + self._policy.lease_s
             if now < self._not_before:
                 return self._not_before
@@ -276,6 +277,8 @@ class Standby:
     def _promote(self, term: int) -> None:
         try:
             with self._changed:
+                if self._is_closed:
+                    return
                 if self._visitor is not None:
                     self._dismiss("fenced", f"{self.name!r} has been taken over under term {term}: stop", term)
                 self._writer.set_state(term=term, role="promoted", takeover_done=False, expects_primary=False)
@@ -315,6 +318,8 @@ class Standby:
         succeeded = False
         try:
             with self._changed:
+                if self._is_closed:
+                    return
                 given = self._hand_out()
             log("taking over", level=logging.WARNING, name=self.name, epoch=given["epoch"])
             succeeded = self._command(
@@ -325,8 +330,8 @@ class Standby:
                     "REMUS_POSITION": given["position"],
                 },
             )
-            if succeeded:
-                with self._changed:
+            with self._changed:
+                if succeeded and not self._is_closed:
                     self._writer.set_state(takeover_done=True)
         except RemusError as error:
             succeeded = False
@@ -416,7 +421,15 @@ class Standby:
             }
 
     def close(self) -> None:
-        """Let go of the store."""
+        """Let go of the store. A takeover command that still runs then is run again when a backup is started anew."""
         with self._changed:
-            self._changed.wait_for(lambda: self._visitor is None and not self._promoting, self._policy.lease_s)
+            self._changed.wait_for(
+                lambda: (
+                    self._visitor is None
+                    and not self._promoting
+                    and not (self._takeover and self._takeover.phase is failover.Phase.RUNNING)
+                ),
+                self._policy.lease_s,
+            )
+            self._is_closed = True
             self._writer.close()

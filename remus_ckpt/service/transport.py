@@ -42,8 +42,8 @@ _CIPHER_BYTES = 128 << 10
 """Encrypted bytes that go to, or come from, the kernel in one call."""
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 """Seconds, seconds, count: a peer whose machine is gone is noticed in half a minute, without any heartbeat."""
-_USER_TIMEOUT_MS = 30_000
-"""… and so is one that no longer acknowledges what was sent."""
+_USER_TIMEOUT_MS = 120_000
+"""One that takes nothing for so long is gone too; a disk that hangs for a while must not look like it."""
 _LOCK_WAIT_S = 2.0
 _RESOLVE_S = 30.0
 
@@ -135,12 +135,29 @@ def _wait(fd: int, event: int, deadline: float | None) -> None:
         raise _Late
 
 
+class _Use:
+    """Keeps a descriptor from being freed, and given to somebody else, while a thread waits on it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        connection = self._connection
+        with connection._state:
+            if connection._is_closed:
+                raise LinkError(f"{connection.peer}: the connection is closed")
+            connection._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._connection._leave()
+
+
 class Connection:
     """Bytes to and from one peer, made by `connect` or by a listener's `accept`.
 
     One thread may send while another receives; several that send take turns. Anyone may close.
 
-    peer: the address of the other side and, after a TLS handshake, the name in its certificate
+    peer: the address of the other side and, after the handshake, the name in its certificate or its process number
     certificate_name: that name alone, None without TLS
     bytes_sent, bytes_received: what was carried, without what TLS adds
     """
@@ -170,6 +187,7 @@ class Connection:
         self._is_server = server_name is None
         self._state = threading.Lock()
         self._users = 0
+        self._use = _Use(self)
         self._is_closed = False
         self._send_lock = threading.Lock()
         self._send_fault: str | None = None
@@ -182,7 +200,8 @@ class Connection:
             self._tls = tls.wrap_bio(
                 self._incoming, self._outgoing, server_side=self._is_server, server_hostname=server_name
             )
-            self._cipher = memoryview(bytearray(_CIPHER_BYTES))
+            # Small until the peer has shown who it is.
+            self._cipher = memoryview(bytearray(_RECORD_BYTES))
 
     def __enter__(self) -> Self:
         return self
@@ -194,21 +213,12 @@ class Connection:
         """The descriptor, for a poll; -1 when closed. Readiness says nothing of bytes that TLS holds already."""
         return self._socket.fileno()
 
-    @contextmanager
-    def _using(self) -> Iterator[None]:
-        """Keep the descriptor from being freed, and given to somebody else, while a thread waits on it."""
+    def _leave(self) -> None:
         with self._state:
-            if self._is_closed:
-                raise LinkError(f"{self.peer}: the connection is closed")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._users -= 1
-                is_last = self._is_closed and not self._users
-            if is_last:
-                self._socket.close()
+            self._users -= 1
+            is_last = self._is_closed and not self._users
+        if is_last:
+            self._socket.close()
 
     def close(self) -> None:
         """Hang up. Who waits in another thread gets a LinkError. May be called twice, and from any thread."""
@@ -230,7 +240,7 @@ class Connection:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            with suppress(OSError, LinkError, _Late), self._using():
+            with suppress(OSError, LinkError, _Late), self._use:
                 if not self._send_lock.acquire(timeout=timeout_s):
                     return
                 try:
@@ -258,7 +268,7 @@ class Connection:
         Raises LinkError; the connection is closed then.
         """
         try:
-            with self._using():
+            with self._use:
                 if self._tls is not None:
                     self._shake(self._tls, _deadline(timeout_s))
                 elif self._socket.family == socket.AF_UNIX:
@@ -266,7 +276,7 @@ class Connection:
             self._is_ready = True
         except _Late:
             self.close()
-            raise LinkError(f"{self.peer}: no TLS handshake within {timeout_s:g} s") from None
+            raise LinkError(f"{self.peer}: no TLS handshake in time: does the other side speak TLS?") from None
         except OSError as error:
             self.close()
             raise LinkError(f"{self.peer}: {_say(error)}") from error
@@ -283,12 +293,14 @@ class Connection:
                 if not self._fetch(deadline):
                     raise LinkError(f"{self.peer}: it hung up in the middle of the handshake") from None
             except ssl.SSLError:
-                with suppress(OSError, LinkError, _Late):  # the alert that tells the other side why
+                # The alert tells the other side why.
+                with suppress(OSError, LinkError, _Late):
                     self._send_plain([memoryview(self._outgoing.read())], time.monotonic())
                 raise
             else:
                 break
         self._send_plain([memoryview(self._outgoing.read())], deadline)
+        self._cipher = memoryview(bytearray(_CIPHER_BYTES))
         subject = cast("dict[str, Any]", tls.getpeercert() or {}).get("subject", ())
         names = [value for row in subject for key, value in row if key == "commonName"]
         self.certificate_name = names[0] if names else None
@@ -297,7 +309,8 @@ class Connection:
 
     def _check_user(self) -> None:
         packed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", packed)
+        pid, uid, _ = struct.unpack("3i", packed)
+        self.peer = f"{self.peer} (pid {pid})"
         ours = os.geteuid()
         # Root may give its memory to whom it likes; nobody else may be asked for it, or answer for it.
         if uid not in (0, ours) and (self._is_server or ours):
@@ -313,10 +326,10 @@ class Connection:
         deadline = _deadline(timeout_s)
         views = [_flat(buffer) for buffer in buffers]
         size = sum(map(len, views))
-        if not self._send_lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        if not self._send_lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
             raise LinkError(f"{self.peer}: another thread was still sending after {timeout_s:g} s")
         try:
-            with self._using():
+            with self._use:
                 self._check_ready()
                 if self._send_fault is not None:
                     raise LinkError(f"{self.peer}: {self._send_fault}")
@@ -331,6 +344,9 @@ class Connection:
                 except OSError as error:
                     self._send_fault = _say(error)
                     raise LinkError(f"{self.peer}: {self._send_fault}") from error
+                except BaseException:  # such as Ctrl-C
+                    self._send_fault = "sending was interrupted"
+                    raise
                 self.bytes_sent += size
         finally:
             self._send_lock.release()
@@ -387,7 +403,7 @@ class Connection:
         if not len(view):
             raise ValueError("the view is empty")
         deadline = _deadline(timeout_s)
-        with self._using():
+        with self._use:
             self._check_ready()
             if self._receive_fault is not None:
                 raise self._receive_fault

@@ -76,6 +76,7 @@ class OwnMemory:
         self._lock = lock
         self._lock_timeout_s = lock_timeout_s
         self._is_open = True
+        self._is_paused = False
         self._parts: list[_Part] = []
         self._files: list[tuple[str, mmap.mmap, int]] = []
         entries = []
@@ -106,11 +107,13 @@ class OwnMemory:
         self._starts = np.array([part.first for part in self._parts], dtype=np.int64)
 
     def close(self) -> None:
-        """Let go of the buffers."""
+        """Let go of the buffers, and of the lock if it is held."""
         self._is_open = False
         self._parts.clear()
         self._files.clear()
         self._starts = np.empty(0, dtype=np.int64)
+        if self._is_paused:
+            self.resume()
 
     def pause(self) -> None:
         """Take the lock. Raises SourceError if nobody gives it back in time."""
@@ -119,9 +122,11 @@ class OwnMemory:
                 f"the lock was not given back in {self._lock_timeout_s:g} s: "
                 "does a writer hold it too long, or does this thread hold it itself?"
             )
+        self._is_paused = True
 
     def resume(self) -> None:
         """Give the lock back. Raises SourceError if it is not ours to give."""
+        self._is_paused = False
         if self._lock is None:
             return
         try:

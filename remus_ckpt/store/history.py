@@ -16,7 +16,7 @@ from remus_ckpt.errors import BadCheckpoint, NoCheckpoint, StoreError, StreamErr
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
-from remus_ckpt.store.disk import guarding, write_all
+from remus_ckpt.store.disk import appearing, guarding, write_all
 from remus_ckpt.store.hashing import HashThread
 from remus_ckpt.store.segments import Contents, Entry, Nowhere, holds_a_record, list_segments, replay, scan
 from remus_ckpt.store.state import State, load_state
@@ -35,7 +35,7 @@ class Bad:
 
     byte: where in it; section: the rule that is broken there, None where only bytes are missing
     epoch: of the bad checkpoint, None where nothing says which it was
-    good: the newest epoch before it that is there
+    good: the newest epoch up to it that can be restored, None where there is none
     unreachable: epochs that are known of and stand nowhere else, ascending
     """
 
@@ -160,8 +160,7 @@ class History:
 
         Raises NoCheckpoint, BadCheckpoint where it has changed on disk, StoreError.
         """
-        entry = self.find(at)
-        return self._replay(entry, Anonymous(), progress)
+        return self._read(self.find(at), Anonymous(), progress)[0]
 
     def restore_image(
         self,
@@ -183,7 +182,7 @@ class History:
         os.close(descriptor)
         home = MappedFile(temporary)
         try:
-            checkpoint = self._replay(entry, home, progress)
+            checkpoint, _ = self._read(entry, home, progress)
             if sync:
                 home.sync()
             with guarding(target):
@@ -200,30 +199,35 @@ class History:
 
         Raises as `restore`.
         """
-        entry = self.find(at)
-        self._replay(entry, Nowhere(), progress)
+        _, entry = self._read(self.find(at), Nowhere(), progress)
         source = self._open(entry)
         try:
             if str(path) == "-":
                 with guarding("standard output"):
                     _copy(source, 1, entry.end)
                 return entry
-            target = Path(path)
-            with guarding(target):
-                descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-                try:
-                    try:
-                        _copy(source, descriptor, entry.end)
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
-                    os.replace(temporary, target)
-                except BaseException:
-                    os.unlink(temporary)
-                    raise
+            with appearing(Path(path)) as descriptor:
+                _copy(source, descriptor, entry.end)
         finally:
             os.close(source)
         return entry
+
+    def _read(self, entry: Entry, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
+        """Put a checkpoint into a home, from another segment that holds it too where one is bad."""
+        first: BadCheckpoint | None = None
+        for copy in [entry, *self._copies(entry)]:
+            try:
+                return self._replay(copy, home, progress), copy
+            except BadCheckpoint as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _copies(self, entry: Entry) -> Iterator[Entry]:
+        """The same checkpoint elsewhere: the base of a compaction is also the end of the segment before it."""
+        for one in self.contents():
+            if one.name != entry.segment:
+                yield from (copy for copy in one.entries if copy.position == entry.position)
 
     def _replay(self, entry: Entry, home: Home, progress: Progress | None) -> Checkpoint:
         fd = self._open(entry)
@@ -253,15 +257,14 @@ class History:
     def _bad(self, entry: Entry, restorer: Restorer, fault: StreamError | None) -> BadCheckpoint:
         held = restorer.in_force
         end = restorer.boundary.offset
-        epoch = 0 if held is None else held.epoch + 1
-        good = held.epoch if held is not None else None
-        if good is None:
-            older = [one.epoch for one in self.entries() if one.epoch < entry.epoch and one.segment != entry.segment]
-            good, epoch = (older[-1] if older else None), int(entry.segment[:20])
+        epoch = int(entry.segment[:20]) if held is None else held.epoch + 1
+        others = [one.entries for one in self.contents() if one.name != entry.segment]
+        before = [one.epoch for entries in others for one in entries if one.epoch < entry.epoch]
+        good = max(before if held is None else [*before, held.epoch], default=None)
         reason = "its bytes are cut off" if fault is None else fault.message
         offered = "no checkpoint before it is there" if good is None else f"the newest before it is {good}"
         return BadCheckpoint(
-            f"{reason}; checkpoint {epoch} and those behind it in this segment are lost, {offered}",
+            f"{reason}; checkpoint {epoch} and those behind it in this segment cannot be read, {offered}",
             segment=entry.segment,
             epoch=epoch,
             good=good,
@@ -321,7 +324,7 @@ class History:
     @staticmethod
     def _fault(one: Contents, lost: list[Entry], good: dict[int, Entry]) -> Bad:
         first = one.entries[-1].epoch + 1 if one.entries else int(one.name[:20])
-        before = [epoch for epoch in good if epoch < first]
+        before = [epoch for epoch in good if epoch <= first]
         return Bad(
             segment=one.name,
             byte=one.end if one.fault is None or one.fault.offset is None else one.fault.offset,

@@ -252,11 +252,13 @@ class HistoryWriter:
             end = contents.end
             lost = [entry.epoch for entry in expected if entry.end > end]
             if reason is None and lost:
-                reason = f"it ends at byte {size}, and held checkpoints up to {lost[-1]}"
+                reason = f"whole checkpoints end at byte {end} of {size}"
             elif reason is None and not contents.entries:
                 reason = "it holds no whole checkpoint"
             elif reason is None and size > end and holds_a_record(fd, end, size):
                 reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
+            if reason is not None and lost:
+                reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
             if reason is None and size > end:
                 os.ftruncate(fd, end)
                 os.fsync(fd)
@@ -341,13 +343,29 @@ class HistoryWriter:
 
     @property
     def memory(self) -> Pages | None:
-        """uint8[p2m_size, 4096], the warm copy; it changes in `apply` alone."""
+        """uint8[p2m_size, 4096], the warm copy; it changes in `apply` alone.
+
+        Where it lies on a tmpfs, looking at a page that was never written takes room there, and where there is none it
+        ends the process: read `image` instead, or copy it with `copy_image`.
+        """
         return None if self._chain is None else self._chain.restorer.memory
 
     @property
     def image(self) -> Path | None:
         """The warm copy's file; of use to others only while nothing is applied."""
         return None if self._chain is None else self._chain.home.path
+
+    def copy_image(self, path: str | Path) -> Checkpoint:
+        """Copy the warm copy to a file of mode 0600 that appears when it is whole and durable; holes stay holes.
+
+        Nothing is applied meanwhile. Returns the checkpoint that it holds. Raises NoCheckpoint, StoreError.
+        """
+        with self._lock:
+            chain, held = self._chain, self.in_force
+            if chain is None or held is None:
+                raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
+            chain.home.copy(Path(path))
+            return held
 
     # Receiving
 

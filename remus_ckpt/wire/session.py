@@ -195,12 +195,6 @@ def _map(inner: Kind) -> Kind:
     return kind
 
 
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError(f"{value!r:.40} in place of true or false")
-    return value
-
-
 def _seconds(value: Any) -> float:
     if type(value) not in (int, float) or not (math.isfinite(value) and 0 <= value <= 1e9):
         raise ValueError(f"{value!r:.40} in place of a number of seconds")
@@ -396,10 +390,9 @@ class Ack(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Message):
-    """A sign of life (specs/session.md §3.7). number: of this one, or with `reply` of the one that it answers."""
+    """A sign of life (specs/session.md §3.7). number: of this one; status: what people may be shown."""
 
     number: int
-    reply: bool = False
     status: dict[str, Any]
 
 
@@ -485,7 +478,7 @@ FIELDS: dict[type[Message], dict[str, Kind]] = {
         "pages": _whole(),
     },
     Ack: {"level": _one_of(*LEVELS), "position": _position},
-    Heartbeat: {"number": _whole(), "reply": _flag, "status": _map(_scalar)},
+    Heartbeat: {"number": _whole(), "status": _map(_scalar)},
     Error: {"code": _NAME, "message": _clipped, "term": _optional(_whole()), "offset": _optional(_whole())},
     Goodbye: {"reason": _clipped},
     Request: {"number": _whole(), "method": _NAME, "arguments": _tree_map},

@@ -1,0 +1,424 @@
+"""What is there after a loss of power, of the index, of a segment: the newest whole checkpoint, and never less."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import streams as s
+from store_support import Source, commit, cuts, fill, memory_at, sha
+
+from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError
+from remus_ckpt.memory import memory_sha256
+from remus_ckpt.store import History, HistoryWriter, Store
+from remus_ckpt.wire.record import Position
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def epochs(history: History) -> list[int]:
+    return [entry.epoch for entry in history.entries()]
+
+
+def two_segments(store: Store, first: int = 3, second: int = 4) -> tuple[Path, Path, Source]:
+    """A history of two segments, epochs counted through; the second was made by a compaction."""
+    with store.writer("orders") as writer:
+        source = fill(writer, first)
+        writer.compact(wait=True)
+        fill(writer, second, source)
+        old, new = sorted((writer.directory / "segments").iterdir())
+    return old, new, source
+
+
+def forget_index(directory: Path) -> None:
+    for path in directory.glob("index.sqlite*"):
+        path.unlink()
+
+
+# Power
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_the_last_segment_cut_anywhere(store: Store, tmp_path: Path, with_index: bool) -> None:
+    """At every 512 bytes and around each border of a checkpoint.
+
+    With an index that knows of more, the cut is loss of what was durable: said loudly, and nothing is deleted. Without,
+    it is a checkpoint that never was acknowledged.
+    """
+    _, new, _ = two_segments(store)
+    entries = [entry for entry in store.history("orders").entries() if entry.segment == new.name]
+    ends = [0, *(entry.end for entry in entries)]
+    size = new.stat().st_size
+    assert ends[-1] == size
+    kept = tmp_path / "kept"
+    for cut in cuts(size, ends):
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(store.directory, kept)
+        directory = kept / "orders"
+        os.truncate(directory / "segments" / new.name, cut)
+        if not with_index:
+            forget_index(directory)
+        # The base of the second segment is the last checkpoint of the first.
+        newest = max([2, *(entry.epoch for entry in entries if entry.end <= cut)])
+        is_damage = cut < (size if with_index else ends[1])
+        assert Store(kept).history("orders").newest().epoch == newest  # type: ignore[union-attr]
+        with Store(kept).writer("orders") as writer:
+            assert writer.position is not None and writer.position.epoch == newest
+            assert writer.memory is not None and writer.memory.tobytes() == memory_at(newest).tobytes()
+            assert bool(writer.warnings) == is_damage, cut
+            assert (writer.stream is None) == is_damage
+            left = os.path.getsize(directory / "segments" / new.name)
+            assert left == (cut if is_damage else max(end for end in ends if end <= cut))
+            assert epochs(writer.history) == list(range(newest + 1))
+            highest = newest
+            if is_damage:
+                highest = 6 if with_index else 2
+            assert writer.highest_epoch == highest
+            source = Source(position=_at(highest))
+            writer.begin(full=True)
+            commit(writer, source.checkpoint(), source.position)
+            commit(writer, source.checkpoint(), source.position)
+        with Store(kept).writer("orders") as writer:
+            assert writer.position == source.position and writer.memory is not None
+            assert writer.memory.tobytes() == memory_at(source.position.epoch).tobytes()
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_an_unfinished_checkpoint_is_cut_off(store: Store, with_index: bool) -> None:
+    """What a primary's or our own death leaves: some bytes of a checkpoint behind the last one."""
+    _, new, source = two_segments(store)
+    data = source.checkpoint()
+    size = new.stat().st_size
+    for cut in [*range(1, len(data), 97), len(data) - 1]:
+        with open(new, "ab") as file:
+            file.write(data[:cut])
+        if not with_index:
+            forget_index(new.parents[1])
+        assert store.history("orders").verify().unfinished_bytes == cut
+        assert store.history("orders").verify().is_good
+        with store.writer("orders") as writer:
+            assert writer.warnings == [] and new.stat().st_size == size
+            assert writer.position is not None and writer.position.epoch == 6 and writer.stream is not None
+    with store.writer("orders") as writer:
+        writer.begin(full=False)
+        commit(writer, data, source.position)
+        assert writer.memory is not None and memory_sha256(writer.memory) == sha(7)
+
+
+def test_a_checkpoint_that_is_durable_and_not_in_the_index(store: Store) -> None:
+    """Death between the sync and the index: it was durable, so it is there."""
+    _, new, source = two_segments(store)
+    with open(new, "ab") as file:
+        file.write(source.checkpoint())
+    history = store.history("orders")
+    assert epochs(history) == list(range(8)) and memory_sha256(history.restore().memory) == sha(7)
+    with store.writer("orders") as writer:
+        assert writer.position == source.position and writer.stream is not None and writer.warnings == []
+        writer.begin(full=False)
+        fill(writer, 1, source)
+        assert epochs(writer.history) == list(range(9))
+
+
+def test_what_a_death_leaves_lying_about_is_removed(store: Store) -> None:
+    two_segments(store)
+    directory = store.directory / "orders"
+    for name in ("incoming-000007.partial", "compacted-000008.partial"):
+        (directory / "segments" / name).write_bytes(b"half")
+    (directory / "warm" / "memory-9.image").write_bytes(b"half")
+    (directory / ".store.json.new").write_bytes(b"{")
+    with store.writer("orders") as writer:
+        assert writer.warnings == [] and writer.image is not None
+        assert len(os.listdir(directory / "segments")) == 2
+        assert os.listdir(directory / "warm") == [writer.image.name]
+        assert writer.image.read_bytes() == memory_at(6).tobytes()
+
+
+def test_a_new_name_whose_creator_died(tmp_path: Path) -> None:
+    for step in ("mkdir", "segments", "lock"):
+        directory = tmp_path / step
+        directory.mkdir()
+        if step != "mkdir":
+            (directory / "segments").mkdir()
+        if step == "lock":
+            (directory / "lock").write_bytes(b"")
+        with Store(tmp_path).writer(step) as writer:
+            fill(writer, 1)
+        assert epochs(Store(tmp_path).history(step)) == [0]
+
+
+# The index
+
+INDEX_FAULTS: dict[str, Callable[[Path], None]] = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(os.urandom(5000)),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut to its head": lambda path: os.truncate(path, 100),
+    "flipped": lambda path: path.write_bytes(_flip(path.read_bytes())),
+    "another program's": lambda path: _sql(path, "PRAGMA user_version = 99"),
+    "without tables": lambda path: _sql(path, "DROP TABLE checkpoints"),
+    "without rows": lambda path: _sql(path, "DELETE FROM checkpoints"),
+    "without the last rows": lambda path: _sql(path, "DELETE FROM checkpoints WHERE epoch > 4"),
+    "without a row in the middle": lambda path: _sql(path, "DELETE FROM checkpoints WHERE epoch = 4"),
+    "without a segment": lambda path: _sql(path, "DELETE FROM segments WHERE size IS NULL"),
+    "wrong offsets": lambda path: _sql(path, 'UPDATE checkpoints SET "end" = "end" + 1, start = start + 1'),
+    "wrong types": lambda path: _sql(path, "UPDATE checkpoints SET digest = x'00'"),
+    "wrong sizes": lambda path: _sql(path, "UPDATE segments SET size = 5"),
+    "a folder": lambda path: (path.unlink(), path.mkdir())[0],
+}
+
+
+def _flip(data: bytes) -> bytes:
+    return bytes(byte ^ 0x55 if number % 97 == 0 else byte for number, byte in enumerate(data))
+
+
+def _sql(path: Path, statement: str) -> None:
+    database = sqlite3.connect(path)
+    with database:
+        database.execute(statement)
+    database.close()
+
+
+@pytest.mark.parametrize("fault", INDEX_FAULTS.values(), ids=INDEX_FAULTS)
+def test_an_index_that_is_wrong_is_made_again(store: Store, fault: Callable[[Path], None]) -> None:
+    _, _, source = two_segments(store)
+    path = store.directory / "orders" / "index.sqlite"
+    fault(path)
+    history = store.history("orders")
+    assert epochs(history) == list(range(7))
+    for epoch in range(7):
+        assert memory_sha256(history.restore(epoch).memory) == sha(epoch)
+    assert history.verify().newest is not None
+    with store.writer("orders") as writer:
+        if path.is_dir():
+            assert len(writer.warnings) == 1
+        else:
+            assert writer.position == source.position
+            assert writer.warnings == []
+        writer.begin(full=False)
+        fill(writer, 2, source)
+        assert epochs(writer.history) == list(range(9))
+    if not path.is_dir():
+        database = sqlite3.connect(path)
+        rows = database.execute("SELECT epoch FROM checkpoints ORDER BY segment, start").fetchall()
+        database.close()
+        assert [epoch for (epoch,) in rows] == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+
+
+# Damage
+
+
+def damage(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_bad_checkpoint_in_the_newest_segment(store: Store, with_index: bool) -> None:
+    """It is named; the newest good one before it is in force; nothing is deleted; only a full copy can follow."""
+    _, new, _ = two_segments(store)
+    entries = {entry.epoch: entry for entry in store.history("orders").entries() if entry.segment == new.name}
+    size = new.stat().st_size
+    if not with_index:
+        forget_index(new.parents[1])
+    kept = store.directory.with_name("kept")
+    store.directory.rename(kept)
+    for epoch in (2, 4, 6):
+        for at in range(entries[epoch].start, entries[epoch].end, 29 if epoch > 2 else 5003):
+            shutil.rmtree(store.directory, ignore_errors=True)
+            shutil.copytree(kept, store.directory)
+            damage(new, at)
+            report = store.history("orders").verify()
+            good = epoch - 1 if epoch > 2 else 2
+            assert report.newest is not None and report.newest.epoch == good
+            # Without an index, a length in the last one that was flipped makes it look like one that never came whole.
+            hidden = not with_index and epoch == 6 and report.is_good
+            if not hidden:
+                (bad,) = report.bad
+                assert (bad.segment, bad.epoch, bad.good) == (new.name, epoch, good), at
+                assert entries[epoch].start <= bad.byte <= size
+                if with_index:
+                    assert bad.unreachable == tuple(range(max(epoch, 3), 7))
+            with store.writer("orders") as writer:
+                assert writer.position is not None and writer.position.epoch == good
+                assert writer.memory is not None and memory_sha256(writer.memory) == sha(good)
+                if hidden:
+                    assert new.stat().st_size == entries[5].end
+                    continue
+                assert writer.stream is None and len(writer.warnings) == 1 and new.name in writer.state.damaged
+                assert new.stat().st_size == size
+                assert not with_index or writer.highest_epoch == 6
+                with pytest.raises(StoreError):
+                    writer.begin(full=False)
+
+
+def test_going_on_after_damage(store: Store) -> None:
+    _, new, _ = two_segments(store)
+    entries = store.history("orders").entries()
+    damage(new, entries[4].start + 40)
+    with store.writer("orders") as writer:
+        assert writer.position is not None and writer.position.epoch == 3 and writer.highest_epoch == 6
+        # What the primary takes for the position before: higher than all that was seen.
+        source = Source(position=_at(6))
+        writer.begin(full=True)
+        for _ in range(3):
+            commit(writer, source.checkpoint(), source.position)
+        assert writer.stream is not None
+    with store.writer("orders") as writer:
+        assert writer.position == source.position and writer.stream is not None
+        assert len(writer.warnings) == 1 and new.name in writer.state.damaged
+        assert epochs(writer.history) == [0, 1, 2, 3, 7, 8, 9]
+        for epoch in (0, 3, 7, 9):
+            assert memory_sha256(writer.history.restore(epoch).memory) == sha(epoch)
+        with pytest.raises(NoCheckpoint):
+            writer.history.restore(5)
+        (bad,) = writer.history.verify().bad
+        assert (bad.epoch, bad.good) == (4, 3)
+
+
+def _at(epoch: int) -> Position:
+    return Position(epoch, bytes(32))
+
+
+def test_restoring_what_has_changed_names_it_and_offers_another(store: Store, tmp_path: Path) -> None:
+    """The index still names it: the bytes are found to be bad when they are read."""
+    _, new, _ = two_segments(store)
+    entries = store.history("orders").entries()
+    damage(new, entries[5].start + 40)
+    history = store.history("orders")
+    for use in (
+        history.restore,
+        lambda at: history.restore_image(tmp_path / "image", at),
+        lambda at: history.export(tmp_path / "stream", at),
+    ):
+        for at in (5, 6, None):
+            with pytest.raises(BadCheckpoint) as caught:
+                use(at)
+            assert (caught.value.segment, caught.value.epoch, caught.value.good) == (new.name, 5, 4)
+            assert caught.value.offset is not None and entries[5].start <= caught.value.offset <= entries[5].end
+            assert caught.value.exit_code == 20
+        assert use(4) is not None
+    damage(new, 0)
+    with pytest.raises(BadCheckpoint) as caught:
+        history.restore(4)
+    assert caught.value.good == 2
+    # The base of the new segment is gone, but the checkpoint stands in the old one too.
+    assert memory_sha256(history.restore(2).memory) == sha(2)
+    assert sorted(os.listdir(tmp_path)) == ["image", "store", "stream"]
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_bad_old_segment(store: Store, with_index: bool) -> None:
+    old, _, source = two_segments(store)
+    damage(old, store.history("orders").entries()[1].start + 20)
+    if not with_index:
+        forget_index(old.parents[1])
+    with store.writer("orders") as writer:
+        # Of an old segment the index is believed; who wants to know asks `verify`.
+        assert bool(writer.warnings) == (not with_index)
+        assert writer.position == source.position and writer.stream is not None
+        writer.begin(full=False)
+        fill(writer, 1, source)
+        (bad,) = writer.history.verify().bad
+        assert (bad.segment, bad.epoch, bad.good) == (old.name, 1, 0)
+        assert bad.unreachable == ((1,) if with_index else ())
+
+
+def test_the_newest_segment_gone(store: Store) -> None:
+    _, new, _ = two_segments(store)
+    new.unlink()
+    assert epochs(store.history("orders")) == [0, 1, 2]
+    with store.writer("orders") as writer:
+        assert writer.position is not None and writer.position.epoch == 2
+        assert len(writer.warnings) == 1 and writer.stream is None and writer.highest_epoch == 6
+    with store.writer("orders") as writer:
+        assert writer.highest_epoch == 6 and writer.stream is None
+
+
+def test_an_old_segment_gone_is_a_pruned_one(store: Store) -> None:
+    old, _, source = two_segments(store)
+    old.unlink()
+    assert epochs(store.history("orders")) == [2, 3, 4, 5, 6]
+    with store.writer("orders") as writer:
+        assert writer.warnings == [] and writer.position == source.position and writer.stream is not None
+
+
+# store.json
+
+STATE_FAULTS: dict[str, Callable[[Path], object]] = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(os.urandom(300)),
+    "cut": lambda path: os.truncate(path, 20),
+    "a list": lambda path: path.write_text("[1]"),
+    "later format": lambda path: _change(path, format=2),
+    "no format": lambda path: _change(path, format=None),
+    "term of text": lambda path: _change(path, term="1"),
+    "negative term": lambda path: _change(path, term=-1),
+    "role": lambda path: _change(path, role="boss"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "large": lambda path: path.write_text("{}" + " " * (2 << 20)),
+}
+
+
+def _change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("fault", STATE_FAULTS.values(), ids=STATE_FAULTS)
+def test_a_state_that_cannot_be_read(store: Store, fault: Callable[[Path], object]) -> None:
+    old, new, _ = two_segments(store)
+    sizes = old.stat().st_size, new.stat().st_size
+    path = store.directory / "orders" / "store.json"
+    good = path.read_bytes()
+    fault(path)
+    with pytest.raises(StoreError):
+        store.history("orders")
+    with pytest.raises(StoreError):
+        store.writer("orders")
+    assert (old.stat().st_size, new.stat().st_size) == sizes
+    path.write_bytes(good)
+    assert epochs(store.history("orders")) == list(range(7))
+
+
+def test_a_segment_of_another_shape_is_not_taken_for_ours(store: Store) -> None:
+    """Somebody has put a foreign stream among the segments."""
+    _, new, source = two_segments(store)
+    (new.parent / "00000000000000000009-000009.remus").write_bytes(s.small_hvm(8))
+    with store.writer("orders") as writer:
+        assert writer.position == source.position and writer.stream is None and len(writer.warnings) == 1
+    assert epochs(store.history("orders")) == list(range(7))
+
+
+def test_writers_that_come_and_go(store: Store) -> None:
+    source: Source | None = None
+    for number in range(6):
+        writer: HistoryWriter = store.writer("orders")
+        if source is None:
+            source = fill(writer, 1)
+        else:
+            writer.begin(full=False)
+            fill(writer, 2, source)
+            if number % 2:
+                writer.compact(wait=True)
+        assert writer.memory is not None and memory_sha256(writer.memory) == sha(source.position.epoch)
+        assert writer.warnings == []
+        writer.close()
+        writer.close()
+    assert epochs(store.history("orders")) == list(range(11))
+
+
+def test_malformed_is_no_store_error() -> None:
+    """Callers tell the peer's fault from the disk's by the type."""
+    assert issubclass(BadCheckpoint, Malformed) and not issubclass(BadCheckpoint, StoreError)
