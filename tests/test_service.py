@@ -210,6 +210,21 @@ def test_what_was_sent_and_never_arrived_comes_again(tmp_path: Path) -> None:
     assert [commit.position for commit in memory.commits] == [entry.position for entry in found]
 
 
+@pytest.mark.parametrize("side", ["near", "far"])
+def test_a_bit_that_changes_on_its_way_costs_a_link_and_no_more(tmp_path: Path, side: str) -> None:
+    with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
+        with Memory(proxy.address) as memory:
+            memory.step(0)
+            proxy.flips.add(side)
+            memory.step(1)
+            until(lambda: not proxy.flips)
+            memory.step(2)
+            memory.step(3)
+            assert proxy.connections == 2
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+        assert [commit.position for commit in memory.commits] == [entry.position for entry in entries(tmp_path / "store")]
+
+
 def test_acknowledgements_that_never_arrive(tmp_path: Path) -> None:
     """The backup holds more than the primary knows: it is told at the next hello, and it is committed then."""
     with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:

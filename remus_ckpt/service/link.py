@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
+from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
 from remus_ckpt.service.transport import Connection
@@ -189,6 +189,10 @@ class Link:
                         finally:
                             self._sending.release()
                     beat = now + period
+        except StreamError as error:
+            # Bytes may have changed on their way: another link may be well (specs/session.md §7).
+            self._complain(error)
+            self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
         except RemusError as error:
             self._fail(error)
         except TimeoutError:
@@ -212,6 +216,16 @@ class Link:
                 raise Refused(f"{self.peer}: {event.message}", code=event.code)
             case Goodbye():
                 raise LinkError(f"{self.peer} has said goodbye: {event.reason}")
+
+    def _complain(self, error: StreamError) -> None:
+        """Tell the backup what was wrong with its bytes, where no other data stand in the way."""
+        if self._sending.acquire(blocking=False):
+            try:
+                with suppress(RemusError, TimeoutError, ValueError):
+                    message = Error(code="malformed", message=str(error), offset=error.offset)
+                    self._connection.send(self._session.send(message), 1.0)
+            finally:
+                self._sending.release()
 
     def _fail(self, error: RemusError) -> None:
         if self._error is None and not self._closing:
