@@ -128,11 +128,17 @@ class Link:
         self.check()
         self._chooser.look(self._pending)
         with self._sending:
-            frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
-            for message in messages:
-                frames += self._session.send(message)
-                if isinstance(message, Commit):
-                    self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
+            try:
+                frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
+                for message in messages:
+                    frames += self._session.send(message)
+            except ValueError:
+                # The listening thread has read, since we checked, what ended the session, or has ended it.
+                if self._session.ended:
+                    raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
+                raise
+            if messages and isinstance(message := messages[-1], Commit):
+                self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
             self._send(frames)
         self._pending = []
         self._pending_bytes = 0
@@ -144,12 +150,16 @@ class Link:
     def _send(self, frames: list[Buffer]) -> None:
         try:
             self._connection.send(frames, getattr(self, "_lease_s", _HANDSHAKE_S))
-        except (LinkError, TimeoutError) as error:
-            # What the other side said before it closed is the better reason.
-            if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join(1.0)
-            self.check()
-            raise error if isinstance(error, LinkError) else LinkError(f"{self.peer} takes no more data") from error
+        except LinkError as error:
+            raise self._reason(error) from error
+        except TimeoutError as error:
+            raise self._reason(LinkError(f"{self.peer} takes no more data")) from error
+
+    def _reason(self, otherwise: LinkError) -> RemusError:
+        """What the other side said before it closed, which is the better reason."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+        return self._error or otherwise
 
     # What comes back
 
