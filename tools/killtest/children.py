@@ -36,6 +36,7 @@ from remus_ckpt.store import HistoryWriter, Retention, Store
 
 PRIMARY_PHASES = ("starting", "connect", "capture", "paused", "encode", "send", "sent")
 BACKUP_PHASES = (
+    "started",
     "opening",
     "listening",
     "receiving",
@@ -47,6 +48,7 @@ BACKUP_PHASES = (
     "pruning",
 )
 PHASES = (*PRIMARY_PHASES, *BACKUP_PHASES)
+FIRST_PHASES = {"primary": PRIMARY_PHASES[0], "backup": BACKUP_PHASES[0]}
 MARK = "REMUS_KILLTEST"
 """An environment variable: what the children start themselves, such as guards, is found by it."""
 CLEAN, BROKEN, FENCED = 1, 2, 3
@@ -64,12 +66,13 @@ class Board:
         self._words = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("q")
 
     @classmethod
-    def create(cls) -> Board:
-        """A new one; it is freed with its descriptor and the object."""
+    def create(cls, phase: str) -> Board:
+        """A new one, in that phase; it is freed with its descriptor and the object."""
         fd = os.memfd_create("board", os.MFD_CLOEXEC)
         os.ftruncate(fd, mmap.PAGESIZE)
         board = cls(fd)
         board.wish(None, 0.0)
+        board.report(phase, 0)
         return board
 
     # The child's part
@@ -203,6 +206,7 @@ def run_backup(args: dict[str, Any], board: Board, channel: socket.socket) -> in
     """A backup on a port of its own choice, which it tells."""
     stop = StopSignal()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    board.report("opening", 0)
     backup = Backup(
         _EagerStore(args["store"], args["compact_checkpoints"]),
         ["tcp://127.0.0.1:0"],
@@ -296,7 +300,7 @@ class Child:
 
     def __init__(self, nursery: Nursery, kind: str, args: dict[str, Any], log: Path) -> None:
         self.kind = kind
-        self.board = Board.create()
+        self.board = Board.create(FIRST_PHASES.get(kind, PHASES[0]))
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(log, "ab") as file:
             self.pid, self._pidfd = nursery.start(

@@ -234,6 +234,7 @@ class Proxy:
             changed = bytearray(data)
             changed[self._draw.randrange(len(data))] ^= 1 << self._draw.randrange(8)
             data = bytes(changed)
+            self.flips.append(Flip(pair, direction))
         elif what == "truncate":
             data = data[: self._draw.randrange(len(data))]
         try:
@@ -241,9 +242,7 @@ class Proxy:
         except OSError:
             pair.end("server" if direction == "up" else "client")
             return False
-        if what == "flip":
-            self.flips.append(Flip(pair, direction))
-        elif what == "truncate":
+        if what == "truncate":
             pair.end("harness")
             with suppress(OSError):
                 target.shutdown(socket.SHUT_WR)
