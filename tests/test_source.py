@@ -111,6 +111,31 @@ def test_a_process_is_recorded_by_one(sleeper: subprocess.Popen[bytes]) -> None:
     Processes([sleeper.pid]).close()
 
 
+def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[bytes]) -> None:
+    """One that dies just after it told its guard of a pause: the guard's SIGCONT must not end the next one's pause."""
+    code = (
+        "import os, signal, sys\n"
+        "from remus_ckpt.source.processes import Processes\n"
+        "processes = Processes([int(sys.argv[1])])\n"
+        "print(processes._guard.process.pid, flush=True)\n"
+        "os.kill(processes._guard.process.pid, signal.SIGSTOP)\n"
+        "processes._guard.stopping()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
+        assert recorder.stdout is not None
+        guard = int(recorder.stdout.readline())
+    assert recorder.returncode == -signal.SIGKILL
+    with pytest.raises(SourceError):
+        Processes([sleeper.pid])
+    os.kill(guard, signal.SIGCONT)
+    processes = Processes([sleeper.pid])
+    processes.stop()
+    assert wait_for(lambda: not Path(f"/proc/{guard}").exists() or process_state(guard) == "Z")
+    assert process_state(sleeper.pid) == "T"
+    processes.close()
+
+
 def test_a_process_that_is_stopped_already_is_left_alone(sleeper: subprocess.Popen[bytes]) -> None:
     os.kill(sleeper.pid, signal.SIGSTOP)
     assert wait_for(lambda: process_state(sleeper.pid) == "T")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
+from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
 from remus_ckpt.service.transport import Connection
@@ -133,14 +133,12 @@ class Link:
                 for message in messages:
                     frames += self._session.send(message)
             except ValueError:
-                # The other side has ended the session in this instant, and the thread that heard it says why.
-                if self._thread is not None:
-                    self._thread.join(1.0)
-                self.check()
+                # The listening thread has read, since we checked, what ended the session, or has ended it.
+                if self._session.ended:
+                    raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
-            for message in messages:
-                if isinstance(message, Commit):
-                    self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
+            if messages and isinstance(message := messages[-1], Commit):
+                self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
             self._send(frames)
         self._pending = []
         self._pending_bytes = 0
@@ -152,12 +150,16 @@ class Link:
     def _send(self, frames: list[Buffer]) -> None:
         try:
             self._connection.send(frames, getattr(self, "_lease_s", _HANDSHAKE_S))
-        except (LinkError, TimeoutError) as error:
-            # What the other side said before it closed is the better reason.
-            if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join(1.0)
-            self.check()
-            raise error if isinstance(error, LinkError) else LinkError(f"{self.peer} takes no more data") from error
+        except LinkError as error:
+            raise self._reason(error) from error
+        except TimeoutError as error:
+            raise self._reason(LinkError(f"{self.peer} takes no more data")) from error
+
+    def _reason(self, otherwise: LinkError) -> RemusError:
+        """What the other side said before it closed, which is the better reason."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+        return self._error or otherwise
 
     # What comes back
 
@@ -197,6 +199,10 @@ class Link:
                         finally:
                             self._sending.release()
                     beat = now + period
+        except StreamError as error:
+            # Bytes may have changed on their way: another link may be well (specs/session.md §7).
+            self._complain(error)
+            self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
         except RemusError as error:
             self._fail(error)
         except TimeoutError:
@@ -220,6 +226,16 @@ class Link:
                 raise Refused(f"{self.peer}: {event.message}", code=event.code)
             case Goodbye():
                 raise LinkError(f"{self.peer} has said goodbye: {event.reason}")
+
+    def _complain(self, error: StreamError) -> None:
+        """Tell the backup what was wrong with its bytes, where no other data stand in the way."""
+        if self._sending.acquire(blocking=False):
+            try:
+                with suppress(RemusError, TimeoutError, ValueError):
+                    message = Error(code="malformed", message=str(error), offset=error.offset)
+                    self._connection.send(self._session.send(message), 1.0)
+            finally:
+                self._sending.release()
 
     def _fail(self, error: RemusError) -> None:
         if self._error is None and not self._closing:

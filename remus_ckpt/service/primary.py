@@ -73,6 +73,8 @@ class Primary:
     device_state: called in each pause, for what goes with the checkpoint
     on_commit: called for each commit, in order, in a thread of its own
     on_paused: called with the epoch while the source is paused
+    on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
+        capture
     """
 
     def __init__(
@@ -289,6 +291,7 @@ class Primary:
             link.close()
             raise
         self._link = link
+        self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
         if self._compression not in ("auto", "none", *link.welcome.compressions):
             log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
@@ -383,6 +386,7 @@ class Primary:
             interval_s=self._interval_s,
             duration_s=duration_s,
             device_state=self._device_state,
+            on_capture=lambda epoch: self._phase("capture", epoch),
             on_paused=self._on_paused,
             stop=self._stop,
         )
@@ -406,7 +410,7 @@ class Primary:
             raise LinkError("there is no link")
         if not self._began:
             self._began = time.monotonic()
-            self._phase("send", 0)
+            self._phase("send", 0 if self._sender is None else self._sender.next_epoch)
         self._link.write(buffers)
 
     def commit(self, sent: Sent) -> None:
