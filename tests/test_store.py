@@ -696,3 +696,45 @@ def test_a_segment_that_is_being_read_may_be_pruned(store: Store) -> None:
         writer.prune(Retention(count=1))
         with pytest.raises(NoCheckpoint):
             history.restore(entry.epoch)
+
+
+def test_order_of_what_reaches_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """specs/store.md §6.1: a kill cannot show that a sync is missing, so what is asked of the system is watched."""
+    asked: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(os, name)
+
+        def watched(*arguments: Any) -> Any:
+            subject = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{subject}") if isinstance(subject, int) else str(subject)
+            if "/segments" in path:
+                kind = "directory" if path.endswith("/segments") else "partial" if ".partial" in path else "segment"
+                asked.append(f"{name} {kind}")
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+
+    with store.writer("orders", on_phase=lambda phase, epoch: asked.append(phase)) as writer:
+        for name in ("writev", "fdatasync", "fsync", "rename", "ftruncate", "pwrite"):
+            watch(name)
+        source = Source()
+        writer.begin(full=True)
+        commit(writer, source.checkpoint(), source.position)
+        base = ["writev partial", "staged", "fdatasync partial", "rename partial", "fsync directory", "stored"]
+        assert asked == [*base, "applying", "applied"]
+        asked.clear()
+        commit(writer, source.checkpoint(), source.position)
+        assert asked == ["writev segment", "staged", "fdatasync segment", "stored", "applying", "applied"]
+        asked.clear()
+        writer.feed(b"\1\0\0")
+        writer.abandon()
+        assert asked == ["writev segment", "ftruncate segment", "fdatasync segment"]
+        asked.clear()
+        writer.compact(wait=True)
+        assert asked[-4:] == ["fdatasync partial", "rename partial", "fsync directory", "compacted"]
+        assert set(asked[:-4]) == {"compacting", "writev partial", "fdatasync partial"}
+        assert asked[-5] == "writev partial"
+        asked.clear()
+        writer.prune(Retention(count=1))
+        assert asked == ["pruning", "fsync directory"]
