@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import streams as s
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from store_support import PAGES, Source, commit, fill, memory_at, sha
 
 from remus_ckpt import read_checkpoints
@@ -363,6 +365,22 @@ def test_limits_hold(store: Store) -> None:
         assert caught.value.limit == "memory_bytes"
 
 
+def test_a_base_without_end(store: Store) -> None:
+    """One page, again and again: the disk is not filled with it."""
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        writer.feed(s.hvm_header(8, 1))
+        pages = s.batch(8, [s.entry(0)] * 1024, *[s.page(1)] * 1024)
+        sent = 0
+        with pytest.raises(Malformed) as caught:
+            while sent < 100 << 20:
+                writer.feed(pages)
+                sent += len(pages)
+        assert caught.value.section == "store.md §4.2" and sent > 60 << 20
+        writer.abandon()
+        assert files(writer.history) == []
+
+
 def test_flipped_bits_are_found_and_dropped(store: Store) -> None:
     with store.writer("orders") as writer:
         source = fill(writer, 2)
@@ -381,6 +399,31 @@ def test_flipped_bits_are_found_and_dropped(store: Store) -> None:
         writer.begin(full=False)
         commit(writer, data, source.position)
         assert memory_sha256(writer.memory) == sha(2)
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=200), st.integers(0, 2), st.data())
+def test_garbage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, good: int, data: st.DataObject) -> None:
+    """Nothing but our own errors, and what was there stays."""
+    store = Store(tmp_path_factory.mktemp("garbage"))
+    with store.writer("orders") as writer:
+        source = Source(pages=4)
+        writer.begin(full=True)
+        fill(writer, good, source)
+        whole = source.checkpoint()
+        at = data.draw(st.integers(0, len(whole)))
+        try:
+            writer.feed(whole[:at] + garbage)
+            writer.check(source.position)
+        except StreamError:
+            writer.abandon()
+            assert epochs(writer.history) == list(range(good))
+            writer.begin(full=not good)
+            writer.feed(whole)
+            writer.check(source.position)
+        writer.store()
+        writer.apply()
+        assert writer.memory is not None and memory_sha256(writer.memory) == sha(good, 4)
 
 
 # Looking for one
@@ -653,3 +696,45 @@ def test_a_segment_that_is_being_read_may_be_pruned(store: Store) -> None:
         writer.prune(Retention(count=1))
         with pytest.raises(NoCheckpoint):
             history.restore(entry.epoch)
+
+
+def test_order_of_what_reaches_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """specs/store.md §6.1: a kill cannot show that a sync is missing, so what is asked of the system is watched."""
+    asked: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(os, name)
+
+        def watched(*arguments: Any) -> Any:
+            subject = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{subject}") if isinstance(subject, int) else str(subject)
+            if "/segments" in path:
+                kind = "directory" if path.endswith("/segments") else "partial" if ".partial" in path else "segment"
+                asked.append(f"{name} {kind}")
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+
+    with store.writer("orders", on_phase=lambda phase, epoch: asked.append(phase)) as writer:
+        for name in ("writev", "fdatasync", "fsync", "rename", "ftruncate", "pwrite"):
+            watch(name)
+        source = Source()
+        writer.begin(full=True)
+        commit(writer, source.checkpoint(), source.position)
+        base = ["writev partial", "staged", "fdatasync partial", "rename partial", "fsync directory", "stored"]
+        assert asked == [*base, "applying", "applied"]
+        asked.clear()
+        commit(writer, source.checkpoint(), source.position)
+        assert asked == ["writev segment", "staged", "fdatasync segment", "stored", "applying", "applied"]
+        asked.clear()
+        writer.feed(b"\1\0\0")
+        writer.abandon()
+        assert asked == ["writev segment", "ftruncate segment", "fdatasync segment"]
+        asked.clear()
+        writer.compact(wait=True)
+        assert asked[-4:] == ["fdatasync partial", "rename partial", "fsync directory", "compacted"]
+        assert set(asked[:-4]) == {"compacting", "writev partial", "fdatasync partial"}
+        assert asked[-5] == "writev partial"
+        asked.clear()
+        writer.prune(Retention(count=1))
+        assert asked == ["pruning", "fsync directory"]

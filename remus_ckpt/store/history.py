@@ -16,7 +16,7 @@ from remus_ckpt.errors import BadCheckpoint, NoCheckpoint, StoreError, StreamErr
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
-from remus_ckpt.store.disk import appearing, guarding, write_all
+from remus_ckpt.store.disk import appearing, guarding, sync_directory, write_all
 from remus_ckpt.store.hashing import HashThread
 from remus_ckpt.store.segments import Contents, Entry, Nowhere, holds_a_record, list_segments, replay, scan
 from remus_ckpt.store.state import State, load_state
@@ -156,7 +156,7 @@ class History:
 
     # Reading back
 
-    def restore(self, at: int | datetime | None = None, *, progress: Progress | None = None) -> Checkpoint:
+    def restore(self, at: int | datetime | None = None, progress: Progress | None = None) -> Checkpoint:
         """A checkpoint with its memory, in this process.
 
         Raises NoCheckpoint, BadCheckpoint where it has changed on disk, StoreError.
@@ -167,8 +167,8 @@ class History:
         self,
         path: str | Path,
         at: int | datetime | None = None,
-        *,
         progress: Progress | None = None,
+        *,
         sync: bool = True,
     ) -> Checkpoint:
         """A checkpoint's memory as a file of mode 0600, zero pages as holes. The file appears when it is whole.
@@ -188,6 +188,8 @@ class History:
                 home.sync()
             with guarding(target):
                 os.replace(temporary, target)
+                if sync:
+                    sync_directory(target.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -195,7 +197,7 @@ class History:
             home.close()
         return checkpoint
 
-    def export(self, path: str | Path, at: int | datetime | None = None, *, progress: Progress | None = None) -> Entry:
+    def export(self, path: str | Path, at: int | datetime | None = None, progress: Progress | None = None) -> Entry:
         """A segment up to a checkpoint, checked, as a file of mode 0600 or, for "-", to standard output: a save stream.
 
         Raises as `restore`.
@@ -237,13 +239,11 @@ class History:
                 restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
                 fault: StreamError | None = None
                 try:
-                    for staged in replay(fd, restorer, end=entry.end):
+                    for _ in replay(fd, restorer, end=entry.end, advance=progress):
                         if isinstance(home, Nowhere):
                             restorer.skip()
                         else:
                             restorer.commit()
-                        if progress is not None:
-                            progress(staged.end)
                 except StreamError as error:
                     fault = error
         except OSError as error:
@@ -273,7 +273,7 @@ class History:
             section="store.md §4.3" if fault is None else fault.section,
         )
 
-    def verify(self, *, progress: Progress | None = None) -> Report:
+    def verify(self, progress: Progress | None = None) -> Report:
         """Read back every checkpoint, and check every byte of it. Raises StoreError where a file cannot be read."""
         indexed = index.read_index(self.directory / index.FILE) or {}
         names = list_segments(self.directory)

@@ -44,6 +44,8 @@ LOCK = "lock"
 WARM = "warm"
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
+_BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
+"""What a base may have: a first copy goes over memory more than once, but never so often."""
 _NOT_OURS = (
     events.FileHeader,
     events.VcpuInfo,
@@ -450,6 +452,13 @@ class HistoryWriter:
             self._read(chain)
 
     def _write(self, chain: _Chain, data: Buffer) -> None:
+        if chain is not self._chain:
+            most = _BASE_COPIES * chain.restorer.memory.nbytes + _BASE_EXTRA_BYTES
+            if chain.written + len(data) > most:
+                self._failed = True
+                raise Malformed(
+                    f"a base of more than {most} bytes", offset=chain.written, section="store.md §4.2", chunk="base"
+                )
         try:
             with guarding(chain.path):
                 chain.written += write_all(chain.fd, [data])
