@@ -118,27 +118,27 @@ class Link:
         self._pending += buffers
         self._pending_bytes += sum(len(buffer) for buffer in buffers)
         if self._pending_bytes >= _FLUSH_BYTES:
-            self._flush([])
+            self._flush()
 
     def commit(self, message: Commit) -> None:
         """The end of a checkpoint."""
-        self._flush([message])
+        self._flush(message)
 
-    def _flush(self, messages: list[Message]) -> None:
+    def _flush(self, commit: Commit | None = None) -> None:
         self.check()
         self._chooser.look(self._pending)
         with self._sending:
             try:
                 frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
-                for message in messages:
-                    frames += self._session.send(message)
+                if commit is not None:
+                    frames += self._session.send(commit)
             except ValueError:
                 # The listening thread has read, since we checked, what ended the session, or has ended it.
                 if self._session.ended:
                     raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
-            if messages and isinstance(message := messages[-1], Commit):
-                self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
+            if commit is not None:
+                self._probe = commit.position, sum(len(frame) for frame in frames), time.monotonic()
             self._send(frames)
         self._pending = []
         self._pending_bytes = 0

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -30,8 +29,8 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from killtest import run  # noqa: E402
-from killtest.children import BACKUP_PHASES, PRIMARY_PHASES  # noqa: E402
+from killtest import run
+from killtest.children import BACKUP_PHASES, PRIMARY_PHASES
 
 TRIES = 5
 """More runs for each phase that was missed."""
@@ -39,11 +38,15 @@ TRIES = 5
 
 def main() -> int:
     """Run it."""
-    parser = argparse.ArgumentParser(prog="killtest", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="killtest", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, help="by default a random one; it is printed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--only", choices=run.TARGETS, metavar="PHASE", help=f"aim all at one of {', '.join(run.TARGETS)}")
+    parser.add_argument(
+        "--only", choices=run.TARGETS, metavar="PHASE", help=f"aim all at one of {', '.join(run.TARGETS)}"
+    )
     parser.add_argument("--run", type=int, help="this one alone")
     parser.add_argument("--keep", type=Path, help="where the directories of runs lie; those that failed stay")
     parser.add_argument("--json", action="store_true", help="all results, for machines")

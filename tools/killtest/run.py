@@ -8,19 +8,16 @@ import os
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from killtest.children import (
-    BACKUP_PHASES,
     CLEAN,
     FENCED,
     PRIMARY_PHASES,
@@ -31,7 +28,6 @@ from killtest.children import (
 )
 from killtest.proxy import Direction, Proxy
 from remus_ckpt.demo.ledger import BYTES, Ledger
-from remus_ckpt.errors import RemusError
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.service.control import ask
 from remus_ckpt.service.transport import Address, connect
@@ -357,7 +353,9 @@ class Run:
         self._start_worker()
         self._start_backup()
         self._start_primary()
-        kinds = [draw.choice(KINDS) for _ in range(draw.choice([0, 1, 1, 2]) if self._aim else draw.choice([1, 1, 2, 3]))]
+        kinds = [
+            draw.choice(KINDS) for _ in range(draw.choice([0, 1, 1, 2]) if self._aim else draw.choice([1, 1, 2, 3]))
+        ]
         if self._aim:
             if self._aim not in ("capture", "paused", "encode", "send", "receiving", "staged"):
                 self._await(0)
@@ -604,7 +602,9 @@ class Run:
         entries = {entry.epoch: entry.position.digest.hex() for entry in history.entries()}
         oldest = min(entries, default=0)
         if self._retain is None and oldest != 0 and self._truth.commits and self._truth.commits[0][1] < oldest:
-            self._fail(f"epoch {self._truth.commits[0][1]} was committed; all was to be kept, and the oldest is {oldest}")
+            self._fail(
+                f"epoch {self._truth.commits[0][1]} was committed; all was to be kept, and the oldest is {oldest}"
+            )
         if self._retain is not None and len(entries) < min(self._retain, result.commits):
             self._fail(f"{len(entries)} checkpoints are kept of {self._retain}")
         for _, epoch, digest in self._truth.commits:
@@ -612,7 +612,9 @@ class Run:
                 self._fail(f"epoch {epoch} was reported as committed; the store has {entries.get(epoch)} for {digest}")
         newest = self._truth.newest_commit
         if newest >= 0 and newest not in entries:
-            self._fail(f"the newest committed epoch {newest} is not in the store, which ends at {max(entries, default=-1)}")
+            self._fail(
+                f"the newest committed epoch {newest} is not in the store, which ends at {max(entries, default=-1)}"
+            )
         elif newest >= 0:
             checkpoint = history.restore(newest)
             self._check_memory(checkpoint.memory, checkpoint.device_state.hex(), newest)
