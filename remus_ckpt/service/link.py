@@ -67,6 +67,7 @@ class Link:
         self.peer_status: dict[str, Any] = {}
         """What the backup last said of itself."""
         self._heard = time.monotonic()
+        self._lease_s = _HANDSHAKE_S  # until the welcome says better
         self._closing = False
         self._counted = 0
         self._thread: threading.Thread | None = None
@@ -149,7 +150,7 @@ class Link:
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
-            self._connection.send(frames, getattr(self, "_lease_s", _HANDSHAKE_S))
+            self._connection.send(frames, self._lease_s)
         except LinkError as error:
             raise self._reason(error) from error
         except TimeoutError as error:
