@@ -9,13 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
+from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
 from remus_ckpt.service.transport import Connection
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import (
-    VERSION,
     Ack,
     Begin,
     Commit,
@@ -29,9 +28,7 @@ from remus_ckpt.wire.session import (
 )
 
 _FLUSH_BYTES = 1 << 20
-_HANDSHAKE_S = 10.0
-_MAX_HANDSHAKE_S = 600.0
-"""A backup may have to read back its store before it can say where it stands; it sends heartbeats meanwhile."""
+_WELCOME_S = 30.0
 
 
 class Link:
@@ -64,10 +61,8 @@ class Link:
         self._error: RemusError | None = None
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable once the session has failed."""
-        self.peer_status: dict[str, Any] = {}
-        """What the backup last said of itself."""
         self._heard = time.monotonic()
-        self._lease_s = _HANDSHAKE_S  # until the welcome says better
+        self._lease_s = _WELCOME_S  # until the welcome says better
         self._closing = False
         self._counted = 0
         self._thread: threading.Thread | None = None
@@ -91,20 +86,15 @@ class Link:
         return self._counted - before
 
     def _await_welcome(self) -> Welcome:
-        first = time.monotonic()
+        deadline = time.monotonic() + _WELCOME_S
         while True:
             event = self._session.next_event()
             if isinstance(event, Welcome):
-                if event.version != VERSION:
-                    raise Malformed("the backup speaks a version that was not offered", section="session.md §3")
                 return event
             if event is not None:
                 self._take(event)
-                continue
-            now = time.monotonic()
-            if now - max(self._heard, first) > _HANDSHAKE_S or now - first > _MAX_HANDSHAKE_S:
-                raise LinkError(f"{self.peer} took the connection and does not answer")
-            self._receive(_HANDSHAKE_S)
+            elif not self._receive(max(deadline - time.monotonic(), 0.0)):
+                raise LinkError(f"{self.peer} took the connection and has not answered in {_WELCOME_S:g} s")
 
     # What goes out
 
@@ -219,8 +209,6 @@ class Link:
                 if event.level == "received" and event.position == position:
                     self._chooser.received(size, time.monotonic() - begin)
                 self._on_ack(event)
-            case Heartbeat():
-                self.peer_status = event.status
             case Error(code="fenced"):
                 raise Fenced(event.message, term=event.term or 0)
             case Error():
