@@ -426,6 +426,31 @@ def test_garbage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, good:
         assert writer.memory is not None and memory_sha256(writer.memory) == sha(good, 4)
 
 
+def test_where_in_a_checkpoint_a_fault_is(store: Store) -> None:
+    """Whatever lies before it: a compaction, another process."""
+    source = Source()
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        assert writer.coming_start == 0
+        fill(writer, 3, source)
+        writer.compact(wait=True)
+        fill(writer, 1, source)
+    with store.writer("orders") as writer:
+        writer.begin(full=False)
+        good = source.checkpoint()
+        for fault, at in ((b"\xff\xff\xff\x7f" + good[4:], 0), (good[:-32] + bytes(32), None)):
+            writer.begin(full=False)
+            with pytest.raises(Malformed) as caught:
+                writer.feed(fault)
+            assert caught.value.offset is not None
+            byte = caught.value.offset - writer.coming_start
+            assert byte == at if at is not None else 0 < byte < len(good)
+        writer.begin(full=False)
+        writer.feed(good)
+        staged = writer.check(source.position)
+        assert writer.coming_start == staged.start and staged.end - staged.start == len(good)
+
+
 # Looking for one
 
 
