@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -21,6 +21,7 @@ from remus_ckpt.errors import Malformed, RemusError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer
 from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.sender import Sent
 from remus_ckpt.wire import events
 from remus_ckpt.wire.dialect import DETECT_BYTES, Dialect, detect_header
 from remus_ckpt.wire.reader import NEED_DATA
@@ -231,9 +232,16 @@ class StreamWriter:
             if size:
                 left[0] = left[0][size:]
 
-    def commit(self) -> None:
+    def commit(self, sent: Sent) -> None:
         """What is written is a whole checkpoint."""
         self.committed = self.written
+
+    def fds(self) -> Sequence[int]:
+        """None: a file has nothing to say between two checkpoints."""
+        return ()
+
+    def check(self) -> None:
+        """A file has nothing to say between two checkpoints."""
 
     def close(self) -> None:
         """Cut off what is no whole checkpoint, and close."""

@@ -26,6 +26,8 @@ class Limits:
     toolstack_bytes: int = 16 * MIB
     hvm_context_bytes: int = 64 * MIB
     device_state_bytes: int = 256 * MIB
+    manifest_bytes: int = 16 * MIB
+    """The names, dtypes and shapes of the buffers in a memory (specs/manifest.md §1); part of the device state."""
     tmem_bytes: int = 64 * MIB
     """One TMEM chunk, its pages included."""
     file_header_bytes: int = 16 * MIB

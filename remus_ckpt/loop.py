@@ -9,17 +9,16 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from remus_ckpt.codec.scan import dirty_pages, gather
-from remus_ckpt.files import StreamWriter
 from remus_ckpt.memory import zeros
-from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches
+from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source
 
@@ -37,6 +36,22 @@ class Taken:
     """Of the pause: encoding and writing, which only a bounded capture does there."""
     encode_s: float
     """Encoding and writing outside the pause."""
+
+
+class Output(Protocol):
+    """Where checkpoints go: a file, or a link to a backup."""
+
+    def write(self, buffers: list[Buffer]) -> None:
+        """Take all of the buffers; they may be written to when it returns."""
+
+    def commit(self, sent: Sent) -> None:
+        """What was written since the last one is a whole checkpoint. May wait before it takes the next."""
+
+    def fds(self) -> Sequence[int]:
+        """Descriptors that become readable when there is something that `check` raises."""
+
+    def check(self) -> None:
+        """Raise what has happened to it meanwhile."""
 
 
 class StopSignal:
@@ -62,6 +77,8 @@ class CheckpointLoop:
     interval_s: running time of the source between two pauses
     duration_s: how long in all, None for no end
     bounded: hold one page buffer of the capture at most; encoding and writing then happen in the pause
+    device_state: called while the source is paused, for what goes with each checkpoint
+    on_capture: called with the epoch just before the source is paused
     on_paused: called with the epoch while the source is paused, after the capture
     """
 
@@ -69,11 +86,13 @@ class CheckpointLoop:
         self,
         source: Source,
         sender: Sender,
-        output: StreamWriter,
+        output: Output,
         *,
         interval_s: float = 0.025,
         duration_s: float | None = None,
         bounded: bool = False,
+        device_state: Callable[[], bytes] = bytes,
+        on_capture: Callable[[int], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         stop: StopSignal | None = None,
     ) -> None:
@@ -83,6 +102,9 @@ class CheckpointLoop:
         self._interval_s = interval_s
         self._duration_s = duration_s
         self._bounded = bounded
+        self._device_state = device_state
+        self._state = b""
+        self._on_capture = on_capture
         self._on_paused = on_paused
         self._stop = stop
         self._capture: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
@@ -100,7 +122,7 @@ class CheckpointLoop:
             if not self._source.alive():
                 self.ended = "source gone"
                 return
-            yield self._take()
+            yield self.take()
             left = None if self._duration_s is None else begin + self._duration_s - time.monotonic()
             if left is not None and left <= self._interval_s:
                 self._wait(left)
@@ -114,7 +136,7 @@ class CheckpointLoop:
         """Sleep, but wake for a stop and for a death."""
         poll = select.poll()
         deadline = time.monotonic() + seconds
-        for fd in self._source.death_fds():
+        for fd in (*self._source.death_fds(), *self._output.fds()):
             poll.register(fd, select.POLLIN)
         if self._stop is not None:
             poll.register(self._stop.fd, select.POLLIN)
@@ -126,18 +148,22 @@ class CheckpointLoop:
                 time.sleep(left)
         if self._stop is not None and self._stop.is_set:
             self.ended = "stopped"
+        self._output.check()
 
-    def _take(self) -> Taken:
-        epoch = 0 if self._sender.position is None else self._sender.position.epoch + 1
+    def take(self) -> Taken:
+        """One checkpoint, now. Raises as `run` does."""
+        epoch = self._sender.next_epoch
         pause = _Pause(self._source, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
             # Each group of buffers has been encoded and is written while the scan stands still.
-            for group in self._sender.checkpoint(self._scan(pause), time_ns=time.time_ns()):
+            for group in self._sender.checkpoint(
+                self._scan(pause), device_state=lambda: self._state, time_ns=time.time_ns()
+            ):
                 self._output.write(group)
         finally:
             pause.end()
-        self._output.commit()
         assert self._sender.sent is not None
+        self._output.commit(self._sender.sent)
         encode_s = time.monotonic() - pause.ended_at
         blocked_s = max(pause.seconds - pause.capture_s, 0.0) if self._bounded else 0.0
         return Taken(self._sender.sent, pause.dirty_pages, pause.seconds, blocked_s, encode_s)
@@ -146,9 +172,14 @@ class CheckpointLoop:
         """The capture, with the pause around it; what is drawn after the pause was copied in it."""
         if self._sender.sent is None:
             yield from self._first_copy()
+        if self._on_capture is not None:
+            self._on_capture(self._sender.next_epoch)
         pause.begin()
         with pause.capturing():
             dirty = self._source.dirty()
+            if len(self._sender.owed):
+                dirty = np.union1d(dirty, self._sender.owed)
+            self._state = self._device_state()
         pause.dirty_pages = len(dirty)
         if not self._bounded:
             captured = self._source.read(dirty, self._room(len(dirty)))

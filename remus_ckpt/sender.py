@@ -5,7 +5,7 @@ No I/O, no clock: `Sender.checkpoint` yields buffers, and the caller writes them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,9 @@ class Sent:
     compressed_bytes: int = 0
     """Payloads of COMPRESSED_DATA."""
     stream_bytes: int = 0
+    before: Position | None = None
+    position: Position | None = None
+    """The positions that it follows and that it makes."""
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ class Sender:
     buffer_pages: pages in the page buffer; by default 8,196, and 8,192 for `rle`
     reference: what deltas are taken against; by default a full `Shadow` of its own
     position: the position that the first checkpoint follows, None at the beginning of all
+    first_epoch: the number of the first checkpoint where it follows nothing
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Sender:
         buffer_pages: int | None = None,
         reference: Reference | None = None,
         position: Position | None = None,
+        first_epoch: int = 0,
     ) -> None:
         if not 0 < p2m_size <= MAX_P2M_SIZE:
             raise ValueError(f"memory of {p2m_size} pages; a stream holds 1…{MAX_P2M_SIZE}")
@@ -84,19 +89,49 @@ class Sender:
         """That of the last checkpoint, None before the first."""
         self.sent: Sent | None = None
         """What the last checkpoint came to."""
+        self.owed: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        """Pages that the receiver does not hold as the reference says: they must be in the next checkpoint."""
+        self._first_epoch = first_epoch
         self._codec_name = codec
         self._codec = get_codec(codec)
         self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
         self._reference: Reference = reference or Shadow(zeros(p2m_size))
         self._writer = Writer(word)
         self._started = False
-        self._broken = False
+        self.unfinished = False
+        """A checkpoint was begun and not taken to its end."""
+        self._carried: list[NDArray[np.int64]] = []
+
+    @property
+    def next_epoch(self) -> int:
+        """The number of the next checkpoint."""
+        return self._first_epoch if self.position is None else self.position.epoch + 1
+
+    @property
+    def pfns(self) -> NDArray[np.int64]:
+        """int64[n]: the pages with data of the last checkpoint, or of the one that broke off, as they came."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *self._carried])
+
+    def rewind(self, position: Position, pfns: NDArray[np.int64]) -> None:
+        """Go on from a checkpoint of this stream that the receiver holds, although others were sent behind it.
+
+        position: that checkpoint's
+        pfns: the pages of all checkpoints behind it, the one that broke off included. What the receiver holds of them
+            is not what the reference says, so they are owed: the next checkpoint carries them, and carries them full.
+        """
+        if self.sent is None:
+            raise ValueError("no checkpoint was sent: begin a new stream with a new sender")
+        self._writer.abandon()
+        self.position = position
+        self.owed = np.union1d(self.owed, pfns)
+        self._reference.invalidate(self.owed)
+        self.unfinished = False
 
     def checkpoint(
         self,
         scan: Iterable[PageBatch],
         *,
-        device_state: bytes = b"",
+        device_state: bytes | Callable[[], bytes] = b"",
         time_ns: int | None = None,
         position: Position | None = None,
     ) -> Iterator[list[Buffer]]:
@@ -105,22 +140,23 @@ class Sender:
         scan: the dirty pages in batches, in the order in which they are to travel. It is drawn from as buffers are
             taken: a list holds the whole capture, and a generator that captures as it goes needs memory for one page
             buffer only, and is held up while that is encoded and written.
-        device_state: the user's bytes, which come back with the checkpoint
+        device_state: the user's bytes, which come back with the checkpoint; or what gives them once the scan has ended
         time_ns: when it was taken, in nanoseconds since 1970
         position: the position that this state has already, for one who encodes it anew; by default it is made
 
         Raises ValueError for pages that do not fit. A checkpoint that is not taken to the end leaves the receiver
         with half of it: the sender refuses to go on, and a new stream begins with a new sender.
         """
-        if self._broken:
+        if self.unfinished:
             raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
-        epoch = 0 if self.position is None else self.position.epoch + 1
+        epoch = self.next_epoch
         if position is not None:
             if self.position is not None and position.epoch != epoch:
                 raise ValueError(f"position {position} behind {self.position}")
             epoch = position.epoch
-        self._broken = True
-        sent = Sent(epoch)
+        self.unfinished = True
+        self._carried = []
+        sent = Sent(epoch, before=self.position)
         begin = self._writer.offset
         is_first = not self._started
         if is_first:
@@ -134,22 +170,26 @@ class Sender:
         if is_first:
             closing += self._writer.write(events.EnableCompression())
         closing += self._writer.write(events.EndOfBody())
-        after = position or Position.after(self.position, self._writer.digest(), device_state)
+        if len(left_out := np.setdiff1d(self.owed, self.pfns)):
+            raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
+        state = device_state() if callable(device_state) else device_state
+        after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
         record = CheckpointRecord(
             epoch=epoch,
             time_ns=time_ns,
             codec=self._codec_name,
             before=self.position,
             after=after,
-            device_state=device_state,
+            device_state=state,
         )
         closing += self._writer.write(
             events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)
         )
         sent.stream_bytes = self._writer.offset - begin
+        sent.position = self.position = after
         self.sent = sent
-        self.position = after
-        self._broken = False
+        self.owed = np.empty(0, dtype=np.int64)
+        self.unfinished = False
         yield closing
 
     def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
@@ -161,6 +201,7 @@ class Sender:
                 continue
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
             seen[pfns] = True
+            self._carried.append(pfns)
             self._reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
             yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
@@ -191,6 +232,7 @@ class Sender:
     def _wait(self, waiting: _PageBuffer, pfns: NDArray[np.int64], tables: NDArray[np.bool_], data: Pages) -> None:
         # Page tables leave the reference when they are added, before any page of this buffer is looked up: as in Xen.
         self._reference.invalidate(pfns[tables])
+        self._carried.append(pfns)
         waiting.pieces.append((pfns, tables, data))
         waiting.count += len(data)
 

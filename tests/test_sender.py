@@ -82,7 +82,9 @@ def test_9000_dirty_pages_as_the_thread_has_them() -> None:
         ("batch", 804),
         ("compressed", 804 * 12),
     ]
-    assert sender.sent == Sent(1, 10, 9000, 9000, 2, 9000 * 12, sender.sent.stream_bytes if sender.sent else 0)
+    sent = sender.sent
+    assert sent is not None
+    assert sent == Sent(1, 10, 9000, 9000, 2, 9000 * 12, sent.stream_bytes, sent.before, sent.position)
 
 
 def test_9000_dirty_pages_with_the_page_buffer_of_xen() -> None:
@@ -391,6 +393,7 @@ def test_what_is_sent_is_what_is_restored(
         with_data = sum(bool(HAS_DATA[row[1]]) for row in entries)
         if epoch:
             assert (checkpoint.epoch, checkpoint.entries, checkpoint.page_count) == (epoch, len(entries), with_data)
+        assert checkpoint.record is not None
         assert sender.sent == Sent(
             epoch,
             checkpoint.batches,
@@ -399,6 +402,8 @@ def test_what_is_sent_is_what_is_restored(
             checkpoint.compressed_chunks,
             checkpoint.compressed_bytes,
             len(piece),
+            checkpoint.record.before,
+            checkpoint.record.after,
         )
     assert not restorer.reader.deviations
     check_order(data, codec, buffer_pages or 8192, rounds)
@@ -608,3 +613,74 @@ def test_the_shadow_may_be_shared_with_who_compares() -> None:
 def test_page_tables_are_told_apart() -> None:
     assert [kind for kind in range(16) if IS_PAGE_TABLE[kind]] == [1, 2, 3, 4, 9, 10, 11, 12]
     assert [kind for kind in range(16) if not HAS_DATA[kind]] == [5, 6, 7, 13, 14, 15]
+
+
+# Back to what the receiver holds
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lost=st.lists(st.sampled_from(["none", "last", "two", "half"]), min_size=1, max_size=8),
+    codec=st.sampled_from(["delta", "rle"]),
+    bounded=st.booleans(),
+)
+def test_rewind_whatever_was_lost(seed: int, lost: list[str], codec: Any, bounded: bool) -> None:
+    """Checkpoints that the receiver never got, or got half: the next one brings all that they would have brought."""
+    rng = np.random.default_rng(seed)
+    memory = np.zeros((24, PAGE_SIZE), dtype=np.uint8)
+    sender = Sender(24, codec=codec, buffer_pages=3, reference=Lru(5) if bounded else None)
+    receiver = Restorer()
+    last = memory.copy()
+
+    def checkpoint() -> tuple[bytes, bytes]:
+        """All of it, and half of it."""
+        pages = rng.integers(0, 24, 4)
+        memory[pages, rng.integers(0, PAGE_SIZE, 4)] ^= rng.integers(0, 2, 4, dtype=np.uint8)
+        dirty = np.union1d(np.flatnonzero((memory != last).any(axis=1)), sender.owed)
+        last[:] = memory
+        data = taken(sender.checkpoint(batches(dirty, memory[dirty])))
+        return data, data[: len(data) // 2]
+
+    data, _ = checkpoint()
+    receiver.feed(data)
+    for what in lost:
+        for _ in receiver.checkpoints():
+            pass
+        assert receiver.in_force is not None and receiver.in_force.record is not None
+        held = receiver.in_force.record.after
+        gone = [checkpoint() for _ in range({"none": 0, "last": 1, "two": 2, "half": 1}[what])]
+        carried = [sender.pfns] * bool(gone)
+        if what == "two":
+            carried = [np.arange(24)]
+        if what == "half":
+            dirty = np.arange(24)
+            memory[7, 7] += 1
+            half = iter(sender.checkpoint(batches(dirty, memory)))
+            next(half)
+            half.close()
+            carried.append(sender.pfns)
+        if carried:
+            sender.rewind(held, np.concatenate(carried))
+        last[sender.owed] = memory[sender.owed]
+        receiver.feed(checkpoint()[0])
+        assert len(list(receiver.checkpoints())) == 1
+        assert np.array_equal(receiver.memory, memory)
+        assert sender.position == receiver.in_force.record.after
+        assert not len(sender.owed)
+
+
+def test_owed_pages_cannot_be_left_out() -> None:
+    sender = Sender(4)
+    with pytest.raises(ValueError):
+        sender.rewind(Position(0, bytes(32)), np.array([1]))
+    memory = np.ones((4, PAGE_SIZE), dtype=np.uint8)
+    taken(sender.checkpoint(batches(np.arange(4), memory)))
+    base = sender.position
+    assert base is not None
+    taken(sender.checkpoint(batches(np.array([1, 2]), memory[1:3])))
+    sender.rewind(base, sender.pfns)
+    assert sender.owed.tolist() == [1, 2]
+    with pytest.raises(ValueError):
+        taken(sender.checkpoint(batches(np.array([1]), memory[1:2])))
+    sender.rewind(base, sender.pfns)
+    assert sender.owed.tolist() == [1, 2]

@@ -20,10 +20,8 @@ from remus_ckpt.cli.options import (
     app,
     keep_apart,
     parse_duration,
-    print_json,
 )
 from remus_ckpt.codec.reference import Shadow
-from remus_ckpt.demo import run_demo
 from remus_ckpt.errors import RemusError, SourceError
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
@@ -31,7 +29,7 @@ from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.sender import Sender
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.walk import complain, errors, out
+from remus_ckpt.walk import complain, errors
 
 
 @app.command(short_help="Take checkpoints of live shared memory.")
@@ -97,25 +95,3 @@ def record(
         is_output = isinstance(failure, OSError)
         reason = failure.strerror if isinstance(failure, OSError) else failure
         raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
-
-
-@app.command(short_help="Record, kill, restore and continue a worker.")
-def demo(
-    seconds: Annotated[
-        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
-    ] = 3.0,
-    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
-    directory: Annotated[Path | None, typer.Option("--keep", help="Keep stream and image in this folder.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Record a real worker, kill it at a random instant, restore its last checkpoint, prove it, and go on from it."""
-    report = run_demo(
-        seconds=seconds,
-        interval_s=parse_duration(interval),
-        directory=directory,
-        seed=seed,
-        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
-    )
-    if as_json:
-        print_json(report)

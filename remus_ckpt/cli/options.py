@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format.""",
+    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format, 22 fenced: another has
+    taken over.""",
 )
 
 
@@ -94,3 +95,18 @@ def parse_duration(text: str) -> float:
     if not match:
         raise typer.BadParameter(f"{text!r} is no duration: write it with its unit, such as 25ms, 2s or 5m")
     return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+def parse_age(text: str) -> float:
+    """Seconds, from a number with its unit, up to days."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*d", text.strip()):
+        return float(match[1]) * 86400
+    return parse_duration(text)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, from a number with its unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no size: write it with its unit, such as 512MiB or 20GiB")
+    return int(float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2])))

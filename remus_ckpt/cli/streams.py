@@ -102,10 +102,10 @@ def encode(
                 start = writer.written
                 for group in sender.checkpoint(_scan(image, dirty_pages(image, before))):
                     writer.write(group)
-                writer.commit()
-                before = image
                 sent = sender.sent
                 assert sent is not None
+                writer.commit(sent)
+                before = image
                 listed.append(
                     {"image": str(path), "epoch": sent.epoch, "start": start, "end": writer.written}
                     | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}

@@ -1,35 +1,37 @@
-"""The demo: a real worker is recorded, killed, restored and continued, and each claim is checked on the way."""
+"""The demo: a real worker is protected over TLS, its side is killed, the backup takes over, and each claim is checked.
+
+Three processes: the worker, its primary, and a backup. The backup's takeover command starts a fourth, another worker
+that goes on from the memory that the backup held.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.demo import ledger as worker
+from remus_ckpt.demo import primary
 from remus_ckpt.demo.ledger import Ledger
 from remus_ckpt.errors import RemusError
-from remus_ckpt.files import StreamWriter, read_checkpoints
-from remus_ckpt.loop import CheckpointLoop, Totals
-from remus_ckpt.memory import save_image
-from remus_ckpt.pages import PAGE_SIZE, Pages
-from remus_ckpt.sender import Sender
-from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.files import read_checkpoints
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service import keys
+from remus_ckpt.store import Store
 
 _CONTINUE_TRANSFERS = 1000
+_LEASE = "1s"
 _PATIENCE_S = 30.0
 
 
@@ -44,152 +46,223 @@ def run_demo(
     """Run it.
 
     seconds: about how long the worker runs before it is killed
-    directory: where to keep stream and image; by default they are removed
+    directory: where to keep the store; by default it is removed
     say: called with each line of the account
     Returns the account's figures. Raises RemusError where a claim does not hold.
     """
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="remus-demo-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="remus-demo-") as temporary, ExitStack() as stack:
         where = directory or Path(temporary)
         where.mkdir(parents=True, exist_ok=True)
-        with _shared_file() as memory, _shared_file() as standby:
-            stream = where / "ledger.remus"
-            report = _record(memory, stream, seconds, interval_s, rng, say)
-            report |= _prove(stream, report.pop("witness"), say)
-            report |= _continue(stream, where / "ledger.img", standby, say)
+        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        memory_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-demo-", dir=shared)))
+        memory = memory_folder / "ledger"
+        blank = bytearray(worker.BYTES)
+        Ledger(blank).create(rng.getrandbits(32))
+        memory.write_bytes(blank)
+        scene = _Scene(Path(temporary), where / "store", memory_folder)
+        address = stack.enter_context(scene.backup())
+        say(f"backup: remus-ckpt backup --listen {address}, with mutual TLS, a lease of {_LEASE} and a fence")
+        report = _protect_and_kill(scene, memory, address, seconds, interval_s, rng, say)
+        report |= _await_takeover(scene, stack, say)
+        report |= _prove(scene.store, report.pop("witness"), report["committed"], say)
+        report |= _check_survivor(scene, say)
     if directory is not None:
-        say(f"kept: {stream} and {where / 'ledger.img'}")
-        report |= {"stream": str(stream), "image": str(where / "ledger.img")}
+        say(f"kept: {where / 'store'} (remus-ckpt list store:{where / 'store'})")
+        report["store"] = str(where / "store")
     return report
 
 
-@contextmanager
-def _shared_file() -> Iterator[Path]:
-    """A new file in shared memory, of mode 0600."""
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    descriptor, name = tempfile.mkstemp(prefix="remus-demo-", dir=folder)
-    try:
-        os.close(descriptor)
-        yield Path(name)
-    finally:
-        os.unlink(name)
+class _Scene:
+    """Where things lie.
 
+    folder: keys, and the process numbers that the fence and the takeover go by
+    """
 
-@contextmanager
-def _worker(memory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker process on that file, ready and at work; killed at the end."""
-    process = subprocess.Popen([sys.executable, worker.__file__, str(memory)], stdout=subprocess.PIPE)
-    try:
+    def __init__(self, folder: Path, store: Path, memory_folder: Path) -> None:
+        self.store = store
+        self.fenced = folder / "primary-side.pids"
+        self.survivor = folder / "survivor.pid"
+        self.image: Path | None = None
+        self._memory_folder = memory_folder
+        keys.init(folder / "keys")
+        for name in ("backup", "primary"):
+            keys.issue(folder / "keys", name, hosts=["127.0.0.1"])
+        self.keys = folder / "keys"
+
+    @contextmanager
+    def backup(self) -> Iterator[str]:
+        """A backup as a user would start it; yields its address."""
+        # In a machine room the fence cuts the power. Here it kills those two, which may be dead already.
+        fence = f"kill -9 $(cat {shlex.quote(str(self.fenced))}) 2>/dev/null; true"
+        start = f'{shlex.quote(sys.executable)} {shlex.quote(worker.__file__)} "$REMUS_IMAGE" >/dev/null'
+        number = shlex.quote(str(self.survivor))
+        takeover = f'{start} & echo $! "$REMUS_IMAGE" > {number}.new && mv {number}.new {number}'
+        command = [sys.executable, "-m", "remus_ckpt", "backup", "--listen", "tls://127.0.0.1:0"]
+        command += ["--store", str(self.store), "--tls-dir", str(self.keys / "backup"), "--lease", _LEASE]
+        command += ["--warm-dir", str(self._memory_folder / "warm"), "--auto-failover", "--fence", fence]
+        command += ["--on-failover", takeover]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        if process.stdout.readline() != b"ready\n":
-            raise RemusError("the demo's worker did not start")
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout:
+        assert process.stderr is not None
+        log = _Lines(process.stderr)
+        try:
+            line = process.stdout.readline()
+            if not line.startswith("listening on "):
+                raise RemusError(f"the backup did not start: {' / '.join(log.lines[-3:])}")
+            yield line.removeprefix("listening on ").strip()
+        finally:
+            process.terminate()
+            process.wait()
+            log.close()
             process.stdout.close()
 
 
-def _record(
-    memory: Path, stream: Path, seconds: float, interval_s: float, rng: random.Random, say: Callable[[str], None]
+class _Lines:
+    """Reads what a process says, so that it never has to wait for a reader."""
+
+    def __init__(self, stream: Any) -> None:
+        self.lines: list[str] = []
+        self._stream = stream
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        self.lines.extend(line.rstrip("\n") for line in self._stream)
+
+    def close(self) -> None:
+        """All that it said is in `lines`."""
+        self._thread.join()
+        self._stream.close()
+
+
+def _protect_and_kill(
+    scene: _Scene,
+    memory: Path,
+    address: str,
+    seconds: float,
+    interval_s: float,
+    rng: random.Random,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    blank = bytearray(worker.BYTES)
-    Ledger(blank).create(rng.getrandbits(32))
-    memory.write_bytes(blank)
-    witness: dict[int, str] = {}
-    reader = os.open(memory, os.O_RDONLY)
-
-    def look(epoch: int) -> None:
-        # A reader of its own, straight from the file: not what the capture copied.
-        digest = hashlib.sha256()
-        for start in range(0, worker.BYTES, 1 << 20):
-            digest.update(os.pread(reader, 1 << 20, start))
-        witness[epoch] = digest.hexdigest()
-
-    kill_after_s = seconds * rng.uniform(0.8, 1.2)
-    totals = Totals()
-    with _worker(memory) as process:
-        say(f"worker {process.pid} makes transfers in {worker.BYTES // PAGE_SIZE:,} pages of shared memory")
-        source = SharedFile(memory, Processes([process.pid]))
-        output = StreamWriter(stream)
-        killer = threading.Timer(kill_after_s, process.kill)
+    with subprocess.Popen([sys.executable, worker.__file__, str(memory)], stdout=subprocess.PIPE) as work:
         try:
-            loop = CheckpointLoop(
-                source,
-                Sender(source.pages, reference=Shadow(source.shadow)),
-                output,
-                interval_s=interval_s,
-                on_paused=look,
+            assert work.stdout is not None
+            if work.stdout.readline() != b"ready\n":
+                raise RemusError("the demo's worker did not start")
+            say(f"worker {work.pid} makes transfers in {worker.BYTES // PAGE_SIZE:,} pages of shared memory")
+            arguments = [memory, work.pid, address, scene.keys / "primary", interval_s]
+            protect = subprocess.Popen(
+                [sys.executable, primary.__file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True
             )
-            killer.start()
-            for taken in loop.run():
-                totals.add(taken)
+            said = _Lines(protect.stdout)
+            try:
+                scene.fenced.write_text(f"{work.pid} {protect.pid}\n")
+                deadline = time.monotonic() + _PATIENCE_S
+                while not any(line.startswith("committed ") for line in said.lines):
+                    if time.monotonic() > deadline or protect.poll() is not None:
+                        raise RemusError("the primary did not commit anything")
+                    time.sleep(0.01)
+                after_s = seconds * rng.uniform(0.8, 1.2)
+                time.sleep(after_s)
+            finally:
+                protect.send_signal(signal.SIGKILL)
+                work.send_signal(signal.SIGKILL)
+                protect.wait()
+                said.close()
         finally:
-            killer.cancel()
-            output.close()
-            source.close()
-            os.close(reader)
-    say(f"recorded: {totals.text()} (without the second reader's)")
-    say(f"killed with SIGKILL after {kill_after_s:.3f} s; the stream has {stream.stat().st_size:,} bytes")
-    return {"witness": witness} | totals.report()
+            work.kill()
+    witness, committed = {}, -1
+    # The last line may have been cut off by the kill.
+    for words in (line.split() for line in said.lines):
+        if words[0] == "paused" and len(words) == 3 and len(words[2]) == 64:
+            witness[int(words[1])] = words[2]
+        elif words[0] == "committed":
+            committed = max(committed, int(words[1]))
+    say(
+        f"killed worker and primary with SIGKILL after {after_s:.3f} s: {len(witness)} checkpoints taken, "
+        f"the last one acknowledged is {committed}"
+    )
+    return {"witness": witness, "checkpoints": len(witness), "committed": committed, "killed_at": time.monotonic()}
 
 
-def _prove(stream: Path, witness: dict[int, str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Every checkpoint of the stream against what the second reader saw, and the transfers that pauses fell into."""
-    inside, last = [], -1
-    example: Pages | None = None
-    for checkpoint in read_checkpoints(stream):
-        last = checkpoint.epoch
-        if hashlib.sha256(checkpoint.memory.reshape(-1)[: worker.BYTES].data).hexdigest() != witness[last]:
-            raise RemusError(f"checkpoint {last} is not what the second reader saw in that pause")
-        if Ledger(checkpoint.memory).in_transfer:
-            inside.append(last)
-            example = checkpoint.memory.copy()
-    if last != max(witness, default=-1):
-        raise RemusError(f"the last checkpoint is {last}, the last pause was {max(witness, default=-1)}")
-    say(f"restored: all {last + 1} checkpoints equal the hash that a second reader took of the file in their pause")
-    if example is None:
-        say("no pause fell into a transfer this time")
-    else:
-        ledger = Ledger(example)
-        before = ledger.faults()
-        ledger.recover()
-        after = ledger.faults()
-        if after:
-            raise RemusError(f"checkpoint {inside[-1]} after its intent was replayed: {'; '.join(after)}")
-        found = "; ".join(before) or "no store of it had been made, or all had"
-        say(f"{len(inside)} pauses fell into a transfer, the last in checkpoint {inside[-1]}: {found}")
+def _await_takeover(scene: _Scene, stack: ExitStack, say: Callable[[str], None]) -> dict[str, Any]:
+    begin = time.monotonic()
+    while not scene.survivor.exists():
+        if time.monotonic() - begin > _PATIENCE_S:
+            raise RemusError("the backup did not take over")
+        time.sleep(0.01)
+    pid, image = scene.survivor.read_text().split(" ", 1)
+    scene.image = Path(image.rstrip("\n"))
+    stack.callback(_kill, int(pid))
+    seconds = time.monotonic() - begin
+    say(f"the backup found the lease over, fenced, and took over after {seconds:.2f} s: worker {pid} goes on there")
+    return {"takeover_s": seconds, "survivor": int(pid)}
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _prove(store: Path, witness: dict[int, str], committed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Every checkpoint in the store against what the second reader saw, and the transfers that pauses fell into."""
+    found: set[int] = set()
+    inside: list[int] = []
+    before: list[str] = []
+    for segment in sorted((store / primary.NAME / "segments").glob("*.remus")):
+        for checkpoint in read_checkpoints(segment):
+            epoch = checkpoint.epoch
+            digest = hashlib.sha256(checkpoint.memory.reshape(-1)[: worker.BYTES].data).hexdigest()
+            if digest != witness.get(epoch):
+                raise RemusError(f"checkpoint {epoch} is not what the second reader saw in that pause")
+            found.add(epoch)
+            if Ledger(checkpoint.memory).in_transfer:
+                inside.append(epoch)
+                ledger = Ledger(checkpoint.memory.copy())
+                before = ledger.faults()
+                ledger.recover()
+                if after := ledger.faults():
+                    raise RemusError(f"checkpoint {epoch} after its intent was replayed: {'; '.join(after)}")
+    last = max(found, default=-1)
+    if found != set(range(last + 1)) or last < committed:
+        raise RemusError(f"checkpoints up to {committed} were acknowledged, and the store holds {sorted(found)}")
+    say(f"restored: all {len(found)} checkpoints equal the hash that a second reader took of the file in their pause")
+    if inside:
+        state = "; ".join(before) or "no store of it had been made, or all had"
+        say(f"{len(inside)} pauses fell into a transfer, the last in checkpoint {inside[-1]}: {state}")
         say(f"after its intent is replayed, all {worker.ACCOUNTS:,} accounts are right")
-    return {"proved": last + 1, "pauses_in_transfer": len(inside)}
+    else:
+        say("no pause fell into a transfer this time")
+    return {"proved": len(found), "pauses_in_transfer": len(inside)}
 
 
-def _continue(stream: Path, image: Path, standby: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Restore the last checkpoint, check it, and let a new worker go on from it."""
-    memory: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
-    for checkpoint in read_checkpoints(stream):
-        memory = checkpoint.memory
-    save_image(memory, image)
-    data = bytearray(image.read_bytes())
-    ledger = Ledger(data)
+def _check_survivor(scene: _Scene, say: Callable[[str], None]) -> dict[str, Any]:
+    """The worker that went on must have begun where the last checkpoint was, and must not have gone wrong."""
+    checkpoint = Store(scene.store).history(primary.NAME).restore()
+    ledger = Ledger(checkpoint.memory)
     replayed = ledger.recover()
     if faults := ledger.faults():
         raise RemusError(f"the restored ledger is wrong: {'; '.join(faults)}")
     restored = ledger.transfers
     say(
-        f"the last checkpoint: {restored:,} transfers, {'one of them finished from its intent, ' if replayed else ''}"
-        "all accounts right"
+        f"the last checkpoint, {checkpoint.epoch}: {restored:,} transfers, "
+        f"{'one of them finished from its intent, ' if replayed else ''}all accounts right"
     )
-    standby.write_bytes(image.read_bytes())
+    assert scene.image is not None
     deadline = time.monotonic() + _PATIENCE_S
-    with _worker(standby) as process:
-        while (reached := Ledger(bytearray(standby.read_bytes())).transfers) < restored + _CONTINUE_TRANSFERS:
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise RemusError(f"the worker did not go on: it is at transfer {reached} after {restored}")
-            time.sleep(0.02)
-    ledger = Ledger(data := bytearray(standby.read_bytes()))
+    while (reached := Ledger(bytearray(scene.image.read_bytes())).transfers) < restored + _CONTINUE_TRANSFERS:
+        if time.monotonic() > deadline:
+            raise RemusError(f"the worker did not go on: it is at transfer {reached} after {restored}")
+        time.sleep(0.02)
+    pid = int(scene.survivor.read_text().split()[0])
+    _kill(pid)
+    deadline = time.monotonic() + _PATIENCE_S
+    while Path(f"/proc/{pid}/cwd").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ledger = Ledger(bytearray(scene.image.read_bytes()))
     ledger.recover()
     if faults := ledger.faults():
         raise RemusError(f"the ledger is wrong after the worker went on: {'; '.join(faults)}")
-    say(f"a new worker went on from it to transfer {ledger.transfers:,}: all accounts right")
+    say(f"the worker there went on from it to transfer {ledger.transfers:,}: all accounts right")
     return {"restored_transfers": restored, "continued_to": ledger.transfers}

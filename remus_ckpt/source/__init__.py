@@ -1,7 +1,8 @@
-"""Where memory comes from: what a checkpoint loop asks of a source."""
+"""Where memory comes from: what a checkpoint loop asks of a source, and a source of those who write to it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -45,3 +46,31 @@ class Source(Protocol):
 
     def death_fds(self) -> Sequence[int]:
         """Descriptors that become readable when one who writes dies."""
+
+
+class Writers(Protocol):
+    """All who write to some memory that is not this process's own: stopped and resumed together.
+
+    If this process dies in between, a guard process lets them run on.
+    """
+
+    def check_maps(self, path: str, file: os.stat_result) -> None:
+        """Raise SourceError if they are seen not to have that file: somebody else writes to it then."""
+
+    def stop(self) -> None:
+        """Stop them all; return when they have stopped. Raises SourceError; they run on then."""
+
+    def check_stopped(self) -> None:
+        """Raise SourceError if they have been let run on since `stop` by somebody else."""
+
+    def resume(self) -> None:
+        """Let them run on. Raises SourceError where that fails."""
+
+    def alive(self) -> bool:
+        """Whether any of them is left."""
+
+    def death_fds(self) -> Sequence[int]:
+        """Descriptors that become readable when one of them dies; good until the next call."""
+
+    def close(self) -> None:
+        """Let go of them, which run on."""

@@ -6,15 +6,14 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 from remus_ckpt.errors import SourceError
+from remus_ckpt.source.guarded import Guard
 
-_GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 50e-6
+_CLAIM_S = 0.5
+"""The guard of one who died may need a moment."""
 _STOPPED = frozenset("TtZXx")
 """States of a thread that does not run: stopped, traced, dead."""
 
@@ -30,13 +29,15 @@ class Processes:
     def __init__(self, pids: list[int], *, stop_timeout_s: float = 10.0) -> None:
         self._stop_timeout_s = stop_timeout_s
         self._pidfds: dict[int, int] = {}
-        self._pipe = -1
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self._claims: list[socket.socket] = []
         try:
             for pid in dict.fromkeys(pids):
                 self._open(pid)
-            self._start_guard()
+            pidfds = list(self._pidfds.values())
+            # It holds the claims too: until it is done with what we stopped, nobody else may stop them.
+            claims = [claim.fileno() for claim in self._claims]
+            self._guard = Guard("continue", *map(str, pidfds), fds=[*pidfds, *claims])
         except BaseException:
             self.close()
             raise
@@ -59,35 +60,23 @@ class Processes:
         if states and _STOPPED.issuperset(states.values()) and "T" in states.values():
             # Whoever stopped it wants it so; our pauses would end with it running.
             raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
-        # Two who stop the same process would each end the other's pauses. The name goes with us when we die.
+        # Two who stop the same process would each end the other's pauses. The name goes when we and our guard are dead.
         claim = socket.socket(socket.AF_UNIX)
         self._claims.append(claim)
-        try:
-            claim.bind(f"\0remus-ckpt pauses {pid}")
-        except OSError:
-            raise SourceError(f"process {pid} is being recorded by somebody else") from None
-
-    def _start_guard(self) -> None:
-        reading, self._pipe = os.pipe2(os.O_CLOEXEC)
-        fds = [reading, *self._pidfds.values()]
-        try:
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_GUARD), *map(str, fds)],
-                pass_fds=fds,
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        finally:
-            os.close(reading)
+        deadline = time.monotonic() + _CLAIM_S
+        while True:
+            try:
+                claim.bind(f"\0remus-ckpt pauses {pid}")
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise SourceError(f"process {pid} is being recorded by somebody else") from None
+                time.sleep(0.01)
 
     def close(self) -> None:
         """Let go of the processes, which run on."""
-        if self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
         if self._guard is not None:
-            self._guard.wait()
+            self._guard.close()
             self._guard = None
         for pidfd in self._pidfds.values():
             os.close(pidfd)
@@ -96,23 +85,11 @@ class Processes:
             claim.close()
         self._claims.clear()
 
-    def maps(self, path: str, file: os.stat_result) -> dict[int, bool]:
-        """For each process that lives and lets us look, whether it has that file mapped or open.
-
-        By its inode or by its name: not every file system shows the same device in both places.
-        """
-        name = os.path.realpath(path)
-        found = {}
+    def check_maps(self, path: str, file: os.stat_result) -> None:
+        """Raise SourceError if one that lives and lets us look has the file neither mapped nor open."""
         for pid in self._living():
-            try:
-                with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-                    rows = [line.rstrip("\n").split(maxsplit=5) for line in maps]
-                found[pid] = any(row[4] == str(file.st_ino) or row[5:] == [name] for row in rows)
-                for number in os.listdir(f"/proc/{pid}/fd"):
-                    found[pid] |= os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), file)
-            except OSError:
-                continue
-        return found
+            if has_file(pid, path, file) is False:
+                raise SourceError(f"process {pid} has {path} neither mapped nor open: name those that write to it")
 
     def death_fds(self) -> list[int]:
         """A descriptor for each process that lives; it becomes readable when that one dies."""
@@ -131,7 +108,8 @@ class Processes:
 
     def stop(self) -> None:
         """Stop them all; return when every thread of each has really stopped. On an error they run on."""
-        self._tell_guard(b"S")
+        assert self._guard is not None
+        self._guard.stopping()
         try:
             self._signal(signal.SIGSTOP)
             deadline = time.monotonic() + self._stop_timeout_s
@@ -150,7 +128,8 @@ class Processes:
     def resume(self) -> None:
         """Let them run on."""
         self._signal(signal.SIGCONT)
-        self._tell_guard(b"C")
+        if self._guard is not None:
+            self._guard.running()
 
     def _signal(self, number: signal.Signals) -> None:
         for pidfd in self._pidfds.values():
@@ -158,13 +137,6 @@ class Processes:
                 signal.pidfd_send_signal(pidfd, number)
             except ProcessLookupError:
                 continue  # dead: it writes no more
-
-    def _tell_guard(self, word: bytes) -> None:
-        try:
-            os.write(self._pipe, word)
-        except BrokenPipeError:
-            if word == b"S":
-                raise SourceError("the guard process is gone: nothing was stopped") from None
 
     def _wait_stopped(self, pid: int, deadline: float) -> None:
         while True:
@@ -184,6 +156,24 @@ class Processes:
             if before:
                 self._signal(signal.SIGSTOP)
             time.sleep(_POLL_S)
+
+
+def has_file(pid: int, path: str, file: os.stat_result) -> bool | None:
+    """Whether a process has a file mapped or open; None if it is gone or does not let us look.
+
+    By its inode or by its name: not every file system shows the same device in both places.
+    """
+    name = os.path.realpath(path)
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+            rows = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+        if any(row[4] == str(file.st_ino) or row[5:] == [name] for row in rows):
+            return True
+        return any(
+            os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), file) for number in os.listdir(f"/proc/{pid}/fd")
+        )
+    except OSError:
+        return None
 
 
 def _states(pid: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Memory that is a shared file: in /dev/shm, or any file that processes have mapped. Dirty pages by comparison."""
+"""Memory that is a shared file: in /dev/shm, or any file that others write to. Dirty pages by comparison."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.errors import SourceError
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
-from remus_ckpt.source.processes import Processes
+from remus_ckpt.source import Writers
 
 
 class SharedFile:
-    """A file, the processes that have it mapped, and a shadow of it.
+    """A file, those who write to it, and a shadow of it.
 
     path: the file; its size must stay
-    processes: all who write to it; closed with this
+    writers: all who write to it; closed with this
     Raises OSError where the file cannot be read, SourceError for one that is empty.
     """
 
-    def __init__(self, path: str | Path, processes: Processes) -> None:
+    def __init__(self, path: str | Path, writers: Writers) -> None:
         self.path = str(path)
-        self._processes = processes
+        self._writers = writers
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -36,11 +36,7 @@ class SharedFile:
             self.size = status.st_size
             if not stat.S_ISREG(status.st_mode):
                 raise SourceError(f"{self.path} is no file that could be mapped")
-            for pid, has_it in processes.maps(self.path, status).items():
-                if not has_it:
-                    raise SourceError(
-                        f"process {pid} has {self.path} neither mapped nor open: name those that write to it"
-                    )
+            writers.check_maps(self.path, status)
             if not self.size:
                 raise SourceError(f"{self.path} is empty: there is no memory in it")
             self.pages = pages_for(self.size)
@@ -58,31 +54,31 @@ class SharedFile:
             raise
 
     def close(self) -> None:
-        """Let go of the file and of the processes."""
+        """Let go of the file and of the writers."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._processes.close()
+        self._writers.close()
 
     def pause(self) -> None:
-        """Stop the processes; return when every thread has stopped."""
-        self._processes.stop()
+        """Stop the writers; return when none of them writes."""
+        self._writers.stop()
 
     def resume(self) -> None:
         """Let them run on."""
-        self._processes.resume()
+        self._writers.resume()
 
     def check_paused(self) -> None:
-        """Raise SourceError if somebody else has let a process run on."""
-        self._processes.check_stopped()
+        """Raise SourceError if somebody else has let one of them run on."""
+        self._writers.check_stopped()
 
     def alive(self) -> bool:
-        """Whether any of the processes lives."""
-        return self._processes.alive()
+        """Whether any of the writers lives."""
+        return self._writers.alive()
 
     def death_fds(self) -> Sequence[int]:
-        """Descriptors that become readable when a process dies."""
-        return self._processes.death_fds()
+        """Descriptors that become readable when a writer dies."""
+        return self._writers.death_fds()
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn.

@@ -14,6 +14,7 @@ from typing import Any
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
+from remus_ckpt.store.disk import guarding
 from remus_ckpt.store.history import Bad, History, Report
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import FILE, Role, State
@@ -29,6 +30,11 @@ class Store:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+
+    def create(self) -> None:
+        """Make the directory, of mode 0700, if it is not there. Raises StoreError."""
+        with guarding(self.directory):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
         """The histories that are there. Raises StoreError."""

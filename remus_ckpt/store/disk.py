@@ -15,7 +15,7 @@ _MAX_VECTORS = 1024
 
 
 @contextmanager
-def guarding(path: str | Path) -> Iterator[None]:
+def guarding(path: str | Path | None) -> Iterator[None]:
     """OSError as StoreError."""
     try:
         yield

@@ -28,7 +28,8 @@ class MappedFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path: Path | None = Path(path)
+        """None once it has been handed out."""
         with guarding(path):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self.has_room: NDArray[np.bool_] = np.empty(0, dtype=bool)
@@ -84,6 +85,13 @@ class MappedFile:
         with guarding(self.path):
             os.fsync(self.fd)
 
+    def hand_out(self, path: Path) -> None:
+        """Give the file to somebody else, under another name: it is not removed with this. Raises StoreError."""
+        assert self.path is not None, "it has been handed out before"
+        with guarding(self.path):
+            os.rename(self.path, path)
+        self.path = None
+
     def close(self) -> None:
         """Close the descriptor; memory stays mapped as long as somebody has it."""
         if self.fd >= 0:
@@ -93,6 +101,8 @@ class MappedFile:
     def remove(self) -> None:
         """Close it and take the file away."""
         self.close()
+        if self.path is None:
+            return
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:

@@ -18,7 +18,7 @@ from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store import index, segments
 from remus_ckpt.store.compaction import Compaction
-from remus_ckpt.store.disk import guarding, sync_directory, write_all
+from remus_ckpt.store.disk import guarding, replace_file, sync_directory, write_all
 from remus_ckpt.store.history import History, hashing
 from remus_ckpt.store.segments import (
     PARTIAL,
@@ -799,6 +799,38 @@ class HistoryWriter:
         if warning is not None and warning not in self.warnings:
             self.warnings.append(warning)
 
+    # Takeover
+
+    def hand_out(self) -> tuple[Path, Path]:
+        """The newest checkpoint's memory and device state, as files for one who goes on from them and writes to them.
+
+        They lie where the warm copy does, and are made once for each term: asked again, even after a crash of this
+        process, they are the same files, whatever has been written to them. Only after a crash of the machine, which
+        may have torn them, they are made anew. The stream that led here cannot be continued any more.
+        Raises StoreError, NoCheckpoint.
+        """
+        with self._lock:
+            self._cancel_compaction()
+            chain, checkpoint = self._chain, self.in_force
+            if chain is None or checkpoint is None or self.position is None:
+                raise NoCheckpoint(f"{self.directory}: there is no checkpoint to go on from")
+            image = self._warm / f"taken-over-{self.state.term}.image"
+            device_state = self._warm / f"taken-over-{self.state.term}.state"
+            made = {"position": str(self.position), "boot": _boot_id()}
+            if self.state.more.get("handed_out") == made and image.exists() and device_state.exists():
+                return image, device_state
+            with guarding(self._warm):
+                for path in self._warm.glob("taken-over-*"):
+                    path.unlink()
+                replace_file(device_state, checkpoint.device_state)
+            chain.is_sealed = True
+            self.set_state(handed_out=made)
+            if chain.home.path is None:  # it was handed out before, and the file has been taken away
+                self.history.restore_image(image)
+            else:
+                chain.home.hand_out(image)
+            return image, device_state
+
     # The end
 
     def close(self) -> None:
@@ -833,6 +865,12 @@ class HistoryWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _boot_id() -> str:
+    """Changes when the machine starts anew: what was not synced before may be torn then."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def _said(contents: Contents) -> tuple[object, ...]:

@@ -38,12 +38,15 @@ class Position:
         return f"{self.epoch}:{self.digest.hex()[:16]}"
 
     @classmethod
-    def after(cls, before: Position | None, body_digest: bytes, device_state: bytes) -> Position:
+    def after(
+        cls, before: Position | None, body_digest: bytes, device_state: bytes, *, first_epoch: int = 0
+    ) -> Position:
         """The position that follows `before` (None: nothing), by what the checkpoint held when first written.
 
         body_digest: SHA-256 of the checkpoint's bytes up to the end of its body (specs/stream.md §9.3)
+        first_epoch: the number of a checkpoint that follows nothing
         """
-        epoch = 0 if before is None else before.epoch + 1
+        epoch = first_epoch if before is None else before.epoch + 1
         chain = hashlib.sha256(b"remus position 1\0")
         chain.update(bytes(DIGEST_BYTES) if before is None else before.digest)
         chain.update(epoch.to_bytes(8, "little"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from copy import copy
 
 import numpy as np
 
@@ -29,6 +30,12 @@ class Writer:
         """Bytes written so far."""
         self._course = Course()
         self._hash = hashlib.sha256()
+        self._border = copy(self._course)  # where the last checkpoint ended
+
+    def abandon(self) -> None:
+        """What was written behind the last tail does not count: another checkpoint takes its place."""
+        self._course = copy(self._border)
+        self._hash = hashlib.sha256()
 
     @property
     def compressing(self) -> bool:
@@ -48,6 +55,7 @@ class Writer:
             buffers.append(self._hash.digest())
         if isinstance(event, events.Tail):
             self._hash = hashlib.sha256()
+            self._border = copy(self._course)
         self.offset += sum(len(buffer) for buffer in buffers)
         return buffers
 

@@ -1,0 +1,416 @@
+"""The commands of the two services: backup, protect, status, failover."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from contextlib import ExitStack
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.text import Text
+
+from remus_ckpt.cli.options import (
+    AsJson,
+    CodecName,
+    MaxMemory,
+    app,
+    parse_age,
+    parse_bytes,
+    parse_duration,
+    print_json,
+)
+from remus_ckpt.demo import run_demo
+from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.loop import StopSignal, Totals
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.backup import Backup
+from remus_ckpt.service.control import ask
+from remus_ckpt.service.observe import Metrics, configure_logs, notify, watchdog_interval_s
+from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.standby import Policy
+from remus_ckpt.service.transport import Address, Connection, TlsFiles, connect
+from remus_ckpt.source.cgroup import CgroupFreezer
+from remus_ckpt.source.commands import PauseCommands
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.store import Retention
+from remus_ckpt.walk import complain, errors, out
+from remus_ckpt.wire.session import check_name
+
+
+class LogFormat(StrEnum):
+    """How the log is written."""
+
+    text = "text"
+    json = "json"
+
+
+class LevelName(StrEnum):
+    """How far a checkpoint must have come on the backup to count as committed."""
+
+    received = "received"
+    durable = "durable"
+    applied = "applied"
+
+
+class CompressionName(StrEnum):
+    """The second stage."""
+
+    auto = "auto"
+    none = "none"
+    lz4 = "lz4"
+    zstd = "zstd"
+
+
+TlsDir = Annotated[
+    Path | None, typer.Option("--tls-dir", help="A folder made by `keys issue`: ca.pem, cert.pem and key.pem.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure-plain-tcp", help="Allow tcp:// between machines: anybody can read and change it.")
+]
+MetricsAt = Annotated[
+    str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there.")
+]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="How the log on standard error is written.")]
+
+
+def _name(text: str) -> str:
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _address(text: str) -> Address:
+    try:
+        return Address.parse(text, "tls")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _stop_on_signals(stack: ExitStack) -> StopSignal:
+    stop = StopSignal()
+    stack.callback(stop.close)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+    return stop
+
+
+def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
+    return connect(_address(to), tls=TlsFiles(tls_dir) if tls_dir else None, insecure=insecure)
+
+
+@app.command(short_help="Keep the checkpoints of primaries, and take over.")
+def backup(
+    listen: Annotated[
+        list[str],
+        typer.Option(help="Where: tls://HOST:PORT (also HOST:PORT), unix:PATH, tcp://. Repeatable."),
+    ],
+    store: Annotated[Path, typer.Option(help="The folder that holds the checkpoints; made if it is not there.")],
+    tls_dir: TlsDir = None,
+    name: Annotated[list[str] | None, typer.Option(help="Take only this name. Repeatable. [default: any]")] = None,
+    warm_dir: Annotated[
+        Path | None, typer.Option(help="Where the warm copies lie, such as /dev/shm/remus. [default: in the store]")
+    ] = None,
+    lease: Annotated[str, typer.Option(help="A primary that is silent for so long is gone.")] = "5s",
+    on_failover: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="Starts the work here after a failover; ends once it goes on."),
+    ] = None,
+    auto_failover: Annotated[
+        bool, typer.Option("--auto-failover", help="Take over when the lease is over. Needs --fence.")
+    ] = False,
+    fence: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="Makes sure that the primary acts no more; exits with 0 only then."),
+    ] = None,
+    keep_count: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep, at least.")] = None,
+    keep_age: Annotated[str | None, typer.Option(help="How long to keep checkpoints, such as 12h or 7d.")] = None,
+    keep_size: Annotated[str | None, typer.Option(help="How much to keep of each name, such as 20GiB.")] = "16GiB",
+    max_memory: MaxMemory = 64,
+    metrics: MetricsAt = None,
+    log_format: Logs = LogFormat.text,
+    insecure: Insecure = False,
+) -> None:
+    """Keep every checkpoint that primaries commit, durably, and a warm copy of their memory.
+
+    CMD of --on-failover and --fence run in a shell, with REMUS_NAME, REMUS_EPOCH, REMUS_TERM, and REMUS_IMAGE and
+    REMUS_DEVICE_STATE (files), or REMUS_PEER.
+
+    Example: remus-ckpt backup --listen 0.0.0.0:7411 --store /var/lib/remus --tls-dir keys/backup
+    """
+    addresses = [_address(text) for text in listen]
+    if auto_failover and not fence:
+        raise typer.BadParameter("--auto-failover needs --fence: without it, two sides may go on at once")
+    policy = Policy(
+        lease_s=parse_duration(lease),
+        automatic=auto_failover,
+        fence=fence,
+        on_failover=on_failover,
+        retention=Retention(
+            count=keep_count,
+            age_s=parse_age(keep_age) if keep_age else None,
+            bytes=parse_bytes(keep_size) if keep_size else None,
+        ),
+        names=frozenset(map(_name, name)) if name else None,
+    )
+    configure_logs(log_format.value)
+    counted = Metrics()
+    with ExitStack() as stack:
+        stop = _stop_on_signals(stack)
+        if metrics:
+            stack.enter_context(counted.serve(metrics))
+        service = Backup(
+            store,
+            addresses,
+            tls_dir=tls_dir,
+            insecure=insecure,
+            policy=policy,
+            limits=Limits(memory_bytes=max_memory * GIB),
+            warm_dir=warm_dir,
+            metrics=counted,
+            stop=stop,
+        )
+        stack.callback(service.close)
+        print("\n".join(f"listening on {address}" for address in service.addresses), flush=True)
+        notify("READY=1")
+        service.run(_watchdog())
+        notify("STOPPING=1")
+
+
+def _watchdog() -> Any:
+    return (lambda: notify("WATCHDOG=1")) if watchdog_interval_s() else None
+
+
+@app.command(short_help="Protect live shared memory on a backup.")
+def protect(
+    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
+    to: Annotated[str, typer.Option(help="The backup: tls://HOST:PORT, unix:PATH, or tcp:// on this machine.")],
+    name: Annotated[str, typer.Option(help="Under which the backup keeps it.")],
+    pid: Annotated[list[int] | None, typer.Option(min=1, help="A process that writes to it. Repeatable.")] = None,
+    cgroup: Annotated[
+        Path | None, typer.Option(help="In place of --pid: the cgroup (v2) that holds all who write to it.")
+    ] = None,
+    pause: Annotated[
+        str | None, typer.Option(metavar="CMD", help="In place of --pid: stops all who write; needs --resume.")
+    ] = None,
+    resume: Annotated[str | None, typer.Option(metavar="CMD", help="Lets them run on.")] = None,
+    tls_dir: TlsDir = None,
+    interval: Annotated[str, typer.Option(help="Running time between two pauses, at least.")] = "25ms",
+    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
+    on_commit: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="Started once; reads a line for each commit: its epoch and its digest."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Checkpoints that may be on their way at once.")] = 2,
+    wait: Annotated[LevelName, typer.Option(help="What counts as committed.")] = LevelName.durable,
+    compression: Annotated[
+        CompressionName, typer.Option(help="Of the stream on the link; auto measures link and data.")
+    ] = CompressionName.auto,
+    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    term: Annotated[
+        int | None, typer.Option(min=0, help="The term under which this side took over (REMUS_TERM).")
+    ] = None,
+    metrics: MetricsAt = None,
+    log_format: Logs = LogFormat.text,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take checkpoints of shared memory and have a backup keep them, until Ctrl-C or the death of all who write.
+
+    A lost link is made again; meanwhile the processes run on and nothing is committed. When another side has taken
+    over, this one stops with exit code 22: what was held back for a commit must not be released.
+
+    Example: remus-ckpt protect /dev/shm/orders --pid 4711 --to tls://backup:7411 --tls-dir keys/orders --name orders
+    """
+    interval_s = parse_duration(interval)
+    duration_s = None if duration is None else parse_duration(duration)
+    address = _address(to)
+    _name(name)
+    configure_logs(log_format.value)
+    totals = Totals()
+    counted = Metrics()
+    with ExitStack() as stack:
+        stop = _stop_on_signals(stack)
+        tls = TlsFiles(tls_dir) if tls_dir else None
+        if metrics:
+            stack.enter_context(counted.serve(metrics))
+        source = SharedFile(file, _stopper(pid, cgroup, pause, resume))
+        stack.callback(source.close)
+        if source.size % PAGE_SIZE:
+            complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
+        release = _Released(on_commit) if on_commit else None
+        if release:
+            stack.callback(release.close)
+        primary = Primary(
+            name,
+            source,
+            partial(connect, address, tls=tls, insecure=insecure),
+            codec=codec.value,
+            interval_s=interval_s,
+            duration_s=duration_s,
+            window=window,
+            wait=wait.value,
+            compression=compression.value,
+            term=term,
+            on_commit=release,
+            metrics=counted,
+            stop=stop,
+        )
+        stack.callback(primary.close)
+        show = None
+        if errors.is_terminal and not as_json:
+            show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
+        notify("READY=1")
+        alive = _watchdog()
+        try:
+            for taken in primary.run():
+                totals.add(taken)
+                if alive:
+                    alive()
+                if show:
+                    lag = taken.sent.epoch - primary.committed.epoch if primary.committed else 0
+                    show.update(Text(f"{totals.line(taken)}  {lag} not yet committed"))
+        finally:
+            notify("STOPPING=1")
+            committed = primary.committed
+            report = totals.report() | {
+                "name": name,
+                "term": primary.term,
+                "committed_epoch": committed.epoch if committed else None,
+                "committed_position": f"{committed.epoch} {committed.digest.hex()}" if committed else None,
+                "ended": primary.ended or "failed",
+            }
+            if as_json:
+                print_json(report)
+            else:
+                last = f"committed up to epoch {committed.epoch}" if committed else "nothing committed"
+                errors.print(Text(f"{name}: {totals.text()}; {last}; {report['ended']}"))
+
+
+def _stopper(
+    pid: list[int] | None, cgroup: Path | None, pause: str | None, resume: str | None
+) -> Processes | CgroupFreezer | PauseCommands:
+    if (pause is None) != (resume is None):
+        raise typer.BadParameter("--pause and --resume go together")
+    if sum((bool(pid), cgroup is not None, pause is not None)) != 1:
+        raise typer.BadParameter("say who writes to it: --pid, or --cgroup, or --pause and --resume")
+    if cgroup is not None:
+        return CgroupFreezer(cgroup)
+    if pause is not None and resume is not None:
+        return PauseCommands(pause, resume)
+    return Processes(pid or [])
+
+
+class _Released:
+    """The user's command, which reads a line for each commit."""
+
+    def __init__(self, command: str) -> None:
+        self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, start_new_session=True)
+
+    def __call__(self, committed: Committed) -> None:
+        assert self._process.stdin is not None
+        os.write(self._process.stdin.fileno(), f"{committed.epoch} {committed.position.digest.hex()}\n".encode())
+
+    def close(self) -> None:
+        """No more comes; wait for it to end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        status = self._process.wait()
+        if status:
+            complain(f"the command of --on-commit ended with status {status}")
+
+
+@app.command(short_help="Say how a backup and its primaries are.")
+def status(
+    source: Annotated[str, typer.Option("--from", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")],
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print, for each name, what the backup and its primary say of themselves.
+
+    Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
+    """
+    report = ask(_dial(source, tls_dir, insecure), "status", {})
+    if as_json:
+        print_json(report)
+        return
+    if not report["names"]:
+        out.print("nothing is protected here yet")
+    for name, found in report["names"].items():
+        out.print(Text("\n".join(_tell(name, found))))
+
+
+def _tell(name: str, found: dict[str, Any]) -> list[str]:
+    """One name, for people."""
+    primary = found["primary"]
+    silent = found["silent_s"]
+    where = f"connected to {found['peer']}" if found["connected"] else "no primary connected"
+    if silent is not None and not found["connected"]:
+        where += f", silent for {silent:.1f} s"
+    lines = [
+        f"{name}: {found['role']}, term {found['term']}, epoch {found['epoch']}, position {found['position']}; {where}"
+    ]
+    if primary:
+        parts = [f"lag {primary.get('lag_checkpoints')} checkpoints", f"dirty {primary.get('dirty_pages')} pages"]
+        if primary.get("ratio"):
+            parts.append(f"ratio {1 / primary['ratio']:.1%}")
+        for key, what in (("pause", "pause"), ("commit_latency", "commit")):
+            if primary.get(f"{key}_p50_ms") is not None:
+                parts.append(f"{what} p50 {primary[f'{key}_p50_ms']:.2f} ms, p99 {primary[f'{key}_p99_ms']:.2f} ms")
+        lines.append("  " + ", ".join(parts))
+    lines += [f"  warning: {warning}" for warning in found["warnings"]]
+    return lines
+
+
+@app.command(short_help="Promote a backup by hand.")
+def failover(
+    name: Annotated[str, typer.Option(help="What to take over.")],
+    source: Annotated[str, typer.Option("--from", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")],
+    fence: Annotated[
+        bool, typer.Option("--fence", help="Run the backup's fencing command first; without it, you vouch for it.")
+    ] = False,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Promote at once: the backup takes nothing more from the old primary, and runs its --on-failover command.
+
+    Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
+    """
+    report = ask(_dial(source, tls_dir, insecure), "failover", {"name": _name(name), "fence": fence})
+    if as_json:
+        print_json(report)
+        return
+    out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
+    out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
+    out.print(Text(f"to protect it from there: remus-ckpt protect {report['image']} --term {report['term']} …"))
+
+
+@app.command(short_help="Protect a worker, kill its side, and see the backup go on.")
+def demo(
+    seconds: Annotated[
+        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
+    ] = 3.0,
+    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
+    directory: Annotated[Path | None, typer.Option("--keep", help="Keep the store in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Protect a real worker over TLS, kill its side at a random instant, let the backup take over, and prove it."""
+    report = run_demo(
+        seconds=seconds,
+        interval_s=parse_duration(interval),
+        directory=directory,
+        seed=seed,
+        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
+    )
+    if as_json:
+        print_json(report)

@@ -1,0 +1,1 @@
+"""Primary and backup: the two services, and what carries them."""

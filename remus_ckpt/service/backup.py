@@ -1,0 +1,429 @@
+"""The backup: receives checkpoints, checks and stores them, says so, and takes over when it is told to or must.
+
+One thread accepts connections and looks at the clock; each connection has a thread of its own, and so has each command
+that is run. What is to be done about a silent primary is decided in `failover`, which knows neither clock nor socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from remus_ckpt import __version__
+from remus_ckpt.errors import LimitExceeded, LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.limits import Limits
+from remus_ckpt.loop import StopSignal
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.observe import Metrics, log
+from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
+from remus_ckpt.store import HistoryWriter, Store
+from remus_ckpt.wire import session as wire
+from remus_ckpt.wire.session import Session
+
+_HELLO_S = 5.0
+_FRAME_S = 60.0
+_BEAT_S = 0.1
+
+
+class Backup:
+    """Serves primaries, users who ask, and the clock, until it is stopped.
+
+    store: where checkpoints are kept, or its directory
+    listen: addresses such as "tls://0.0.0.0:7411"; `addresses` has them with the ports that were chosen for port 0
+    tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
+    insecure: allow plain tcp:// on an address that other machines can reach
+    limits: what the streams of primaries may claim
+    warm_dir: where the warm copies lie, such as a folder in /dev/shm; by default in the store
+    on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
+
+    `run` serves in the calling thread; used in a `with`, it serves in a thread of its own.
+    Raises StoreError or LinkError where it cannot begin.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        listen: Iterable[str | Address],
+        *,
+        tls_dir: str | Path | None = None,
+        insecure: bool = False,
+        policy: Policy | None = None,
+        limits: Limits | None = None,
+        warm_dir: str | Path | None = None,
+        metrics: Metrics | None = None,
+        on_phase: Callable[[str, int], None] | None = None,
+        stop: StopSignal | None = None,
+    ) -> None:
+        self.policy = policy or Policy()
+        self.metrics = metrics or Metrics()
+        self.report_phase = on_phase or (lambda name, epoch: None)
+        self._store = store if isinstance(store, Store) else Store(Path(store).absolute())
+        self._store.create()
+        self.limits = limits or Limits()
+        self._warm_dir = warm_dir
+        self._lock = threading.Lock()
+        self._visits: list[_Visit] = []
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._wake_lock = threading.Lock()
+        with ExitStack() as stack:
+            self._stop = stop or StopSignal()
+            if stop is None:
+                stack.callback(self._stop.close)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(self._close_wake)
+            self._standbys: dict[str, Standby] = {}
+            stack.callback(self._close_standbys)
+            for name in self._store.names():
+                self._standbys[name] = self._open(name)
+            tls = TlsFiles(tls_dir) if tls_dir is not None else None
+            self._listeners = [
+                stack.enter_context(
+                    Listener(
+                        Address.parse(address) if isinstance(address, str) else address, tls=tls, insecure=insecure
+                    )
+                )
+                for address in listen
+            ]
+            self._closing = stack.pop_all()
+        self.addresses = [str(listener.address) for listener in self._listeners]
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self.run, name="backup", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stop(self) -> None:
+        """End `run`, from any thread or a signal handler."""
+        self._stop.set()
+
+    def run(self, on_turn: Callable[[], None] | None = None) -> None:
+        """Serve until stopped.
+
+        on_turn: called at least every quarter of the lease, while all is well
+        """
+        poll = select.poll()
+        for fd in (self._stop.fd, self._wake, *(listener.fileno() for listener in self._listeners)):
+            poll.register(fd, select.POLLIN)
+        period = self.policy.lease_s / 4
+        beat = time.monotonic()
+        while not self._stop.is_set:
+            now = time.monotonic()
+            if now >= beat:
+                beat = now + period
+                for visit in self._visiting():
+                    visit.beat()
+                if on_turn is not None:
+                    on_turn()
+            due = min([beat, *(standby.turn(now) for standby in list(self._standbys.values()))])
+            ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            for listener in self._listeners:
+                if listener.fileno() in ready and (connection := listener.accept()) is not None:
+                    self._receive_visit(connection)
+
+    def close(self) -> None:
+        """End all sessions and let go of the store. What is committed stays. May be called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        for visit in self._visiting():
+            visit.end("shutdown", "the backup is being stopped")
+        for visit in self._visiting():
+            visit.thread.join()
+        self._closing.close()
+
+    def failover(self, name: str, *, fence: bool = False) -> dict[str, Any]:
+        """Promote by hand, at once; returns what the survivor goes on from.
+
+        fence: run the fencing command first
+        Raises NoCheckpoint if nothing is committed under that name, RemusError if the fencing fails.
+        """
+        standby = self._standbys.get(name)
+        if standby is None:
+            raise NoCheckpoint(f"nothing is protected under the name {name!r} here")
+        return standby.take_over(fence=fence)
+
+    def status(self) -> dict[str, Any]:
+        """What there is to say of this side, for users."""
+        return {
+            "program": f"remus_ckpt {__version__}",
+            "lease_s": self.policy.lease_s,
+            "automatic": self.policy.automatic,
+            "names": {name: standby.status() for name, standby in sorted(self._standbys.items())},
+        }
+
+    def _turn_soon(self) -> None:
+        """Something has changed that a decision hangs on."""
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+
+    # Connections
+
+    def _visiting(self) -> list[_Visit]:
+        with self._lock:
+            self._visits = [visit for visit in self._visits if visit.thread.is_alive()]
+            return list(self._visits)
+
+    def _receive_visit(self, connection: Connection) -> None:
+        visits = self._visiting()
+        if len(visits) >= self.policy.max_connections:
+            # Those who have not said who they are make room, the oldest first.
+            nameless = next((visit for visit in visits if not visit.is_known), None)
+            if nameless is None:
+                log("too many connections", level=logging.WARNING, peer=connection.peer)
+                connection.close()
+                return
+            nameless.connection.close()
+            nameless.thread.join(1.0)
+        visit = _Visit(self, connection)
+        with self._lock:
+            self._visits.append(visit)
+        visit.thread.start()
+
+    def _close_wake(self) -> None:
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
+
+    def _close_standbys(self) -> None:
+        for standby in self._standbys.values():
+            standby.close()
+
+    def standby(self, name: str) -> Standby:
+        """That under a name, made if it is new. Raises Refusal for one that is not taken here."""
+        try:
+            wire.check_name(name)
+        except ValueError as error:
+            raise Refusal("name", str(error)) from None
+        if self.policy.names is not None and name not in self.policy.names:
+            raise Refusal("name", f"{name!r} is not among the names that this backup was started for (--name)")
+        with self._lock:
+            if name not in self._standbys:
+                if len(self._standbys) >= self.policy.max_names:
+                    raise Refusal("limit", f"this backup keeps {len(self._standbys)} names already")
+                self._standbys[name] = self._open(name)
+            return self._standbys[name]
+
+    def _open(self, name: str) -> Standby:
+        writer = self._store.writer(
+            name,
+            limits=self.limits,
+            warm_directory=self._warm_dir,
+            on_phase=self.report_phase,
+            retention=self.policy.retention,
+        )
+        return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
+
+
+class _Silent(LinkError):
+    """A peer that says nothing; it is told."""
+
+
+def _code_of(error: StreamError) -> str:
+    """What the peer is told of a fault in its bytes (specs/session.md §7)."""
+    if isinstance(error, UnknownFormat) and error.chunk == "HELLO":
+        return "version"
+    if isinstance(error, LimitExceeded):
+        return "limit"
+    return "malformed" if (error.section or "").startswith("session.md") else "stream"
+
+
+class _Visit:
+    """One connection, from its handshake to its end, in a thread of its own."""
+
+    def __init__(self, backup: Backup, connection: Connection) -> None:
+        self.backup = backup
+        self.connection = connection
+        self.session = Session("server")
+        self.is_known = False
+        self.run_id = b""
+        self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
+        self._sending = threading.Lock()
+        self._numbers = 0
+        self.heard = time.monotonic()
+        """When anything came last."""
+        self.status: dict[str, Any] = {}
+        """What the primary last said of itself."""
+
+    @property
+    def peer(self) -> str:
+        """Address and name of the other side."""
+        return self.connection.peer
+
+    # Called by others
+
+    def beat(self) -> None:
+        """Show that we are here, if nothing else is being sent."""
+        if not self.is_known or not self._sending.acquire(blocking=False):
+            return
+        try:
+            self._numbers += 1
+            message = wire.Heartbeat(number=self._numbers, status={})
+            # The thread that accepts must not wait for a peer: one that takes not even this is not there.
+            self.connection.send(self.session.send(message), _BEAT_S)
+        except (LinkError, TimeoutError, ValueError):
+            self.connection.close()  # its own thread says why
+        finally:
+            self._sending.release()
+
+    def end(self, code: str, message: str, term: int | None = None) -> None:
+        """Tell the peer that it is over, and why; its thread ends."""
+        self._try_say(wire.Error(code=code, message=message, term=term))
+        self.connection.close()
+
+    # The thread
+
+    def _serve(self) -> None:
+        try:
+            self.connection.handshake(_HELLO_S)
+            hello = self._await_hello()
+            self.is_known = True
+            if hello.role == "control":
+                self._serve_control()
+            else:
+                self._serve_primary(hello)
+        except Refusal as error:
+            self._say_goodbye(wire.Error(code=error.code, message=str(error), term=error.term))
+            log("refused", level=logging.WARNING, peer=self.connection.peer, code=error.code, reason=str(error))
+        except StreamError as error:
+            code = _code_of(error)
+            self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
+        except StoreError as error:
+            self._say_goodbye(wire.Error(code="store", message=str(error)))
+            log("store failed", level=logging.ERROR, peer=self.connection.peer, reason=str(error))
+        except _Silent as error:
+            self._say_goodbye(wire.Error(code="timeout", message=str(error)))
+            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+        except (LinkError, TimeoutError) as error:
+            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+        except Exception as error:
+            self._try_say(wire.Error(code="internal", message=f"{type(error).__name__}: {error}"))
+            log("connection failed", level=logging.ERROR, error=error, peer=self.connection.peer)
+        finally:
+            self.connection.close()
+
+    def _await_hello(self) -> wire.Hello:
+        deadline = time.monotonic() + _HELLO_S
+        while True:
+            match self.session.next_event():
+                case wire.Hello() as hello:
+                    wire.negotiate(hello)
+                    return hello
+                case None:
+                    self._receive(deadline - time.monotonic(), f"no hello in {_HELLO_S:g} s")
+
+    def _receive(self, timeout_s: float, otherwise: str) -> None:
+        try:
+            size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
+        except TimeoutError:
+            raise _Silent(otherwise) from None
+        if not size:
+            raise LinkError("the other side has closed the connection")
+        self.heard = time.monotonic()
+        self.session.buffer_updated(size)
+
+    def say(self, message: wire.Message) -> None:
+        """Send one message."""
+        with self._sending:
+            self.connection.send(self.session.send(message), self.backup.policy.lease_s)
+
+    def _try_say(self, message: wire.Message) -> None:
+        with suppress(LinkError, TimeoutError, ValueError):  # if it cannot be told, it cannot be told
+            self.say(message)
+
+    def _say_goodbye(self, message: wire.Message) -> None:
+        self._try_say(message)
+        # Closed at once, what it still sends would destroy what it has not yet read of ours.
+        self.connection.finish(1.0)
+
+    def _serve_control(self) -> None:
+        self.say(
+            wire.Welcome(program=f"remus_ckpt {__version__}", term=0, limits={}, lease_s=self.backup.policy.lease_s)
+        )
+        while True:
+            match self.session.next_event():
+                case wire.Request() as request:
+                    self.say(wire.Reply(number=request.number, result=self._answer(request)))
+                case wire.Goodbye():
+                    return
+                case wire.Error() as error:
+                    raise LinkError(error.message)
+                case None:
+                    self._receive(_FRAME_S, f"nothing was asked in {_FRAME_S:g} s")
+
+    def _answer(self, request: wire.Request) -> dict[str, Any]:
+        try:
+            match request.method:
+                case "status":
+                    return self.backup.status()
+                case "failover":
+                    return self.backup.failover(
+                        str(request.arguments.get("name")), fence=bool(request.arguments.get("fence"))
+                    )
+        except RemusError as error:
+            return {"error": str(error)}
+        return {"error": f"there is no method {request.method!r} here"}
+
+    def _serve_primary(self, hello: wire.Hello) -> None:
+        if hello.page_size != PAGE_SIZE:
+            raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+        self.run_id = hello.run
+        standby = self.backup.standby(hello.name)
+        with standby.hosting(self, hello) as writer:
+            self.say(standby.welcome(hello, self.backup.limits))
+            last_frame = time.monotonic()
+            while True:
+                event = self.session.next_event()
+                if event is not None:
+                    last_frame = time.monotonic()
+                match event:
+                    case wire.Begin():
+                        writer.begin(full=event.mode == "full")
+                        self.session.sink = writer
+                        log("receiving", name=hello.name, peer=self.peer, mode=event.mode, position=str(event.position))
+                    case wire.DataReceived():
+                        self.backup.report_phase("receiving", 0)
+                    case wire.Commit():
+                        self._commit(standby, writer, event)
+                    case wire.Heartbeat():
+                        self.status = event.status
+                    case wire.Goodbye():
+                        standby.said_goodbye(event.reason)
+                        return
+                    case wire.Error():
+                        raise LinkError(f"it ended the session: {event.message}")
+                    case None:
+                        if time.monotonic() - last_frame > _FRAME_S:
+                            raise _Silent(f"no whole frame in {_FRAME_S:g} s")
+                        silence_s = 2 * self.backup.policy.lease_s
+                        self._receive(silence_s, f"silent for {silence_s:g} s")
+
+    def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
+        begin = time.monotonic()
+        writer.check(commit.position)
+        self.say(wire.Ack(level="received", position=commit.position))
+        writer.store()
+        self.say(wire.Ack(level="durable", position=commit.position))
+        self.backup.report_phase("acknowledged", commit.position.epoch)
+        standby.stored(commit.position, time.monotonic() - begin)
+        writer.apply()
+        if self.session.begin is not None and self.session.begin.wait == "applied":
+            self.say(wire.Ack(level="applied", position=commit.position))

@@ -1,0 +1,79 @@
+"""The second stage: whether what goes over a link is compressed once more, behind the page codec."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from remus_ckpt.pages import Buffer
+from remus_ckpt.wire.session import Compression, compress
+
+_SAMPLE_BYTES = 1 << 18
+_SAMPLE_EVERY_BYTES = 32 << 20
+_SMALL_BYTES = 4096
+_MARGIN = 0.8
+"""Compression has to promise a fifth less time before it is taken up: it is not to be taken up and dropped in turns."""
+_MEMORY = 0.7
+"""How much of an estimate stays when a new measurement comes."""
+
+
+class Chooser:
+    """Chooses for one session.
+
+    wanted: "none", "lz4", "zstd", or "auto": whichever brings the bytes over soonest, by what is measured of the link
+        (the time from a checkpoint's last write to the word that it was received) and of the data (a sample)
+    offered: what the other side reads
+    """
+
+    def __init__(self, wanted: str, offered: Sequence[str]) -> None:
+        self.choice: Compression = "none"
+        self._candidates: list[Compression] = []
+        if wanted == "auto":
+            self._candidates = [name for name in ("lz4", "zstd") if name in offered]
+        elif wanted in offered:
+            self.choice = wanted  # type: ignore[assignment]
+        self._rate: float | None = None  # bytes/s of the link
+        self._round_trip_s = float("inf")
+        self._gains: dict[Compression, tuple[float, float]] = {}  # bytes/s in, bytes out per byte in
+        self._until_sample = 0
+
+    def look(self, buffers: Sequence[Buffer]) -> None:
+        """Bytes that are about to be sent: now and then a sample of them is compressed."""
+        if not self._candidates:
+            return
+        largest = max(buffers, key=len, default=b"")
+        self._until_sample -= sum(len(buffer) for buffer in buffers)
+        if self._until_sample > 0 or len(largest) < _SMALL_BYTES:
+            return
+        self._until_sample = _SAMPLE_EVERY_BYTES
+        sample = memoryview(largest).cast("B")[:_SAMPLE_BYTES]
+        for name in self._candidates:
+            begin = time.perf_counter()
+            size = len(compress(sample, name))
+            seconds = time.perf_counter() - begin
+            self._gains[name] = len(sample) / max(seconds, 1e-9), size / len(sample)
+        self._choose()
+
+    def received(self, wire_bytes: int, seconds: float) -> None:
+        """The other side has said that it got these bytes, so long after the write began."""
+        if wire_bytes < _SMALL_BYTES:
+            self._round_trip_s = min(self._round_trip_s, seconds)
+            return
+        if wire_bytes < 16 * _SMALL_BYTES:
+            return
+        round_trip_s = self._round_trip_s if self._round_trip_s < seconds else 0.0
+        rate = wire_bytes / max(seconds - round_trip_s, 1e-6)
+        self._rate = rate if self._rate is None else _MEMORY * self._rate + (1 - _MEMORY) * rate
+        self._choose()
+
+    def _choose(self) -> None:
+        if self._rate is None or not self._candidates:
+            return
+        # Seconds per byte. Compressing and sending do not overlap here.
+        costs = {name: 1 / speed + ratio / self._rate for name, (speed, ratio) in self._gains.items()}
+        best = min(costs, key=lambda name: costs[name], default=None)
+        plain = 1 / self._rate
+        if best is not None and costs[best] < plain * (1.0 if self.choice == best else _MARGIN):
+            self.choice = best
+        else:
+            self.choice = "none"

@@ -1,0 +1,44 @@
+"""Asking a backup something, from a command."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from remus_ckpt import __version__
+from remus_ckpt.errors import LinkError, Refused, RemusError
+from remus_ckpt.service.transport import Connection
+from remus_ckpt.wire.session import Error, Hello, Reply, Request, Session, Welcome
+
+
+def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeout_s: float = 90.0) -> dict[str, Any]:
+    """One question and its answer; the connection is closed then.
+
+    method: "status" or "failover" (specs/session.md §3.10)
+    Raises LinkError where no answer comes, RemusError where the answer is no.
+    """
+    deadline = time.monotonic() + timeout_s
+    session = Session("client")
+    with connection:
+        connection.send(session.send(Hello(program=f"remus_ckpt {__version__}", role="control")), timeout_s)
+        while True:
+            match session.next_event():
+                case Welcome():
+                    request = Request(number=1, method=method, arguments=arguments)
+                    connection.send(session.send(request), timeout_s)
+                case Reply() as reply:
+                    if "error" in reply.result:
+                        raise RemusError(f"{connection.peer}: {reply.result['error']}")
+                    return reply.result
+                case Error() as error:
+                    raise Refused(f"{connection.peer}: {error.message}", code=error.code)
+                case None:
+                    left = deadline - time.monotonic()
+                    try:
+                        size = connection.recv_into(session.get_buffer(), max(left, 0.0))
+                    except TimeoutError:
+                        raise LinkError(f"{connection.peer} has not answered in {timeout_s:g} s") from None
+                    if size:
+                        session.buffer_updated(size)
+                    else:
+                        session.feed_eof()

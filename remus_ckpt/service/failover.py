@@ -1,0 +1,237 @@
+"""When a backup takes over, and whom it lets in: pure decisions. No clock, no I/O, no memory of its own.
+
+`decide` is asked whenever something has changed and when the time that it named has come; it says what is to be done
+now. Whoever asks does it, notes it in the situation and asks again. Nothing depends on having been asked before: a
+backup that was killed between any two steps and starts again goes on from what is durable (term, role,
+expects_primary, takeover_done) and from a silence that it counts anew.
+
+    standby ── lease over ──> RunFence ── succeeded ──> Promote ──> RunTakeover ──> done
+            └─ by hand ───────────────────────────────────┘
+
+What must hold, whatever is interrupted:
+
+- Automatic failover happens only where it was asked for, with a fence command, after a committed checkpoint, when a
+  primary that has not said goodbye was silent for a whole lease, and when a fence that began after that lease has
+  succeeded. A sign of life before the promotion cancels it, and makes what the fence said worthless.
+- The takeover command runs only when the promotion is durable. It runs until it has once succeeded: a backup killed
+  while it ran runs it again.
+- Promoted is for good: only a primary of a higher term makes a standby of it again (`admit`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 60.0
+
+
+class Role(StrEnum):
+    """What a store is to its memory."""
+
+    STANDBY = "standby"
+    """It takes the checkpoints of a primary."""
+    PROMOTED = "promoted"
+    """Work went on from it: it takes none of this term."""
+
+
+class Phase(Enum):
+    """How far a command is."""
+
+    NOT_RUN = "not run"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of the user's, and how its last run went.
+
+    attempt: which run it is, from 1; 0 before the first
+    began_at, ended_at: of the last run, as far as it went; seconds on the asker's clock
+    """
+
+    phase: Phase = Phase.NOT_RUN
+    attempt: int = 0
+    began_at: float = 0.0
+    ended_at: float = 0.0
+
+    @staticmethod
+    def begun(attempt: int, now: float) -> Command:
+        """It has just been started."""
+        return Command(Phase.RUNNING, attempt, now)
+
+    def ended(self, succeeded: bool, now: float) -> Command:
+        """Its run has ended; a run that took too long and was killed has failed."""
+        return Command(Phase.SUCCEEDED if succeeded else Phase.FAILED, self.attempt, self.began_at, now)
+
+    def retry_at(self) -> float:
+        """When a failed one is to be tried again: each pause is twice the one before, up to a minute."""
+        return self.ended_at + min(FIRST_RETRY_S * 2.0 ** min(self.attempt - 1, 10), LONGEST_RETRY_S)
+
+
+@dataclass(frozen=True, slots=True)
+class ByHand:
+    """Somebody wants the backup to take over now.
+
+    at: when that was said
+    fence: run the fence command first, and go on only when it has succeeded. Otherwise who asks vouches for it
+    """
+
+    at: float
+    fence: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that a decision rests on, for one name. Times are seconds on one clock that does not jump (monotonic).
+
+    Durable, in the store:
+    term, role: of the store
+    has_checkpoint: it holds a committed one
+    expects_primary: a primary of this term was let in and has not said goodbye
+    takeover_done: the takeover command has succeeded in this term
+
+    Of this run of the backup:
+    listening_since: its start, or the end of the last gap in its own running (`listening_since`)
+    last_heard: when anything came from the primary, None if nothing has
+    fence: None without a fence command
+    takeover: None without a takeover command
+    by_hand: a wish to take over, None without one
+
+    Chosen by the user:
+    lease_s: so long a primary may be silent
+    automatic: take over without being told
+    """
+
+    term: int
+    role: Role
+    has_checkpoint: bool
+    expects_primary: bool
+    takeover_done: bool
+    listening_since: float
+    lease_s: float
+    last_heard: float | None = None
+    fence: Command | None = None
+    takeover: Command | None = None
+    by_hand: ByHand | None = None
+    automatic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunFence:
+    """Start the fence command: it makes sure that the old primary acts no more, and succeeds only then.
+
+    It may be run more than once, and on a primary that is gone already.
+    """
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """End the primary's session; then make the store durably promoted, with this term, and `takeover_done` false."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunTakeover:
+    """Start the takeover command; when it has succeeded, make `takeover_done` durable."""
+
+    term: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class WaitUntil:
+    """Nothing before this time, unless something changes."""
+
+    time: float
+
+
+Action = RunFence | Promote | RunTakeover | WaitUntil
+
+
+def decide(situation: Situation, now: float) -> list[Action]:
+    """What is to be done now: at most one thing. Nothing: until something changes."""
+    if situation.role is Role.PROMOTED:
+        return _take_over(situation, now)
+    if not situation.has_checkpoint:
+        return []
+    if (wish := situation.by_hand) is not None:
+        return _fence_and_promote(situation, wish.at, now) if wish.fence else [Promote(situation.term + 1)]
+    if not (situation.automatic and situation.expects_primary):
+        return []
+    since = situation.listening_since
+    if situation.last_heard is not None:
+        since = max(since, situation.last_heard)
+    due = since + situation.lease_s
+    return [WaitUntil(due)] if now < due else _fence_and_promote(situation, due, now)
+
+
+def _fence_and_promote(situation: Situation, since: float, now: float) -> list[Action]:
+    """Promote once a fence that began at `since` or later has succeeded."""
+    fence = situation.fence
+    if fence is None or fence.phase is Phase.RUNNING:
+        return []
+    if fence.phase is Phase.NOT_RUN or fence.began_at < since:
+        return [RunFence(1)]
+    if fence.phase is Phase.SUCCEEDED:
+        return [Promote(situation.term + 1)]
+    return [WaitUntil(fence.retry_at())] if now < fence.retry_at() else [RunFence(fence.attempt + 1)]
+
+
+def _take_over(situation: Situation, now: float) -> list[Action]:
+    takeover = situation.takeover
+    if takeover is None or situation.takeover_done or takeover.phase in {Phase.RUNNING, Phase.SUCCEEDED}:
+        return []
+    if takeover.phase is Phase.FAILED and now < takeover.retry_at():
+        return [WaitUntil(takeover.retry_at())]
+    return [RunTakeover(situation.term, takeover.attempt + 1)]
+
+
+def listening_since(since: float, looked_at: float, now: float, lease_s: float) -> float:
+    """Since when a backup has been listening, when it looks again at its clock.
+
+    looked_at: when it looked last; it must look four times a lease at least
+    One that was frozen or starved has not heard what came meanwhile: its gap must not pass for the primary's silence.
+    """
+    return now if now - looked_at > lease_s / 2 else since
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The primary is let in, under this term: the store becomes a durable standby of it.
+
+    A session that is open still is of a lower term, and is ended first.
+    """
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class FencedOff:
+    """The primary must stop: under this term, another has taken over."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """A primary of this term is being served; the new one may try again when that session has ended."""
+
+
+def admit(store_term: int, role: Role, hello_term: int | None, busy: bool) -> Accepted | FencedOff | Busy:
+    """Whether a primary that says hello is let in.
+
+    hello_term: what it says, None if it knows of none
+    busy: another session of a primary is open
+    """
+    if hello_term is not None and hello_term > store_term:
+        return Accepted(hello_term)
+    if role is Role.PROMOTED or (hello_term is not None and hello_term < store_term):
+        return FencedOff(store_term)
+    return Busy() if busy else Accepted(store_term)

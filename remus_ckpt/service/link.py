@@ -1,0 +1,254 @@
+"""The primary's end of one session: what it sends, and a thread that hears what comes back (specs/session.md)."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError
+from remus_ckpt.pages import Buffer
+from remus_ckpt.service.compression import Chooser
+from remus_ckpt.service.transport import Connection
+from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.session import (
+    Ack,
+    Begin,
+    Commit,
+    Error,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Session,
+    Welcome,
+)
+
+_FLUSH_BYTES = 1 << 20
+_WELCOME_S = 30.0
+
+
+class Link:
+    """One session with a backup, from its hello to its end.
+
+    connection: to the backup, shaken hands
+    hello: who we are
+    on_ack: called for each acknowledgement, in the thread that hears it
+    status: called for what goes with each heartbeat
+    Raises Refused or Fenced if the backup will not have us, LinkError if it is lost, Malformed if it talks nonsense.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        hello: Hello,
+        *,
+        on_ack: Callable[[Ack], None],
+        status: Callable[[], dict[str, Any]],
+        compression: str = "auto",
+    ) -> None:
+        self._connection = connection
+        self._session = Session("client")
+        self._on_ack = on_ack
+        self._status = status
+        self._sending = threading.Lock()
+        self._pending: list[Buffer] = []
+        self._pending_bytes = 0
+        self._probe: tuple[Position, int, float] | None = None  # the last commit: what was written with it, and when
+        self._error: RemusError | None = None
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Readable once the session has failed."""
+        self._heard = time.monotonic()
+        self._lease_s = _WELCOME_S  # until the welcome says better
+        self._closing = False
+        self._counted = 0
+        self._thread: threading.Thread | None = None
+        try:
+            self._post(hello)
+            self.welcome = self._await_welcome()
+        except BaseException:
+            self._release()
+            raise
+        self._lease_s = self.welcome.lease_s
+        self._chooser = Chooser(compression, self.welcome.compressions)
+
+    @property
+    def peer(self) -> str:
+        """Address and name of the backup."""
+        return self._connection.peer
+
+    def take_wire_bytes(self) -> int:
+        """Bytes sent since this was asked last."""
+        before, self._counted = self._counted, self._connection.bytes_sent
+        return self._counted - before
+
+    def _await_welcome(self) -> Welcome:
+        deadline = time.monotonic() + _WELCOME_S
+        while True:
+            event = self._session.next_event()
+            if isinstance(event, Welcome):
+                return event
+            if event is not None:
+                self._take(event)
+            elif not self._receive(max(deadline - time.monotonic(), 0.0)):
+                raise LinkError(f"{self.peer} took the connection and has not answered in {_WELCOME_S:g} s")
+
+    # What goes out
+
+    def begin(self, message: Begin) -> None:
+        """Say what follows, and begin to listen."""
+        self._post(message)
+        self._thread = threading.Thread(target=self._listen, name=f"link to {self.peer}", daemon=True)
+        self._thread.start()
+
+    def write(self, buffers: list[Buffer]) -> None:
+        """Bytes of the save stream, of a checkpoint whose commit follows."""
+        self._pending += buffers
+        self._pending_bytes += sum(len(buffer) for buffer in buffers)
+        if self._pending_bytes >= _FLUSH_BYTES:
+            self._flush()
+
+    def commit(self, message: Commit) -> None:
+        """The end of a checkpoint."""
+        self._flush(message)
+
+    def _flush(self, commit: Commit | None = None) -> None:
+        self.check()
+        self._chooser.look(self._pending)
+        with self._sending:
+            try:
+                frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
+                if commit is not None:
+                    frames += self._session.send(commit)
+            except ValueError:
+                # The listening thread has read, since we checked, what ended the session, or has ended it.
+                if self._session.ended:
+                    raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
+                raise
+            if commit is not None:
+                self._probe = commit.position, sum(len(frame) for frame in frames), time.monotonic()
+            self._send(frames)
+        self._pending = []
+        self._pending_bytes = 0
+
+    def _post(self, message: Message) -> None:
+        with self._sending:
+            self._send(self._session.send(message))
+
+    def _send(self, frames: list[Buffer]) -> None:
+        try:
+            self._connection.send(frames, self._lease_s)
+        except LinkError as error:
+            raise self._reason(error) from error
+        except TimeoutError as error:
+            raise self._reason(LinkError(f"{self.peer} takes no more data")) from error
+
+    def _reason(self, otherwise: LinkError) -> RemusError:
+        """What the other side said before it closed, which is the better reason."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+        return self._error or otherwise
+
+    # What comes back
+
+    def _receive(self, timeout_s: float) -> bool:
+        """Take in what has come; whether anything has."""
+        try:
+            size = self._connection.recv_into(self._session.get_buffer(), timeout_s)
+        except TimeoutError:
+            return False
+        if not size:
+            raise LinkError(f"{self.peer} has closed the connection")
+        self._heard = time.monotonic()
+        self._session.buffer_updated(size)
+        return True
+
+    def _listen(self) -> None:
+        number = 0
+        period = self._lease_s / 4
+        beat = time.monotonic()
+        try:
+            while not self._closing:
+                self._receive(max(beat - time.monotonic(), 0.0))
+                while (event := self._session.next_event()) is not None:
+                    self._take(event)
+                now = time.monotonic()
+                if now - self._heard > self._lease_s:
+                    raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
+                if now >= beat:
+                    number += 1
+                    # Behind data that do not move, a heartbeat would wait; they are sign enough.
+                    if self._sending.acquire(blocking=False):
+                        try:
+                            self._connection.send(
+                                self._session.send(Heartbeat(number=number, status=self._status())),
+                                self._lease_s,
+                            )
+                        finally:
+                            self._sending.release()
+                    beat = now + period
+        except StreamError as error:
+            # Bytes may have changed on their way: another link may be well (specs/session.md §7).
+            self._complain(error)
+            self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
+        except RemusError as error:
+            self._fail(error)
+        except TimeoutError:
+            self._fail(LinkError(f"{self.peer} takes no more data"))
+        except Exception as error:
+            self._fail(LinkError(f"the link to {self.peer} broke: {type(error).__name__}: {error}"))
+            raise
+
+    def _take(self, event: object) -> None:
+        match event:
+            case Ack():
+                position, size, begin = self._probe or (None, 0, 0.0)
+                if event.level == "received" and event.position == position:
+                    self._chooser.received(size, time.monotonic() - begin)
+                self._on_ack(event)
+            case Error(code="fenced"):
+                raise Fenced(event.message, term=event.term or 0)
+            case Error():
+                raise Refused(f"{self.peer}: {event.message}", code=event.code)
+            case Goodbye():
+                raise LinkError(f"{self.peer} has said goodbye: {event.reason}")
+
+    def _complain(self, error: StreamError) -> None:
+        """Tell the backup what was wrong with its bytes, where no other data stand in the way."""
+        if self._sending.acquire(blocking=False):
+            try:
+                with suppress(RemusError, TimeoutError, ValueError):
+                    message = Error(code="malformed", message=str(error), offset=error.offset)
+                    self._connection.send(self._session.send(message), 1.0)
+            finally:
+                self._sending.release()
+
+    def _fail(self, error: RemusError) -> None:
+        if self._error is None and not self._closing:
+            self._error = error
+            os.eventfd_write(self.wake, 1)
+        self._connection.close()
+
+    def check(self) -> None:
+        """Raise what has ended the session, if anything has."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self, goodbye: str | None = None) -> None:
+        """End the session; with a reason, tell the backup that this is no accident."""
+        if goodbye is not None and self._error is None:
+            with suppress(RemusError, ValueError):  # it may be gone already
+                self._post(Goodbye(reason=goodbye))
+        self._release()
+
+    def _release(self) -> None:
+        self._closing = True
+        self._connection.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        if self.wake >= 0:
+            os.close(self.wake)
+            self.wake = -1

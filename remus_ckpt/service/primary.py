@@ -1,0 +1,510 @@
+"""The primary: protects one source. It sends checkpoints, hears which are committed, and connects anew when it must.
+
+What is sent and not yet acknowledged is bounded by the window. Nothing of it is kept but the numbers of its pages: if
+the link breaks, their present content goes full in the next checkpoint (specs/session.md §5).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt import __version__
+from remus_ckpt.codec.reference import Shadow
+from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
+from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import PAGE_SIZE, Buffer
+from remus_ckpt.sender import Sender, Sent
+from remus_ckpt.service.link import Link
+from remus_ckpt.service.observe import Metrics, log
+from remus_ckpt.service.transport import Connection
+from remus_ckpt.source import Source
+from remus_ckpt.wire.dialect import StreamCodec, Word
+from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.session import COMPRESSIONS, LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
+
+LASTING = frozenset({"version", "name", "limit", "fenced"})
+"""Refusals that another try would not change."""
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 5.0
+_MAX_UNRELEASED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A checkpoint that the backup holds as the primary asked: what was held back for it may go out.
+
+    latency_s: from its first byte on the way to the acknowledgement
+    """
+
+    epoch: int
+    position: Position
+    latency_s: float
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A checkpoint that was sent and is not yet acknowledged."""
+
+    sent: Sent
+    pfns: NDArray[np.int64]
+    began: float
+
+
+class Primary:
+    """Keeps one source protected by one backup.
+
+    name: under which the backup keeps it
+    connect: gives a connection, shaken hands; called again whenever one is lost
+    window: checkpoints that may be on their way at once; with 1, each waits until the one before is committed
+    wait: what counts as committed: "received", "durable" or "applied"
+    term: under which this side was promoted; None: whatever the backup's is, if it has not been promoted itself
+    device_state: called in each pause, for what goes with the checkpoint
+    on_commit: called for each commit, in order, in a thread of its own
+    on_paused: called with the epoch while the source is paused
+    on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
+        capture
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        connect: Callable[[], Connection],
+        *,
+        codec: StreamCodec = "delta",
+        word: Word = 8,
+        interval_s: float = 0.025,
+        duration_s: float | None = None,
+        window: int = 2,
+        wait: Level = "durable",
+        compression: str = "auto",
+        term: int | None = None,
+        device_state: Callable[[], bytes] = bytes,
+        on_commit: Callable[[Committed], None] | None = None,
+        on_paused: Callable[[int], None] | None = None,
+        on_phase: Callable[[str, int], None] | None = None,
+        metrics: Metrics | None = None,
+        stop: StopSignal | None = None,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"a window of {window} checkpoints")
+        self.name = name
+        self.term = term
+        self.committed: Position | None = None
+        """The newest position that the backup has acknowledged."""
+        self.ended = ""
+        self._source = source
+        self._connect = connect
+        self._codec: StreamCodec = codec
+        self._word: Word = word
+        self._interval_s = interval_s
+        self._duration_s = duration_s
+        self._window = window
+        self._wait: Level = wait
+        self._compression = compression
+        self._device_state = device_state
+        self._on_paused = on_paused
+        self._phase = on_phase or (lambda name, epoch: None)
+        self._metrics = metrics or Metrics()
+        self._stop = stop
+        self._run = os.urandom(16)
+        self._sender: Sender | None = None
+        self._one_by_one: CheckpointLoop | None = None
+        self._link: Link | None = None
+        self._flights: deque[_Flight] = deque()
+        self._changed = threading.Condition()
+        self._began = 0.0
+        self._connections = 0
+        self._release = _Release(on_commit) if on_commit else None
+        self._fenced: Fenced | None = None
+
+    # The user's calls
+
+    def run(self) -> Iterator[Taken]:
+        """Checkpoints at the interval, each when it has been sent, until the stop, the duration or the source's end.
+
+        A lost link is made anew; meanwhile the source runs on, and nothing is committed.
+        Raises Fenced when another has taken over, Refused where another try would not help, SourceError.
+        """
+        begin = time.monotonic()
+        while not self.ended:
+            try:
+                self._connect_patiently(None)
+                if self.ended:
+                    return
+                left = None if self._duration_s is None else max(self._duration_s - (time.monotonic() - begin), 0.0)
+                loop = self._make_loop(left)
+                for taken in loop.run():
+                    self._count(taken)
+                    yield taken
+                self.drain(self._link.welcome.lease_s if self._link else 0.0)
+                self.ended = loop.ended
+            except LinkError as error:
+                self._lost(error)
+
+    def checkpoint(self, timeout_s: float = 30.0, *, wait: bool = False) -> int:
+        """Take one checkpoint now, in the calling thread; returns its epoch when it has been sent.
+
+        wait: return when it is committed, and take another if the link breaks before
+        Raises LinkError when that was not done in that time; the next call tries again.
+        """
+        deadline = time.monotonic() + timeout_s
+        epoch = None
+        while True:
+            try:
+                self._connect_patiently(deadline)
+                if epoch is None or self.committed is None or self.committed.epoch < epoch:
+                    if self._one_by_one is None:
+                        self._one_by_one = self._make_loop(None)
+                    taken = self._one_by_one.take()
+                    self._count(taken)
+                    epoch = taken.sent.epoch
+                if wait:
+                    self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
+                return epoch
+            except LinkError as error:
+                if time.monotonic() >= deadline:
+                    self.check()  # the link may be well, and the backup slow
+                    raise
+                self._lost(error)
+
+    def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
+        """Wait until that epoch, or a later one, is committed.
+
+        Raises LinkError if the link breaks first or the time is over; then it is not known to be.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while self.committed is None or self.committed.epoch < epoch:
+                self.check()
+                if self._link is None:
+                    raise LinkError("the link to the backup is lost; take another checkpoint")
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise LinkError(f"epoch {epoch} was not acknowledged in {timeout_s:g} s")
+                self._changed.wait(min(left, 0.5) if left is not None else 0.5)
+            return self.committed
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until all that was sent is committed. Raises LinkError if that does not come to pass."""
+        if self._flights:
+            self.wait_for(self._flights[-1].sent.epoch, timeout_s)
+
+    def close(self) -> None:
+        """End the session in an orderly way; what is not committed stays so."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close(self.ended or "closed")
+        if self._release is not None:
+            self._release.close()
+
+    def status(self) -> dict[str, Any]:
+        """What there is to say of this side, for the other and for users."""
+        newest = self._sender.position if self._sender else None
+        counted = self._metrics.status(self.name)
+        flat = {key: value for key, value in counted.items() if not isinstance(value, dict)}
+        for key in ("pause", "commit_latency"):
+            for percentile, seconds in (counted.get(f"{key}_s") or {}).items():
+                flat[f"{key}_{percentile}_ms"] = seconds * 1e3
+        return flat | {
+            "term": self.term,
+            "epoch": newest.epoch if newest else None,
+            "committed_epoch": self.committed.epoch if self.committed else None,
+            "committed_position": str(self.committed) if self.committed else None,
+            "lag_checkpoints": len(self._flights),
+            "memory_bytes": self._source.pages * PAGE_SIZE,
+        }
+
+    # The link
+
+    def _connect_patiently(self, deadline: float | None) -> None:
+        """Connect, again and again with longer pauses, until it is done or there is no more reason to."""
+        if self._fenced is not None:
+            raise self._fenced
+        backoff_s = _FIRST_BACKOFF_S
+        said = ""
+        while self._link is None and not self.ended:
+            try:
+                self._open()
+                return
+            except Refused as error:
+                if error.code in LASTING:
+                    raise
+                reason: RemusError = error
+            except (LinkError, Malformed) as error:
+                reason = error
+            if str(reason) != said:
+                log("no link", level=logging.WARNING, name=self.name, reason=str(reason))
+                said = str(reason)
+            if deadline is not None and time.monotonic() + backoff_s > deadline:
+                raise reason if isinstance(reason, LinkError) else LinkError(str(reason))
+            self._sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    def _sleep(self, seconds: float) -> None:
+        poll = select.poll()
+        for fd in self._source.death_fds():
+            poll.register(fd, select.POLLIN)
+        if self._stop is not None:
+            poll.register(self._stop.fd, select.POLLIN)
+        poll.poll(int(seconds * 1000))
+        if self._stop is not None and self._stop.is_set:
+            self.ended = "stopped"
+        elif not self._source.alive():
+            self.ended = "source gone"
+
+    def _open(self) -> None:
+        hello = Hello(
+            program=f"remus_ckpt {__version__}",
+            role="primary",
+            name=self.name,
+            run=self._run,
+            term=self.term,
+            memory_pages=self._source.pages,
+            page_size=PAGE_SIZE,
+            codec=self._codec,
+            word=self._word,
+            compressions=COMPRESSIONS,
+        )
+        connection = self._connect()
+        try:
+            link = Link(connection, hello, on_ack=self._acknowledged, status=self.status, compression=self._compression)
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            begin = self._agree(link)
+            link.begin(begin)
+        except BaseException:
+            link.close()
+            raise
+        self._link = link
+        self._began = 0.0  # of a checkpoint that the old link broke off
+        self._connections += 1
+        if self._compression not in ("auto", "none", *link.welcome.compressions):
+            log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
+        self._metrics.set_connected(self.name, True)
+        self._metrics.set_term(self.name, begin.term)
+        if self._connections > 1:
+            self._metrics.reconnected(self.name)
+        log("linked", name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
+
+    def _agree(self, link: Link) -> Begin:
+        """Go on with deltas if the backup holds what our reference can be brought back to, else begin anew."""
+        welcome = link.welcome
+        self.term = welcome.term
+        shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.pages)
+        held = welcome.position
+        if self._sender is not None and held is not None and welcome.stream == shape and self._rewind(held):
+            return Begin(mode="continue", term=welcome.term, position=held, wait=self._wait)
+        newest = max(
+            (position for position in (self.committed, held) if position is not None),
+            key=lambda position: position.epoch,
+            default=None,
+        )
+        if held is not None and self.committed is not None and held.epoch < self.committed.epoch:
+            log(
+                "the backup has lost committed checkpoints",
+                level=logging.ERROR,
+                name=self.name,
+                committed=str(self.committed),
+                held=str(held),
+            )
+        floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
+        if newest is not None and newest.epoch < floor:
+            newest = None  # what came behind it is lost, and nothing can follow it under a number that was used
+        with self._changed:
+            self._flights.clear()
+        self._source.shadow = zeros(self._source.pages)
+        self._sender = Sender(
+            self._source.pages,
+            codec=self._codec,
+            word=self._word,
+            reference=Shadow(self._source.shadow),
+            position=newest,
+            first_epoch=floor + 1,
+        )
+        self._one_by_one = None
+        return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)
+
+    def _rewind(self, held: Position) -> bool:
+        """Bring the sender back to a position; False where it cannot be."""
+        sender = self._sender
+        assert sender is not None
+        if sender.sent is None:
+            return False
+        known = [flight.sent.position for flight in self._flights]
+        if held in known:
+            self._commit_up_to(held)
+        elif held != self.committed:
+            return False
+        lost = [flight.pfns for flight in self._flights]
+        if sender.unfinished:
+            lost.append(sender.pfns)
+        sender.rewind(held, np.concatenate([np.empty(0, dtype=np.int64), *lost]))
+        with self._changed:
+            self._flights.clear()
+        return True
+
+    def _lost(self, error: LinkError) -> None:
+        link, self._link = self._link, None
+        self._began = 0.0
+        if link is not None:
+            link.close()
+        self._metrics.set_connected(self.name, False)
+        with self._changed:
+            self._changed.notify_all()
+        if isinstance(error, Fenced):
+            self._metrics.fence(self.name)
+            self.ended = "fenced"
+            self._fenced = error
+            log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
+            raise error
+        if isinstance(error, Refused) and error.code in LASTING:
+            raise error
+        if link is not None:
+            log("link lost", level=logging.WARNING, name=self.name, reason=str(error))
+
+    def _make_loop(self, duration_s: float | None) -> CheckpointLoop:
+        assert self._sender is not None
+        return CheckpointLoop(
+            self._source,
+            self._sender,
+            self,
+            interval_s=self._interval_s,
+            duration_s=duration_s,
+            device_state=self._device_state,
+            on_capture=lambda epoch: self._phase("capture", epoch),
+            on_paused=self._on_paused,
+            stop=self._stop,
+        )
+
+    def _count(self, taken: Taken) -> None:
+        self._metrics.checkpoint(
+            self.name,
+            pause_s=taken.pause_s,
+            dirty_pages=taken.dirty_pages,
+            raw_bytes=taken.sent.pages * PAGE_SIZE,
+            encoded_bytes=taken.sent.stream_bytes,
+            wire_bytes=self._link.take_wire_bytes() if self._link else 0,
+        )
+        self._metrics.set_lag(self.name, len(self._flights))
+
+    # What the loop sends
+
+    def write(self, buffers: list[Buffer]) -> None:
+        """Send bytes of a checkpoint."""
+        if self._link is None:
+            raise LinkError("there is no link")
+        if not self._began:
+            self._began = time.monotonic()
+            self._phase("send", 0 if self._sender is None else self._sender.next_epoch)
+        self._link.write(buffers)
+
+    def commit(self, sent: Sent) -> None:
+        """Send the end of a checkpoint, and wait while the window is full: the interval stretches, memory does not."""
+        if self._link is None or self._sender is None or sent.position is None:
+            raise LinkError("there is no link")
+        with self._changed:
+            self._flights.append(_Flight(sent, self._sender.pfns, self._began))
+        self._began = 0.0
+        self._link.commit(
+            Commit(position=sent.position, before=sent.before, stream_bytes=sent.stream_bytes, pages=sent.pages)
+        )
+        self._phase("sent", sent.epoch)
+        with self._changed:
+            while len(self._flights) >= self._window or (self._release and self._release.waiting > _MAX_UNRELEASED):
+                self.check()
+                if self._stop is not None and self._stop.is_set:
+                    return
+                self._changed.wait(0.1)
+
+    def fds(self) -> Sequence[int]:
+        """Becomes readable when the link is lost."""
+        return () if self._link is None else (self._link.wake,)
+
+    def check(self) -> None:
+        """Raise what has ended the link."""
+        if self._link is not None:
+            self._link.check()
+
+    # What comes back, in the link's thread
+
+    def _acknowledged(self, ack: Ack) -> None:
+        if LEVELS.index(ack.level) < LEVELS.index(self._wait):
+            return
+        with self._changed:
+            known = any(flight.sent.position == ack.position for flight in self._flights)
+        if known:
+            self._commit_up_to(ack.position)
+        elif ack.level == self._wait:
+            raise Malformed(f"the backup acknowledges {ack.position}, which was not sent", section="session.md §3")
+
+    def _commit_up_to(self, position: Position) -> None:
+        now = time.monotonic()
+        with self._changed:
+            done: list[_Flight] = []
+            while self._flights and (not done or done[-1].sent.position != position):
+                done.append(self._flights.popleft())
+            self.committed = position
+            self._changed.notify_all()
+        for flight in done:
+            assert flight.sent.position is not None
+            committed = Committed(flight.sent.epoch, flight.sent.position, now - flight.began)
+            self._metrics.committed(
+                self.name, committed.epoch, committed.latency_s, time.time(), committed.position.digest
+            )
+            if self._release is not None:
+                self._release.put(committed)
+
+
+class _Release:
+    """Calls back for each commit, in a thread of its own: what is released may be slow, heartbeats may not."""
+
+    def __init__(self, call: Callable[[Committed], None]) -> None:
+        self._call = call
+        self._queue: deque[Committed | None] = deque()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._deliver, name="commits", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def put(self, committed: Committed | None) -> None:
+        with self._changed:
+            self._queue.append(committed)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Deliver what is committed, and end."""
+        self.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _deliver(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    self._changed.wait()
+                committed = self._queue.popleft()
+            if committed is None:
+                return
+            try:
+                self._call(committed)
+            except Exception as error:
+                # What is released is the user's; that it fails must not stop the commits behind it.
+                log("on_commit failed", level=logging.ERROR, error=error, epoch=committed.epoch)

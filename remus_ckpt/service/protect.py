@@ -1,0 +1,175 @@
+"""Protecting one's own arrays and mmaps from Python, and getting them back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import NoCheckpoint
+from remus_ckpt.loop import StopSignal
+from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.service.observe import Metrics
+from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.transport import Address, TlsFiles, connect
+from remus_ckpt.source.manifest import Manifest
+from remus_ckpt.source.own_memory import Lock, OwnMemory
+from remus_ckpt.wire.dialect import StreamCodec
+from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.session import Level
+
+
+def protect(
+    buffers: Mapping[str, Any],
+    *,
+    to: str | Address,
+    name: str,
+    tls_dir: str | Path | None = None,
+    interval_s: float | None = None,
+    lock: Lock | None = None,
+    device_state: Callable[[], bytes] = bytes,
+    on_commit: Callable[[Committed], None] | None = None,
+    codec: StreamCodec = "delta",
+    window: int = 2,
+    wait: Level = "durable",
+    compression: str = "auto",
+    term: int | None = None,
+    insecure: bool = False,
+    metrics: Metrics | None = None,
+) -> Protection:
+    """Keep named numpy arrays, mmaps and bytearrays of this process on a backup.
+
+    buffers: what to protect, by name; `OwnMemory` says what may be given
+    to: the backup, such as "tls://backup:7411"
+    name: under which the backup keeps them
+    tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
+    interval_s: take checkpoints in a thread, with so long between two; None: only when `checkpoint` is called
+    lock: taken in each pause; whoever writes to the buffers must hold it. Needed with `interval_s`
+    device_state: called in each pause, for bytes of yours that come back with the checkpoint
+    on_commit: called for each commit, in a thread of its own: what you hold back until then may go out
+    window, wait, compression, codec, term: as for `Primary`
+    insecure: allow plain tcp:// to another machine
+
+        with protect({"orders": orders}, to="tls://backup:7411", name="orders", tls_dir="keys/me") as protection:
+            orders[7] += 1
+            protection.checkpoint(wait=True)
+
+    Raises TypeError or ValueError for buffers that cannot be taken.
+    """
+    if interval_s is not None and lock is None:
+        raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")
+    address = Address.parse(to) if isinstance(to, str) else to
+    tls = TlsFiles(tls_dir) if tls_dir is not None else None
+    source = OwnMemory(buffers, lock=lock)
+    stop = StopSignal()
+    primary = Primary(
+        name,
+        source,
+        partial(connect, address, tls=tls, insecure=insecure),
+        codec=codec,
+        interval_s=interval_s or 0.0,
+        window=window,
+        wait=wait,
+        compression=compression,
+        term=term,
+        device_state=lambda: source.manifest.pack(device_state()),
+        on_commit=on_commit,
+        metrics=metrics,
+        stop=stop,
+    )
+    return Protection(primary, source, stop, in_thread=interval_s is not None)
+
+
+class Protection:
+    """Buffers under protection, until it is closed. Made by `protect`."""
+
+    def __init__(self, primary: Primary, source: OwnMemory, stop: StopSignal, *, in_thread: bool) -> None:
+        self._primary = primary
+        self._source = source
+        self._stop = stop
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if in_thread:
+            self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+            self._thread.start()
+
+    @property
+    def committed(self) -> Position | None:
+        """The newest position that the backup has acknowledged, None before the first."""
+        return self._primary.committed
+
+    def checkpoint(self, *, wait: bool = False, timeout_s: float = 30.0) -> int:
+        """Take a checkpoint now; returns its epoch. Not with an interval: then the thread takes them.
+
+        wait: return only when it is committed; otherwise as soon as it is sent and the window has room
+        Raises LinkError when the backup cannot be reached in that time; Fenced when another has taken over.
+        """
+        if self._thread is not None:
+            raise ValueError("checkpoints are taken in a thread here; wait_for() waits for a commit")
+        return self._primary.checkpoint(timeout_s, wait=wait)
+
+    def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
+        """Wait until that epoch, or a later one, is committed. Raises LinkError where that is not known."""
+        self._raise()
+        return self._primary.wait_for(epoch, timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """What `remus-ckpt status` shows of this side."""
+        return self._primary.status()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Wait for what was sent, and end. Raises what ended the thread, or LinkError if it is not known to be safe."""
+        try:
+            if self._thread is not None:
+                self._stop.set()
+                self._thread.join()
+                self._raise()
+            else:
+                self._primary.drain(timeout_s)
+        finally:
+            self._primary.close()
+            self._source.close()
+            self._stop.close()
+
+    def _run(self) -> None:
+        try:
+            for _ in self._primary.run():
+                pass
+        except BaseException as error:
+            self._error = error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+
+
+def arrays_of(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.generic]], bytes]:
+    """What `protect` had been given, by name, with dtype and shape, and the device state that came with it.
+
+    checkpoint: from `Store(…).history(name).restore()`, or from any stream of such checkpoints
+    The arrays are views of the checkpoint's memory; of an mmap or bytearray, uint8[n].
+    Raises NoCheckpoint if these are not the arrays of somebody, Malformed if what names them is damaged.
+    """
+    found = Manifest.unpack(checkpoint.device_state, pages=len(checkpoint.memory))
+    if found is None:
+        raise NoCheckpoint(f"checkpoint {checkpoint.epoch} holds memory without names: it was not made by protect()")
+    manifest, device_state = found
+    return manifest.arrays(checkpoint.memory), device_state

@@ -1,0 +1,758 @@
+"""Connections between primary and backup: mutual TLS 1.3, Unix sockets, and plain TCP on loopback.
+
+It owns sockets, deadlines and certificates. It carries bytes and knows nothing of frames; a stream that ends is told
+from one that is cut by the frames above it. Every wait has a deadline and can be ended by `close()` from any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import os
+import select
+import socket
+import ssl
+import stat
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+from remus_ckpt.errors import LinkError
+from remus_ckpt.pages import Buffer
+from remus_ckpt.service.tls import TlsFiles, say_tls
+
+__all__ = ["Address", "Connection", "Listener", "Scheme", "TlsFiles", "connect"]
+
+Scheme = Literal["tls", "tcp", "unix"]
+
+MAX_UNIX_PATH_BYTES = 107
+"""sockaddr_un holds 108, and a zero ends the path."""
+_MAX_VECTORS = 1024
+_BACKLOG = 128
+_RECORD_BYTES = 16 << 10
+"""One TLS record, and one SSL_write (RFC 8446, section 5.1)."""
+_JOIN_BYTES = 64 << 10
+"""Buffers smaller than a record are joined up to this before they are encrypted."""
+_CIPHER_BYTES = 128 << 10
+"""Encrypted bytes that go to, or come from, the kernel in one call."""
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+"""Seconds, seconds, count: a peer whose machine is gone is noticed in half a minute, without any heartbeat."""
+_USER_TIMEOUT_MS = 120_000
+"""One that takes nothing for so long is gone too; a disk that hangs for a while must not look like it."""
+_LOCK_WAIT_S = 2.0
+_RESOLVE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the other side is, or where to listen: tls://HOST:PORT, tcp://HOST:PORT or unix:PATH.
+
+    host and port are those of tls and tcp (port 0: any, for a listener); path is that of unix.
+    """
+
+    scheme: Scheme
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str, default_scheme: Scheme | None = None) -> Self:
+        """Read an address as a user types it.
+
+        default_scheme: what HOST:PORT without a scheme means; None refuses it
+        Raises LinkError.
+        """
+        if text.startswith("unix:"):
+            path = text.removeprefix("unix:")
+            path = path.removeprefix("//") if path.startswith("///") else path
+            if not path or "\0" in path:
+                raise LinkError(f"{text!r} names no socket: write unix:/run/remus.sock")
+            if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
+                raise LinkError(f"{path}: a socket's path has at most {MAX_UNIX_PATH_BYTES} bytes")
+            return cls("unix", path=path)
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            scheme, rest = default_scheme or "", text
+        if scheme not in ("tls", "tcp"):
+            raise LinkError(f"{text!r} is no address: write tls://HOST:PORT, tcp://HOST:PORT or unix:PATH")
+        host, separator, port = rest.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise LinkError(f"{text!r}: an IPv6 address stands in brackets, such as [::1]:7411")
+        if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+            raise LinkError(f"{text!r} names no host and port: write {scheme}://HOST:PORT")
+        return cls(cast(Scheme, scheme), host=host, port=int(port))
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            return f"unix:{self.path}"
+        return f"{self.scheme}://[{self.host}]:{self.port}" if ":" in self.host else self._plain()
+
+    def _plain(self) -> str:
+        return f"{self.scheme}://{self.host}:{self.port}"
+
+
+_ADVICE = {
+    errno.ECONNREFUSED: "nobody listens there: is the other side running, and the port right?",
+    errno.ENOENT: "no socket is there: is the other side running, and the path right?",
+    errno.EACCES: "not permitted: run as the same user, or as root",
+    errno.EHOSTUNREACH: "no route there",
+    errno.ENETUNREACH: "no route there",
+    errno.ETIMEDOUT: "it no longer answers",
+    errno.ECONNRESET: "it hung up",
+    errno.EPIPE: "it hung up",
+    errno.EADDRINUSE: "the address is in use: does another one run already?",
+    errno.EADDRNOTAVAIL: "no interface here has this address",
+}
+
+
+def _say(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return say_tls(error)
+    return _ADVICE.get(error.errno or 0, error.strerror or str(error))
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else time.monotonic() + timeout_s
+
+
+class _Late(Exception):
+    """A deadline of ours has passed: not the kernel's ETIMEDOUT, which Python calls TimeoutError too."""
+
+
+def _wait(fd: int, event: int, deadline: float | None) -> None:
+    """Until the descriptor is ready. Raises _Late."""
+    poll = select.poll()
+    poll.register(fd, event)
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if not poll.poll(None if left is None else left * 1000):
+        raise _Late
+
+
+class _Use:
+    """Keeps a descriptor from being freed, and given to somebody else, while a thread waits on it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        connection = self._connection
+        with connection._state:
+            if connection._is_closed:
+                raise LinkError(f"{connection.peer}: the connection is closed")
+            connection._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._connection._leave()
+
+
+class Connection:
+    """Bytes to and from one peer, made by `connect` or by a listener's `accept`.
+
+    One thread may send while another receives; several that send take turns. Anyone may close.
+
+    peer: the address of the other side and, after the handshake, the name in its certificate or its process number
+    certificate_name: that name alone, None without TLS
+    bytes_sent, bytes_received: what was carried, without what TLS adds
+    """
+
+    # TLS runs on buffers in memory, not on the socket. OpenSSL allows one call at a time for one connection, so each
+    # is made under a lock; kept off the socket, none of them waits for the peer, and the kernel is asked once for
+    # eight records instead of twice for each.
+
+    def __init__(
+        self, sock: socket.socket, address: Address, tls: ssl.SSLContext | None, server_name: str | None
+    ) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            # A peer that is gone already makes these fail; the first read says so.
+            with suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in _KEEPALIVE:
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        self.address = address
+        self.peer = str(address)
+        self.certificate_name: str | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._socket = sock
+        self._is_server = server_name is None
+        self._state = threading.Lock()
+        self._users = 0
+        self._use = _Use(self)
+        self._is_closed = False
+        self._send_lock = threading.Lock()
+        self._send_fault: str | None = None
+        self._receive_fault: LinkError | None = None
+        self._is_ready = False
+        self._tls: ssl.SSLObject | None = None
+        if tls is not None:
+            self._tls_lock = threading.Lock()
+            self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self._tls = tls.wrap_bio(
+                self._incoming, self._outgoing, server_side=self._is_server, server_hostname=server_name
+            )
+            # Small until the peer has shown who it is.
+            self._cipher = memoryview(bytearray(_RECORD_BYTES))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor, for a poll; -1 when closed. Readiness says nothing of bytes that TLS holds already."""
+        return self._socket.fileno()
+
+    def _leave(self) -> None:
+        with self._state:
+            self._users -= 1
+            is_last = self._is_closed and not self._users
+        if is_last:
+            self._socket.close()
+
+    def close(self) -> None:
+        """Hang up. Who waits in another thread gets a LinkError. May be called twice, and from any thread."""
+        with self._state:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            is_last = not self._users
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if is_last:
+            self._socket.close()
+
+    def finish(self, timeout_s: float) -> None:
+        """Hang up so that what was sent last arrives: say that no more comes, and wait for the other side to hang up.
+
+        Without it, bytes from the peer that nobody has read make the kernel drop what is still on its way there.
+        Raises nothing; what the peer still sends is dropped. No other thread may be receiving.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            with suppress(OSError, LinkError, _Late), self._use:
+                if not self._send_lock.acquire(timeout=timeout_s):
+                    return
+                try:
+                    if self._tls is not None and self._is_ready and self._send_fault is None:
+                        with self._tls_lock:
+                            with suppress(ssl.SSLError):
+                                self._tls.unwrap()
+                            last = self._outgoing.read()
+                        self._send_plain([memoryview(last)], deadline)
+                    self._send_fault = "we have hung up"
+                finally:
+                    self._send_lock.release()
+                self._socket.shutdown(socket.SHUT_WR)
+                scrap = memoryview(bytearray(_JOIN_BYTES))
+                while self._receive_plain(scrap, deadline) and time.monotonic() < deadline:
+                    continue
+        finally:
+            self.close()
+
+    def handshake(self, timeout_s: float) -> None:
+        """Shake hands: TLS where there is TLS, a look at the peer's user on a Unix socket.
+
+        The time is for all of it, so that a peer who sends a byte a second does not live longer. To be called in the
+        connection's own thread, once, before anything else.
+        Raises LinkError; the connection is closed then.
+        """
+        try:
+            with self._use:
+                if self._tls is not None:
+                    self._shake(self._tls, _deadline(timeout_s))
+                elif self._socket.family == socket.AF_UNIX:
+                    self._check_user()
+            self._is_ready = True
+        except _Late:
+            self.close()
+            raise LinkError(f"{self.peer}: no TLS handshake in time: does the other side speak TLS?") from None
+        except OSError as error:
+            self.close()
+            raise LinkError(f"{self.peer}: {_say(error)}") from error
+        except LinkError:
+            self.close()
+            raise
+
+    def _shake(self, tls: ssl.SSLObject, deadline: float | None) -> None:
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._send_plain([memoryview(self._outgoing.read())], deadline)
+                if not self._fetch(deadline):
+                    raise LinkError(f"{self.peer}: it hung up in the middle of the handshake") from None
+            except ssl.SSLError:
+                # The alert tells the other side why.
+                with suppress(OSError, LinkError, _Late):
+                    self._send_plain([memoryview(self._outgoing.read())], time.monotonic())
+                raise
+            else:
+                break
+        self._send_plain([memoryview(self._outgoing.read())], deadline)
+        self._cipher = memoryview(bytearray(_CIPHER_BYTES))
+        subject = cast("dict[str, Any]", tls.getpeercert() or {}).get("subject", ())
+        names = [value for row in subject for key, value in row if key == "commonName"]
+        self.certificate_name = names[0] if names else None
+        if self.certificate_name:
+            self.peer = f"{self.peer} ({self.certificate_name})"
+
+    def _check_user(self) -> None:
+        packed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", packed)
+        self.peer = f"{self.peer} (pid {pid})"
+        ours = os.geteuid()
+        # Root may give its memory to whom it likes; nobody else may be asked for it, or answer for it.
+        if uid not in (0, ours) and (self._is_server or ours):
+            raise LinkError(f"{self.peer}: the other side is user {uid}: run both as one user, or as root")
+
+    def send(self, buffers: Sequence[Buffer], timeout_s: float | None) -> None:
+        """Send all of the buffers.
+
+        buffers: C-contiguous, of any item size; they are not kept
+        timeout_s: for all of it
+        Raises LinkError; what was sent may then be cut anywhere, and nothing can be sent after it.
+        """
+        deadline = _deadline(timeout_s)
+        views = [_flat(buffer) for buffer in buffers]
+        size = sum(map(len, views))
+        if not self._send_lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
+            raise LinkError(f"{self.peer}: another thread was still sending after {timeout_s:g} s")
+        try:
+            with self._use:
+                self._check_ready()
+                if self._send_fault is not None:
+                    raise LinkError(f"{self.peer}: {self._send_fault}")
+                try:
+                    if self._tls is None:
+                        self._send_plain(views, deadline)
+                    else:
+                        self._send_tls(self._tls, views, deadline)
+                except _Late:
+                    self._send_fault = f"it did not take what was sent within {timeout_s:g} s"
+                    raise LinkError(f"{self.peer}: {self._send_fault}") from None
+                except OSError as error:
+                    self._send_fault = _say(error)
+                    raise LinkError(f"{self.peer}: {self._send_fault}") from error
+                except BaseException:  # such as Ctrl-C
+                    self._send_fault = "sending was interrupted"
+                    raise
+                self.bytes_sent += size
+        finally:
+            self._send_lock.release()
+
+    def _check_ready(self) -> None:
+        if not self._is_ready:
+            raise ValueError("handshake() comes first")
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LinkError(f"{self.peer}: the connection was closed here")
+
+    def _send_plain(self, views: list[memoryview], deadline: float | None) -> None:
+        """Send all of them; the list is used up."""
+        at = 0
+        while at < len(views):
+            try:
+                size = self._socket.sendmsg(views[at : at + _MAX_VECTORS], (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                _wait(self._socket.fileno(), select.POLLOUT, deadline)
+                self._check_open()
+                continue
+            except OSError:
+                self._check_open()
+                raise
+            while at < len(views) and size >= len(views[at]):
+                size -= len(views[at])
+                at += 1
+            if size:
+                views[at] = views[at][size:]
+            if at < len(views) and deadline is not None and time.monotonic() > deadline:
+                raise _Late
+
+    def _send_tls(self, tls: ssl.SSLObject, views: list[memoryview], deadline: float | None) -> None:
+        for view in _joined(views):
+            for start in range(0, len(view), _CIPHER_BYTES):
+                part = view[start : start + _CIPHER_BYTES]
+                at = 0
+                while at < len(part):
+                    with self._tls_lock:
+                        at += tls.write(part[at : at + _RECORD_BYTES])
+                with self._tls_lock:
+                    sealed = self._outgoing.read()
+                self._send_plain([memoryview(sealed)], deadline)
+
+    def recv_into(self, view: memoryview, timeout_s: float | None) -> int:
+        """Receive what is there, at least a byte; 0 at the end of the stream.
+
+        view: writable, not empty, format "B"
+        timeout_s: for the first byte; 0 takes only what is there
+        The end is an end whether the peer said that it would come or not: the frames above know if it came too early.
+        Raises TimeoutError, and LinkError when the link is broken.
+        """
+        if not len(view):
+            raise ValueError("the view is empty")
+        deadline = _deadline(timeout_s)
+        with self._use:
+            self._check_ready()
+            if self._receive_fault is not None:
+                raise self._receive_fault
+            try:
+                if self._tls is None:
+                    size = self._receive_plain(view, deadline)
+                else:
+                    size = self._receive_tls(self._tls, view, deadline)
+            except _Late:
+                raise TimeoutError(f"{self.peer}: nothing came within {timeout_s:g} s") from None
+            except OSError as error:
+                raise LinkError(f"{self.peer}: {_say(error)}") from error
+            self.bytes_received += size
+            return size
+
+    def _receive_plain(self, view: memoryview, deadline: float | None) -> int:
+        while True:
+            try:
+                size = self._socket.recv_into(view)
+            except BlockingIOError:
+                _wait(self._socket.fileno(), select.POLLIN, deadline)
+                self._check_open()
+                continue
+            except OSError:
+                self._check_open()
+                raise
+            if not size:
+                self._check_open()
+            return size
+
+    def _fetch(self, deadline: float | None) -> int:
+        """Encrypted bytes from the socket to where TLS reads them; 0 at the end."""
+        size = self._receive_plain(self._cipher, deadline)
+        if size:
+            self._incoming.write(self._cipher[:size])
+        else:
+            self._incoming.write_eof()
+        return size
+
+    def _receive_tls(self, tls: ssl.SSLObject, view: memoryview, deadline: float | None) -> int:
+        got = 0
+        while True:
+            try:
+                while got < len(view):
+                    with self._tls_lock:
+                        size = cast(int, tls.read(len(view) - got, view[got:]))
+                    if not size:
+                        return got
+                    got += size
+                return got
+            except ssl.SSLWantReadError:
+                if got:
+                    return got
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return got
+            except ssl.SSLError as error:
+                self._receive_fault = LinkError(f"{self.peer}: {say_tls(error)}")
+                if got:
+                    return got  # whole records, checked; the fault is behind them
+                raise self._receive_fault from error
+            size = self._receive_plain(self._cipher, deadline)
+            with self._tls_lock:
+                if size:
+                    self._incoming.write(self._cipher[:size])
+                else:
+                    self._incoming.write_eof()
+
+
+def _flat(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    if view.ndim == 1 and view.format == "B":
+        return view
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def _joined(views: list[memoryview]) -> Iterator[memoryview]:
+    """The same bytes in fewer pieces: neighbours smaller than a record are copied together."""
+    small = bytearray()
+    for view in views:
+        if len(view) >= _RECORD_BYTES:
+            if small:
+                yield memoryview(small)
+                small = bytearray()
+            yield view
+            continue
+        small += view
+        if len(small) >= _JOIN_BYTES - _RECORD_BYTES:
+            yield memoryview(small)
+            small = bytearray()
+    if small:
+        yield memoryview(small)
+
+
+def _resolve(address: Address, deadline: float, *, passive: bool = False) -> list[tuple[int, Any]]:
+    """(family, socket address) of each address of the host. Raises LinkError, _Late."""
+    found: list[Any] = []
+
+    def look() -> None:
+        flags = socket.AI_PASSIVE if passive else 0
+        try:
+            found.extend(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags))
+        except (OSError, UnicodeError) as error:
+            found.append(error)
+
+    # A resolver waits as long as it likes, and cannot be interrupted.
+    thread = threading.Thread(target=look, name="resolve", daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    if thread.is_alive():
+        raise _Late
+    if isinstance(found[0], Exception):
+        raise LinkError(f"{address}: no address for {address.host}: {getattr(found[0], 'strerror', None) or found[0]}")
+    return [(family, where) for family, _, _, _, where in found]
+
+
+def _check_plain(address: Address, where: Any, insecure: bool, option: str) -> None:
+    if address.scheme == "tcp" and not insecure and not ipaddress.ip_address(where[0].partition("%")[0]).is_loopback:
+        raise LinkError(
+            f"{address}: plain tcp goes to this machine only, since anyone on the way reads and alters it:"
+            f" use tls://, or say {option}"
+        )
+
+
+_INSECURE_OPTION = "--insecure-plain-tcp"
+
+
+def connect(
+    address: Address, *, tls: TlsFiles | None = None, timeout_s: float = 10.0, insecure: bool = False
+) -> Connection:
+    """Connect, and shake hands.
+
+    tls: needed for tls://, unused otherwise
+    timeout_s: for all of it
+    insecure: allow plain tcp:// to another machine
+    Raises LinkError. In TLS 1.3 the server judges our certificate after we are done, so that its refusal is an error
+    of the first `recv_into`.
+    """
+    deadline = time.monotonic() + timeout_s
+    server_name = address.host
+    context = None
+    if address.scheme == "tls":
+        if tls is None:
+            raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
+        context = tls.client_context()
+        server_name = tls.certificate_name or address.host.partition("%")[0]
+    try:
+        if address.scheme == "unix":
+            sock = _dial(socket.AF_UNIX, address.path, deadline)
+        else:
+            choices = _resolve(address, deadline)
+            for _, where in choices:
+                _check_plain(address, where, insecure, _INSECURE_OPTION)
+            sock = _dial_one_of(choices, deadline)
+    except _Late:
+        raise LinkError(f"{address}: no answer within {timeout_s:g} s: is it up, and no firewall between?") from None
+    except OSError as error:
+        raise LinkError(f"{address}: {_say(error)}") from error
+    try:
+        connection = Connection(sock, address, context, server_name)
+    except ValueError as error:
+        sock.close()
+        raise LinkError(f"{address}: {server_name!r} is no name that a certificate can hold: {error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    connection.handshake(max(0.0, deadline - time.monotonic()))
+    return connection
+
+
+def _dial_one_of(choices: list[tuple[int, Any]], deadline: float) -> socket.socket:
+    for number, (family, where) in enumerate(choices):
+        left = (deadline - time.monotonic()) / (len(choices) - number)
+        try:
+            return _dial(family, where, time.monotonic() + left)
+        except (OSError, _Late):
+            if number == len(choices) - 1:
+                raise
+    raise OSError(errno.EADDRNOTAVAIL, "the host has no address")
+
+
+def _dial(family: int, where: Any, deadline: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(where)
+        while code == errno.EAGAIN and time.monotonic() < deadline:
+            time.sleep(0.01)  # a Unix listener whose queue is full; there is nothing to poll for
+            code = sock.connect_ex(where)
+        if code == errno.EAGAIN:
+            raise _Late
+        if code == errno.EINPROGRESS:
+            _wait(sock.fileno(), select.POLLOUT, deadline)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Listener:
+    """Waits for peers at an address; `fileno()` is readable when one is there.
+
+    tls: needed for tls://, unused otherwise
+    insecure: allow plain tcp:// on an address that other machines can reach
+    address: where it really listens, with the port that was chosen for port 0
+    A Unix socket has mode 0600; one that lies there already is replaced if nobody listens behind it.
+    Raises LinkError.
+    """
+
+    def __init__(self, address: Address, *, tls: TlsFiles | None = None, insecure: bool = False) -> None:
+        if address.scheme == "tls" and tls is None:
+            raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
+        self._tls = tls if address.scheme == "tls" else None
+        self._inode: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+        try:
+            if address.scheme == "unix":
+                self._socket = self._bind_path(address.path)
+                self.address = address
+            else:
+                family, where = _resolve(address, time.monotonic() + _RESOLVE_S, passive=True)[0]
+                _check_plain(address, where, insecure, _INSECURE_OPTION)
+                is_both = family == socket.AF_INET6 and address.host == "::"
+                self._socket = socket.create_server(where, family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
+                self.address = Address(address.scheme, host=address.host, port=self._socket.getsockname()[1])
+        except _Late:
+            raise LinkError(f"{address}: no address for {address.host} within {_RESOLVE_S:g} s") from None
+        except OSError as error:
+            raise LinkError(f"{address}: {_say(error)}") from error
+        self._socket.setblocking(False)
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _bind_path(self, path: str) -> socket.socket:
+        with _locked_folder(path):
+            _remove_stale(path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.bind(path)
+                # Nobody can connect before listen(), so there is no instant at which others could.
+                os.chmod(path, 0o600)
+                sock.listen(_BACKLOG)
+                status = os.stat(path)
+            except BaseException:
+                sock.close()
+                raise
+        self._inode = status.st_dev, status.st_ino
+        return sock
+
+    def fileno(self) -> int:
+        """The descriptor, for a poll; -1 when closed."""
+        return self._socket.fileno()
+
+    def accept(self) -> Connection | None:
+        """Take the peer that waits, without shaking hands yet; None if there is none, or none could be taken.
+
+        Never waits. Raises LinkError when the listener is closed.
+        """
+        try:
+            sock, where = self._socket.accept()
+        except OSError as error:
+            if self._socket.fileno() < 0:
+                raise LinkError(f"{self.address}: the listener is closed") from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            elif error.errno == errno.EINVAL:
+                raise LinkError(f"{self.address}: the listener is closed") from None
+            return None
+        if self.address.scheme == "unix":
+            address = self.address
+        else:
+            address = Address(self.address.scheme, host=where[0].removeprefix("::ffff:"), port=where[1])
+        try:
+            return Connection(sock, address, self._tls.server_context() if self._tls else None, None)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _turn_away(self) -> None:
+        """Hang up on the peer that waits although no descriptor is left: or it would keep a poll awake for ever."""
+        with self._lock:
+            if self._spare < 0:
+                return
+            os.close(self._spare)
+            with suppress(OSError):
+                self._socket.accept()[0].close()
+            try:
+                self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                self._spare = -1
+
+    def close(self) -> None:
+        """Stop listening; connections live on. Wakes a poll. May be called twice, and from any thread."""
+        with self._lock:
+            if self._socket.fileno() < 0:
+                return
+            if self._inode is not None:
+                with suppress(OSError):
+                    status = os.stat(self.address.path)
+                    if (status.st_dev, status.st_ino) == self._inode:
+                        os.unlink(self.address.path)
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            if self._spare >= 0:
+                os.close(self._spare)
+                self._spare = -1
+
+
+@contextmanager
+def _locked_folder(path: str) -> Iterator[None]:
+    """Only one listener at a time looks at what lies in the folder: two that start at once may not both replace it."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        until = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise LinkError(f"{path}: somebody holds a lock on its folder") from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise LinkError(f"{path} is there, and is no socket: it is left as it is")
+    try:
+        _dial(socket.AF_UNIX, path, time.monotonic()).close()
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except _Late:  # somebody whose queue is full
+        raise LinkError(f"{path}: somebody listens there already") from None
+    except OSError as error:
+        raise LinkError(f"{path}: {_say(error)}") from error
+    else:
+        raise LinkError(f"{path}: somebody listens there already")

@@ -1,0 +1,198 @@
+"""Stopping all processes of a cgroup (version 2) with its freezer.
+
+Source: Linux, Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze" and "cgroup.events".
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from remus_ckpt.errors import SourceError
+from remus_ckpt.source.guarded import Guard
+from remus_ckpt.source.processes import has_file
+
+_POLL_S = 50e-6
+
+
+class CgroupFreezer:
+    """A cgroup whose processes are frozen and thawed together, those in cgroups below it and those yet to come as well.
+
+    None may be moved out of it in a pause: it would run on.
+
+    path: its directory, such as /sys/fs/cgroup/system.slice/orders.service
+    freeze_timeout_s: how long it may take to freeze (a thread in an uninterruptible wait does not)
+    Raises SourceError if it cannot be frozen by us, is frozen already, or holds this process.
+    """
+
+    def __init__(self, path: str | Path, *, freeze_timeout_s: float = 10.0) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._freeze_timeout_s = freeze_timeout_s
+        self._events = self._freeze = self._witness = -1
+        self._guard: Guard | None = None
+        self._claim: socket.socket | None = None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        self._check_kind()
+        try:
+            self._events = os.open(self.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+            self._freeze = os.open(self.path / "cgroup.freeze", os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError:
+            raise SourceError(f"{self.path} may not be frozen: run as its owner or as root") from None
+        except OSError as error:
+            raise SourceError(f"{self.path}: {error.strerror}") from None
+        # In all that we freeze: neither we nor the guard would ever run again.
+        if os.getpid() in self._pids():
+            raise SourceError(f"this process is in {self.path} itself: run it in another cgroup")
+        if self._event("frozen") or self._asked():
+            # Whoever froze it wants it so; our pauses would end with it running.
+            raise SourceError(f"{self.path} is frozen already: thaw it first (echo 0 > {self.path}/cgroup.freeze)")
+        # Two who freeze the same cgroup would each end the other's pauses. The name goes with us when we die.
+        status = os.stat(self.path)
+        self._claim = socket.socket(socket.AF_UNIX)
+        try:
+            self._claim.bind(f"\0remus-ckpt freezes {status.st_dev}:{status.st_ino}")
+        except OSError:
+            raise SourceError(f"{self.path} is being recorded by somebody else") from None
+        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze])
+
+    def _check_kind(self) -> None:
+        if not self.path.is_dir():
+            raise SourceError(f"{self.path} is no directory: name a cgroup of version 2, {_examples()}")
+        if (self.path / "cgroup.freeze").is_file():
+            kind = (self.path / "cgroup.type").read_text().strip()
+            if kind in {"threaded", "domain invalid"}:
+                raise SourceError(f"{self.path} holds single threads: name the cgroup that has their whole processes")
+            return
+        if (self.path / "cgroup.controllers").is_file():
+            raise SourceError(f"{self.path} is the root of all cgroups, which cannot be frozen: name one below it")
+        if (self.path / "cgroup.procs").is_file() or (self.path / "freezer.state").is_file():
+            raise SourceError(f"{self.path} is a cgroup of version 1: name one of version 2, {_examples()}")
+        raise SourceError(f"{self.path} is no cgroup: name one of version 2, {_examples()}")
+
+    def close(self) -> None:
+        """Let go of the cgroup, which is thawed if we had frozen it."""
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
+        if self._claim is not None:
+            self._claim.close()
+        for fd in (self._events, self._freeze, self._witness):
+            if fd >= 0:
+                os.close(fd)
+        self._events = self._freeze = self._witness = -1
+
+    def check_maps(self, path: str, file: os.stat_result) -> None:
+        """Raise SourceError if processes let us look and none of them has the file mapped or open."""
+        looked = [found for pid in self._pids() if (found := has_file(pid, path, file)) is not None]
+        if looked and not any(looked):
+            raise SourceError(f"no process in {self.path} has {path} mapped or open: name the cgroup that writes to it")
+
+    def death_fds(self) -> Sequence[int]:
+        """A descriptor that becomes readable when one of the processes dies, which is not the last one for sure.
+
+        The cgroup lives as long as that one does; when it has died, ask again. cgroup.events would wake us for each
+        thaw too, and up to 10 ms late.
+        """
+        if self._witness >= 0 and not _is_readable(self._witness):
+            return (self._witness,)
+        if self._witness >= 0:
+            os.close(self._witness)
+            self._witness = -1
+        for pid in self._pids():
+            try:
+                self._witness = os.pidfd_open(pid)
+            except OSError:
+                continue
+            if not _is_readable(self._witness):
+                return (self._witness,)
+            os.close(self._witness)
+            self._witness = -1
+        return ()
+
+    def alive(self) -> bool:
+        """Whether any process is in it, or below it."""
+        return self._event("populated")
+
+    def stop(self) -> None:
+        """Freeze it; return when every process has really stopped. On an error they run on."""
+        assert self._guard is not None
+        self._guard.stopping()
+        try:
+            self._write(b"1")
+            deadline = time.monotonic() + self._freeze_timeout_s
+            while self.alive() and not self._event("frozen"):
+                if time.monotonic() > deadline:
+                    raise SourceError(f"{self.path} was not frozen in {self._freeze_timeout_s:g} s")
+                # The kernel tells of changes too, but at most every 10 ms.
+                time.sleep(_POLL_S)
+        except BaseException:
+            self.resume()
+            raise
+
+    def check_stopped(self) -> None:
+        """Raise SourceError if somebody else has thawed it since `stop`."""
+        if self.alive() and not (self._asked() and self._event("frozen")):
+            raise SourceError(f"{self.path} was thawed by somebody else in a pause")
+
+    def resume(self) -> None:
+        """Thaw it."""
+        assert self._guard is not None
+        self._write(b"0")
+        self._guard.running()
+
+    def _write(self, state: bytes) -> None:
+        try:
+            os.pwrite(self._freeze, state, 0)
+        except OSError as error:
+            if self.alive():
+                raise SourceError(f"{self.path}/cgroup.freeze: {error.strerror}") from None
+
+    def _asked(self) -> bool:
+        """Whether it has been told to be frozen."""
+        try:
+            return os.pread(self._freeze, 16, 0).strip() == b"1"
+        except OSError:  # removed
+            return False
+
+    def _event(self, name: str) -> bool:
+        try:
+            words = os.pread(self._events, 256, 0).decode().split()
+        except OSError:  # removed: it is empty, and nothing in it is frozen
+            return False
+        return dict(zip(words[::2], words[1::2], strict=True)).get(name) == "1"
+
+    def _pids(self) -> Iterator[int]:
+        """The processes in it and below it, as far as they have numbers here."""
+        for directory, _, files in os.walk(self.path):
+            if "cgroup.procs" not in files:
+                continue
+            try:
+                with open(Path(directory, "cgroup.procs"), encoding="ascii") as file:
+                    numbers = [int(line) for line in file]
+            except OSError:
+                continue  # removed, or of single threads, whose processes the cgroup above names
+            # One of another PID namespace has the number 0.
+            yield from (number for number in numbers if number)
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _examples() -> str:
+    """Where cgroups of version 2 are, for an error."""
+    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        mounts = [row[1] for row in map(str.split, file) if row[2] == "cgroup2"]
+    return f"a directory below {' or '.join(mounts)}" if mounts else "for which a cgroup2 must be mounted"

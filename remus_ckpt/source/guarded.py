@@ -1,0 +1,69 @@
+"""The near end of a guard process (guard.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from remus_ckpt.errors import SourceError
+
+_GUARD = Path(__file__).with_name("guard.py")
+
+
+class Guard:
+    """A process that lets those run on who were stopped, if we die before we do.
+
+    arguments: what it guards, as guard.py takes it
+    fds: descriptors among the arguments
+    timeout_s: how long it may take to take a word, or to answer one
+    """
+
+    def __init__(self, *arguments: str, fds: Sequence[int] = (), timeout_s: float = 10.0) -> None:
+        self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._words.settimeout(timeout_s)
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(_GUARD), str(theirs.fileno()), *arguments],
+                    pass_fds=[theirs.fileno(), *fds],
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+        except BaseException:
+            self._words.close()
+            raise
+
+    def close(self) -> None:
+        """End it; it lets them run on if they are stopped still."""
+        self._words.close()
+        self.process.wait()
+
+    def stopping(self) -> None:
+        """Say that they are about to be stopped. Raises SourceError if the guard is gone: then nothing may be."""
+        try:
+            self._words.send(b"S")
+        except OSError:
+            raise SourceError("the guard process is gone: nothing was stopped") from None
+
+    def running(self) -> None:
+        """Say that they run again."""
+        with contextlib.suppress(OSError):
+            self._words.send(b"C")
+
+    def answer(self, word: bytes) -> str:
+        """What was wrong with the command that it has run at a word, or nothing. Raises SourceError if it is gone."""
+        # The answer to a word before may have been too late for whoever waited for it.
+        answer = b""
+        while answer[:1] != word:
+            try:
+                answer = self._words.recv(65536)
+            except OSError:
+                answer = b""
+            if not answer:
+                raise SourceError("the guard process, which runs the commands, is gone")
+        return answer[1:].decode(errors="replace")

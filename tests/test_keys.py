@@ -1,0 +1,231 @@
+"""The small CA: what it issues is accepted by OpenSSL and by nobody who should not, and no key is ever written over."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import stat
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from support import Command
+
+from remus_ckpt.errors import LinkError
+from remus_ckpt.service import keys
+from remus_ckpt.service.tls import TlsFiles
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Command:
+    return Command(monkeypatch, capfdbinary)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_lies_where(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        keys.init(tmp_path / "ca")
+        keys.issue(tmp_path / "ca", "backup")
+    finally:
+        os.umask(mask)
+    assert sorted(contents(tmp_path)) == [
+        "ca/backup/ca.pem",
+        "ca/backup/cert.pem",
+        "ca/backup/key.pem",
+        "ca/ca-key.pem",
+        "ca/ca.pem",
+    ]
+    assert mode(tmp_path / "ca") == mode(tmp_path / "ca" / "backup") == 0o700
+    assert mode(tmp_path / "ca" / "ca-key.pem") == mode(tmp_path / "ca" / "backup" / "key.pem") == 0o600
+    assert (tmp_path / "ca" / "ca.pem").read_bytes() == (tmp_path / "ca" / "backup" / "ca.pem").read_bytes()
+
+
+def test_what_a_certificate_says(tmp_path: Path) -> None:
+    authority = keys.init(tmp_path, days=100, now=NOW)
+    hosts = ["backup.example.net", "*.internal", "10.0.0.7", "::1", "[fe80::2]", "a_b"]
+    issued = keys.issue(tmp_path, "backup-1", hosts=hosts, days=30, now=NOW)
+    assert issued.hosts == ("backup.example.net", "*.internal", "10.0.0.7", "::1", "fe80::2", "a_b")
+    assert issued.name == "backup-1"
+    assert issued.issuer == authority.name
+    assert issued.expires == NOW + timedelta(days=30)
+    assert issued.starts < NOW
+    assert issued.days_left(NOW) == 30
+    assert (authority.is_ca, issued.is_ca) == (True, False)
+    certificate = x509.load_pem_x509_certificate(issued.path.read_bytes())
+    key = certificate.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp256r1"
+    usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert {use.dotted_string for use in usage} == {"1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"}
+
+
+def test_without_hosts_the_name_is_the_host(tmp_path: Path) -> None:
+    keys.init(tmp_path)
+    assert keys.issue(tmp_path, "backup.example.net").hosts == ("backup.example.net",)
+    assert keys.issue(tmp_path, "10.0.0.7").hosts == ("10.0.0.7",)
+
+
+def test_no_certificate_outlives_its_ca(tmp_path: Path) -> None:
+    authority = keys.init(tmp_path, days=10, now=NOW)
+    issued = keys.issue(tmp_path, "late", days=365, now=NOW + timedelta(days=3))
+    assert issued.expires == authority.expires
+    assert keys.issue(tmp_path, "early", now=NOW - timedelta(days=3)).starts == authority.starts
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path, "too-late", now=NOW + timedelta(days=11))
+    assert not (tmp_path / "too-late").exists()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="asks the openssl command")
+@pytest.mark.parametrize("purpose", ["sslserver", "sslclient"])
+def test_openssl_agrees(tmp_path: Path, purpose: str) -> None:
+    keys.init(tmp_path)
+    keys.issue(tmp_path, "backup", hosts=["backup.example.net"])
+    verify = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", str(tmp_path / "ca.pem")]
+    good = subprocess.run(
+        [*verify, "-verify_hostname", "backup.example.net", str(tmp_path / "backup" / "cert.pem")],
+        capture_output=True,
+        check=False,
+    )
+    assert good.returncode == 0, good.stderr
+    other = [*verify, "-verify_hostname", "other.example.net", str(tmp_path / "backup" / "cert.pem")]
+    assert subprocess.run(other, capture_output=True, check=False).returncode != 0
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    keys.init(tmp_path)
+    keys.issue(tmp_path, "backup")
+    before = contents(tmp_path)
+    with pytest.raises(LinkError):
+        keys.init(tmp_path)
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path, "backup")
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path, "other", out=tmp_path / "backup")
+    with pytest.raises(LinkError):  # it would put a certificate beside the CA's
+        keys.issue(tmp_path, "other", out=tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_key_alone_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "ca-key.pem").write_text("precious")
+    with pytest.raises(LinkError):
+        keys.init(tmp_path)
+    assert contents(tmp_path) == {"ca-key.pem": b"precious"}
+
+
+def test_a_folder_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    keys.init(tmp_path / "ca")
+    (tmp_path / "there").mkdir(mode=0o755)
+    (tmp_path / "there").chmod(0o755)
+    keys.issue(tmp_path / "ca", "backup", out=tmp_path / "there")
+    assert mode(tmp_path / "there") == 0o755
+    assert mode(tmp_path / "there" / "key.pem") == 0o600
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "a/b", "-x", "x-", "a b", "é", "x" * 65, "a\n"])
+def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
+    keys.init(tmp_path / "ca")
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path / "ca", name)
+    assert sorted(contents(tmp_path)) == ["ca/ca-key.pem", "ca/ca.pem"]
+
+
+@pytest.mark.parametrize(
+    "host", ["", "a b", "-a.example", "a..b", "x" * 64, "é.example", "tls://a", "a:7411", "*", "a.*"]
+)
+def test_hosts_that_are_refused(tmp_path: Path, host: str) -> None:
+    keys.init(tmp_path / "ca")
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path / "ca", "backup", hosts=["good.example", host])
+    assert not (tmp_path / "ca" / "backup").exists()
+
+
+def test_without_a_ca(tmp_path: Path) -> None:
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path, "backup")
+    with pytest.raises(LinkError):
+        keys.show(tmp_path)
+    keys.init(tmp_path / "a")
+    keys.init(tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "ca-key.pem", tmp_path / "a" / "ca-key.pem")
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path / "a", "backup")
+    (tmp_path / "b" / "ca-key.pem").write_bytes(b"\0garbage")
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path / "b", "backup")
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    keys.init(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path, "backup", out=tmp_path / "file" / "below")
+    with pytest.raises(LinkError):
+        keys.init(tmp_path / "long", days=10**9)
+    assert not (tmp_path / "long" / "ca.pem").exists()
+
+
+def test_half_a_set_is_removed_again(tmp_path: Path) -> None:
+    """The key is written, and the CA's certificate does not fit any more: as on a full disk."""
+    keys.init(tmp_path / "ca")
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(LinkError):
+            keys.issue(tmp_path / "ca", "backup")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+    keys.issue(tmp_path / "ca", "backup")
+
+
+def test_the_command(tmp_path: Path, command: Command) -> None:
+    """From nothing to a folder that --tls-dir takes."""
+    ran = command("keys", "init", tmp_path / "keys", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["directory"] == str(tmp_path / "keys")
+    ran = command("keys", "issue", tmp_path / "keys", "backup", "--host", "127.0.0.1", "--host", "b.example", "--json")
+    assert ran.code == 0, ran.err
+    issued = json.loads(ran.out)
+    assert issued["hosts"] == ["127.0.0.1", "b.example"]
+    TlsFiles(issued["directory"])
+    ran = command("keys", "issue", tmp_path / "keys", "primary", "--out", tmp_path / "primary", "--days", "7")
+    assert ran.code == 0, ran.err
+    TlsFiles(tmp_path / "primary")
+    ran = command("keys", "issue", tmp_path / "keys", "backup")
+    assert ran.code == 1
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_the_command_says_what_expires(tmp_path: Path, command: Command) -> None:
+    now = datetime.now(UTC)
+    keys.init(tmp_path, now=now - timedelta(days=100))
+    keys.issue(tmp_path, "fine")
+    keys.issue(tmp_path, "soon", days=7)
+    keys.issue(tmp_path, "over", days=7, now=now - timedelta(days=50))
+    ran = command("keys", "show", tmp_path, "--json")
+    assert ran.code == 0
+    listed = {row["name"]: row["days_left"] for row in json.loads(ran.out)}
+    assert listed["over"] < 0 < listed["soon"] < 8 < listed["fine"]
+    assert len(listed) == 4
+    assert sorted(Path(line.split()[1]).parent.name for line in ran.err.splitlines()) == ["over", "soon"]
+    ran = command("keys", "show", tmp_path / "fine")
+    assert ran.code == 0
+    assert len(ran.out.splitlines()) == 2
+    assert ran.err == ""

@@ -1,0 +1,420 @@
+"""Logs, metrics and words to systemd, as those who read them see them."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+
+from remus_ckpt.cli.options import app
+from remus_ckpt.errors import LinkError
+from remus_ckpt.service.observe import (
+    LogFormat,
+    Metrics,
+    MetricsServer,
+    configure_logs,
+    log,
+    notify,
+    summarize,
+    watchdog_interval_s,
+)
+
+UNITS = Path(__file__).parent.parent / "tools" / "systemd"
+
+
+# Logs
+
+
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    """The package's logger, put back as it was."""
+    logger = logging.getLogger("remus_ckpt")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield logger
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+def logged(format: LogFormat, level: int | str = "info") -> io.StringIO:
+    stream = io.StringIO()
+    configure_logs(format, level, stream)
+    return stream
+
+
+@pytest.mark.usefixtures("logger")
+def test_a_record_is_one_json_object_on_one_line() -> None:
+    stream = logged("json")
+    fields = {
+        "name": "orders",
+        "epoch": np.int64(7),
+        "lag_s": 0.5,
+        "text": 'two\nlines "quoted" ü',
+        "digest": b"\1\xff",
+    }
+    log("checkpoint committed", **fields)
+    log("second", level=logging.ERROR)
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {
+        "level": "info",
+        "event": "checkpoint committed",
+        **fields,
+        "epoch": 7,
+        "digest": "01ff",
+    }
+    assert second["level"] == "error"
+
+
+@pytest.mark.usefixtures("logger")
+def test_no_field_hides_what_every_record_has() -> None:
+    stream = logged("json")
+    log("said", event="fake", time=1, message="m", lineno=3)
+    record = json.loads(stream.getvalue())
+    assert record["event"] == "said"
+    assert (record["event_"], record["time_"], record["message"], record["lineno"]) == ("fake", 1, "m", 3)
+
+
+@pytest.mark.usefixtures("logger")
+def test_plain_logging_with_extra_is_understood() -> None:
+    stream = logged("json", logging.DEBUG)
+    logging.getLogger("remus_ckpt.store").debug("opened %s", "x", extra={"segments": 3})
+    record = json.loads(stream.getvalue())
+    assert (record["event"], record["level"], record["segments"]) == ("opened x", "debug", 3)
+
+
+@pytest.mark.usefixtures("logger")
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_an_error_brings_its_traceback_on_the_same_line(format: LogFormat) -> None:
+    stream = logged(format)
+    try:
+        raise RuntimeError("odd")
+    except RuntimeError as error:
+        log("failed", error=error)
+    (line,) = stream.getvalue().splitlines()
+    assert "RuntimeError: odd" in line
+    assert "test_observe.py" in line
+
+
+@pytest.mark.usefixtures("logger")
+def test_text_is_one_line_that_can_be_taken_apart_again() -> None:
+    stream = logged("text")
+    values = {"plain": "orders", "spaced": "a b", "cut": "x\ny\u2028z\x1b[2J", "quote": '"', "empty": "", "none": None}
+    log("an event\nforged", **values, epoch=7)
+    (line,) = stream.getvalue().splitlines()
+    assert "\x1b" not in line
+    assert " epoch=7" in line
+    assert " plain=orders " in line
+    for key, value in values.items():
+        if key == "plain":
+            continue
+        rest = line[line.index(f" {key}=") + len(key) + 2 :]
+        read, _ = json.JSONDecoder().raw_decode(rest.replace("\\x1b", "\\u001b"))
+        assert read == value
+
+
+@pytest.mark.usefixtures("logger")
+def test_levels_and_a_second_configuration() -> None:
+    first = logged("text")
+    second = logged("text", "warning")
+    log("quiet")
+    log("loud", level=logging.WARNING)
+    assert first.getvalue() == ""
+    assert len(second.getvalue().splitlines()) == 1
+
+
+def test_logs_go_to_standard_error() -> None:
+    program = "from remus_ckpt.service.observe import *; configure_logs('json'); log('started', pid=1)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    assert ran.stdout == ""
+    assert json.loads(ran.stderr)["pid"] == 1
+
+
+# Metrics
+
+
+def scrape(address: str, path: str = "/metrics") -> dict[tuple[str, ...], float]:
+    """(sample, name, values of the other labels …) → value"""
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        text = answer.read().decode()
+    return {
+        (sample.name, sample.labels.pop("name", ""), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_metric_is_served() -> None:
+    metrics = Metrics()
+    metrics.checkpoint("orders", pause_s=0.0003, dirty_pages=10, raw_bytes=40960, encoded_bytes=900, wire_bytes=800)
+    metrics.checkpoint("orders", pause_s=4.0, dirty_pages=5)
+    metrics.add_bytes("orders", raw=1, encoded=2, wire=3)
+    metrics.committed("orders", 17, 0.002, 1e9)
+    metrics.committed("orders", 18, None, 2e9)
+    metrics.set_lag("orders", 2)
+    metrics.set_term("orders", 4)
+    metrics.set_connected("orders", True)
+    metrics.reconnected("orders")
+    metrics.fence("orders")
+    metrics.set_connected("other", False)
+    with metrics.serve("127.0.0.1:0") as server:
+        seen = scrape(server.address)
+    expected = {
+        ("remus_checkpoint_pause_seconds_bucket", "orders", "0.00025"): 0,
+        ("remus_checkpoint_pause_seconds_bucket", "orders", "0.0005"): 1,
+        ("remus_checkpoint_pause_seconds_bucket", "orders", "10.0"): 2,
+        ("remus_checkpoint_pause_seconds_count", "orders"): 2,
+        ("remus_commit_latency_seconds_count", "orders"): 1,
+        ("remus_commit_latency_seconds_sum", "orders"): 0.002,
+        ("remus_dirty_pages_total", "orders"): 15,
+        ("remus_bytes_total", "orders", "raw"): 40961,
+        ("remus_bytes_total", "orders", "encoded"): 902,
+        ("remus_bytes_total", "orders", "wire"): 803,
+        ("remus_fenced_total", "orders"): 1,
+        ("remus_checkpoints_committed_total", "orders"): 2,
+        ("remus_reconnects_total", "orders"): 1,
+        ("remus_epoch", "orders"): 18,
+        ("remus_replication_lag_checkpoints", "orders"): 2,
+        ("remus_last_commit_timestamp_seconds", "orders"): 2e9,
+        ("remus_term", "orders"): 4,
+        ("remus_connected", "orders"): 1,
+        ("remus_connected", "other"): 0,
+    }
+    assert {key: seen.get(key) for key in expected} == expected
+    assert any(key[0] == "process_resident_memory_bytes" for key in seen)
+
+
+def test_what_is_forgotten_is_gone() -> None:
+    metrics = Metrics()
+    for name in ("a", "b"):
+        metrics.checkpoint(name, pause_s=0.1, dirty_pages=1, wire_bytes=1)
+    metrics.forget("a")
+    metrics.forget("never seen")
+    assert metrics.names() == ["b"]
+    assert metrics.status("a") == {}
+    with metrics.serve("0") as server:
+        assert {key[1] for key in scrape(server.address) if key[0].startswith("remus_")} == {"b"}
+
+
+def test_status_is_plain_and_says_what_is_new() -> None:
+    metrics = Metrics()
+    assert metrics.status("orders") == {}
+    metrics.set_connected("orders", True)
+    empty = metrics.status("orders")
+    assert (empty["pause_s"], empty["commit_latency_s"], empty["ratio"], empty["epoch"]) == (None, None, None, None)
+    for number in range(5000):
+        metrics.checkpoint("orders", pause_s=number, dirty_pages=number, raw_bytes=4096, encoded_bytes=64)
+    metrics.committed("orders", 9, 0.25, 1e9, b"\xab\xcd")
+    status = metrics.status("orders")
+    assert msgpack.unpackb(msgpack.packb(status)) == json.loads(json.dumps(status)) == status
+    assert status["ratio"] == 64
+    assert status["dirty_pages"] == 4999
+    assert status["pause_s"] == {"p50": 4487, "p99": 4989, "max": 4999}  # of 3976 … 4999
+    assert status["commit_latency_s"] == {"p50": 0.25, "p99": 0.25, "max": 0.25}
+    assert (status["epoch"], status["digest"], status["connected"]) == (9, "abcd", True)
+    metrics.add_bytes("orders", wire=5000 * 32)
+    assert metrics.status("orders")["ratio"] == 128
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 99, 100, 101])
+def test_percentiles_by_nearest_rank(count: int) -> None:
+    values = list(np.random.default_rng(count).permutation(count) + 1.0)
+    summary = summarize(values)
+    assert summary is not None
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        below = sum(value <= summary[name] for value in values)
+        assert below >= share * count > below - 1
+    assert summary["max"] == count
+
+
+def test_many_threads_count_right() -> None:
+    metrics = Metrics()
+
+    def count() -> None:
+        for _ in range(500):
+            metrics.checkpoint("orders", pause_s=0.001, dirty_pages=2, wire_bytes=3)
+
+    threads = [threading.Thread(target=count) for _ in range(6)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    status = metrics.status("orders")
+    assert (status["checkpoints"], status["dirty_pages_total"], status["wire_bytes"]) == (3000, 6000, 9000)
+
+
+@pytest.mark.parametrize("where", ["0", ":0", "127.0.0.1:0", "localhost:0"])
+def test_where_metrics_are_served(where: str) -> None:
+    with Metrics().serve(where) as server:
+        host, port = server.address.rsplit(":", 1)
+        assert host in ("127.0.0.1", "localhost")
+        assert int(port) > 0
+        scrape(server.address)
+
+
+@pytest.mark.parametrize("where", ["", "host", "192.0.2.1:0", "127.0.0.1:70000", "no-such-host.invalid:1"])
+def test_where_they_cannot_be(where: str) -> None:
+    with pytest.raises(LinkError):
+        Metrics().serve(where)
+
+
+def test_an_address_that_is_taken() -> None:
+    with Metrics().serve("0") as server, pytest.raises(LinkError):
+        Metrics().serve(server.address)
+
+
+def dial(server: MetricsServer) -> socket.socket:
+    host, port = server.address.rsplit(":", 1)
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_those_who_ask_and_do_not_listen_are_bounded() -> None:
+    """However many hold on, threads stay few; those beyond are hung up on; and close() does not wait for them."""
+    before = threading.active_count()
+    server = Metrics().serve("0")
+    held = []
+    for _ in range(40):
+        held.append(dial(server))
+        held[-1].sendall(b"GET /metrics HT")
+    until = time.monotonic() + 20
+    hung_up = 0
+    while hung_up < 32 and time.monotonic() < until:
+        hung_up = 0
+        for sock in held:
+            sock.setblocking(False)
+            try:
+                hung_up += sock.recv(1) == b""
+            except BlockingIOError:
+                pass
+            except ConnectionResetError:
+                hung_up += 1
+    assert hung_up == 32
+    assert threading.active_count() - before <= 1 + 2 * 8
+    server.close()
+    for sock in held:
+        sock.close()
+    assert threading.active_count() == before
+    server.close()
+
+
+def test_a_byte_now_and_then_renews_nothing() -> None:
+    with MetricsServer("0", Metrics().registry, request_s=0.2) as server, dial(server) as sock:
+        with pytest.raises(OSError):
+            for _ in range(2000):
+                sock.sendall(b"G")
+                time.sleep(0.01)
+        scrape(server.address)
+
+
+def test_bytes_that_are_no_request_do_no_harm(capfd: pytest.CaptureFixture[str]) -> None:
+    with Metrics().serve("0") as server:
+        for data in (b"", b"\0\xff" * 50_000, b"GET\r\n\r\n", b"POST / HTTP/1.0\r\nContent-Length: -1\r\n\r\n"):
+            with dial(server) as sock:
+                try:
+                    sock.sendall(data)
+                    sock.shutdown(socket.SHUT_WR)
+                    while sock.recv(1000):
+                        pass
+                except OSError:
+                    pass
+        scrape(server.address)
+    assert capfd.readouterr().err == ""
+
+
+# systemd
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abstract: bool) -> None:
+    name = f"@remus-test-{os.getpid()}" if is_abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name[1:] if is_abstract else name)
+        listener.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        assert notify("READY=1\nSTATUS=epoch 7 ü")
+        assert listener.recv(1000).decode() == "READY=1\nSTATUS=epoch 7 ü"
+    assert not notify("STOPPING=1")
+
+
+@pytest.mark.parametrize("value", [None, "", "relative", "/nonexistent/socket", "vsock:2:1", "@" + "x" * 200])
+def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NOTIFY_SOCKET", value)
+    assert not notify("READY=1")
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "pid", "expected"),
+    [
+        (None, None, None),
+        ("30000000", None, 15.0),
+        ("30000000", "ours", 15.0),
+        ("1000", "1", None),
+        ("0", None, None),
+        ("-5", None, None),
+        ("", None, None),
+        ("soon", None, None),
+    ],
+)
+def test_the_watchdog(
+    monkeypatch: pytest.MonkeyPatch, microseconds: str | None, pid: str | None, expected: float | None
+) -> None:
+    for name, value in (("WATCHDOG_USEC", microseconds), ("WATCHDOG_PID", pid)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(os.getpid()) if value == "ours" else value)
+    assert watchdog_interval_s() == expected
+
+
+def unit_lines(path: Path, key: str) -> list[str]:
+    return [line.removeprefix(f"{key}=") for line in path.read_text().splitlines() if line.startswith(f"{key}=")]
+
+
+@pytest.mark.parametrize("path", sorted(UNITS.glob("*.service")), ids=lambda path: path.name)
+def test_units_start_commands_that_exist(path: Path) -> None:
+    (start,) = unit_lines(path, "ExecStart")
+    program, name, *arguments = start.split()
+    assert program == "remus-ckpt"
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert name in commands
+    known = {option for parameter in commands[name].params for option in parameter.opts}
+    assert {argument for argument in arguments if argument.startswith("--")} <= known
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="asks systemd-analyze")
+@pytest.mark.parametrize("path", sorted(UNITS.glob("*.service")), ids=lambda path: path.name)
+def test_systemd_understands_the_units(tmp_path: Path, path: Path) -> None:
+    text = path.read_text()
+    assert unit_lines(path, "Type") == ["notify"]
+    assert unit_lines(path, "WatchdogSec")
+    unit = tmp_path / path.name.replace("@.", "@orders.")
+    # The command need not be installed where the tests run.
+    unit.write_text(text.replace("ExecStart=remus-ckpt", f"ExecStart={sys.executable}"))
+    ran = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, check=False, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert path.name.partition(".")[0] not in ran.stderr, ran.stderr
