@@ -660,6 +660,8 @@ class HistoryWriter:
             chain = self._chain
             if chain is None or chain.shape is None:
                 raise StoreError(f"{self.directory}: there is no checkpoint to compact")
+            if chain.home.path is None:
+                raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
             if self._compaction is None:
                 path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
                 self._compaction = Compaction(
