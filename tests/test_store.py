@@ -23,7 +23,10 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
-from remus_ckpt.wire.record import Position
+from remus_ckpt.wire import events
+from remus_ckpt.wire.chunks import Signature
+from remus_ckpt.wire.record import CheckpointRecord, Position
+from remus_ckpt.wire.writer import Writer
 
 
 @pytest.fixture
@@ -338,6 +341,51 @@ def test_a_checkpoint_without_a_record(store: Store) -> None:
         assert caught.value.section == "store.md §4.1"
 
 
+def own_base(*, compression: bool = True, context: bytes = b"", magic: int = 0) -> tuple[bytes, Position]:
+    """A checkpoint with a record of ours in a stream that is otherwise not quite ours."""
+    writer, position = Writer(), Position(0, bytes(32))
+    record = CheckpointRecord(epoch=0, time_ns=None, codec="delta", before=None, after=position)
+    tail = events.TailHvm(magic_pfns=(magic, 0, 0), context=context, signature=Signature.REMUS, record=record)
+    parts = [writer.write(events.Header(word=8, guest="hvm", p2m_size=4))]
+    if compression:
+        parts.append(writer.write(events.EnableCompression()))
+    parts += [writer.write(events.EndOfBody()), writer.write(tail)]
+    return b"".join(bytes(buffer) for group in parts for buffer in group), position
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": False}, {"context": b"cpu"}, {"magic": 1}])
+def test_a_base_that_deltas_or_a_compaction_could_not_follow(store: Store, options: Any) -> None:
+    data, position = own_base(**options)
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        writer.feed(data)
+        if not options:
+            writer.check(position)
+            return
+        with pytest.raises(Malformed) as caught:
+            writer.check(position)
+        assert caught.value.section == "store.md §4.1"
+
+
+def test_the_codec_does_not_change(store: Store) -> None:
+    """Two senders agree on a position, but not on how they write pages."""
+    pfns, data = np.array([1]), np.ones((1, PAGE_SIZE), dtype=np.uint8)
+    one, other = Sender(4, codec="delta"), Sender(4, codec="rle")
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        base, _ = (b"".join(bytes(b) for g in x.checkpoint(batches(pfns, data)) for b in g) for x in (one, other))
+        assert one.position is not None
+        commit(writer, base, one.position)
+        # Without pages, nothing in it but the record says which codec it is in.
+        other.position = one.position
+        empty = b"".join(bytes(b) for g in other.checkpoint([]) for b in g)
+        assert other.position is not None
+        writer.feed(empty)
+        with pytest.raises(Malformed) as caught:
+            writer.check(other.position)
+        assert caught.value.section == "store.md §4.1"
+
+
 def test_a_base_must_be_newer_than_all_there_was(store: Store) -> None:
     with store.writer("orders") as writer:
         fill(writer, 4)
@@ -424,6 +472,31 @@ def test_garbage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, good:
         writer.store()
         writer.apply()
         assert writer.memory is not None and memory_sha256(writer.memory) == sha(good, 4)
+
+
+def test_where_in_a_checkpoint_a_fault_is(store: Store) -> None:
+    """Whatever lies before it: a compaction, another process."""
+    source = Source()
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        assert writer.coming_start == 0
+        fill(writer, 3, source)
+        writer.compact(wait=True)
+        fill(writer, 1, source)
+    with store.writer("orders") as writer:
+        writer.begin(full=False)
+        good = source.checkpoint()
+        for fault, at in ((b"\xff\xff\xff\x7f" + good[4:], 0), (good[:-32] + bytes(32), None)):
+            writer.begin(full=False)
+            with pytest.raises(Malformed) as caught:
+                writer.feed(fault)
+            assert caught.value.offset is not None
+            byte = caught.value.offset - writer.coming_start
+            assert byte == at if at is not None else 0 < byte < len(good)
+        writer.begin(full=False)
+        writer.feed(good)
+        staged = writer.check(source.position)
+        assert writer.coming_start == staged.start and staged.end - staged.start == len(good)
 
 
 # Looking for one

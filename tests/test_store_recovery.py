@@ -171,6 +171,8 @@ INDEX_FAULTS: dict[str, Callable[[Path], None]] = {
     "without a row in the middle": lambda path: _sql(path, "DELETE FROM checkpoints WHERE epoch = 4"),
     "without a segment": lambda path: _sql(path, "DELETE FROM segments WHERE size IS NULL"),
     "wrong offsets": lambda path: _sql(path, 'UPDATE checkpoints SET "end" = "end" + 1, start = start + 1'),
+    "names that are none": lambda path: _sql(path, "UPDATE segments SET name = name || 'x'"),
+    "names of nothing": lambda path: _sql(path, "INSERT INTO segments VALUES ('../../x', 1, 'delta', 8, 4)"),
     "wrong types": lambda path: _sql(path, "UPDATE checkpoints SET digest = x'00'"),
     "wrong sizes": lambda path: _sql(path, "UPDATE segments SET size = 5"),
     "a folder": lambda path: (path.unlink(), path.mkdir())[0],

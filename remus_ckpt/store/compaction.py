@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -181,4 +182,6 @@ class Compaction:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            self.path.unlink(missing_ok=True)
+            # Where it cannot be removed, the next who opens the store does that.
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)

@@ -200,14 +200,13 @@ class History:
     def export(self, path: str | Path, at: int | datetime | None = None, progress: Progress | None = None) -> Entry:
         """A segment up to a checkpoint, checked, as a file of mode 0600 or, for "-", to standard output: a save stream.
 
-        Raises as `restore`.
+        Raises as `restore`, and OSError where standard output cannot be written.
         """
         _, entry = self._read(self.find(at), Nowhere(), progress)
         source = self._open(entry)
         try:
             if str(path) == "-":
-                with guarding("standard output"):
-                    _copy(source, 1, entry.end)
+                _copy(source, 1, entry.end)
                 return entry
             with appearing(Path(path)) as descriptor:
                 _copy(source, descriptor, entry.end)

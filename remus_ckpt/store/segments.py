@@ -91,11 +91,16 @@ def sequence_of(name: str) -> int:
     return int(name.partition("-")[2].partition(".")[0])
 
 
+def is_segment(name: str) -> bool:
+    """Whether a file of that name is a segment."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_segments(directory: Path) -> list[str]:
     """The names of a history's segments, oldest first. Raises StoreError."""
     path = directory / DIRECTORY
     with guarding(path):
-        return sorted((name for name in os.listdir(path) if _NAME.fullmatch(name)), key=sequence_of)
+        return sorted(filter(is_segment, os.listdir(path)), key=sequence_of)
 
 
 def replay(

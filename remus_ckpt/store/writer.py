@@ -214,7 +214,7 @@ class HistoryWriter:
             self._highest = max([self._highest, *(entry.epoch for entry in contents.entries)])
             if reason is not None:
                 damaged[name] = reason
-        gone = sorted(name for name in indexed if name not in names)
+        gone = sorted((name for name in indexed if name not in names), key=sequence_of)
         if names:
             # The oldest are gone because they were pruned.
             gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
@@ -425,6 +425,14 @@ class HistoryWriter:
                 section="store.md §4.2",
             )
         return self._coming
+
+    @property
+    def coming_start(self) -> int:
+        """Where the checkpoint that is coming begins, counted as the offset of a StreamError is."""
+        if self._coming is None:
+            return 0
+        staged = self._coming.restorer.staged
+        return self._coming.restorer.reader.checkpoint_end if staged is None else staged.start
 
     def get_buffer(self) -> memoryview:
         """Where to receive the next bytes; `buffer_updated` says how many came."""
@@ -652,6 +660,8 @@ class HistoryWriter:
             chain = self._chain
             if chain is None or chain.shape is None:
                 raise StoreError(f"{self.directory}: there is no checkpoint to compact")
+            if chain.home.path is None:
+                raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
             if self._compaction is None:
                 path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
                 self._compaction = Compaction(
