@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt import __version__
-from remus_ckpt.errors import LimitExceeded, LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
@@ -276,8 +276,10 @@ class _Visit:
             self._numbers += 1
             message = wire.Heartbeat(number=self._numbers, status={})
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
-        except (LinkError, TimeoutError, ValueError):
+        except (LinkError, TimeoutError):
             self.connection.close()  # its own thread says why
+        except ValueError:
+            pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error
         finally:
             self._sending.release()
 
@@ -416,7 +418,16 @@ class _Visit:
 
     def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
         begin = time.monotonic()
-        writer.check(commit.position)
+        staged = writer.check(commit.position)
+        record = staged.record
+        if record is None or record.before != commit.before or staged.page_count != commit.pages:
+            raise Malformed(
+                f"{commit.pages} pages behind {commit.before} are committed of a checkpoint of {staged.page_count} "
+                f"behind {record and record.before}",
+                offset=self.session.received_bytes,
+                section="session.md §3.5",
+                chunk="COMMIT",
+            )
         self.say(wire.Ack(level="received", position=commit.position))
         writer.store()
         self.say(wire.Ack(level="durable", position=commit.position))
