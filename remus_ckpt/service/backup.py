@@ -250,7 +250,7 @@ class _Visit:
     def __init__(self, backup: Backup, connection: Connection) -> None:
         self.backup = backup
         self.connection = connection
-        self.session = Session("server")
+        self._session: Session | None = None
         self.is_known = False
         self.run_id = b""
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
@@ -265,6 +265,13 @@ class _Visit:
     def peer(self) -> str:
         """Address and name of the other side."""
         return self.connection.peer
+
+    @property
+    def session(self) -> Session:
+        """Raises ValueError before the handshake."""
+        if self._session is None:
+            raise ValueError("nothing can be said before the handshake")
+        return self._session
 
     # Called by others
 
@@ -293,6 +300,7 @@ class _Visit:
     def _serve(self) -> None:
         try:
             self.connection.handshake(_HELLO_S)
+            self._session = Session("server")  # its buffer is not for those who have not shown who they are
             hello = self._await_hello()
             self.is_known = True
             if hello.role == "control":
