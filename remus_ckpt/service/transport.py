@@ -17,6 +17,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ class _Use:
     """Keeps a descriptor from being freed, and given to somebody else, while a thread waits on it."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        # A circle would keep what TLS holds until the garbage is collected, long after the connection is gone.
+        self._connection = weakref.proxy(connection)
 
     def __enter__(self) -> None:
         connection = self._connection
