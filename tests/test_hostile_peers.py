@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import ssl
 import struct
@@ -18,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,7 +38,6 @@ from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Standby
 from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.wire import session as wire
-from remus_ckpt.wire.record import Position
 
 LONG_S = 30.0
 """A wait that is only reached when something is broken."""
@@ -102,7 +100,9 @@ class Service:
 
     def complaints(self) -> Counter[int]:
         """How many lines above INFO each port of a peer has got."""
-        ports = [line.get("peer", "").split(" ")[0].rpartition(":")[2] for line in self.lines() if line["level"] != "info"]
+        ports = [
+            line.get("peer", "").split(" ")[0].rpartition(":")[2] for line in self.lines() if line["level"] != "info"
+        ]
         return Counter(int(port) for port in ports if port)
 
     def dial(self, bind: str | None = None) -> socket.socket:
@@ -253,9 +253,10 @@ def shaken(*parts: bytes, who: str | None = "ca/primary", pause_s: float = 0.0) 
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             if who is not None:
                 context.load_cert_chain(served.folder / who / "cert.pem", served.folder / who / "key.pem")
-            with suppress(ssl.SSLError, ConnectionError), context.wrap_socket(
-                plain, server_hostname="127.0.0.1"
-            ) as peer:
+            with (
+                suppress(ssl.SSLError, ConnectionError),
+                context.wrap_socket(plain, server_hostname="127.0.0.1") as peer,
+            ):
                 for part in parts:
                     peer.sendall(part)
                     time.sleep(pause_s)
@@ -359,7 +360,9 @@ BAD: dict[str, Callable[[Service], int]] = {
     ),
     "memory of the greatest length": streaming("p2m-64", data_frame(b"\xff" * 64)),
     "more memory than the limit": streaming("p2m-over", data_frame(header((GIB >> 12) * 64 + 1) + bytes(64))),
-    "a batch of the greatest count": streaming("batch", data_frame(header() + struct.pack("<i", 0x7FFFFFFF) + bytes(64))),
+    "a batch of the greatest count": streaming(
+        "batch", data_frame(header() + struct.pack("<i", 0x7FFFFFFF) + bytes(64))
+    ),
     "an entry past the end of memory": streaming(
         "pfn", data_frame(header() + struct.pack("<iQ", 1, PAGES) + bytes(4096))
     ),
@@ -370,7 +373,10 @@ BAD: dict[str, Callable[[Service], int]] = {
         for number in (-2, -5, -6, -12, -18, -99)
     },
     "device state of the greatest length": streaming(
-        "state", data_frame(header() + struct.pack("<i", 0) + struct.pack("<3QI", 0, 0, 0, 0) + b"RemusDeviceModelState\xff\xff\xff\xff")
+        "state",
+        data_frame(
+            header() + struct.pack("<i", 0) + struct.pack("<3QI", 0, 0, 0, 0) + b"RemusDeviceModelState\xff\xff\xff\xff"
+        ),
     ),
     "context of the greatest length": streaming(
         "context", data_frame(header() + struct.pack("<i", 0) + struct.pack("<3QI", 0, 0, 0, HUGE))

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt import __version__
-from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import (
+    LimitExceeded,
+    LinkError,
+    Malformed,
+    NoCheckpoint,
+    RemusError,
+    StoreError,
+    StreamError,
+    UnknownFormat,
+)
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
@@ -283,14 +292,9 @@ class _Visit:
         try:
             self._numbers += 1
             message = wire.Heartbeat(number=self._numbers, status={})
-<<<<<<< HEAD
             # The thread that accepts must not wait for a peer: one that takes not even this is not there.
             self.connection.send(self.session.send(message), _BEAT_S)
-        except (LinkError, TimeoutError, ValueError):
-=======
-            self.connection.send(self.session.send(message), self.backup.policy.lease_s)
         except (LinkError, TimeoutError):
->>>>>>> hostile
             self.connection.close()  # its own thread says why
         except ValueError:
             pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error
