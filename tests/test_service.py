@@ -156,6 +156,23 @@ def test_every_level_and_compression(tmp_path: Path, wait: Any, compression: str
         assert np.array_equal(restored(tmp_path / "store", epoch), array)
 
 
+def test_a_slow_link_is_found_and_what_goes_over_it_compressed(tmp_path: Path) -> None:
+    text = np.frombuffer(b"".join(b"order %d of the day; " % number for number in range(60_000)), dtype=np.uint8)
+    memory = np.zeros(1 << 20, dtype=np.uint8)
+    with (
+        backup_in(tmp_path / "store") as backup,
+        Proxy(backup.addresses[0], rate=4e6) as proxy,
+        protect({"memory": memory}, to=proxy.address, name="orders") as protection,
+    ):
+        for step in range(6):
+            memory[:] = text[step : step + len(memory)]
+            protection.checkpoint(wait=True)
+        status = protection.status()
+        assert status["wire_bytes"] < status["encoded_bytes"] / 2
+    arrays, _ = arrays_of(Store(tmp_path / "store").history("orders").restore())
+    assert np.array_equal(arrays["memory"], memory)
+
+
 def test_a_unix_socket(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", f"unix:{tmp_path}/socket") as backup, Memory(backup.addresses[0]) as memory:
         memory.step(3)

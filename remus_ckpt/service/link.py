@@ -57,7 +57,10 @@ class Link:
         self._sending = threading.Lock()
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
-        self._probe: tuple[Position, int, float] | None = None  # the last commit: what was written with it, and when
+        # Of the checkpoint that is being written: bytes, and seconds that sending them took.
+        self._way_bytes, self._way_s = 0, 0.0
+        # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
+        self._probe: tuple[Position, int, float] | None = None
         self._error: RemusError | None = None
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable once the session has failed."""
@@ -128,9 +131,15 @@ class Link:
                 if self._session.ended:
                     raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
+            begin = time.monotonic()
+            self._way_bytes += sum(len(frame) for frame in frames)
             if commit is not None:
-                self._probe = commit.position, sum(len(frame) for frame in frames), time.monotonic()
+                # Before it is sent: the answer may be here before we are back.
+                self._probe = commit.position, self._way_bytes, begin - self._way_s
             self._send(frames)
+            self._way_s += time.monotonic() - begin
+            if commit is not None:
+                self._way_bytes, self._way_s = 0, 0.0
         self._pending = []
         self._pending_bytes = 0
 
