@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from proxy import Proxy
-from test_service import LONG_S, Memory, backup_in, entries, restored, until
+from test_service import Memory, backup_in, entries, restored, until
+
+
+def cut(proxy: Proxy, memory: Memory) -> None:
+    """Break the link, and wait until the primary knows."""
+    link = memory.protection._primary._link
+    assert link is not None
+    proxy.cut()
+    until(lambda: link._error is not None)
 
 
 def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:
@@ -15,9 +23,7 @@ def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:
 
     def device_state() -> bytes:
         if breaking:
-            breaking.pop().cut()
-            link = memory.protection._primary._link
-            until(lambda: link is not None and link._error is not None)
+            cut(breaking.pop(), memory)
         return bytes(1 << 20)  # so much that it is sent at once, and the pages before it with it
 
     with (
@@ -32,3 +38,34 @@ def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:
     assert not breaking
     assert [entry.is_base for entry in entries(tmp_path / "store")] == [True, False, False]
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+def test_a_base_that_was_lost_is_not_gone_on_from_at_what_another_stream_made(tmp_path: Path) -> None:
+    """A page that became zeros since is in no base: deltas behind the old stream would leave it there as it was."""
+    silencing: list[Proxy] = []
+
+    def device_state() -> bytes:
+        if silencing and proxy.connections == 2:
+            silencing.pop().silent.set()
+        return b""
+
+    with (
+        backup_in(tmp_path / "one") as one,
+        backup_in(tmp_path / "other") as other,
+        Proxy(one.addresses[0]) as proxy,
+        Memory(proxy.address, window=3, device_state=device_state) as memory,
+    ):
+        memory.step(1)
+        memory.array[1] = 0
+        proxy.target = other.addresses[0]
+        cut(proxy, memory)
+        silencing.append(proxy)
+        memory.step(2, wait=False)
+        assert proxy.silent.is_set()
+        assert not entries(tmp_path / "other")
+        proxy.target = one.addresses[0]
+        cut(proxy, memory)
+        proxy.silent.clear()
+        memory.step(3)
+        assert proxy.connections == 3
+    assert np.array_equal(restored(tmp_path / "one"), memory.array)

@@ -121,6 +121,7 @@ class Primary:
         self._stop = stop
         self._run = os.urandom(16)
         self._sender: Sender | None = None
+        self._anchor: Position | None = None  # the newest committed one that this sender has made
         self._one_by_one: CheckpointLoop | None = None
         self._link: Link | None = None
         self._flights: deque[_Flight] = deque()
@@ -336,6 +337,7 @@ class Primary:
             position=newest,
             first_epoch=floor + 1,
         )
+        self._anchor = None
         self._one_by_one = None
         return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)
 
@@ -348,7 +350,7 @@ class Primary:
         known = [flight.sent.position for flight in self._flights]
         if held in known:
             self._commit_up_to(held)
-        elif held != self.committed:
+        elif held != self._anchor:
             return False
         lost = [flight.pfns for flight in self._flights]
         if sender.unfinished:
@@ -458,7 +460,7 @@ class Primary:
             done: list[_Flight] = []
             while self._flights and (not done or done[-1].sent.position != position):
                 done.append(self._flights.popleft())
-            self.committed = position
+            self.committed = self._anchor = position
             self._changed.notify_all()
         for flight in done:
             assert flight.sent.position is not None
