@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from proxy import Proxy
 from test_service import Memory, backup_in, entries, restored, until
+
+from remus_ckpt.errors import LinkError
 
 
 def cut(proxy: Proxy, memory: Memory) -> None:
@@ -69,3 +73,45 @@ def test_a_base_that_was_lost_is_not_gone_on_from_at_what_another_stream_made(tm
         memory.step(3)
         assert proxy.connections == 3
     assert np.array_equal(restored(tmp_path / "one"), memory.array)
+
+
+def test_a_callback_that_raises_costs_that_checkpoint_and_no_more(tmp_path: Path) -> None:
+    failing: list[Exception] = []
+
+    def device_state() -> bytes:
+        if failing:
+            raise failing.pop()
+        return b"fine"
+
+    with backup_in(tmp_path / "store") as backup:
+        with Memory(backup.addresses[0], device_state=device_state) as memory:
+            for row in range(3):
+                failing.append(KeyError(row))
+                with pytest.raises(KeyError):
+                    memory.step(row)
+                memory.step(row + 10)
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+        assert [entry.epoch for entry in entries(tmp_path / "store")] == [0, 1, 2]
+
+
+def test_a_checkpoint_that_broke_off_when_its_time_was_over(tmp_path: Path) -> None:
+    """The next call tries again, as it says."""
+    breaking: list[Proxy] = []
+
+    def device_state() -> bytes:
+        if breaking:
+            cut(breaking.pop(), memory)
+            time.sleep(0.1)
+        return bytes(1 << 20)
+
+    with (
+        backup_in(tmp_path / "store") as backup,
+        Proxy(backup.addresses[0]) as proxy,
+        Memory(proxy.address, device_state=device_state) as memory,
+    ):
+        memory.step(1)
+        breaking.append(proxy)
+        with pytest.raises(LinkError):
+            memory.protection.checkpoint(timeout_s=0.05)
+        memory.step(2)
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)

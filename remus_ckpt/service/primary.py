@@ -234,6 +234,9 @@ class Primary:
         """Connect, again and again with longer pauses, until it is done or there is no more reason to."""
         if self._fenced is not None:
             raise self._fenced
+        if self._link is not None and self._sender is not None and self._sender.unfinished:
+            # Half a checkpoint has been sent: only another session takes that back.
+            self._lost(LinkError("a checkpoint broke off"))
         backoff_s = _FIRST_BACKOFF_S
         said = ""
         while self._link is None and not self.ended:
