@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from proxy import Proxy
-from test_service import Memory, backup_in, entries, restored, until
+from store_support import fill
+from test_service import LONG_S, Memory, backup_in, entries, restored, until
 
-from remus_ckpt.errors import LinkError
+from remus_ckpt.errors import LinkError, RemusError
+from remus_ckpt.service.observe import Metrics
+from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.store import Store
+from remus_ckpt.wire import session as wire
 
 
 def cut(proxy: Proxy, memory: Memory) -> None:
@@ -115,3 +124,85 @@ def test_a_checkpoint_that_broke_off_when_its_time_was_over(tmp_path: Path) -> N
             memory.protection.checkpoint(timeout_s=0.05)
         memory.step(2)
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+def test_a_takeover_that_outlives_its_term_is_not_that_of_the_next(tmp_path: Path) -> None:
+    """Its command still runs when the survivor is protected here again; the next failover runs it anew."""
+    runs, may_end = tmp_path / "runs", tmp_path / "may-end"
+    takeover = f"echo $REMUS_TERM >> {runs}; while ! test -e {may_end}; do sleep 0.02; done"
+
+    def terms() -> list[str]:
+        return runs.read_text().split() if runs.exists() else []
+
+    with backup_in(tmp_path / "store", on_failover=takeover) as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            backup.failover("orders")
+        until(lambda: terms() == ["1"])
+        with Memory(backup.addresses[0], term=2) as survivor:
+            survivor.step(2)
+            may_end.touch()
+            until(lambda: not any(thread.name.startswith("_run_takeover") for thread in threading.enumerate()))
+            backup.failover("orders")
+        until(lambda: terms() == ["1", "3"])
+
+
+def test_a_fence_by_hand_runs_although_an_earlier_one_failed(tmp_path: Path) -> None:
+    fenced = tmp_path / "fenced"
+    with backup_in(tmp_path / "store", fence=f"test -e {fenced}") as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+        with pytest.raises(RemusError):
+            backup.failover("orders", fence=True)
+        fenced.touch()
+        assert backup.failover("orders", fence=True)["term"] == 1
+
+
+class Guest:
+    """A primary's session, as a standby sees it."""
+
+    def __init__(self, number: int, on_end: Callable[[], None] = lambda: None) -> None:
+        self.run_id = bytes(15) + bytes([number])
+        self.status: dict[str, Any] = {}
+        self.peer = f"guest {number}"
+        self.heard = time.monotonic()
+        self.ends: list[str] = []
+        self._on_end = on_end
+
+    def end(self, code: str, message: str, term: int | None = None) -> None:
+        self.ends.append(code)
+        self._on_end()
+
+    def hello(self, term: int | None = None) -> wire.Hello:
+        return wire.Hello(
+            role="primary", name="orders", memory_pages=4, page_size=4096, codec="delta", word=8, program="test",
+            run=self.run_id, term=term,
+        )  # fmt: skip
+
+
+def test_promoted_while_a_primary_of_that_very_term_waits_to_be_let_in(tmp_path: Path) -> None:
+    """Both want term 1. The store was promoted under it first, so the primary is turned away."""
+    with Store(tmp_path).writer("orders") as filled:
+        fill(filled, 1)
+    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), lambda: None)
+
+    def on_end() -> None:
+        if len(old.ends) == 1:  # the new one's: before it has waited for that, the promotion begins
+            standby.turn(time.monotonic())
+        else:  # the promotion's
+            leave.close()
+
+    old, new = Guest(1, on_end), Guest(2)
+    given: list[Any] = []
+    asking = threading.Thread(target=lambda: given.append(standby.take_over(fence=False)), daemon=True)
+    with ExitStack() as leave:
+        leave.enter_context(standby.hosting(old, old.hello()))
+        asking.start()
+        until(lambda: standby._by_hand is not None)
+        with pytest.raises(Refusal) as caught, standby.hosting(new, new.hello(term=1)):
+            pass
+    assert caught.value.code == "fenced"
+    asking.join()
+    assert given[0]["term"] == 1
+    assert standby.status()["role"] == "promoted"
+    standby.close()
