@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from proxy import Proxy
 from store_support import fill
-from test_service import LONG_S, Memory, backup_in, entries, restored, until
+from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
 
 from remus_ckpt.errors import LinkError, RemusError
+from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.observe import Metrics
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.store import Store
@@ -206,3 +207,21 @@ def test_promoted_while_a_primary_of_that_very_term_waits_to_be_let_in(tmp_path:
     assert given[0]["term"] == 1
     assert standby.status()["role"] == "promoted"
     standby.close()
+
+
+def test_a_disk_that_hangs_is_no_silence_of_the_primary(tmp_path: Path) -> None:
+    """While the backup is busy it hears nothing: that the primary said nothing then is not known."""
+    hang = threading.Event()
+
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "staged" and epoch == 1:
+            hang.wait(1.5)  # five leases
+
+    policy = Policy(lease_s=0.3, automatic=True, fence=f"touch {tmp_path}/fenced")
+    with Backup(tmp_path / "store", [ANY], policy=policy, on_phase=on_phase) as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            memory.step(2)
+            assert backup.status()["names"]["orders"]["role"] == "standby"
+        assert not (tmp_path / "fenced").exists()
+    assert np.array_equal(restored(tmp_path / "store"), memory.array)

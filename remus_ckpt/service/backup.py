@@ -266,8 +266,8 @@ class _Visit:
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
         self._sending = threading.Lock()
         self._numbers = 0
-        self.heard = time.monotonic()
-        """When anything came last."""
+        self._heard = time.monotonic()
+        self._is_listening = True
         self.status: dict[str, Any] = {}
         """What the primary last said of itself."""
 
@@ -275,6 +275,11 @@ class _Visit:
     def peer(self) -> str:
         """Address and name of the other side."""
         return self.connection.peer
+
+    @property
+    def heard(self) -> float:
+        """When anything came last; now, while nobody listens: what a slow disk holds up is no silence of the peer."""
+        return self._heard if self._is_listening else time.monotonic()
 
     @property
     def session(self) -> Session:
@@ -350,13 +355,14 @@ class _Visit:
                     self._receive(deadline - time.monotonic(), f"no hello in {_HELLO_S:g} s")
 
     def _receive(self, timeout_s: float, otherwise: str) -> None:
+        self._heard, self._is_listening = time.monotonic(), True
         try:
             size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
         except TimeoutError:
             raise _Silent(otherwise) from None
         if not size:
             raise LinkError("the other side has closed the connection")
-        self.heard = time.monotonic()
+        self._is_listening = False
         self.session.buffer_updated(size)
 
     def say(self, message: wire.Message) -> None:

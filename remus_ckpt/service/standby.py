@@ -73,9 +73,12 @@ class Refusal(RemusError):
 class Visitor(Protocol):
     """A primary's session."""
 
-    heard: float
     run_id: bytes
     status: dict[str, Any]
+
+    @property
+    def heard(self) -> float:
+        """When it was last known to be there."""
 
     @property
     def peer(self) -> str:
