@@ -15,7 +15,7 @@ from proxy import Proxy
 from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
 
-from remus_ckpt.errors import LinkError, RemusError
+from remus_ckpt.errors import Fenced, LinkError, RemusError
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.observe import Metrics
 from remus_ckpt.service.standby import Policy, Refusal, Standby
@@ -225,3 +225,28 @@ def test_a_disk_that_hangs_is_no_silence_of_the_primary(tmp_path: Path) -> None:
             assert backup.status()["names"]["orders"]["role"] == "standby"
         assert not (tmp_path / "fenced").exists()
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+def test_a_promotion_between_the_check_and_the_acknowledgement(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is then stored is no longer acknowledged, which is no fault of anybody."""
+    go_on = threading.Event()
+    promoted: list[dict[str, Any]] = []
+
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "stored" and epoch == 1:
+            asking.start()
+            visit = backup._visits[0]
+            until(lambda: visit.session.last_sent is not None)
+            go_on.set()
+
+    with Backup(tmp_path / "store", [ANY], on_phase=on_phase) as backup:
+        asking = threading.Thread(target=lambda: promoted.append(backup.failover("orders")), daemon=True)
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            with pytest.raises(Fenced):
+                memory.step(2)
+            assert go_on.is_set()
+            assert [commit.epoch for commit in memory.commits] == [0]
+        asking.join(LONG_S)
+    assert promoted[0]["epoch"] == 1
+    assert not [record for record in caplog.records if record.exc_info]

@@ -366,8 +366,10 @@ class _Visit:
         self.session.buffer_updated(size)
 
     def say(self, message: wire.Message) -> None:
-        """Send one message."""
+        """Send one message. Raises LinkError too where the peer has been told that it is over."""
         with self._sending:
+            if self.session.last_sent is not None:
+                raise LinkError("the session was ended here")
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
 
     def _try_say(self, message: wire.Message) -> None:
