@@ -15,10 +15,14 @@ from proxy import Proxy
 from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
 
-from remus_ckpt.errors import Fenced, LinkError, RemusError
+from remus_ckpt.errors import Fenced, LinkError, RemusError, StoreError
+from remus_ckpt.loop import StopSignal
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.observe import Metrics
+from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.service.transport import Address, Connection, connect
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Store
 from remus_ckpt.wire import session as wire
 
@@ -227,7 +231,9 @@ def test_a_disk_that_hangs_is_no_silence_of_the_primary(tmp_path: Path) -> None:
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
 
 
-def test_a_promotion_between_the_check_and_the_acknowledgement(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_promotion_between_the_check_and_the_acknowledgement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What is then stored is no longer acknowledged, which is no fault of anybody."""
     go_on = threading.Event()
     promoted: list[dict[str, Any]] = []
@@ -250,3 +256,32 @@ def test_a_promotion_between_the_check_and_the_acknowledgement(tmp_path: Path, c
         asking.join(LONG_S)
     assert promoted[0]["epoch"] == 1
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_backup_that_fails_again_and_again_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    """Each link lasts until its first checkpoint: without a pause between them, memory is stopped for nothing."""
+    dials: list[float] = []
+    pauses: list[float] = []
+
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "staged":
+            raise StoreError("no room")
+
+    with Backup(tmp_path / "store", [ANY], on_phase=on_phase) as backup:
+        stop = StopSignal()
+
+        def dial() -> Connection:
+            dials.append(0)
+            if len(dials) == 5:
+                stop.set()
+            return connect(Address.parse(backup.addresses[0]))
+
+        primary = Primary("orders", OwnMemory({"array": np.ones(512)}), dial, stop=stop)
+        primary._sleep, sleep = (lambda seconds: (pauses.append(seconds), sleep(0.0))[1]), primary._sleep
+        for _ in primary.run():
+            pass
+        primary.close()
+        stop.close()
+    assert pauses == sorted(pauses)
+    assert len(pauses) >= 3
+    assert pauses[-1] >= 4 * pauses[0] > 0

@@ -128,6 +128,8 @@ class Primary:
         self._changed = threading.Condition()
         self._began = 0.0
         self._connections = 0
+        self._is_of_use = False  # the link has brought a commit
+        self._backoff_s = 0.0  # before the next is made
         self._release = _Release(on_commit) if on_commit else None
         self._fenced: Fenced | None = None
 
@@ -237,6 +239,10 @@ class Primary:
         if self._link is not None and self._sender is not None and self._sender.unfinished:
             # Half a checkpoint has been sent: only another session takes that back.
             self._lost(LinkError("a checkpoint broke off"))
+        if self._link is None and self._backoff_s:
+            self._sleep(
+                self._backoff_s if deadline is None else min(self._backoff_s, max(deadline - time.monotonic(), 0.0))
+            )
         backoff_s = _FIRST_BACKOFF_S
         said = ""
         while self._link is None and not self.ended:
@@ -295,6 +301,7 @@ class Primary:
             link.close()
             raise
         self._link = link
+        self._is_of_use = False
         self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
         if self._compression not in ("auto", "none", *link.welcome.compressions):
@@ -368,6 +375,10 @@ class Primary:
         self._began = 0.0
         if link is not None:
             link.close()
+            # One that brought nothing is not made again at once: each costs a pause, and a copy perhaps.
+            self._backoff_s = (
+                0.0 if self._is_of_use else min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
+            )
         self._metrics.set_connected(self.name, False)
         with self._changed:
             self._changed.notify_all()
@@ -464,6 +475,7 @@ class Primary:
             while self._flights and (not done or done[-1].sent.position != position):
                 done.append(self._flights.popleft())
             self.committed = self._anchor = position
+            self._is_of_use = True
             self._changed.notify_all()
         for flight in done:
             assert flight.sent.position is not None
