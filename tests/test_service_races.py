@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -285,3 +286,32 @@ def test_a_backup_that_fails_again_and_again_is_asked_less_and_less_often(tmp_pa
     assert pauses == sorted(pauses)
     assert len(pauses) >= 3
     assert pauses[-1] >= 4 * pauses[0] > 0
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_closed_twice_nobody_elses_descriptor_is_touched(tmp_path: Path, in_thread: bool) -> None:
+    options: dict[str, Any] = {"interval_s": 0.01, "lock": threading.Lock()} if in_thread else {}
+    with backup_in(tmp_path / "store") as backup, ExitStack() as files:
+        memory = Memory(backup.addresses[0], **options)
+        memory.protection.close()
+        others = [files.enter_context(open(tmp_path / str(number), "wb+", buffering=0)) for number in range(8)]
+        memory.protection.close()
+        assert [os.fstat(other.fileno()).st_size for other in others] == [0] * 8
+        with pytest.raises(ValueError):
+            memory.protection.checkpoint()
+        backup.close()
+        backup.stop()
+
+
+def test_a_stop_signal_that_is_closed() -> None:
+    stop = StopSignal()
+    number = stop.fd
+    stop.close()
+    other = os.memfd_create("other")
+    try:
+        assert other == number
+        stop.set()
+        stop.close()
+        assert os.fstat(other).st_size == 0
+    finally:
+        os.close(other)
