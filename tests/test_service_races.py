@@ -315,3 +315,25 @@ def test_a_stop_signal_that_is_closed() -> None:
         assert os.fstat(other).st_size == 0
     finally:
         os.close(other)
+
+
+def test_who_waits_for_a_commit_is_told_that_another_has_taken_over(tmp_path: Path) -> None:
+    lock = threading.Lock()
+    found: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            memory.protection.wait_for(1 << 40)
+        except RemusError as error:
+            found.append(error)
+
+    with backup_in(tmp_path / "store") as backup:
+        memory = Memory(backup.addresses[0], interval_s=0.01, lock=lock)
+        until(lambda: memory.protection.committed is not None)
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        backup.failover("orders")
+        waiting.join(LONG_S)
+        with pytest.raises(Fenced):
+            memory.protection.close()
+    assert [type(error) for error in found] == [Fenced]

@@ -186,12 +186,15 @@ class Primary:
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
 
-        Raises LinkError if the link breaks first or the time is over; then it is not known to be.
+        Raises LinkError if the link breaks first or the time is over; then it is not known to be. Fenced when another
+        has taken over: then it will not be.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while self.committed is None or self.committed.epoch < epoch:
                 self.check()
+                if self._fenced is not None:
+                    raise self._fenced
                 if self._link is None:
                     raise LinkError("the link to the backup is lost; take another checkpoint")
                 left = None if deadline is None else deadline - time.monotonic()
@@ -371,6 +374,8 @@ class Primary:
         return True
 
     def _lost(self, error: LinkError) -> None:
+        if isinstance(error, Fenced):
+            self._fenced = error
         link, self._link = self._link, None
         self._began = 0.0
         if link is not None:
@@ -385,7 +390,6 @@ class Primary:
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
             self.ended = "fenced"
-            self._fenced = error
             log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
             raise error
         if isinstance(error, Refused) and error.code in LASTING:
@@ -453,8 +457,9 @@ class Primary:
 
     def check(self) -> None:
         """Raise what has ended the link."""
-        if self._link is not None:
-            self._link.check()
+        link = self._link  # another thread may wait here while ours takes it away
+        if link is not None:
+            link.check()
 
     # What comes back, in the link's thread
 
