@@ -337,3 +337,21 @@ def test_who_waits_for_a_commit_is_told_that_another_has_taken_over(tmp_path: Pa
         with pytest.raises(Fenced):
             memory.protection.close()
     assert [type(error) for error in found] == [Fenced]
+
+
+def test_a_goodbye_has_been_noted_when_the_primary_is_closed(tmp_path: Path) -> None:
+    """Hung up on at once, it may never arrive; then an orderly end looks like a death."""
+    slow = threading.Event()
+    notes: list[Any] = []
+
+    class SlowStandby(Standby):
+        def said_goodbye(self, reason: str) -> None:
+            slow.wait(0.3)
+            super().said_goodbye(reason)
+            notes.append(reason)
+
+    with backup_in(tmp_path / "store") as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            backup._standbys["orders"].__class__ = SlowStandby
+        assert notes == ["closed"]
