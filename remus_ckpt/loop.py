@@ -78,6 +78,7 @@ class CheckpointLoop:
     duration_s: how long in all, None for no end
     bounded: hold one page buffer of the capture at most; encoding and writing then happen in the pause
     device_state: called while the source is paused, for what goes with each checkpoint
+    on_capture: called with the epoch just before the source is paused
     on_paused: called with the epoch while the source is paused, after the capture
     """
 
@@ -91,6 +92,7 @@ class CheckpointLoop:
         duration_s: float | None = None,
         bounded: bool = False,
         device_state: Callable[[], bytes] = bytes,
+        on_capture: Callable[[int], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         stop: StopSignal | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class CheckpointLoop:
         self._bounded = bounded
         self._device_state = device_state
         self._state = b""
+        self._on_capture = on_capture
         self._on_paused = on_paused
         self._stop = stop
         self._capture: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
@@ -169,6 +172,8 @@ class CheckpointLoop:
         """The capture, with the pause around it; what is drawn after the pause was copied in it."""
         if self._sender.sent is None:
             yield from self._first_copy()
+        if self._on_capture is not None:
+            self._on_capture(self._sender.next_epoch)
         pause.begin()
         with pause.capturing():
             dirty = self._source.dirty()
@@ -326,7 +331,9 @@ class _Pause:
             self._on_paused()
         finally:
             witness = time.monotonic() - witness
-            self._source.resume()
-            self.ended_at = time.monotonic()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-            self.seconds = self.ended_at - self._began - witness
+            try:
+                self._source.resume()
+            finally:
+                self.ended_at = time.monotonic()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+                self.seconds = self.ended_at - self._began - witness

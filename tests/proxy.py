@@ -15,12 +15,14 @@ class Proxy:
     cut: end all connections, at once; those to come are served
     silent: take bytes and forward none, as a black hole does
     refusing: end connections as they come
+    flips: change a bit of the next piece that comes from there, "near" (who connects) or "far", and take it from here
     """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.silent = threading.Event()
         self.refusing = threading.Event()
+        self.flips: set[str] = set()
         self.connections = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
@@ -83,6 +85,10 @@ class Proxy:
                         data = source.recv(1 << 16)
                         if not data:
                             return
+                        side = "near" if source is near else "far"
+                        if side in self.flips:
+                            self.flips.remove(side)
+                            data = data[:-1] + bytes([data[-1] ^ 0x10])
                         if not self.silent.is_set():
                             key.data.sendall(data)
                     except OSError:

@@ -19,12 +19,14 @@ from proxy import Proxy
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
+from remus_ckpt.service.link import Link
 from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import Protection, arrays_of, protect
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, connect
 from remus_ckpt.store import Entry, Store
 from remus_ckpt.wire import session as wire
+from remus_ckpt.wire.record import Position
 
 LONG_S = 20.0
 """A wait that is only reached when something is broken."""
@@ -210,6 +212,23 @@ def test_what_was_sent_and_never_arrived_comes_again(tmp_path: Path) -> None:
     assert [commit.position for commit in memory.commits] == [entry.position for entry in found]
 
 
+@pytest.mark.parametrize("side", ["near", "far"])
+def test_a_bit_that_changes_on_its_way_costs_a_link_and_no_more(tmp_path: Path, side: str) -> None:
+    with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
+        with Memory(proxy.address) as memory:
+            memory.step(0)
+            proxy.flips.add(side)
+            memory.step(1)
+            until(lambda: not proxy.flips)
+            memory.step(2)
+            memory.step(3)
+            assert proxy.connections == 2
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+        assert [commit.position for commit in memory.commits] == [
+            entry.position for entry in entries(tmp_path / "store")
+        ]
+
+
 def test_acknowledgements_that_never_arrive(tmp_path: Path) -> None:
     """The backup holds more than the primary knows: it is told at the next hello, and it is committed then."""
     with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
@@ -317,6 +336,42 @@ def command(tmp_path: Path, code: str) -> str:
         + code
     )
     return f"{sys.executable} {script}"
+
+
+class SlowToTell(Link):
+    """Its listening thread has read that the session is over, and does not come to say so."""
+
+    has_read = threading.Event()
+    may_tell = threading.Event()
+
+    def _take(self, event: object) -> None:
+        if isinstance(event, wire.Error):
+            self.has_read.set()
+            assert self.may_tell.wait(LONG_S)
+        super()._take(event)
+
+
+def test_what_ended_a_session_is_said_to_who_is_sending(tmp_path: Path) -> None:
+    def hello(**fields: Any) -> wire.Hello:
+        return wire.Hello(
+            role="primary", name="orders", memory_pages=4, page_size=4096, codec="delta", word=8, program="", **fields
+        )
+
+    ignored: dict[str, Any] = {"on_ack": lambda ack: None, "status": dict}
+    with backup_in(tmp_path / "store") as backup:
+        address = Address.parse(backup.addresses[0])
+        link = SlowToTell(connect(address), hello(run=bytes(16)), **ignored)
+        link.begin(wire.Begin(mode="full", term=0))
+        other = Link(connect(address), hello(run=bytes(15) + b"2", term=5), **ignored)
+        assert link.has_read.wait(LONG_S)
+        link.write([b"some of a stream"])
+        timer = threading.Timer(0.1, link.may_tell.set)
+        timer.start()
+        with pytest.raises(Fenced):
+            link.commit(wire.Commit(position=Position(0, bytes(32)), before=None, stream_bytes=16, pages=0))
+        timer.join()
+        link.close()
+        other.close()
 
 
 def test_automatic_only_behind_a_fence_that_succeeds(tmp_path: Path) -> None:

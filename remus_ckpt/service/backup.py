@@ -30,6 +30,7 @@ from remus_ckpt.wire.session import Session
 
 _HELLO_S = 5.0
 _FRAME_S = 60.0
+_BEAT_S = 0.1
 
 
 class Backup:
@@ -64,7 +65,7 @@ class Backup:
         self.policy = policy or Policy()
         self.metrics = metrics or Metrics()
         self.report_phase = on_phase or (lambda name, epoch: None)
-        self._store = store if isinstance(store, Store) else Store(store)
+        self._store = store if isinstance(store, Store) else Store(Path(store).absolute())
         self._store.create()
         self.limits = limits or Limits()
         self._warm_dir = warm_dir
@@ -282,8 +283,14 @@ class _Visit:
         try:
             self._numbers += 1
             message = wire.Heartbeat(number=self._numbers, status={})
+<<<<<<< HEAD
+            # The thread that accepts must not wait for a peer: one that takes not even this is not there.
+            self.connection.send(self.session.send(message), _BEAT_S)
+        except (LinkError, TimeoutError, ValueError):
+=======
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
         except (LinkError, TimeoutError):
+>>>>>>> hostile
             self.connection.close()  # its own thread says why
         except ValueError:
             pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error

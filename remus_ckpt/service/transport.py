@@ -37,7 +37,7 @@ _MAX_VECTORS = 1024
 _BACKLOG = 1024
 """When it is full, the kernel drops who comes, who tries again a second later at the earliest."""
 _RECORD_BYTES = 16 << 10
-"""One TLS record, and one SSL_write (RFC 8446 §5.1)."""
+"""One TLS record, and one SSL_write (RFC 8446, section 5.1)."""
 _JOIN_BYTES = 64 << 10
 """Buffers smaller than a record are joined up to this before they are encrypted."""
 _CIPHER_BYTES = 128 << 10
