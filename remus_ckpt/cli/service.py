@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,9 @@ def backup(
     )
     configure_logs(log_format.value)
     counted = Metrics()
+    with suppress(OSError, ValueError):  # each name takes a few; poll is used here, which knows no highest number
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
         if metrics:

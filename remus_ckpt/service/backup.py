@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import threading
 import time
@@ -16,8 +17,19 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
+import msgpack
+
 from remus_ckpt import __version__
-from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import (
+    LimitExceeded,
+    LinkError,
+    Malformed,
+    NoCheckpoint,
+    RemusError,
+    StoreError,
+    StreamError,
+    UnknownFormat,
+)
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
@@ -31,6 +43,11 @@ from remus_ckpt.wire.session import Session
 _HELLO_S = 5.0
 _FRAME_S = 60.0
 _BEAT_S = 0.1
+_NAME_DESCRIPTORS = 8
+"""Of one name: lock, segments, warm copies, index."""
+_OWN_DESCRIPTORS = 64
+_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s")
+"""What is said of a name where there are too many to say all."""
 
 
 class Backup:
@@ -184,18 +201,24 @@ class Backup:
     def _receive_visit(self, connection: Connection) -> None:
         visits = self._visiting()
         if len(visits) >= self.policy.max_connections:
-            # Those who have not said who they are make room, the oldest first.
-            nameless = next((visit for visit in visits if not visit.is_known), None)
-            if nameless is None:
+            # Those who have not said who they are make room, the oldest first; then those who only ask.
+            least = next((visit for visit in visits if not visit.is_known), None)
+            least = least or next((visit for visit in visits if not visit.run_id), None)
+            if least is None:
                 log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()
                 return
-            nameless.connection.close()
-            nameless.thread.join(1.0)
+            least.connection.close()
+            least.thread.join(1.0)
         visit = _Visit(self, connection)
+        try:
+            visit.thread.start()
+        except RuntimeError as error:  # no more threads are allowed
+            log("too many connections", level=logging.ERROR, peer=connection.peer, reason=str(error))
+            connection.close()
+            return
         with self._lock:
             self._visits.append(visit)
-        visit.thread.start()
 
     def _close_wake(self) -> None:
         with self._wake_lock:
@@ -216,10 +239,24 @@ class Backup:
             raise Refusal("name", f"{name!r} is not among the names that this backup was started for (--name)")
         with self._lock:
             if name not in self._standbys:
-                if len(self._standbys) >= self.policy.max_names:
+                if len(self._standbys) >= min(self.policy.max_names, self._room_for_names()):
                     raise Refusal("limit", f"this backup keeps {len(self._standbys)} names already")
                 self._standbys[name] = self._open(name)
             return self._standbys[name]
+
+    def _room_for_names(self) -> int:
+        """How many names there are descriptors for, when all connections are in use."""
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if descriptors == resource.RLIM_INFINITY:
+            return self.policy.max_names
+        return max((descriptors - self.policy.max_connections - _OWN_DESCRIPTORS) // _NAME_DESCRIPTORS, 1)
+
+    def forget_if_empty(self, standby: Standby) -> None:
+        """A name under which nothing was ever committed must not keep its place from others."""
+        with self._lock:
+            if self._standbys.get(standby.name) is standby and standby.close_if_empty():
+                del self._standbys[standby.name]
+                self.metrics.forget(standby.name)
 
     def _open(self, name: str) -> Standby:
         writer = self._store.writer(
@@ -243,6 +280,21 @@ def _code_of(error: StreamError) -> str:
     if isinstance(error, LimitExceeded):
         return "limit"
     return "malformed" if (error.section or "").startswith("session.md") else "stream"
+
+
+def _shortened(status: dict[str, Any]) -> dict[str, Any]:
+    """A status that fits into one reply, whatever primaries say of themselves and however many they are."""
+    room = wire.REQUEST_BYTES // 2
+    names = status["names"]
+    sizes = {name: len(msgpack.packb(found["primary"])) for name, found in names.items()}
+    if sum(sizes.values()) > room:
+        fair = room // len(names)
+        names = {name: found | ({"primary": {}} if sizes[name] > fair else {}) for name, found in names.items()}
+    if len(msgpack.packb(names)) > room + room // 2:
+        names = {
+            name: {key: found[key] for key in _BRIEF} | {"warnings": [], "primary": {}} for name, found in names.items()
+        }
+    return status | {"names": names}
 
 
 class _Visit:
@@ -283,14 +335,9 @@ class _Visit:
         try:
             self._numbers += 1
             message = wire.Heartbeat(number=self._numbers, status={})
-<<<<<<< HEAD
             # The thread that accepts must not wait for a peer: one that takes not even this is not there.
             self.connection.send(self.session.send(message), _BEAT_S)
-        except (LinkError, TimeoutError, ValueError):
-=======
-            self.connection.send(self.session.send(message), self.backup.policy.lease_s)
         except (LinkError, TimeoutError):
->>>>>>> hostile
             self.connection.close()  # its own thread says why
         except ValueError:
             pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error
@@ -388,7 +435,7 @@ class _Visit:
         try:
             match request.method:
                 case "status":
-                    return self.backup.status()
+                    return _shortened(self.backup.status())
                 case "failover":
                     return self.backup.failover(
                         str(request.arguments.get("name")), fence=bool(request.arguments.get("fence"))
@@ -400,8 +447,18 @@ class _Visit:
     def _serve_primary(self, hello: wire.Hello) -> None:
         if hello.page_size != PAGE_SIZE:
             raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+        most = self.backup.limits.memory_bytes
+        if hello.memory_pages * PAGE_SIZE > most:
+            text = f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {most:,} (--max-memory)"
+            raise Refusal("limit", text)
         self.run_id = hello.run
         standby = self.backup.standby(hello.name)
+        try:
+            self._host(standby, hello)
+        finally:
+            self.backup.forget_if_empty(standby)
+
+    def _host(self, standby: Standby, hello: wire.Hello) -> None:
         with standby.hosting(self, hello) as writer:
             self.say(standby.welcome(hello, self.backup.limits))
             last_frame = time.monotonic()

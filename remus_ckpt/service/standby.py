@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,6 +122,8 @@ class Standby:
     def hosting(self, visitor: Visitor, hello: Hello) -> Iterator[HistoryWriter]:
         """Let a primary write for as long as it stays. Raises Refusal for one that may not."""
         with self._changed:
+            if self._is_closed:
+                raise Refusal("busy", f"{self.name!r} has just been closed here: try again")
             current = self._visitor
             if current is not None and (
                 current.run_id == hello.run or time.monotonic() - current.heard > self._policy.lease_s
@@ -189,12 +192,6 @@ class Standby:
 
     def welcome(self, hello: Hello, limits: Limits) -> Welcome:
         """What the primary that has just been let in is to know."""
-        if hello.memory_pages * PAGE_SIZE > limits.memory_bytes:
-            raise Refusal(
-                "limit",
-                f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {limits.memory_bytes:,} "
-                "(--max-memory)",
-            )
         shape = self._writer.stream
         return Welcome(
             program=f"remus_ckpt {__version__}",
@@ -426,6 +423,27 @@ class Standby:
                 "warnings": list(self._writer.warnings),
                 "primary": dict(visitor.status) if visitor is not None else {},
             }
+
+    def close_if_empty(self) -> bool:
+        """Let go of the store and remove it, if nothing was ever committed to it; whether that was done.
+
+        A term that it was told is kept: it says who must not come back.
+        """
+        with self._changed:
+            writer = self._writer
+            if self._is_closed or self._visitor is not None or self._promoting or writer.state.term:
+                return False
+            if (
+                writer.position is not None
+                or writer.highest_epoch >= 0
+                or any((writer.directory / "segments").iterdir())
+            ):
+                return False
+            self._is_closed = True
+            writer.close()
+            with suppress(OSError):
+                shutil.rmtree(writer.directory)
+            return True
 
     def close(self) -> None:
         """Let go of the store. A takeover command that still runs then is run again when a backup is started anew."""
