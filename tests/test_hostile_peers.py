@@ -28,17 +28,21 @@ import google_crc32c
 import msgpack
 import numpy as np
 import pytest
+from liars import Liar, Peer
 
+from remus_ckpt.errors import Fenced, RemusError
 from remus_ckpt.limits import GIB
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
 from remus_ckpt.service import keys
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
+from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Standby
 from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.wire import session as wire
+from remus_ckpt.wire.record import Position
 
 LONG_S = 30.0
 """A wait that is only reached when something is broken."""
@@ -671,3 +675,179 @@ def test_what_a_primary_says_of_itself_does_not_crowd_out_the_others(served: Ser
             protection.checkpoint(wait=True, timeout_s=LONG_S)
             until(lambda: served.ask()["names"]["good"]["primary"])
             assert len(served.ask()["names"]) == 41
+
+
+# Backups that lie
+
+
+def acks_another_digest(peer: Peer) -> None:
+    peer.welcome()
+    while (event := peer.hear()) is not None:
+        if isinstance(event, wire.Commit):
+            ack(peer, Position(event.position.epoch, b"x" * 32))
+
+
+def acks_another_epoch(peer: Peer) -> None:
+    peer.welcome()
+    while (event := peer.hear()) is not None:
+        if isinstance(event, wire.Commit):
+            ack(peer, Position(event.position.epoch + 1, event.position.digest))
+
+
+def acks_before_anything_came(peer: Peer) -> None:
+    peer.welcome()
+    ack(peer, Position(0, bytes(32)))
+    peer.wait()
+
+
+def acks_what_it_had_itself(peer: Peer) -> None:
+    """It names a position in the welcome, which the session then knows."""
+    held = Position(7, b"h" * 32)
+    peer.welcome(position=held, highest_epoch=7)
+    peer.hear()
+    for level in ("received", "durable", "applied"):
+        ack(peer, held, level)
+    peer.wait()
+
+
+def acks_receipt_only(peer: Peer) -> None:
+    peer.welcome()
+    while (event := peer.hear()) is not None:
+        if isinstance(event, wire.Commit):
+            ack(peer, event.position, "received")
+
+
+def ack(peer: Peer, position: Position, level: str = "durable") -> None:
+    """Whether or not a session would."""
+    payload = msgpack.packb({"level": level, "position": [position.epoch, position.digest]})
+    peer.force(frame(wire.FrameType.ACK, payload))
+
+
+def says_garbage(peer: Peer) -> None:
+    peer.welcome()
+    peer.hear()
+    peer.force(np.random.default_rng(1).bytes(10_000))
+    peer.wait()
+
+
+def says_garbage_at_once(peer: Peer) -> None:
+    peer.force(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    peer.socket.recv(1 << 16)
+
+
+def is_silent(peer: Peer) -> None:
+    while peer.socket.recv(1 << 16):
+        pass
+
+
+def takes_nothing(peer: Peer) -> None:
+    peer.welcome(lease_s=0.5)
+    threading.Event().wait(3.0)
+
+
+def hangs_up(peer: Peer) -> None:
+    peer.welcome()
+
+
+def hangs_up_at_the_commit(peer: Peer) -> None:
+    peer.welcome()
+    while not isinstance(peer.hear(), wire.Commit):
+        pass
+
+
+def boasts(peer: Peer) -> None:
+    peer.welcome()
+    peer.hear()
+    status = {f"{number:064}": "x" * 150 for number in range(250)}
+    with suppress(TimeoutError):
+        peer.socket.settimeout(3.0)
+        for number in range(1000):
+            peer.say(wire.Heartbeat(number=number, status=status))
+    peer.wait()
+
+
+def says_fenced_without_a_term(peer: Peer) -> None:
+    peer.hear()
+    peer.say(wire.Error(code="fenced", message="stop", term=None))
+    peer.wait()
+
+
+def says_fenced_by_a_lower_term(peer: Peer) -> None:
+    peer.hear()
+    peer.say(wire.Error(code="fenced", message="stop", term=3))
+    peer.wait()
+
+
+def says_fenced_by_a_lower_term_later(peer: Peer) -> None:
+    peer.welcome()
+    peer.hear()
+    peer.say(wire.Error(code="fenced", message="stop", term=3))
+    peer.wait()
+
+
+def welcomes_under_a_lower_term(peer: Peer) -> None:
+    peer.welcome(term=3)
+    acknowledge_all(peer)
+
+
+def acknowledge_all(peer: Peer) -> None:
+    while (event := peer.hear()) is not None:
+        if isinstance(event, wire.Commit):
+            ack(peer, event.position)
+
+
+def welcomes(**changes: Any) -> Callable[[Peer], None]:
+    def serve(peer: Peer) -> None:
+        peer.welcome(**changes)
+        peer.wait()
+
+    return serve
+
+
+MOST = (1 << 63) - 1
+
+LIARS: dict[str, Callable[[Peer], None]] = {
+    **{
+        serve.__name__: serve
+        for serve in (
+            acks_another_digest, acks_another_epoch, acks_before_anything_came, acks_what_it_had_itself,
+            acks_receipt_only, says_garbage, says_garbage_at_once, is_silent, takes_nothing, hangs_up,
+            hangs_up_at_the_commit, boasts, says_fenced_by_a_lower_term, says_fenced_by_a_lower_term_later,
+            says_fenced_without_a_term, welcomes_under_a_lower_term,
+        )
+    },
+    "the last epoch": welcomes(highest_epoch=MOST),
+    "the last position": welcomes(position=Position(MOST, bytes(32)), highest_epoch=MOST),
+    "the last but one": welcomes(position=Position(MOST - 1, bytes(32)), highest_epoch=MOST - 1),
+    "no lease": welcomes(lease_s=0.0),
+    "a lease of a nanosecond": welcomes(lease_s=1e-9),
+    "a lease of thirty years": welcomes(lease_s=1e9),
+    "a stream that is not ours": welcomes(
+        position=Position(4, bytes(32)), highest_epoch=4, stream=wire.StreamShape("delta", 8, 1 << 40)
+    ),
+    "the last term": welcomes(term=MOST),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_a_backup_that_lies(name: str) -> None:
+    """Nothing is committed, nothing but our own errors comes, and it is not tried in a hurry."""
+    commits: list[Committed] = []
+    array = np.zeros(100_000, dtype=np.uint8)
+    before = threading.active_count()
+    with Liar(LIARS[name]) as liar:
+        protection = protect({"array": array}, to=liar.address, name="orders", term=5, on_commit=commits.append)
+        begin = time.monotonic()
+        with pytest.raises(RemusError) as caught:
+            for _ in range(3):
+                array[:] = np.random.default_rng(2).integers(0, 256, len(array), dtype=np.uint8)
+                protection.checkpoint(wait=True, timeout_s=1.5)
+        assert not isinstance(caught.value, Fenced)
+        spent = time.monotonic() - begin
+        with suppress(RemusError):
+            protection.close(0.1)
+        print(f"{name}: {liar.visits} visits in {spent:.1f} s; {type(caught.value).__name__}: {caught.value}")
+        assert protection.committed is None
+        assert commits == []
+        assert liar.visits <= 12
+    until(lambda: threading.active_count() == before)
