@@ -829,25 +829,32 @@ LIARS: dict[str, Callable[[Peer], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIARS)
-def test_a_backup_that_lies(name: str) -> None:
-    """Nothing is committed, nothing but our own errors comes, and it is not tried in a hurry."""
+def believe(serve: Callable[[Peer], None]) -> str:
+    """Be the primary of a liar for a while; what is wrong then, or nothing."""
     commits: list[Committed] = []
     array = np.zeros(100_000, dtype=np.uint8)
-    before = threading.active_count()
-    with Liar(LIARS[name]) as liar:
+    caught: RemusError | None = None
+    with Liar(serve) as liar:
         protection = protect({"array": array}, to=liar.address, name="orders", term=5, on_commit=commits.append)
-        begin = time.monotonic()
-        with pytest.raises(RemusError) as caught:
+        try:
             for _ in range(3):
                 array[:] = np.random.default_rng(2).integers(0, 256, len(array), dtype=np.uint8)
                 protection.checkpoint(wait=True, timeout_s=1.5)
-        assert not isinstance(caught.value, Fenced)
-        spent = time.monotonic() - begin
+        except RemusError as error:
+            caught = error
+        visits = liar.visits
         with suppress(RemusError):
             protection.close(0.1)
-        print(f"{name}: {liar.visits} visits in {spent:.1f} s; {type(caught.value).__name__}: {caught.value}")
-        assert protection.committed is None
-        assert commits == []
-        assert liar.visits <= 12
+    is_right = isinstance(caught, RemusError) and not isinstance(caught, Fenced)
+    if is_right and protection.committed is None and not commits and visits <= 10:
+        return ""
+    return f"{visits} visits, {commits}, {protection.committed}, {caught!r}"
+
+
+def test_backups_that_lie() -> None:
+    """Nothing is committed, nothing but our own errors comes, and none is tried again in a hurry."""
+    before = threading.active_count()
+    with ThreadPoolExecutor(len(LIARS)) as pool:
+        found = dict(zip(LIARS, pool.map(believe, LIARS.values()), strict=True))
+    assert {name: fault for name, fault in found.items() if fault} == {}
     until(lambda: threading.active_count() == before)

@@ -32,6 +32,7 @@ from remus_ckpt.loop import StopSignal, Totals
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
+from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
 from remus_ckpt.service.observe import Metrics, configure_logs, notify, watchdog_interval_s
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.standby import Policy
@@ -149,8 +150,11 @@ def backup(
     addresses = [_address(text) for text in listen]
     if auto_failover and not fence:
         raise typer.BadParameter("--auto-failover needs --fence: without it, two sides may go on at once")
+    lease_s = parse_duration(lease)
+    if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
+        raise typer.BadParameter(f"--lease {lease}: it has {MIN_LEASE_S:g}s to {MAX_LEASE_S:g}s")
     policy = Policy(
-        lease_s=parse_duration(lease),
+        lease_s=lease_s,
         automatic=auto_failover,
         fence=fence,
         on_failover=on_failover,

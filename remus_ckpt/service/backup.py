@@ -33,6 +33,7 @@ from remus_ckpt.errors import (
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.failover import MAX_EPOCH
 from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
@@ -230,7 +231,7 @@ class Backup:
             standby.close()
 
     def standby(self, name: str) -> Standby:
-        """That under a name, made if it is new. Raises Refusal for one that is not taken here."""
+        """That under a name, made if it is new; `release` is due. Raises Refusal for one that is not taken here."""
         try:
             wire.check_name(name)
         except ValueError as error:
@@ -242,6 +243,7 @@ class Backup:
                 if len(self._standbys) >= min(self.policy.max_names, self._room_for_names()):
                     raise Refusal("limit", f"this backup keeps {len(self._standbys)} names already")
                 self._standbys[name] = self._open(name)
+            self._standbys[name].guests += 1
             return self._standbys[name]
 
     def _room_for_names(self) -> int:
@@ -251,10 +253,11 @@ class Backup:
             return self.policy.max_names
         return max((descriptors - self.policy.max_connections - _OWN_DESCRIPTORS) // _NAME_DESCRIPTORS, 1)
 
-    def forget_if_empty(self, standby: Standby) -> None:
+    def release(self, standby: Standby) -> None:
         """A name under which nothing was ever committed must not keep its place from others."""
         with self._lock:
-            if self._standbys.get(standby.name) is standby and standby.close_if_empty():
+            standby.guests -= 1
+            if not standby.guests and standby.close_if_empty():
                 del self._standbys[standby.name]
                 self.metrics.forget(standby.name)
 
@@ -456,7 +459,7 @@ class _Visit:
         try:
             self._host(standby, hello)
         finally:
-            self.backup.forget_if_empty(standby)
+            self.backup.release(standby)
 
     def _host(self, standby: Standby, hello: wire.Hello) -> None:
         with standby.hosting(self, hello) as writer:
@@ -490,6 +493,8 @@ class _Visit:
 
     def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
         begin = time.monotonic()
+        if commit.position.epoch > MAX_EPOCH:
+            raise Refusal("limit", f"epoch {commit.position.epoch}; there are {MAX_EPOCH}")
         staged = writer.check(commit.position)
         record = staged.record
         if record is None or record.before != commit.before or staged.page_count != commit.pages:

@@ -58,6 +58,9 @@ class Policy:
     max_connections: int = 256
 
     def __post_init__(self) -> None:
+        least, most = failover.MIN_LEASE_S, failover.MAX_LEASE_S
+        if not least <= self.lease_s <= most:
+            raise ValueError(f"a lease of {self.lease_s:g} s; it has {least:g} s to {most:g} s")
         if self.automatic and not self.fence:
             raise ValueError("automatic failover needs a fencing command: without one, two sides may go on at once")
 
@@ -97,6 +100,8 @@ class Standby:
         self, name: str, writer: HistoryWriter, policy: Policy, metrics: Metrics, wake: Callable[[], None]
     ) -> None:
         self.name = name
+        self.guests = 0
+        """Primaries that are here, or wait to be let in; the backup counts them."""
         self._writer = writer
         self._policy = policy
         self._metrics = metrics
@@ -122,8 +127,6 @@ class Standby:
     def hosting(self, visitor: Visitor, hello: Hello) -> Iterator[HistoryWriter]:
         """Let a primary write for as long as it stays. Raises Refusal for one that may not."""
         with self._changed:
-            if self._is_closed:
-                raise Refusal("busy", f"{self.name!r} has just been closed here: try again")
             current = self._visitor
             if current is not None and (
                 current.run_id == hello.run or time.monotonic() - current.heard > self._policy.lease_s
