@@ -582,7 +582,7 @@ def test_names_without_end(tmp_path: Path, folder: Path) -> None:
         until(lambda: served.figures().threads == before.threads)
         assert served.figures().fds <= before.fds
         assert served.ask()["names"] == {}
-        assert list((tmp_path / "store").iterdir()) == []
+        assert os.listdir(tmp_path / "store") == [".lock"]
         kept = 0
         code = ""
         with ExitStack() as stack:

@@ -6,6 +6,7 @@ that is run. What is to be done about a silent primary is decided in `failover`,
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -44,6 +45,8 @@ from remus_ckpt.wire.session import Session
 _HELLO_S = 5.0
 _FRAME_S = 60.0
 _BEAT_S = 0.1
+_LOCK = ".lock"
+"""In the store; no name begins with a dot."""
 _NAME_DESCRIPTORS = 8
 """Of one name: lock, segments, warm copies, index."""
 _OWN_DESCRIPTORS = 64
@@ -98,6 +101,7 @@ class Backup:
                 stack.callback(self._stop.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(self._close_wake)
+            stack.callback(os.close, self._lock_store())
             self._standbys: dict[str, Standby] = {}
             stack.callback(self._close_standbys)
             for name in self._store.names():
@@ -220,6 +224,22 @@ class Backup:
             return
         with self._lock:
             self._visits.append(visit)
+
+    def _lock_store(self) -> int:
+        """A descriptor that keeps other backups out: a new name would else be made by two."""
+        path = self._store.directory / _LOCK
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise StoreError(f"{self._store.directory} is served by another backup: stop that one first") from None
+            raise StoreError(f"{path}: {error.strerror}") from error
+        return fd
 
     def _close_wake(self) -> None:
         with self._wake_lock:
