@@ -170,7 +170,7 @@ class Sender:
         if is_first:
             closing += self._writer.write(events.EnableCompression())
         closing += self._writer.write(events.EndOfBody())
-        if len(left_out := np.setdiff1d(self.owed, self.pfns)):
+        if len(self.owed) and len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
         state = device_state() if callable(device_state) else device_state
         after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
