@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class CheckpointLoop:
     duration_s: how long in all, None for no end
     bounded: hold one page buffer of the capture at most; encoding and writing then happen in the pause
     device_state: called while the source is paused, for what goes with each checkpoint
+    on_capture: called with the epoch just before the source is paused
     on_paused: called with the epoch while the source is paused, after the capture
     """
 
@@ -91,6 +93,7 @@ class CheckpointLoop:
         duration_s: float | None = None,
         bounded: bool = False,
         device_state: Callable[[], bytes] = bytes,
+        on_capture: Callable[[int], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         stop: StopSignal | None = None,
     ) -> None:
@@ -102,6 +105,7 @@ class CheckpointLoop:
         self._bounded = bounded
         self._device_state = device_state
         self._state = b""
+        self._on_capture = on_capture
         self._on_paused = on_paused
         self._stop = stop
         self._capture: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
@@ -169,6 +173,8 @@ class CheckpointLoop:
         """The capture, with the pause around it; what is drawn after the pause was copied in it."""
         if self._sender.sent is None:
             yield from self._first_copy()
+        if self._on_capture is not None:
+            self._on_capture(self._sender.next_epoch)
         pause.begin()
         with pause.capturing():
             dirty = self._source.dirty()
@@ -215,22 +221,29 @@ class CheckpointLoop:
         return self._capture
 
 
+_KEPT_PAUSES = 100_000
+
+
 class Totals:
-    """What a recording came to."""
+    """What a recording came to. It may be a year long: percentiles are of the newest 100,000 pauses."""
 
     def __init__(self) -> None:
-        self.pauses: list[float] = []
-        self.blocked: list[float] = []
+        self.checkpoints = 0
+        self.longest_pause_s = 0.0
+        self.blocked_s = 0.0
         self.last = 0
         self.dirty_pages = 0
         self.changed_pages = 0
         self.changed_bytes = 0
         self.stream_bytes = 0
+        self._pauses: deque[float] = deque(maxlen=_KEPT_PAUSES)
 
     def add(self, taken: Taken) -> None:
         """Take in one checkpoint."""
-        self.pauses.append(taken.pause_s)
-        self.blocked.append(taken.blocked_s)
+        self.checkpoints += 1
+        self.longest_pause_s = max(self.longest_pause_s, taken.pause_s)
+        self._pauses.append(taken.pause_s)
+        self.blocked_s += taken.blocked_s
         self.last = taken.sent.epoch
         self.dirty_pages += taken.dirty_pages
         self.stream_bytes += taken.sent.stream_bytes
@@ -240,7 +253,7 @@ class Totals:
 
     def pause_ms(self, percent: float) -> float:
         """A percentile of the pauses."""
-        return float(np.percentile(self.pauses, percent)) * 1e3 if self.pauses else 0.0
+        return float(np.percentile(self._pauses, percent)) * 1e3 if self._pauses else 0.0
 
     def ratio(self) -> float | None:
         """Compressed bytes to raw bytes, over the compressed checkpoints."""
@@ -249,13 +262,13 @@ class Totals:
     def report(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "checkpoints": len(self.pauses),
+            "checkpoints": self.checkpoints,
             "dirty_pages": self.dirty_pages,
             "raw_bytes": self.changed_pages * PAGE_SIZE,
             "compressed_bytes": self.changed_bytes,
             "stream_bytes": self.stream_bytes,
-            "pause_ms": {"p50": self.pause_ms(50), "p99": self.pause_ms(99), "max": self.pause_ms(100)},
-            "blocked_in_pause_ms": sum(self.blocked) * 1e3,
+            "pause_ms": {"p50": self.pause_ms(50), "p99": self.pause_ms(99), "max": self.longest_pause_s * 1e3},
+            "blocked_in_pause_ms": self.blocked_s * 1e3,
         }
 
     def text(self) -> str:
@@ -266,7 +279,7 @@ class Totals:
             raw = self.changed_pages * PAGE_SIZE
             compressed = f", {raw:,} raw bytes of changed pages as {self.changed_bytes:,} ({ratio:.1%})"
         return (
-            f"{len(self.pauses)} checkpoints, {self.dirty_pages:,} dirty pages{compressed}, "
+            f"{self.checkpoints:,} checkpoints, {self.dirty_pages:,} dirty pages{compressed}, "
             f"pause p50 {self.pause_ms(50):.2f} ms, p99 {self.pause_ms(99):.2f} ms"
         )
 
@@ -326,7 +339,9 @@ class _Pause:
             self._on_paused()
         finally:
             witness = time.monotonic() - witness
-            self._source.resume()
-            self.ended_at = time.monotonic()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-            self.seconds = self.ended_at - self._began - witness
+            try:
+                self._source.resume()
+            finally:
+                self.ended_at = time.monotonic()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+                self.seconds = self.ended_at - self._began - witness

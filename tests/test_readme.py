@@ -17,6 +17,7 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         exec(compile(example, "README.md", "exec"), {})
     out = capsys.readouterr().out.splitlines()
     assert out == [
+        "(1000, 1000) 1.5",
         "0 b'step 0' b'hello'",
         "1 b'step 1' b'hello'",
         "in force: 1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,12 +20,14 @@ from proxy import Proxy
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
+from remus_ckpt.service.link import Link
 from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import Protection, arrays_of, protect
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, connect
 from remus_ckpt.store import Entry, Store
 from remus_ckpt.wire import session as wire
+from remus_ckpt.wire.record import Position
 
 LONG_S = 20.0
 """A wait that is only reached when something is broken."""
@@ -153,6 +156,23 @@ def test_every_level_and_compression(tmp_path: Path, wait: Any, compression: str
         assert np.array_equal(restored(tmp_path / "store", epoch), array)
 
 
+def test_a_slow_link_is_found_and_what_goes_over_it_compressed(tmp_path: Path) -> None:
+    text = np.frombuffer(b"".join(b"order %d of the day; " % number for number in range(60_000)), dtype=np.uint8)
+    memory = np.zeros(1 << 20, dtype=np.uint8)
+    with (
+        backup_in(tmp_path / "store") as backup,
+        Proxy(backup.addresses[0], rate=4e6) as proxy,
+        protect({"memory": memory}, to=proxy.address, name="orders") as protection,
+    ):
+        for step in range(6):
+            memory[:] = text[step : step + len(memory)]
+            protection.checkpoint(wait=True)
+        status = protection.status()
+        assert status["wire_bytes"] < status["encoded_bytes"] / 2
+    arrays, _ = arrays_of(Store(tmp_path / "store").history("orders").restore())
+    assert np.array_equal(arrays["memory"], memory)
+
+
 def test_a_unix_socket(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", f"unix:{tmp_path}/socket") as backup, Memory(backup.addresses[0]) as memory:
         memory.step(3)
@@ -208,6 +228,23 @@ def test_what_was_sent_and_never_arrived_comes_again(tmp_path: Path) -> None:
     assert sum(entry.is_base for entry in found) == 1
     # A number is used anew for what took the place of the lost; what was committed under it is what is there.
     assert [commit.position for commit in memory.commits] == [entry.position for entry in found]
+
+
+@pytest.mark.parametrize("side", ["near", "far"])
+def test_a_bit_that_changes_on_its_way_costs_a_link_and_no_more(tmp_path: Path, side: str) -> None:
+    with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
+        with Memory(proxy.address) as memory:
+            memory.step(0)
+            proxy.flips.add(side)
+            memory.step(1)
+            until(lambda: not proxy.flips)
+            memory.step(2)
+            memory.step(3)
+            assert proxy.connections == 2
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+        assert [commit.position for commit in memory.commits] == [
+            entry.position for entry in entries(tmp_path / "store")
+        ]
 
 
 def test_acknowledgements_that_never_arrive(tmp_path: Path) -> None:
@@ -317,6 +354,42 @@ def command(tmp_path: Path, code: str) -> str:
         + code
     )
     return f"{sys.executable} {script}"
+
+
+class SlowToTell(Link):
+    """Its listening thread has read that the session is over, and does not come to say so."""
+
+    has_read = threading.Event()
+    may_tell = threading.Event()
+
+    def _take(self, event: object) -> None:
+        if isinstance(event, wire.Error):
+            self.has_read.set()
+            assert self.may_tell.wait(LONG_S)
+        super()._take(event)
+
+
+def test_what_ended_a_session_is_said_to_who_is_sending(tmp_path: Path) -> None:
+    def hello(**fields: Any) -> wire.Hello:
+        return wire.Hello(
+            role="primary", name="orders", memory_pages=4, page_size=4096, codec="delta", word=8, program="", **fields
+        )
+
+    ignored: dict[str, Any] = {"on_ack": lambda ack: None, "status": dict}
+    with backup_in(tmp_path / "store") as backup:
+        address = Address.parse(backup.addresses[0])
+        link = SlowToTell(connect(address), hello(run=bytes(16)), **ignored)
+        link.begin(wire.Begin(mode="full", term=0))
+        other = Link(connect(address), hello(run=bytes(15) + b"2", term=5), **ignored)
+        assert link.has_read.wait(LONG_S)
+        link.write([b"some of a stream"])
+        timer = threading.Timer(0.1, link.may_tell.set)
+        timer.start()
+        with pytest.raises(Fenced):
+            link.commit(wire.Commit(position=Position(0, bytes(32)), before=None, stream_bytes=16, pages=0))
+        timer.join()
+        link.close()
+        other.close()
 
 
 def test_automatic_only_behind_a_fence_that_succeeds(tmp_path: Path) -> None:
@@ -495,3 +568,36 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
         with Memory(backup.addresses[0]) as memory:
             memory.step(2)
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
+    store = small_disk / "store"
+    rng = np.random.default_rng(4)
+    with backup_in(store) as backup, Memory(backup.addresses[0]) as memory:
+        with pytest.raises(Refused) as caught:
+            for _ in range(40):
+                memory.array[:] = rng.integers(0, 1 << 60, memory.array.shape)
+                memory.protection.checkpoint(wait=True, timeout_s=2.0)
+        assert caught.value.code == "store"
+        until(lambda: len(memory.commits) == len(entries(store)))
+        held = [commit.position for commit in memory.commits]
+        assert len(held) > 3
+        subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+        memory.step(1)
+    found = entries(store)
+    assert [entry.position for entry in found] == [*held, memory.commits[-1].position]
+    assert sum(entry.is_base for entry in found) == 1, "deltas follow: nothing was lost"
+    assert np.array_equal(restored(store), memory.array)

@@ -58,7 +58,8 @@ def test_guard_resumes_when_the_one_who_stopped_dies(sleeper: subprocess.Popen[b
     code = (
         "import os, signal, sys\n"
         "from remus_ckpt.source.processes import Processes\n"
-        "Processes([int(sys.argv[1])]).stop()\n"
+        "processes = Processes([int(sys.argv[1])])\n"
+        "processes.stop()\n"
         "print('stopped', flush=True)\n"
         "signal.pause()\n"
     )
@@ -109,6 +110,31 @@ def test_a_process_is_recorded_by_one(sleeper: subprocess.Popen[bytes]) -> None:
         Processes([sleeper.pid])
     first.close()
     Processes([sleeper.pid]).close()
+
+
+def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[bytes]) -> None:
+    """One that dies just after it told its guard of a pause: the guard's SIGCONT must not end the next one's pause."""
+    code = (
+        "import os, signal, sys\n"
+        "from remus_ckpt.source.processes import Processes\n"
+        "processes = Processes([int(sys.argv[1])])\n"
+        "print(processes._guard.process.pid, flush=True)\n"
+        "os.kill(processes._guard.process.pid, signal.SIGSTOP)\n"
+        "processes._guard.stopping()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
+        assert recorder.stdout is not None
+        guard = int(recorder.stdout.readline())
+    assert recorder.returncode == -signal.SIGKILL
+    with pytest.raises(SourceError):
+        Processes([sleeper.pid])
+    os.kill(guard, signal.SIGCONT)
+    processes = Processes([sleeper.pid])
+    processes.stop()
+    assert wait_for(lambda: not Path(f"/proc/{guard}").exists() or process_state(guard) == "Z")
+    assert process_state(sleeper.pid) == "T"
+    processes.close()
 
 
 def test_a_process_that_is_stopped_already_is_left_alone(sleeper: subprocess.Popen[bytes]) -> None:

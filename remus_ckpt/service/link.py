@@ -9,13 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
+from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
 from remus_ckpt.service.transport import Connection
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import (
-    VERSION,
     Ack,
     Begin,
     Commit,
@@ -29,9 +28,7 @@ from remus_ckpt.wire.session import (
 )
 
 _FLUSH_BYTES = 1 << 20
-_HANDSHAKE_S = 10.0
-_MAX_HANDSHAKE_S = 600.0
-"""A backup may have to read back its store before it can say where it stands; it sends heartbeats meanwhile."""
+_WELCOME_S = 30.0
 
 
 class Link:
@@ -60,13 +57,15 @@ class Link:
         self._sending = threading.Lock()
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
-        self._probe: tuple[Position, int, float] | None = None  # the last commit: what was written with it, and when
+        # Of the checkpoint that is being written: bytes, and seconds that sending them took.
+        self._way_bytes, self._way_s = 0, 0.0
+        # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
+        self._probe: tuple[Position, int, float] | None = None
         self._error: RemusError | None = None
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable once the session has failed."""
-        self.peer_status: dict[str, Any] = {}
-        """What the backup last said of itself."""
         self._heard = time.monotonic()
+        self._lease_s = _WELCOME_S  # until the welcome says better
         self._closing = False
         self._counted = 0
         self._thread: threading.Thread | None = None
@@ -90,20 +89,15 @@ class Link:
         return self._counted - before
 
     def _await_welcome(self) -> Welcome:
-        first = time.monotonic()
+        deadline = time.monotonic() + _WELCOME_S
         while True:
             event = self._session.next_event()
             if isinstance(event, Welcome):
-                if event.version != VERSION:
-                    raise Malformed("the backup speaks a version that was not offered", section="session.md §3")
                 return event
             if event is not None:
                 self._take(event)
-                continue
-            now = time.monotonic()
-            if now - max(self._heard, first) > _HANDSHAKE_S or now - first > _MAX_HANDSHAKE_S:
-                raise LinkError(f"{self.peer} took the connection and does not answer")
-            self._receive(_HANDSHAKE_S)
+            elif not self._receive(max(deadline - time.monotonic(), 0.0)):
+                raise LinkError(f"{self.peer} took the connection and has not answered in {_WELCOME_S:g} s")
 
     # What goes out
 
@@ -118,22 +112,34 @@ class Link:
         self._pending += buffers
         self._pending_bytes += sum(len(buffer) for buffer in buffers)
         if self._pending_bytes >= _FLUSH_BYTES:
-            self._flush([])
+            self._flush()
 
     def commit(self, message: Commit) -> None:
         """The end of a checkpoint."""
-        self._flush([message])
+        self._flush(message)
 
-    def _flush(self, messages: list[Message]) -> None:
+    def _flush(self, commit: Commit | None = None) -> None:
         self.check()
         self._chooser.look(self._pending)
         with self._sending:
-            frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
-            for message in messages:
-                frames += self._session.send(message)
-                if isinstance(message, Commit):
-                    self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
+            try:
+                frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
+                if commit is not None:
+                    frames += self._session.send(commit)
+            except ValueError:
+                # The listening thread has read, since we checked, what ended the session, or has ended it.
+                if self._session.ended:
+                    raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
+                raise
+            begin = time.monotonic()
+            self._way_bytes += sum(len(frame) for frame in frames)
+            if commit is not None:
+                # Before it is sent: the answer may be here before we are back.
+                self._probe = commit.position, self._way_bytes, begin - self._way_s
             self._send(frames)
+            self._way_s += time.monotonic() - begin
+            if commit is not None:
+                self._way_bytes, self._way_s = 0, 0.0
         self._pending = []
         self._pending_bytes = 0
 
@@ -143,13 +149,17 @@ class Link:
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
-            self._connection.send(frames, getattr(self, "_lease_s", _HANDSHAKE_S))
-        except (LinkError, TimeoutError) as error:
-            # What the other side said before it closed is the better reason.
-            if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join(1.0)
-            self.check()
-            raise error if isinstance(error, LinkError) else LinkError(f"{self.peer} takes no more data") from error
+            self._connection.send(frames, self._lease_s)
+        except LinkError as error:
+            raise self._reason(error) from error
+        except TimeoutError as error:
+            raise self._reason(LinkError(f"{self.peer} takes no more data")) from error
+
+    def _reason(self, otherwise: LinkError) -> RemusError:
+        """What the other side said before it closed, which is the better reason."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+        return self._error or otherwise
 
     # What comes back
 
@@ -189,6 +199,10 @@ class Link:
                         finally:
                             self._sending.release()
                     beat = now + period
+        except StreamError as error:
+            # Bytes may have changed on their way: another link may be well (specs/session.md §7).
+            self._complain(error)
+            self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
         except RemusError as error:
             self._fail(error)
         except TimeoutError:
@@ -204,14 +218,22 @@ class Link:
                 if event.level == "received" and event.position == position:
                     self._chooser.received(size, time.monotonic() - begin)
                 self._on_ack(event)
-            case Heartbeat():
-                self.peer_status = event.status
             case Error(code="fenced"):
                 raise Fenced(event.message, term=event.term or 0)
             case Error():
                 raise Refused(f"{self.peer}: {event.message}", code=event.code)
             case Goodbye():
                 raise LinkError(f"{self.peer} has said goodbye: {event.reason}")
+
+    def _complain(self, error: StreamError) -> None:
+        """Tell the backup what was wrong with its bytes, where no other data stand in the way."""
+        if self._sending.acquire(blocking=False):
+            try:
+                with suppress(RemusError, TimeoutError, ValueError):
+                    message = Error(code="malformed", message=str(error), offset=error.offset)
+                    self._connection.send(self._session.send(message), 1.0)
+            finally:
+                self._sending.release()
 
     def _fail(self, error: RemusError) -> None:
         if self._error is None and not self._closing:

@@ -73,6 +73,8 @@ class Primary:
     device_state: called in each pause, for what goes with the checkpoint
     on_commit: called for each commit, in order, in a thread of its own
     on_paused: called with the epoch while the source is paused
+    on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
+        capture
     """
 
     def __init__(
@@ -289,7 +291,10 @@ class Primary:
             link.close()
             raise
         self._link = link
+        self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
+        if self._compression not in ("auto", "none", *link.welcome.compressions):
+            log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
         self._metrics.set_connected(self.name, True)
         self._metrics.set_term(self.name, begin.term)
         if self._connections > 1:
@@ -355,6 +360,7 @@ class Primary:
 
     def _lost(self, error: LinkError) -> None:
         link, self._link = self._link, None
+        self._began = 0.0
         if link is not None:
             link.close()
         self._metrics.set_connected(self.name, False)
@@ -380,6 +386,7 @@ class Primary:
             interval_s=self._interval_s,
             duration_s=duration_s,
             device_state=self._device_state,
+            on_capture=lambda epoch: self._phase("capture", epoch),
             on_paused=self._on_paused,
             stop=self._stop,
         )
@@ -403,7 +410,7 @@ class Primary:
             raise LinkError("there is no link")
         if not self._began:
             self._began = time.monotonic()
-            self._phase("send", 0)
+            self._phase("send", 0 if self._sender is None else self._sender.next_epoch)
         self._link.write(buffers)
 
     def commit(self, sent: Sent) -> None:

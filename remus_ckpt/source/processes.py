@@ -12,6 +12,8 @@ from remus_ckpt.errors import SourceError
 from remus_ckpt.source.guarded import Guard
 
 _POLL_S = 50e-6
+_CLAIM_S = 0.5
+"""The guard of one who died may need a moment."""
 _STOPPED = frozenset("TtZXx")
 """States of a thread that does not run: stopped, traced, dead."""
 
@@ -33,7 +35,9 @@ class Processes:
             for pid in dict.fromkeys(pids):
                 self._open(pid)
             pidfds = list(self._pidfds.values())
-            self._guard = Guard("continue", *map(str, pidfds), fds=pidfds)
+            # It holds the claims too: until it is done with what we stopped, nobody else may stop them.
+            claims = [claim.fileno() for claim in self._claims]
+            self._guard = Guard("continue", *map(str, pidfds), fds=[*pidfds, *claims])
         except BaseException:
             self.close()
             raise
@@ -56,13 +60,18 @@ class Processes:
         if states and _STOPPED.issuperset(states.values()) and "T" in states.values():
             # Whoever stopped it wants it so; our pauses would end with it running.
             raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
-        # Two who stop the same process would each end the other's pauses. The name goes with us when we die.
+        # Two who stop the same process would each end the other's pauses. The name goes when we and our guard are dead.
         claim = socket.socket(socket.AF_UNIX)
         self._claims.append(claim)
-        try:
-            claim.bind(f"\0remus-ckpt pauses {pid}")
-        except OSError:
-            raise SourceError(f"process {pid} is being recorded by somebody else") from None
+        deadline = time.monotonic() + _CLAIM_S
+        while True:
+            try:
+                claim.bind(f"\0remus-ckpt pauses {pid}")
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise SourceError(f"process {pid} is being recorded by somebody else") from None
+                time.sleep(0.01)
 
     def close(self) -> None:
         """Let go of the processes, which run on."""

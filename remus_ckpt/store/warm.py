@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import PAGE_SIZE, Pages
-from remus_ckpt.store.disk import guarding
+from remus_ckpt.store.disk import appearing, guarding
 
+_COPY_BYTES = 1 << 22
 _GAP_PAGES = 8
 """Pages that lie so near to each other are given room with one call, and those between them too."""
 
@@ -69,6 +71,16 @@ class MappedFile:
                 os.posix_fallocate(self.fd, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
                 self.has_room[start:end] = True
 
+    def copy(self, path: Path) -> None:
+        """Copy it to a file that appears when it is whole and durable. Raises StoreError."""
+        edges = np.flatnonzero(np.diff(self.has_room, prepend=False, append=False)).reshape(-1, 2) * PAGE_SIZE
+        with appearing(path) as descriptor:
+            os.ftruncate(descriptor, len(self.has_room) * PAGE_SIZE)
+            for start, stop in edges.tolist():
+                at = start
+                while at < stop:
+                    at += _copy_range(self.fd, descriptor, at, stop - at)
+
     def sync(self) -> None:
         """Durable when it returns. Raises StoreError."""
         with guarding(self.path):
@@ -96,3 +108,16 @@ class MappedFile:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
+
+
+def _copy_range(source: int, target: int, at: int, size: int) -> int:
+    """Copy bytes to the same place in another file; returns how many. Raises OSError."""
+    try:
+        copied = os.copy_file_range(source, target, size, at, at)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        copied = os.pwrite(target, os.pread(source, min(size, _COPY_BYTES), at), at)
+    if not copied:
+        raise OSError(errno.EIO, "the warm copy has become shorter")
+    return copied
