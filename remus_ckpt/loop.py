@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from remus_ckpt.codec.scan import dirty_pages, gather
-from remus_ckpt.memory import zeros
+from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source
@@ -218,6 +218,7 @@ class CheckpointLoop:
         """A buffer for the capture: kept, because fresh memory costs a fault a page, and aligned, for the codec."""
         if len(self._capture) < pages:
             self._capture = zeros(max(pages, 2 * len(self._capture)))
+            expect(self._capture, np.arange(len(self._capture)))
         return self._capture
 
 

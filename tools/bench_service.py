@@ -292,7 +292,7 @@ class Bench:
                 file_s += file_latencies(self._disk / "file", size, interval_s, self._seconds / 4)
         finally:
             worker.close()
-        total = {key: sum(one[key] for one in found) for key in found[0]  if not isinstance(found[0][key], list)}
+        total = {key: sum(one[key] for one in found) for key in found[0] if not isinstance(found[0][key], list)}
         pauses = [pause for one in found for pause in one["pauses"]]
         latencies = [latency for one in found for latency in one["latencies"]]
         dirty_gb = total["dirty_pages"] * PAGE_SIZE / 1e9
@@ -398,7 +398,10 @@ def show(results: dict[str, Any]) -> str:
         [label(one), f"{one['primary_cpu_ms']:.2f}", *(f"{value:.2f}" for value in one["primary_cpu"]),
          f"{one['backup_cpu_ms']:.2f}", *(f"{value:.2f}" for value in one["backup_cpu"])] for one in cases
     ]  # fmt: skip
-    parts += ["### CPU of each side: for a checkpoint, for a GB of dirty pages, for a GB of the stream", table(head, rows)]
+    parts += [
+        "### CPU of each side: for a checkpoint, for a GB of dirty pages, for a GB of the stream",
+        table(head, rows),
+    ]
     restores = results["restores"]
     names = list(restores[0]["gb_per_s"])
     head = ["GB/s of the image", *(f"{one['mib']} MiB" for one in restores)]
