@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from bench import machine, progress, table
+
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import keys
 from remus_ckpt.service.observe import configure_logs
