@@ -224,7 +224,8 @@ def test_a_bit_that_changes_on_its_way_costs_a_link_and_no_more(tmp_path: Path, 
             memory.step(3)
             assert proxy.connections == 2
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
-        assert [commit.position for commit in memory.commits] == [entry.position for entry in entries(tmp_path / "store")]
+        found = entries(tmp_path / "store")
+        assert [commit.position for commit in memory.commits] == [entry.position for entry in found]
 
 
 def test_acknowledgements_that_never_arrive(tmp_path: Path) -> None:

@@ -303,9 +303,7 @@ class Child:
         self.board = Board.create(FIRST_PHASES.get(kind, PHASES[0]))
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(log, "ab") as file:
-            self.pid, self._pidfd = nursery.start(
-                kind, args, [self.board.fd, theirs.fileno(), file.fileno()]
-            )
+            self.pid, self._pidfd = nursery.start(kind, args, [self.board.fd, theirs.fileno(), file.fileno()])
         self.log = log
 
     def signal(self, number: signal.Signals) -> None:
@@ -353,5 +351,3 @@ def marked(mark: str) -> list[int]:
             if needle in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
                 found.append(int(name))
     return found
-
-

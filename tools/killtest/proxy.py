@@ -31,7 +31,7 @@ class Frames:
 
     def feed(self, data: bytes) -> list[tuple[int, dict[str, Any]]]:
         """The control frames that end in these bytes: type and map."""
-        found = []
+        found: list[tuple[int, dict[str, Any]]] = []
         self._bytes += data
         while True:
             skipped = min(self._skip, len(self._bytes))

@@ -8,19 +8,17 @@ import os
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from killtest.children import (
-    BACKUP_PHASES,
     CLEAN,
     FENCED,
     PRIMARY_PHASES,
@@ -31,7 +29,6 @@ from killtest.children import (
 )
 from killtest.proxy import Direction, Proxy
 from remus_ckpt.demo.ledger import BYTES, Ledger
-from remus_ckpt.errors import RemusError
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.service.control import ask
 from remus_ckpt.service.transport import Address, connect
@@ -203,6 +200,8 @@ class Run:
             "wait": draw.choice(["durable", "durable", "applied"]),
             "compression": draw.choice(["none", "auto", "lz4"]),
         }
+        self._is_hasty = draw.random() < 0.3
+        """Whether it does the next thing before all goes on again after the last."""
         self._compact_checkpoints = draw.choice([5, 12, 40]) if aim not in ("compaction", "pruning") else 5
         self._children: list[Child] = []
         self._watchers: list[threading.Thread] = []
@@ -338,7 +337,7 @@ class Run:
         target = self._primary if phase in PRIMARY_PHASES else self._backup
         assert target is not None
         # Some phases last but microseconds: mostly it is asked to dwell there a little.
-        dwell_s = draw.choice([0.0, *(draw.uniform(0.001, 0.008) for _ in range(3))])
+        dwell_s = draw.choice([0.0, *(draw.uniform(0.001, 0.02) for _ in range(3))])
         target.board.wish(None if phase == "compaction" else phase, dwell_s)
         deadline = time.monotonic() + _PATIENCE_S / 4
         while time.monotonic() < deadline:
@@ -357,7 +356,9 @@ class Run:
         self._start_worker()
         self._start_backup()
         self._start_primary()
-        kinds = [draw.choice(KINDS) for _ in range(draw.choice([0, 1, 1, 2]) if self._aim else draw.choice([1, 1, 2, 3]))]
+        kinds = [
+            draw.choice(KINDS) for _ in range(draw.choice([0, 1, 1, 2]) if self._aim else draw.choice([1, 1, 2, 3]))
+        ]
         if self._aim:
             if self._aim not in ("capture", "paused", "encode", "send", "receiving", "staged"):
                 self._await(0)
@@ -366,14 +367,14 @@ class Run:
             self._inject_aimed()
             self._recover()
         for kind in kinds:
-            if draw.random() < 0.8:
+            if not self._is_hasty:
                 self._await(self._truth.newest_commit)
             time.sleep(draw.uniform(0.0, 0.15))
             self.result.faults.append(kind)
             self._inject(kind)
             self._recover()
         self.result.ending = draw.choice(ENDINGS)
-        if draw.random() < 0.8 or self.result.ending != "killed":
+        if not self._is_hasty or self.result.ending != "killed":
             self._await(self._truth.newest_commit)
         self._end(self.result.ending)
 
@@ -453,7 +454,7 @@ class Run:
     def _recover(self) -> None:
         """Start again what is dead, in any order; all must go on then."""
         newest = self._truth.newest_pause
-        starts = []
+        starts: list[Callable[[], None]] = []
         if self._backup is None:
             starts.append(self._start_backup)
         if self._primary is None:
@@ -463,7 +464,7 @@ class Run:
             if self._draw.random() < 0.3:
                 time.sleep(self._draw.uniform(0.0, 0.3))
             start()
-        if self._draw.random() < 0.8:
+        if not self._is_hasty:
             self._await(newest)
 
     def _end(self, ending: str) -> None:
@@ -604,7 +605,9 @@ class Run:
         entries = {entry.epoch: entry.position.digest.hex() for entry in history.entries()}
         oldest = min(entries, default=0)
         if self._retain is None and oldest != 0 and self._truth.commits and self._truth.commits[0][1] < oldest:
-            self._fail(f"epoch {self._truth.commits[0][1]} was committed; all was to be kept, and the oldest is {oldest}")
+            self._fail(
+                f"epoch {self._truth.commits[0][1]} was committed; all was to be kept, and the oldest is {oldest}"
+            )
         if self._retain is not None and len(entries) < min(self._retain, result.commits):
             self._fail(f"{len(entries)} checkpoints are kept of {self._retain}")
         for _, epoch, digest in self._truth.commits:
@@ -612,7 +615,9 @@ class Run:
                 self._fail(f"epoch {epoch} was reported as committed; the store has {entries.get(epoch)} for {digest}")
         newest = self._truth.newest_commit
         if newest >= 0 and newest not in entries:
-            self._fail(f"the newest committed epoch {newest} is not in the store, which ends at {max(entries, default=-1)}")
+            self._fail(
+                f"the newest committed epoch {newest} is not in the store, which ends at {max(entries, default=-1)}"
+            )
         elif newest >= 0:
             checkpoint = history.restore(newest)
             self._check_memory(checkpoint.memory, checkpoint.device_state.hex(), newest)
@@ -649,16 +654,14 @@ class Run:
             self._fail(f"{where}: {fault}")
 
 
-_nursery: Nursery | None = None
+_nurseries: list[Nursery] = []
 
 
 def prepare() -> None:
     """Fork the nursery of this job; before anything starts a thread."""
-    global _nursery
-    _nursery = Nursery()
+    _nurseries.append(Nursery())
 
 
 def run_one(seed: int, number: int, aim: str, directory: str | None) -> dict[str, Any]:
     """One run in this job, as plain data."""
-    assert _nursery is not None
-    return asdict(Run(_nursery, seed, number, aim, Path(directory) if directory else None).play())
+    return asdict(Run(_nurseries[0], seed, number, aim, Path(directory) if directory else None).play())
