@@ -331,7 +331,9 @@ class _Pause:
             self._on_paused()
         finally:
             witness = time.monotonic() - witness
-            self._source.resume()
-            self.ended_at = time.monotonic()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-            self.seconds = self.ended_at - self._began - witness
+            try:
+                self._source.resume()
+            finally:
+                self.ended_at = time.monotonic()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+                self.seconds = self.ended_at - self._began - witness

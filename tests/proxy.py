@@ -6,20 +6,23 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 
 
 class Proxy:
     """Forwards connections to `target`, until it is told otherwise.
 
     target: "tcp://host:port"; may be changed, for connections to come
+    rate: bytes a second towards the target, None for as many as there are
     cut: end all connections, at once; those to come are served
     silent: take bytes and forward none, as a black hole does
     refusing: end connections as they come
     flips: change a bit of the next piece that comes from there, "near" (who connects) or "far", and take it from here
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, rate: float | None = None) -> None:
         self.target = target
+        self.rate = rate
         self.silent = threading.Event()
         self.refusing = threading.Event()
         self.flips: set[str] = set()
@@ -89,6 +92,8 @@ class Proxy:
                         if side in self.flips:
                             self.flips.remove(side)
                             data = data[:-1] + bytes([data[-1] ^ 0x10])
+                        if self.rate is not None and source is near:
+                            time.sleep(len(data) / self.rate)
                         if not self.silent.is_set():
                             key.data.sendall(data)
                     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -155,6 +156,23 @@ def test_every_level_and_compression(tmp_path: Path, wait: Any, compression: str
         assert np.array_equal(restored(tmp_path / "store", epoch), array)
 
 
+def test_a_slow_link_is_found_and_what_goes_over_it_compressed(tmp_path: Path) -> None:
+    text = np.frombuffer(b"".join(b"order %d of the day; " % number for number in range(60_000)), dtype=np.uint8)
+    memory = np.zeros(1 << 20, dtype=np.uint8)
+    with (
+        backup_in(tmp_path / "store") as backup,
+        Proxy(backup.addresses[0], rate=4e6) as proxy,
+        protect({"memory": memory}, to=proxy.address, name="orders") as protection,
+    ):
+        for step in range(6):
+            memory[:] = text[step : step + len(memory)]
+            protection.checkpoint(wait=True)
+        status = protection.status()
+        assert status["wire_bytes"] < status["encoded_bytes"] / 2
+    arrays, _ = arrays_of(Store(tmp_path / "store").history("orders").restore())
+    assert np.array_equal(arrays["memory"], memory)
+
+
 def test_a_unix_socket(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", f"unix:{tmp_path}/socket") as backup, Memory(backup.addresses[0]) as memory:
         memory.step(3)
@@ -224,8 +242,9 @@ def test_a_bit_that_changes_on_its_way_costs_a_link_and_no_more(tmp_path: Path, 
             memory.step(3)
             assert proxy.connections == 2
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
-        found = entries(tmp_path / "store")
-        assert [commit.position for commit in memory.commits] == [entry.position for entry in found]
+        assert [commit.position for commit in memory.commits] == [
+            entry.position for entry in entries(tmp_path / "store")
+        ]
 
 
 def test_acknowledgements_that_never_arrive(tmp_path: Path) -> None:
@@ -549,3 +568,36 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
         with Memory(backup.addresses[0]) as memory:
             memory.step(2)
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
+    store = small_disk / "store"
+    rng = np.random.default_rng(4)
+    with backup_in(store) as backup, Memory(backup.addresses[0]) as memory:
+        with pytest.raises(Refused) as caught:
+            for _ in range(40):
+                memory.array[:] = rng.integers(0, 1 << 60, memory.array.shape)
+                memory.protection.checkpoint(wait=True, timeout_s=2.0)
+        assert caught.value.code == "store"
+        until(lambda: len(memory.commits) == len(entries(store)))
+        held = [commit.position for commit in memory.commits]
+        assert len(held) > 3
+        subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+        memory.step(1)
+    found = entries(store)
+    assert [entry.position for entry in found] == [*held, memory.commits[-1].position]
+    assert sum(entry.is_base for entry in found) == 1, "deltas follow: nothing was lost"
+    assert np.array_equal(restored(store), memory.array)

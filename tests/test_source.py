@@ -58,7 +58,8 @@ def test_guard_resumes_when_the_one_who_stopped_dies(sleeper: subprocess.Popen[b
     code = (
         "import os, signal, sys\n"
         "from remus_ckpt.source.processes import Processes\n"
-        "Processes([int(sys.argv[1])]).stop()\n"
+        "processes = Processes([int(sys.argv[1])])\n"
+        "processes.stop()\n"
         "print('stopped', flush=True)\n"
         "signal.pause()\n"
     )

@@ -257,11 +257,13 @@ def test_writers_run_on_when_the_one_who_stopped_them_is_killed(
     code = [sys.executable, writers.__file__, kind, str(writer.pid), str(place)]
     with subprocess.Popen(code, stdout=subprocess.PIPE) as recorder:
         assert recorder.stdout is not None
-        assert recorder.stdout.readline() == b"stopped\n"
-        before = memory.read_bytes()
-        time.sleep(0.005)
-        assert memory.read_bytes() == before
-        recorder.kill()
+        try:
+            assert recorder.stdout.readline() == b"stopped\n"
+            before = memory.read_bytes()
+            time.sleep(0.005)
+            assert memory.read_bytes() == before
+        finally:
+            recorder.kill()
     deadline = time.monotonic() + 5
     while memory.read_bytes() == before:
         assert time.monotonic() < deadline, "they are stopped still"

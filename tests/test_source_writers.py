@@ -189,16 +189,16 @@ def test_commands_run_in_turn(tmp_path: Path) -> None:
 
 def test_a_pause_command_that_fails_is_followed_by_the_other(tmp_path: Path) -> None:
     said = tmp_path / "said"
-    them = PauseCommands(f"{log(said, 'pause')}; echo 'no such machine' >&2; exit 3", log(said, "resume"))
-    with pytest.raises(SourceError, match="no such machine"):
+    them = PauseCommands(f"{log(said, 'pause')}; echo machine $((40 + 2)) >&2; exit 3", log(said, "resume"))
+    with pytest.raises(SourceError, match="machine 42"):
         them.stop()
     them.close()
     assert said.read_text().split() == ["pause", "resume"]
 
 
 def test_when_both_fail_both_are_told_of(tmp_path: Path) -> None:
-    them = PauseCommands("echo first >&2; false", "echo second >&2; false")
-    with pytest.raises(SourceError, match=r"(?s)first.*second"):
+    them = PauseCommands("echo first $((40 + 2)) >&2; false", "echo second $((40 + 3)) >&2; false")
+    with pytest.raises(SourceError, match=r"(?s)first 42.*second 43"):
         them.stop()
     them.close()
 

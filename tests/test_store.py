@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import streams as s
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from store_support import PAGES, Source, commit, fill, memory_at, sha
 
 from remus_ckpt import read_checkpoints
@@ -21,7 +23,10 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
-from remus_ckpt.wire.record import Position
+from remus_ckpt.wire import events
+from remus_ckpt.wire.chunks import Signature
+from remus_ckpt.wire.record import CheckpointRecord, Position
+from remus_ckpt.wire.writer import Writer
 
 
 @pytest.fixture
@@ -85,6 +90,20 @@ def test_one_writer(store: Store) -> None:
             pass
     with store.writer("orders") as writer:
         assert writer.position is not None and writer.position.epoch == 0
+
+
+def test_a_warm_directory_serves_one(tmp_path: Path) -> None:
+    one, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    with one.writer("orders", warm_directory=tmp_path / "warm") as writer:
+        fill(writer, 1)
+        assert writer.image is not None and writer.image.parent == tmp_path / "warm" / "orders"
+        with pytest.raises(StoreError):
+            other.writer("orders", warm_directory=tmp_path / "warm")
+        assert writer.image.read_bytes() == memory_at(0).tobytes()
+        with one.writer("others", warm_directory=tmp_path / "warm"):
+            pass
+    with other.writer("orders", warm_directory=tmp_path / "warm"):
+        pass
 
 
 @pytest.mark.parametrize("step", [1, 7, 100, 4096, None])
@@ -322,6 +341,51 @@ def test_a_checkpoint_without_a_record(store: Store) -> None:
         assert caught.value.section == "store.md §4.1"
 
 
+def own_base(*, compression: bool = True, context: bytes = b"", magic: int = 0) -> tuple[bytes, Position]:
+    """A checkpoint with a record of ours in a stream that is otherwise not quite ours."""
+    writer, position = Writer(), Position(0, bytes(32))
+    record = CheckpointRecord(epoch=0, time_ns=None, codec="delta", before=None, after=position)
+    tail = events.TailHvm(magic_pfns=(magic, 0, 0), context=context, signature=Signature.REMUS, record=record)
+    parts = [writer.write(events.Header(word=8, guest="hvm", p2m_size=4))]
+    if compression:
+        parts.append(writer.write(events.EnableCompression()))
+    parts += [writer.write(events.EndOfBody()), writer.write(tail)]
+    return b"".join(bytes(buffer) for group in parts for buffer in group), position
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": False}, {"context": b"cpu"}, {"magic": 1}])
+def test_a_base_that_deltas_or_a_compaction_could_not_follow(store: Store, options: Any) -> None:
+    data, position = own_base(**options)
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        writer.feed(data)
+        if not options:
+            writer.check(position)
+            return
+        with pytest.raises(Malformed) as caught:
+            writer.check(position)
+        assert caught.value.section == "store.md §4.1"
+
+
+def test_the_codec_does_not_change(store: Store) -> None:
+    """Two senders agree on a position, but not on how they write pages."""
+    pfns, data = np.array([1]), np.ones((1, PAGE_SIZE), dtype=np.uint8)
+    one, other = Sender(4, codec="delta"), Sender(4, codec="rle")
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        base, _ = (b"".join(bytes(b) for g in x.checkpoint(batches(pfns, data)) for b in g) for x in (one, other))
+        assert one.position is not None
+        commit(writer, base, one.position)
+        # Without pages, nothing in it but the record says which codec it is in.
+        other.position = one.position
+        empty = b"".join(bytes(b) for g in other.checkpoint([]) for b in g)
+        assert other.position is not None
+        writer.feed(empty)
+        with pytest.raises(Malformed) as caught:
+            writer.check(other.position)
+        assert caught.value.section == "store.md §4.1"
+
+
 def test_a_base_must_be_newer_than_all_there_was(store: Store) -> None:
     with store.writer("orders") as writer:
         fill(writer, 4)
@@ -349,6 +413,22 @@ def test_limits_hold(store: Store) -> None:
         assert caught.value.limit == "memory_bytes"
 
 
+def test_a_base_without_end(store: Store) -> None:
+    """One page, again and again: the disk is not filled with it."""
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        writer.feed(s.hvm_header(8, 1))
+        pages = s.batch(8, [s.entry(0)] * 1024, *[s.page(1)] * 1024)
+        sent = 0
+        with pytest.raises(Malformed) as caught:
+            while sent < 100 << 20:
+                writer.feed(pages)
+                sent += len(pages)
+        assert caught.value.section == "store.md §4.2" and sent > 60 << 20
+        writer.abandon()
+        assert files(writer.history) == []
+
+
 def test_flipped_bits_are_found_and_dropped(store: Store) -> None:
     with store.writer("orders") as writer:
         source = fill(writer, 2)
@@ -367,6 +447,56 @@ def test_flipped_bits_are_found_and_dropped(store: Store) -> None:
         writer.begin(full=False)
         commit(writer, data, source.position)
         assert memory_sha256(writer.memory) == sha(2)
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=200), st.integers(0, 2), st.data())
+def test_garbage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, good: int, data: st.DataObject) -> None:
+    """Nothing but our own errors, and what was there stays."""
+    store = Store(tmp_path_factory.mktemp("garbage"))
+    with store.writer("orders") as writer:
+        source = Source(pages=4)
+        writer.begin(full=True)
+        fill(writer, good, source)
+        whole = source.checkpoint()
+        at = data.draw(st.integers(0, len(whole)))
+        try:
+            writer.feed(whole[:at] + garbage)
+            writer.check(source.position)
+        except StreamError:
+            writer.abandon()
+            assert epochs(writer.history) == list(range(good))
+            writer.begin(full=not good)
+            writer.feed(whole)
+            writer.check(source.position)
+        writer.store()
+        writer.apply()
+        assert writer.memory is not None and memory_sha256(writer.memory) == sha(good, 4)
+
+
+def test_where_in_a_checkpoint_a_fault_is(store: Store) -> None:
+    """Whatever lies before it: a compaction, another process."""
+    source = Source()
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        assert writer.coming_start == 0
+        fill(writer, 3, source)
+        writer.compact(wait=True)
+        fill(writer, 1, source)
+    with store.writer("orders") as writer:
+        writer.begin(full=False)
+        good = source.checkpoint()
+        for fault, at in ((b"\xff\xff\xff\x7f" + good[4:], 0), (good[:-32] + bytes(32), None)):
+            writer.begin(full=False)
+            with pytest.raises(Malformed) as caught:
+                writer.feed(fault)
+            assert caught.value.offset is not None
+            byte = caught.value.offset - writer.coming_start
+            assert byte == at if at is not None else 0 < byte < len(good)
+        writer.begin(full=False)
+        writer.feed(good)
+        staged = writer.check(source.position)
+        assert writer.coming_start == staged.start and staged.end - staged.start == len(good)
 
 
 # Looking for one
@@ -639,3 +769,45 @@ def test_a_segment_that_is_being_read_may_be_pruned(store: Store) -> None:
         writer.prune(Retention(count=1))
         with pytest.raises(NoCheckpoint):
             history.restore(entry.epoch)
+
+
+def test_order_of_what_reaches_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """specs/store.md §6.1: a kill cannot show that a sync is missing, so what is asked of the system is watched."""
+    asked: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(os, name)
+
+        def watched(*arguments: Any) -> Any:
+            subject = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{subject}") if isinstance(subject, int) else str(subject)
+            if "/segments" in path:
+                kind = "directory" if path.endswith("/segments") else "partial" if ".partial" in path else "segment"
+                asked.append(f"{name} {kind}")
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+
+    with store.writer("orders", on_phase=lambda phase, epoch: asked.append(phase)) as writer:
+        for name in ("writev", "fdatasync", "fsync", "rename", "ftruncate", "pwrite"):
+            watch(name)
+        source = Source()
+        writer.begin(full=True)
+        commit(writer, source.checkpoint(), source.position)
+        base = ["writev partial", "staged", "fdatasync partial", "rename partial", "fsync directory", "stored"]
+        assert asked == [*base, "applying", "applied"]
+        asked.clear()
+        commit(writer, source.checkpoint(), source.position)
+        assert asked == ["writev segment", "staged", "fdatasync segment", "stored", "applying", "applied"]
+        asked.clear()
+        writer.feed(b"\1\0\0")
+        writer.abandon()
+        assert asked == ["writev segment", "ftruncate segment", "fdatasync segment"]
+        asked.clear()
+        writer.compact(wait=True)
+        assert asked[-4:] == ["fdatasync partial", "rename partial", "fsync directory", "compacted"]
+        assert set(asked[:-4]) == {"compacting", "writev partial", "fdatasync partial"}
+        assert asked[-5] == "writev partial"
+        asked.clear()
+        writer.prune(Retention(count=1))
+        assert asked == ["pruning", "fsync directory"]

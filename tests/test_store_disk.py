@@ -138,7 +138,7 @@ def test_full_only_for_the_warm_copy(disk: Path, tmp_path: Path) -> None:
         data, _ = noisy(sender, np.arange(200, 300), 3)
         commit(writer, data, sender.position)
         ballast.drop()
-    for path in (disk / "warm").iterdir():
+    for path in (disk / "warm" / "orders").iterdir():
         path.unlink()
     ballast = Ballast(disk, 8192)
     with pytest.raises(StoreError):

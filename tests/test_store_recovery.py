@@ -14,6 +14,7 @@ import streams as s
 from store_support import Source, commit, cuts, fill, memory_at, sha
 
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError
+from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.store import History, HistoryWriter, Store
 from remus_ckpt.wire.record import Position
@@ -170,6 +171,8 @@ INDEX_FAULTS: dict[str, Callable[[Path], None]] = {
     "without a row in the middle": lambda path: _sql(path, "DELETE FROM checkpoints WHERE epoch = 4"),
     "without a segment": lambda path: _sql(path, "DELETE FROM segments WHERE size IS NULL"),
     "wrong offsets": lambda path: _sql(path, 'UPDATE checkpoints SET "end" = "end" + 1, start = start + 1'),
+    "names that are none": lambda path: _sql(path, "UPDATE segments SET name = name || 'x'"),
+    "names of nothing": lambda path: _sql(path, "INSERT INTO segments VALUES ('../../x', 1, 'delta', 8, 4)"),
     "wrong types": lambda path: _sql(path, "UPDATE checkpoints SET digest = x'00'"),
     "wrong sizes": lambda path: _sql(path, "UPDATE segments SET size = 5"),
     "a folder": lambda path: (path.unlink(), path.mkdir())[0],
@@ -399,6 +402,28 @@ def test_a_segment_of_another_shape_is_not_taken_for_ours(store: Store) -> None:
     with store.writer("orders") as writer:
         assert writer.position == source.position and writer.stream is None and len(writer.warnings) == 1
     assert epochs(store.history("orders")) == list(range(7))
+
+
+def test_a_limit_that_is_too_low_is_no_damage(store: Store) -> None:
+    _, _, source = two_segments(store)
+    with pytest.raises(StoreError):
+        store.writer("orders", limits=Limits(memory_bytes=4096))
+    with store.writer("orders") as writer:
+        assert writer.warnings == [] and writer.position == source.position and writer.stream is not None
+
+
+def test_a_segment_that_is_put_right_is_damaged_no_more(store: Store) -> None:
+    _, new, source = two_segments(store)
+    before = new.read_bytes()
+    damage(new, store.history("orders").entries()[5].start + 40)
+    with store.writer("orders") as writer:
+        assert new.name in writer.state.damaged and writer.stream is None
+    new.write_bytes(before)
+    with store.writer("orders") as writer:
+        assert writer.state.damaged == {} and writer.warnings == []
+        assert writer.position == source.position and writer.stream is not None
+        writer.begin(full=False)
+        fill(writer, 1, source)
 
 
 def test_writers_that_come_and_go(store: Store) -> None:

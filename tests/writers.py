@@ -48,6 +48,7 @@ def own_cgroup(parent: Path, name: str) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    make(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])).stop()
+    them = make(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    them.stop()
     print("stopped", flush=True)
     signal.pause()

@@ -9,12 +9,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from remus_ckpt import __version__
-from remus_ckpt.cli import keys, live, service, streams
+from remus_ckpt.cli import keys, live, service, store, streams
 from remus_ckpt.cli.options import app
 from remus_ckpt.errors import RemusError
 from remus_ckpt.walk import complain
 
-__all__ = ["app", "keys", "live", "main", "service", "streams"]
+__all__ = ["app", "keys", "live", "main", "service", "store", "streams"]
 
 
 def main() -> NoReturn:

@@ -238,6 +238,8 @@ def protect(
     counted = Metrics()
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
+        # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
+        stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         tls = TlsFiles(tls_dir) if tls_dir else None
         if metrics:
             stack.enter_context(counted.serve(metrics))

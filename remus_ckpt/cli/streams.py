@@ -32,6 +32,7 @@ from remus_ckpt.cli.options import (
     print_json,
     write_out,
 )
+from remus_ckpt.cli.store import At, is_store, parse_at, restore_from_store, verify_store
 from remus_ckpt.codec import kernels
 from remus_ckpt.codec.reference import Lru, Reference, Shadow
 from remus_ckpt.codec.scan import dirty_pages, gather
@@ -133,6 +134,7 @@ def restore(
     stream: Stream,
     output: Annotated[str, typer.Option("--output", "-o", help="The image, - for standard output.")],
     checkpoint: Annotated[int | None, typer.Option(min=0, help="Which one. [default: the last complete]")] = None,
+    at: At = None,
     device_state: Annotated[
         Path | None, typer.Option(help="Also write the device state that came with the checkpoint to this file.")
     ] = None,
@@ -146,13 +148,20 @@ def restore(
     """Write the memory of the last complete checkpoint, or of checkpoint K, as a sparse image of mode 0600.
 
     A stream that is cut off or corrupt gives the last checkpoint that is complete and right; a corrupt one exits with
-    20 all the same.
+    20 all the same. Of a store, `store:DIR/NAME`, any checkpoint that it keeps, while a backup may be writing to it.
 
-    Example: remus-ckpt restore orders.remus -o orders.img
+    Examples: remus-ckpt restore orders.remus -o orders.img;
+    remus-ckpt restore store:/var/lib/remus/orders --at 2026-01-31T12:00 -o orders.img
     """
     keep_apart(output, stream)
     if device_state is not None:
         keep_apart(str(device_state), stream, output)
+    if is_store(stream):
+        which = checkpoint if at is None else parse_at(at)
+        restore_from_store(stream, output, which, device_state, max_memory, as_json)
+        return
+    if at is not None:
+        raise typer.BadParameter("--at is for stores; of a stream, name the checkpoint by --checkpoint")
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
@@ -283,10 +292,14 @@ def verify(
 ) -> None:
     """Walk all of a stream and decode all of it.
 
-    A stream that is cut off in the middle of a checkpoint is not complete, and good up to there: exit code 0.
+    A stream that is cut off in the middle of a checkpoint is not complete, and good up to there: exit code 0. Of a
+    store, `store:DIR/NAME`, every segment is read back.
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
+    if is_store(stream):
+        verify_store(stream, max_memory, as_json)
+        return
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed = []
     for checkpoint in walk.checkpoints():

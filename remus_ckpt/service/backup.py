@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt import __version__
-from remus_ckpt.errors import LimitExceeded, LinkError, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import (
+    LimitExceeded,
+    LinkError,
+    Malformed,
+    NoCheckpoint,
+    RemusError,
+    StoreError,
+    StreamError,
+    UnknownFormat,
+)
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
@@ -30,6 +39,7 @@ from remus_ckpt.wire.session import Session
 
 _HELLO_S = 5.0
 _FRAME_S = 60.0
+_BEAT_S = 0.1
 
 
 class Backup:
@@ -64,7 +74,7 @@ class Backup:
         self.policy = policy or Policy()
         self.metrics = metrics or Metrics()
         self.report_phase = on_phase or (lambda name, epoch: None)
-        self._store = store if isinstance(store, Store) else Store(store)
+        self._store = store if isinstance(store, Store) else Store(Path(store).absolute())
         self._store.create()
         self.limits = limits or Limits()
         self._warm_dir = warm_dir
@@ -250,7 +260,7 @@ class _Visit:
     def __init__(self, backup: Backup, connection: Connection) -> None:
         self.backup = backup
         self.connection = connection
-        self.session = Session("server")
+        self._session: Session | None = None
         self.is_known = False
         self.run_id = b""
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
@@ -266,6 +276,13 @@ class _Visit:
         """Address and name of the other side."""
         return self.connection.peer
 
+    @property
+    def session(self) -> Session:
+        """Raises ValueError before the handshake."""
+        if self._session is None:
+            raise ValueError("nothing can be said before the handshake")
+        return self._session
+
     # Called by others
 
     def beat(self) -> None:
@@ -275,9 +292,12 @@ class _Visit:
         try:
             self._numbers += 1
             message = wire.Heartbeat(number=self._numbers, status={})
-            self.connection.send(self.session.send(message), self.backup.policy.lease_s)
-        except (LinkError, TimeoutError, ValueError):
+            # The thread that accepts must not wait for a peer: one that takes not even this is not there.
+            self.connection.send(self.session.send(message), _BEAT_S)
+        except (LinkError, TimeoutError):
             self.connection.close()  # its own thread says why
+        except ValueError:
+            pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error
         finally:
             self._sending.release()
 
@@ -291,6 +311,7 @@ class _Visit:
     def _serve(self) -> None:
         try:
             self.connection.handshake(_HELLO_S)
+            self._session = Session("server")  # its buffer is not for those who have not shown who they are
             hello = self._await_hello()
             self.is_known = True
             if hello.role == "control":
@@ -416,7 +437,16 @@ class _Visit:
 
     def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
         begin = time.monotonic()
-        writer.check(commit.position)
+        staged = writer.check(commit.position)
+        record = staged.record
+        if record is None or record.before != commit.before or staged.page_count != commit.pages:
+            raise Malformed(
+                f"{commit.pages} pages behind {commit.before} are committed of a checkpoint of {staged.page_count} "
+                f"behind {record and record.before}",
+                offset=self.session.received_bytes,
+                section="session.md §3.5",
+                chunk="COMMIT",
+            )
         self.say(wire.Ack(level="received", position=commit.position))
         writer.store()
         self.say(wire.Ack(level="durable", position=commit.position))

@@ -8,7 +8,7 @@ from typing import Any
 from remus_ckpt import __version__
 from remus_ckpt.errors import LinkError, Refused, RemusError
 from remus_ckpt.service.transport import Connection
-from remus_ckpt.wire.session import Error, Hello, Reply, Request, Session, Welcome
+from remus_ckpt.wire.session import Error, Goodbye, Hello, Reply, Request, Session, Welcome
 
 
 def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeout_s: float = 90.0) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeo
                     request = Request(number=1, method=method, arguments=arguments)
                     connection.send(session.send(request), timeout_s)
                 case Reply() as reply:
+                    connection.send(session.send(Goodbye(reason="answered")), timeout_s)
                     if "error" in reply.result:
                         raise RemusError(f"{connection.peer}: {reply.result['error']}")
                     return reply.result

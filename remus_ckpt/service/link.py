@@ -9,13 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
+from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
 from remus_ckpt.service.transport import Connection
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import (
-    VERSION,
     Ack,
     Begin,
     Commit,
@@ -29,9 +28,7 @@ from remus_ckpt.wire.session import (
 )
 
 _FLUSH_BYTES = 1 << 20
-_HANDSHAKE_S = 10.0
-_MAX_HANDSHAKE_S = 600.0
-"""A backup may have to read back its store before it can say where it stands; it sends heartbeats meanwhile."""
+_WELCOME_S = 30.0
 
 
 class Link:
@@ -60,13 +57,15 @@ class Link:
         self._sending = threading.Lock()
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
-        self._probe: tuple[Position, int, float] | None = None  # the last commit: what was written with it, and when
+        # Of the checkpoint that is being written: bytes, and seconds that sending them took.
+        self._way_bytes, self._way_s = 0, 0.0
+        # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
+        self._probe: tuple[Position, int, float] | None = None
         self._error: RemusError | None = None
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable once the session has failed."""
-        self.peer_status: dict[str, Any] = {}
-        """What the backup last said of itself."""
         self._heard = time.monotonic()
+        self._lease_s = _WELCOME_S  # until the welcome says better
         self._closing = False
         self._counted = 0
         self._thread: threading.Thread | None = None
@@ -90,20 +89,15 @@ class Link:
         return self._counted - before
 
     def _await_welcome(self) -> Welcome:
-        first = time.monotonic()
+        deadline = time.monotonic() + _WELCOME_S
         while True:
             event = self._session.next_event()
             if isinstance(event, Welcome):
-                if event.version != VERSION:
-                    raise Malformed("the backup speaks a version that was not offered", section="session.md §3")
                 return event
             if event is not None:
                 self._take(event)
-                continue
-            now = time.monotonic()
-            if now - max(self._heard, first) > _HANDSHAKE_S or now - first > _MAX_HANDSHAKE_S:
-                raise LinkError(f"{self.peer} took the connection and does not answer")
-            self._receive(_HANDSHAKE_S)
+            elif not self._receive(max(deadline - time.monotonic(), 0.0)):
+                raise LinkError(f"{self.peer} took the connection and has not answered in {_WELCOME_S:g} s")
 
     # What goes out
 
@@ -118,28 +112,34 @@ class Link:
         self._pending += buffers
         self._pending_bytes += sum(len(buffer) for buffer in buffers)
         if self._pending_bytes >= _FLUSH_BYTES:
-            self._flush([])
+            self._flush()
 
     def commit(self, message: Commit) -> None:
         """The end of a checkpoint."""
-        self._flush([message])
+        self._flush(message)
 
-    def _flush(self, messages: list[Message]) -> None:
+    def _flush(self, commit: Commit | None = None) -> None:
         self.check()
         self._chooser.look(self._pending)
         with self._sending:
             try:
                 frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
-                for message in messages:
-                    frames += self._session.send(message)
+                if commit is not None:
+                    frames += self._session.send(commit)
             except ValueError:
                 # The listening thread has read, since we checked, what ended the session, or has ended it.
                 if self._session.ended:
                     raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
-            if messages and isinstance(message := messages[-1], Commit):
-                self._probe = message.position, sum(len(frame) for frame in frames), time.monotonic()
+            begin = time.monotonic()
+            self._way_bytes += sum(len(frame) for frame in frames)
+            if commit is not None:
+                # Before it is sent: the answer may be here before we are back.
+                self._probe = commit.position, self._way_bytes, begin - self._way_s
             self._send(frames)
+            self._way_s += time.monotonic() - begin
+            if commit is not None:
+                self._way_bytes, self._way_s = 0, 0.0
         self._pending = []
         self._pending_bytes = 0
 
@@ -149,7 +149,7 @@ class Link:
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
-            self._connection.send(frames, getattr(self, "_lease_s", _HANDSHAKE_S))
+            self._connection.send(frames, self._lease_s)
         except LinkError as error:
             raise self._reason(error) from error
         except TimeoutError as error:
@@ -218,8 +218,6 @@ class Link:
                 if event.level == "received" and event.position == position:
                     self._chooser.received(size, time.monotonic() - begin)
                 self._on_ack(event)
-            case Heartbeat():
-                self.peer_status = event.status
             case Error(code="fenced"):
                 raise Fenced(event.message, term=event.term or 0)
             case Error():

@@ -293,6 +293,8 @@ class Primary:
         self._link = link
         self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
+        if self._compression not in ("auto", "none", *link.welcome.compressions):
+            log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
         self._metrics.set_connected(self.name, True)
         self._metrics.set_term(self.name, begin.term)
         if self._connections > 1:
@@ -358,6 +360,7 @@ class Primary:
 
     def _lost(self, error: LinkError) -> None:
         link, self._link = self._link, None
+        self._began = 0.0
         if link is not None:
             link.close()
         self._metrics.set_connected(self.name, False)

@@ -28,6 +28,8 @@ from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
 
 _RETRY_S = 1.0
 _PROMOTION_S = 60.0
+_MAX_TERM = 1 << 62
+"""So that there is always a higher one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ class Standby:
                 # It is the same one, whose old connection we have not yet missed; or that one is gone.
                 self._dismiss("busy", "another connection has taken the place of this one")
             state = self._writer.state
+            if hello.term is not None and hello.term > _MAX_TERM:
+                raise Refusal("limit", f"term {hello.term} is beyond all takeovers; a term is at most {_MAX_TERM}")
             answer = failover.admit(state.term, Role(state.role), hello.term, self._visitor is not None)
             match answer:
                 case FencedOff(term):
@@ -277,7 +281,10 @@ class Standby:
     def _promote(self, term: int) -> None:
         try:
             with self._changed:
-                if self._is_closed:
+                # Between the decision and this lock there was time for a sign of life.
+                if self._is_closed or failover.Promote(term) not in failover.decide(
+                    self._situation(), time.monotonic()
+                ):
                     return
                 if self._visitor is not None:
                     self._dismiss("fenced", f"{self.name!r} has been taken over under term {term}: stop", term)

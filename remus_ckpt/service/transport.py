@@ -17,6 +17,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ MAX_UNIX_PATH_BYTES = 107
 _MAX_VECTORS = 1024
 _BACKLOG = 128
 _RECORD_BYTES = 16 << 10
-"""One TLS record, and one SSL_write (RFC 8446 §5.1)."""
+"""One TLS record, and one SSL_write (RFC 8446, section 5.1)."""
 _JOIN_BYTES = 64 << 10
 """Buffers smaller than a record are joined up to this before they are encrypted."""
 _CIPHER_BYTES = 128 << 10
@@ -139,7 +140,8 @@ class _Use:
     """Keeps a descriptor from being freed, and given to somebody else, while a thread waits on it."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        # A circle would keep what TLS holds until the garbage is collected, long after the connection is gone.
+        self._connection = weakref.proxy(connection)
 
     def __enter__(self) -> None:
         connection = self._connection

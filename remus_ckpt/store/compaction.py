@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from remus_ckpt.wire.writer import Writer
 
 _CHUNK_PAGES = 256
 _FEW_PAGES = 1024
+_SYNC_CHUNKS = 8
+"""Synced so often, the disk never has much of it to write when a checkpoint waits for its own sync."""
 _MAX_ROUNDS = 4
 
 
@@ -115,7 +118,7 @@ class Compaction:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             pages = len(self._memory)
             self._write(events.Header(word=self._shape.word, guest="hvm", p2m_size=pages))
-        rounds = 0
+        rounds = chunks = 0
         numbers = np.arange(pages, dtype=np.int64)
         while True:
             for start in range(0, len(numbers), _CHUNK_PAGES):
@@ -127,8 +130,11 @@ class Compaction:
                         continue
                     # Its own descriptor: a cancelled compaction closes the other one.
                     fd = os.dup(self.fd)
+                chunks += 1
                 try:
                     self._write_pages(batch, fd)
+                    if chunks % _SYNC_CHUNKS == 0:
+                        os.fdatasync(fd)
                 finally:
                     os.close(fd)
             with self._lock:
@@ -176,4 +182,6 @@ class Compaction:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            self.path.unlink(missing_ok=True)
+            # Where it cannot be removed, the next who opens the store does that.
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)

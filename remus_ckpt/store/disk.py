@@ -64,6 +64,7 @@ def appearing(path: Path) -> Iterator[int]:
         except BaseException:
             os.unlink(temporary)
             raise
+        sync_directory(path.parent)
 
 
 def replace_file(path: Path, data: bytes) -> None:

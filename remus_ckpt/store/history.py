@@ -16,7 +16,7 @@ from remus_ckpt.errors import BadCheckpoint, NoCheckpoint, StoreError, StreamErr
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
-from remus_ckpt.store.disk import appearing, guarding, write_all
+from remus_ckpt.store.disk import appearing, guarding, sync_directory, write_all
 from remus_ckpt.store.hashing import HashThread
 from remus_ckpt.store.segments import Contents, Entry, Nowhere, holds_a_record, list_segments, replay, scan
 from remus_ckpt.store.state import State, load_state
@@ -80,7 +80,7 @@ class History:
     def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
         self.directory = Path(directory)
         self._limits = limits
-        self._scanned: dict[tuple[str, int, int], Contents] = {}
+        self._scanned: dict[str, tuple[tuple[int, int], Contents]] = {}
         load_state(self.directory)
 
     @property
@@ -117,10 +117,10 @@ class History:
                 return known
             if known.size is None and known.end < status.st_size:
                 return scan(path, known=known, end=status.st_size, limits=self._limits)
-        key = name, status.st_size, status.st_mtime_ns
-        if key not in self._scanned:
-            self._scanned[key] = scan(path, end=status.st_size, limits=self._limits)
-        return self._scanned[key]
+        version = status.st_size, status.st_mtime_ns
+        if name not in self._scanned or self._scanned[name][0] != version:
+            self._scanned[name] = version, scan(path, end=status.st_size, limits=self._limits)
+        return self._scanned[name][1]
 
     def entries(self) -> list[Entry]:
         """The durable checkpoints by epoch, each once, in the newest segment that holds it.
@@ -132,7 +132,8 @@ class History:
 
     def newest(self) -> Entry | None:
         """The newest durable checkpoint."""
-        return self.entries()[-1] if self.entries() else None
+        entries = self.entries()
+        return entries[-1] if entries else None
 
     def find(self, at: int | datetime | None = None) -> Entry:
         """A checkpoint by its epoch; the last one not after a time; or the newest. Raises NoCheckpoint."""
@@ -155,7 +156,7 @@ class History:
 
     # Reading back
 
-    def restore(self, at: int | datetime | None = None, *, progress: Progress | None = None) -> Checkpoint:
+    def restore(self, at: int | datetime | None = None, progress: Progress | None = None) -> Checkpoint:
         """A checkpoint with its memory, in this process.
 
         Raises NoCheckpoint, BadCheckpoint where it has changed on disk, StoreError.
@@ -166,8 +167,8 @@ class History:
         self,
         path: str | Path,
         at: int | datetime | None = None,
-        *,
         progress: Progress | None = None,
+        *,
         sync: bool = True,
     ) -> Checkpoint:
         """A checkpoint's memory as a file of mode 0600, zero pages as holes. The file appears when it is whole.
@@ -187,6 +188,8 @@ class History:
                 home.sync()
             with guarding(target):
                 os.replace(temporary, target)
+                if sync:
+                    sync_directory(target.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -194,17 +197,16 @@ class History:
             home.close()
         return checkpoint
 
-    def export(self, path: str | Path, at: int | datetime | None = None, *, progress: Progress | None = None) -> Entry:
+    def export(self, path: str | Path, at: int | datetime | None = None, progress: Progress | None = None) -> Entry:
         """A segment up to a checkpoint, checked, as a file of mode 0600 or, for "-", to standard output: a save stream.
 
-        Raises as `restore`.
+        Raises as `restore`, and OSError where standard output cannot be written.
         """
         _, entry = self._read(self.find(at), Nowhere(), progress)
         source = self._open(entry)
         try:
             if str(path) == "-":
-                with guarding("standard output"):
-                    _copy(source, 1, entry.end)
+                _copy(source, 1, entry.end)
                 return entry
             with appearing(Path(path)) as descriptor:
                 _copy(source, descriptor, entry.end)
@@ -236,13 +238,11 @@ class History:
                 restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
                 fault: StreamError | None = None
                 try:
-                    for staged in replay(fd, restorer, end=entry.end):
+                    for _ in replay(fd, restorer, end=entry.end, advance=progress):
                         if isinstance(home, Nowhere):
                             restorer.skip()
                         else:
                             restorer.commit()
-                        if progress is not None:
-                            progress(staged.end)
                 except StreamError as error:
                     fault = error
         except OSError as error:
@@ -272,7 +272,7 @@ class History:
             section="store.md §4.3" if fault is None else fault.section,
         )
 
-    def verify(self, *, progress: Progress | None = None) -> Report:
+    def verify(self, progress: Progress | None = None) -> Report:
         """Read back every checkpoint, and check every byte of it. Raises StoreError where a file cannot be read."""
         indexed = index.read_index(self.directory / index.FILE) or {}
         names = list_segments(self.directory)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from remus_ckpt.store.segments import Contents, Entry, Shape
+from remus_ckpt.store.segments import Contents, Entry, Shape, is_segment
 from remus_ckpt.wire.record import Position
 
 FILE = "index.sqlite"
@@ -52,8 +52,8 @@ def _load(database: sqlite3.Connection) -> dict[str, Contents]:
     found: dict[str, Contents] = {}
     database.execute("BEGIN")
     for name, size, codec, word, p2m_size in database.execute("SELECT name, size, codec, word, p2m_size FROM segments"):
-        if codec not in ("delta", "rle") or word not in (4, 8):
-            raise ValueError(f"segment {name}: codec {codec!r}, word {word!r}")
+        if not is_segment(name) or codec not in ("delta", "rle") or word not in (4, 8):
+            raise ValueError(f"segment {name!r}: codec {codec!r}, word {word!r}")
         found[name] = Contents(name, shape=Shape(codec, word, p2m_size), size=size)
     rows = database.execute(
         'SELECT segment, start, "end", epoch, digest, time_ns, pages FROM checkpoints ORDER BY segment, start'

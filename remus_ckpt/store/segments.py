@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,7 @@ class Entry:
         return self.position.epoch
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What a stream must be, to be continued: its page codec, its toolstack word in bytes, and its pages of memory."""
 
     codec: StreamCodec
@@ -92,17 +91,30 @@ def sequence_of(name: str) -> int:
     return int(name.partition("-")[2].partition(".")[0])
 
 
+def is_segment(name: str) -> bool:
+    """Whether a file of that name is a segment."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_segments(directory: Path) -> list[str]:
     """The names of a history's segments, oldest first. Raises StoreError."""
     path = directory / DIRECTORY
     with guarding(path):
-        return sorted((name for name in os.listdir(path) if _NAME.fullmatch(name)), key=sequence_of)
+        return sorted(filter(is_segment, os.listdir(path)), key=sequence_of)
 
 
-def replay(fd: int, restorer: Restorer, *, start: int = 0, end: int | None = None) -> Iterator[Checkpoint]:
+def replay(
+    fd: int,
+    restorer: Restorer,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[Checkpoint]:
     """Feed a file to a restorer, and yield each checkpoint that is staged, to be committed or skipped by the caller.
 
     start, end: the bytes that are read; end None: to the end of the file
+    advance: called with the place in the file that the reading has come to
     Ends with the bytes. Raises StreamError, and OSError where the file cannot be read.
     """
     at = start
@@ -118,6 +130,8 @@ def replay(fd: int, restorer: Restorer, *, start: int = 0, end: int | None = Non
             return
         restorer.buffer_updated(size)
         at += size
+        if advance is not None:
+            advance(at)
 
 
 def entry_of(checkpoint: Checkpoint, segment: str, shift: int = 0) -> Entry:
@@ -175,7 +189,7 @@ def scan(
 
     known: what is in it as far as that is known; reading goes on from there
     end: where to stop; None: at the end of the file
-    advance: called with the bytes read so far
+    advance: as of `replay`
     Raises OSError where it cannot be read.
     """
     found = Contents(path.name)
@@ -186,12 +200,10 @@ def scan(
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         restorer = Restorer(limits=limits, home=Nowhere(), new_digest=hashing.new, start=start)
-        for checkpoint in replay(fd, restorer, start=found.end, end=end):
+        for checkpoint in replay(fd, restorer, start=found.end, end=end, advance=advance):
             found.entries.append(entry_of(checkpoint, path.name))
             restorer.skip()
             found.shape = shape_of(restorer)
-            if advance is not None:
-                advance(checkpoint.end)
     except StreamError as error:
         found.fault = error
     finally:

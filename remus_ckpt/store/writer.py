@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remus_ckpt.errors import Malformed, NoCheckpoint, StoreError, StreamError
+from remus_ckpt.errors import Malformed, NoCheckpoint, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import MIB, Limits
-from remus_ckpt.pages import Buffer, Pages
+from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store import index, segments
 from remus_ckpt.store.compaction import Compaction
@@ -38,12 +38,14 @@ from remus_ckpt.store.segments import (
 from remus_ckpt.store.state import Role, State, load_state, save_state
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire import events
-from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.record import RECORD_SECTION, Position
 
 LOCK = "lock"
 WARM = "warm"
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
+_BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
+"""What a base may have: a first copy goes over memory more than once, but never so often."""
 _NOT_OURS = (
     events.FileHeader,
     events.VcpuInfo,
@@ -96,12 +98,12 @@ class _Chain:
 
 
 class HistoryWriter:
-    """The one who may write a history. Opening recovers what is there (specs/store.md §5).
+    """The one who may write a history. Opening recovers what is there (specs/store.md §9).
 
     directory: of the name; it is created where it is not there
     name: written into a new store
     limits: what a stream may claim
-    warm_directory: where the warm copy lies; by default in the history itself
+    warm_directory: in it, under the name, lies the warm copy; by default it lies in the history itself
     retention: pruned by it after each compaction and each new base
     compact_bytes, compact_checkpoints: compact when the deltas behind a base have more bytes than it and than this,
         or are more than so many; None: only by `compact`
@@ -144,14 +146,19 @@ class HistoryWriter:
         self._compact_over = 0  # bytes of deltas that the next compaction waits for, after one that failed
         self._highest = -1
         self._warm_number = 0
-        self._lock_fd = -1
+        self._lock_fd = self._warm_fd = -1
         self._segments = self.directory / segments.DIRECTORY
-        self._warm = Path(warm_directory) if warm_directory is not None else self.directory / WARM
+        self._warm = self.directory / WARM if warm_directory is None else Path(warm_directory) / name
         with guarding(self.directory):
             self._create(name)
             self._lock_fd = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._take_lock()
+            self._take_lock(self._lock_fd, self.directory)
+            with guarding(self._warm):
+                self._warm.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._warm_fd = os.open(self._warm, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # It may be shared with the histories of another store.
+            self._take_lock(self._warm_fd, self._warm)
             self.state = self._load_or_create_state(name)
             """What store.json says."""
             self._index = index.Index(self.directory / index.FILE)
@@ -172,13 +179,13 @@ class HistoryWriter:
         if not self._segments.is_dir():
             self._segments.mkdir(mode=0o700)
             sync_directory(self.directory)
-        self._warm.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _take_lock(self) -> None:
+    @staticmethod
+    def _take_lock(fd: int, path: Path) -> None:
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"{self.directory} is being written by another process") from None
+            raise StoreError(f"{path} is being written by another") from None
 
     def _load_or_create_state(self, name: str) -> State:
         is_new = not (self.directory / "store.json").exists() and not list_segments(self.directory)
@@ -199,14 +206,15 @@ class HistoryWriter:
             expected = indexed.get(name, Contents(name)).entries
             self._highest = max([self._highest, int(name[:20]), *(entry.epoch for entry in expected)])
             if self._chain is None:
-                contents, reason = self._open_segment(name, expected)
+                damaged.pop(name, None)  # it is looked at anew
+                contents, reason = self._open_segment(name, indexed.get(name))
             else:
                 contents, reason = self._glance(name, indexed.get(name))
             known[name] = contents
             self._highest = max([self._highest, *(entry.epoch for entry in contents.entries)])
             if reason is not None:
                 damaged[name] = reason
-        gone = sorted(name for name in indexed if name not in names)
+        gone = sorted((name for name in indexed if name not in names), key=sequence_of)
         if names:
             # The oldest are gone because they were pruned.
             gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
@@ -231,8 +239,15 @@ class HistoryWriter:
             self._index.flush()
         self._note(self._index.warning)
 
-    def _open_segment(self, name: str, expected: list[Entry]) -> tuple[Contents, str | None]:
+    def _open_segment(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
         """Replay what may be the newest segment; returns what it holds and, where it is damaged, how."""
+        limits = self._limits or Limits()
+        if known is not None and known.shape is not None and known.shape.p2m_size * PAGE_SIZE > limits.memory_bytes:
+            raise StoreError(
+                f"{self.directory}: memory of {known.shape.p2m_size * PAGE_SIZE} bytes is over the limit memory_bytes "
+                f"of {limits.memory_bytes}"
+            )
+        expected = [] if known is None else known.entries
         path = self._segments / name
         contents = Contents(name)
         home = self._new_home()
@@ -246,6 +261,9 @@ class HistoryWriter:
                         contents.entries.append(entry_of(staged, name))
                         restorer.commit()
                 except StreamError as error:
+                    if isinstance(error, UnknownFormat) and error.section == RECORD_SECTION:
+                        # Its digest is right: a later program wrote it.
+                        raise StoreError(f"{path}: {error}") from error
                     contents.fault = error
                     reason = str(error)
             size = os.fstat(fd).st_size
@@ -408,6 +426,14 @@ class HistoryWriter:
             )
         return self._coming
 
+    @property
+    def coming_start(self) -> int:
+        """Where the checkpoint that is coming begins, counted as the offset of a StreamError is."""
+        if self._coming is None:
+            return 0
+        staged = self._coming.restorer.staged
+        return self._coming.restorer.reader.checkpoint_end if staged is None else staged.start
+
     def get_buffer(self) -> memoryview:
         """Where to receive the next bytes; `buffer_updated` says how many came."""
         with self._lock:
@@ -434,6 +460,13 @@ class HistoryWriter:
             self._read(chain)
 
     def _write(self, chain: _Chain, data: Buffer) -> None:
+        if chain is not self._chain:
+            most = _BASE_COPIES * chain.restorer.memory.nbytes + _BASE_EXTRA_BYTES
+            if chain.written + len(data) > most:
+                self._failed = True
+                raise Malformed(
+                    f"a base of more than {most} bytes", offset=chain.written, section="store.md §4.2", chunk="base"
+                )
         try:
             with guarding(chain.path):
                 chain.written += write_all(chain.fd, [data])
@@ -627,6 +660,8 @@ class HistoryWriter:
             chain = self._chain
             if chain is None or chain.shape is None:
                 raise StoreError(f"{self.directory}: there is no checkpoint to compact")
+            if chain.home.path is None:
+                raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
             if self._compaction is None:
                 path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
                 self._compaction = Compaction(
@@ -822,8 +857,10 @@ class HistoryWriter:
             self._chain = None
         if hasattr(self, "_index"):
             self._index.close()
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+        for fd in (self._warm_fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._warm_fd = -1
 
     def __enter__(self) -> HistoryWriter:
         return self

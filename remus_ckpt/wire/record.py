@@ -14,7 +14,7 @@ RECORD_MAGIC = b"\x89REMUSck"
 RECORD_VERSION = 1
 RECORD_CODECS = ("delta", "rle")
 DIGEST_BYTES = 32
-_SECTION = "stream.md §9.2"
+RECORD_SECTION = "stream.md §9.2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class CheckpointRecord:
         Raises Malformed, or UnknownFormat for a later version.
         """
         if not data.startswith(RECORD_MAGIC):
-            raise Malformed("the record is neither QEMU's nor one of ours", offset=offset, section=_SECTION)
+            raise Malformed("the record is neither QEMU's nor one of ours", offset=offset, section=RECORD_SECTION)
         try:
             fields: Any = msgpack.unpackb(data[len(RECORD_MAGIC) :], raw=False, strict_map_key=True)
             if fields["version"] != RECORD_VERSION:
@@ -102,7 +102,7 @@ class CheckpointRecord:
                     f"the checkpoint's record has version {fields['version']!r}; this program reads {RECORD_VERSION}: "
                     "use the one that wrote the stream, or a later one",
                     offset=offset,
-                    section=_SECTION,
+                    section=RECORD_SECTION,
                 )
             before = fields["before"]
             record = cls(
@@ -118,21 +118,21 @@ class CheckpointRecord:
         except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise Malformed(
-                f"the checkpoint's record cannot be read ({reason})", offset=offset, section=_SECTION
+                f"the checkpoint's record cannot be read ({reason})", offset=offset, section=RECORD_SECTION
             ) from error
         if record.codec not in RECORD_CODECS:
-            raise Malformed(f"the record names the codec {record.codec!r}", offset=offset, section=_SECTION)
+            raise Malformed(f"the record names the codec {record.codec!r}", offset=offset, section=RECORD_SECTION)
         if record.after.epoch != record.epoch:
             raise Malformed(
                 f"the record of epoch {record.epoch} leads to the position {record.after}",
                 offset=offset,
-                section=_SECTION,
+                section=RECORD_SECTION,
             )
         if record.before is not None and record.before.epoch + 1 != record.epoch:
             raise Malformed(
                 f"the record of epoch {record.epoch} follows the position {record.before}",
                 offset=offset,
-                section=_SECTION,
+                section=RECORD_SECTION,
             )
         return record
 

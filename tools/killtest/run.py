@@ -437,7 +437,7 @@ class Run:
 
     def _flip(self, direction: Direction) -> None:
         before = len(self._proxy.flips)
-        self._proxy.arm(direction, "flip")
+        self._proxy.arm(direction, "flip", heartbeat=self._draw.random() < 0.3)
         self._await_armed(direction)
         deadline = time.monotonic() + _FLIP_S
         for flip in self._proxy.flips[before:]:

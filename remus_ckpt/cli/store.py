@@ -1,0 +1,366 @@
+"""The commands on stores, and what `restore` and `verify` do with `store:DIR/NAME`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from remus_ckpt.cli.options import AsJson, app, print_json, write_out
+from remus_ckpt.errors import BadCheckpoint, StoreError
+from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.memory import save_image
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.store import Entry, History, HistoryWriter, Report, Retention, Store
+from remus_ckpt.store.state import FILE
+from remus_ckpt.walk import complain, out, progress
+
+PREFIX = "store:"
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="The checkpoints of one name.")]
+At = Annotated[
+    str | None,
+    typer.Option("--at", metavar="EPOCH|TIME", help="Which one: its number, or the last one not after a time."),
+]
+
+
+def is_store(stream: str) -> bool:
+    """Whether a command's argument names a store in the place of a stream."""
+    return stream.startswith(PREFIX)
+
+
+def open_history(text: str, max_memory: int = 64) -> History:
+    """`store:DIR/NAME` to be read. Raises StoreError."""
+    return History(_path(text), limits=Limits(memory_bytes=max_memory * GIB))
+
+
+def parse_at(text: str | None) -> int | datetime | None:
+    """An epoch, or a time as ISO 8601 writes it; without a zone it is local."""
+    if text is None:
+        return None
+    if text.isdecimal():
+        return int(text)
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        raise typer.BadParameter(
+            f"--at {text!r} is neither a number of a checkpoint nor a time such as 2026-01-31T12:00:05"
+        ) from None
+
+
+def restore_from_store(
+    text: str, output: str, at: int | datetime | None, device_state: Path | None, max_memory: int, as_json: bool
+) -> None:
+    """The command `restore`. Where the newest is bad, the newest good one before it, and exit code 20."""
+    history = open_history(text, max_memory)
+    fault: BadCheckpoint | None = None
+    while True:
+        entry = history.find(at)
+        try:
+            with progress(text, entry.end, as_json) as advance:
+                if output == "-" or (Path(output).exists() and not Path(output).is_file()):
+                    found = history.restore(entry.epoch, progress=advance)
+                else:
+                    found = history.restore_image(output, entry.epoch, progress=advance)
+            break
+        except BadCheckpoint as error:
+            if at is not None and fault is None:
+                raise
+            complain(f"{text}: {error}")
+            fault, at = error, error.good
+            if at is None:
+                raise typer.Exit(error.exit_code) from None
+    if output == "-":
+        sys.stdout.buffer.write(found.memory.reshape(-1).data)
+        sys.stdout.buffer.flush()
+    elif Path(output).exists() and not Path(output).is_file():
+        save_image(found.memory, output)
+    if device_state is not None:
+        write_out(str(device_state), found.device_state)
+    if as_json and output != "-":
+        print_json({"store": text, "restored": found.epoch, "time_ns": entry.time_ns, "image": output})
+    elif output != "-":
+        out.print(Text(f"{output}: checkpoint {found.epoch}, {len(found.memory):,} pages"))
+    if fault is not None:
+        raise typer.Exit(fault.exit_code)
+
+
+def verify_store(text: str, max_memory: int, as_json: bool) -> None:
+    """The command `verify`: exit code 20 where something is bad."""
+    history = open_history(text, max_memory)
+    size = sum(path.stat().st_size for path in (history.directory / "segments").glob("*.remus"))
+    with progress(text, size, as_json) as advance:
+        report = history.verify(progress=advance)
+    if as_json:
+        print_json(_report(text, report))
+    else:
+        held = "no checkpoint is good" if report.newest is None else f"the newest good one is {report.newest.epoch}"
+        read = f"{report.checkpoints:,} checkpoints in {report.segments} segments, {report.bytes:,} bytes"
+        out.print(f"{read} read back; {held}")
+        if report.unfinished_bytes:
+            out.print(
+                f"{report.unfinished_bytes:,} bytes of a checkpoint that did not come to its end, or is on its way"
+            )
+    for bad in report.bad:
+        where = f"{bad.segment}: checkpoint {bad.epoch}, at byte {bad.byte}: {bad.reason}"
+        section = f" ({bad.section})" if bad.section else ""
+        good = "no good one before it" if bad.good is None else f"the newest good one before it is {bad.good}"
+        lost = f"; unreachable: {_ranges(list(bad.unreachable))}" if bad.unreachable else ""
+        complain(f"{where}{section}; {good}{lost}")
+    if report.bad:
+        raise typer.Exit(BadCheckpoint.exit_code)
+
+
+@app.command("list", short_help="Print what a store holds.")
+def list_store(
+    store: Annotated[str, typer.Argument(metavar="store:DIR[/NAME]", help="A store, or the checkpoints of one name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the names in a store with their newest checkpoints, or the segments and checkpoints of one name.
+
+    Examples: remus-ckpt list store:/var/lib/remus;  remus-ckpt list store:/var/lib/remus/orders --json
+    """
+    path = _path(store)
+    if (path / FILE).exists() or (path / "segments").exists():
+        _list_history(History(path), as_json)
+        return
+    histories = [Store(path).history(name) for name in Store(path).names()]
+    rows = [_summary(history) for history in histories]
+    if as_json:
+        print_json({"store": str(path), "histories": rows})
+        return
+    table = [["name", "newest", "checkpoints", "bytes", "term", "role", "taken"]]
+    for row in rows:
+        cells = [row["name"], row["newest"], row["checkpoints"], row["bytes"], row["term"], row["role"]]
+        table.append([*map(_cell, cells), _time(row["time_ns"])])
+    _print_table(table)
+
+
+def _list_history(history: History, as_json: bool) -> None:
+    contents = history.contents()
+    entries = history.entries()
+    if as_json:
+        segments = [
+            {
+                "segment": one.name,
+                "bytes": one.end,
+                "checkpoints": len(one.entries),
+                "damaged": history.state.damaged.get(one.name),
+            }
+            for one in contents
+        ]
+        print_json(_summary(history) | {"segments": segments, "entries": [_row(entry) for entry in entries]})
+        return
+    table = [["segment", "first", "last", "checkpoints", "bytes"]]
+    for one in contents:
+        first, last = (one.entries[0].epoch, one.entries[-1].epoch) if one.entries else (None, None)
+        table.append([one.name, *map(_cell, (first, last, len(one.entries), one.end))])
+    _print_table(table)
+    for name, reason in history.state.damaged.items():
+        complain(f"{name}: {reason}")
+    table = [["epoch", "taken", "pages", "bytes", "segment", "position"]]
+    for entry in entries:
+        cells = [_cell(entry.epoch), _time(entry.time_ns), _cell(entry.pages), _cell(entry.end - entry.start)]
+        table.append([*cells, entry.segment.partition("-")[2].partition(".")[0], str(entry.position)])
+    _print_table(table)
+
+
+@app.command(short_help="Remove old checkpoints from a store.")
+def prune(
+    store: HistoryName,
+    keep_count: Annotated[int | None, typer.Option(min=1, help="Keep so many checkpoints.")] = None,
+    keep_age: Annotated[str | None, typer.Option(help="Keep those of this time, such as 12h or 7d.")] = None,
+    keep_size: Annotated[str | None, typer.Option(help="Keep no more bytes than this, such as 500M or 20G.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old checkpoints: whole segments, from the oldest on; the one with the newest checkpoint always stays.
+
+    A segment goes when one of the limits says so. A backup that is running prunes by itself.
+
+    Example: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G
+    """
+    if keep_count is None and keep_age is None and keep_size is None:
+        raise typer.BadParameter("say what is to be kept: --keep-count, --keep-age or --keep-size")
+    retention = Retention(
+        count=keep_count,
+        age_s=None if keep_age is None else _age(keep_age),
+        bytes=None if keep_size is None else _size(keep_size),
+    )
+    with _writer(store) as writer:
+        _say_warnings(store, writer)
+        removed = writer.prune(retention)
+        left = len(writer.history.entries())
+    if as_json:
+        print_json({"store": store, "removed": removed, "checkpoints": left})
+    else:
+        for name in removed:
+            out.print(Text(f"removed {name}"))
+        out.print(f"{left:,} checkpoints are left")
+
+
+@app.command(short_help="Shorten the chain of a store's newest checkpoint.")
+def compact(store: HistoryName, as_json: AsJson = False) -> None:
+    """Begin a new segment with a full copy of memory, so that the newest checkpoint is restored from that alone.
+
+    Older segments stay; `prune` removes them. A backup that is running compacts by itself.
+
+    Example: remus-ckpt compact store:/var/lib/remus/orders
+    """
+    with _writer(store) as writer:
+        _say_warnings(store, writer)
+        known = len(writer.warnings)
+        writer.compact(wait=True)
+        if len(writer.warnings) > known:
+            raise StoreError(writer.warnings[-1])
+        entry = writer.history.find()
+    if as_json:
+        print_json({"store": store} | _row(entry))
+    else:
+        out.print(Text(f"{entry.segment}: checkpoint {entry.epoch}, {entry.end:,} bytes"))
+
+
+@app.command(short_help="Write a store's checkpoint as a stream.")
+def export(
+    store: HistoryName,
+    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
+    at: At = None,
+    max_memory: Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="As for restore.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Write a save stream that ends with the newest checkpoint, or with another: its segment, up to there, checked.
+
+    Example: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711
+    """
+    history = open_history(store, max_memory)
+    found = history.find(parse_at(at))
+    with progress(store, found.end, as_json) as advance:
+        entry = history.export(output, found.epoch, progress=advance)
+    if as_json and output != "-":
+        print_json({"store": store, "stream": output} | _row(entry))
+    elif output != "-":
+        out.print(Text(f"{output}: up to checkpoint {entry.epoch}, {entry.end:,} bytes"))
+
+
+def _path(text: str) -> Path:
+    if not is_store(text) or text == PREFIX:
+        raise typer.BadParameter(f"{text!r} names no store: write store:DIR or store:DIR/NAME")
+    return Path(text.removeprefix(PREFIX))
+
+
+def _writer(text: str) -> HistoryWriter:
+    path = _path(text)
+    name = History(path).name  # only one that is there
+    return HistoryWriter(path, name, compact_bytes=None)
+
+
+def _say_warnings(text: str, writer: HistoryWriter) -> None:
+    for warning in writer.warnings:
+        complain(f"{text}: {warning}")
+
+
+def _summary(history: History) -> dict[str, Any]:
+    state, entries = history.state, history.entries()
+    newest = entries[-1] if entries else None
+    return {
+        "name": state.name,
+        "newest": None if newest is None else newest.epoch,
+        "position": None if newest is None else str(newest.position),
+        "time_ns": None if newest is None else newest.time_ns,
+        "checkpoints": len(entries),
+        "bytes": sum(one.end for one in history.contents()),
+        "term": state.term,
+        "role": state.role,
+        "damaged": state.damaged,
+    }
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {
+        "epoch": entry.epoch,
+        "position": str(entry.position),
+        "time_ns": entry.time_ns,
+        "segment": entry.segment,
+        "start": entry.start,
+        "end": entry.end,
+        "pages": entry.pages,
+        "page_bytes": entry.pages * PAGE_SIZE,
+        "is_base": entry.is_base,
+    }
+
+
+def _report(text: str, report: Report) -> dict[str, Any]:
+    return {
+        "store": text,
+        "good": report.is_good,
+        "checkpoints": report.checkpoints,
+        "segments": report.segments,
+        "bytes": report.bytes,
+        "newest": None if report.newest is None else report.newest.epoch,
+        "unfinished_bytes": report.unfinished_bytes,
+        "bad": [
+            {
+                "segment": bad.segment,
+                "epoch": bad.epoch,
+                "byte": bad.byte,
+                "reason": bad.reason,
+                "section": bad.section,
+                "good": bad.good,
+                "unreachable": list(bad.unreachable),
+            }
+            for bad in report.bad
+        ],
+    }
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        out.print(Text("  ".join(cells).rstrip()))
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _time(time_ns: int | None) -> str:
+    if time_ns is None:
+        return "-"
+    try:
+        return datetime.fromtimestamp(time_ns / 1e9).astimezone().isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        return str(time_ns)
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _age(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no age: write it with its unit, such as 90m, 12h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no size: write it such as 500M or 20G")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,102 @@
+"""The second stage is chosen by what is measured, and never slows a fast link."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from remus_ckpt.service import compression
+from remus_ckpt.service.compression import Chooser
+
+MIB = 1 << 20
+TEXT = np.frombuffer(b"orders of the day, once more; " * 40_000, dtype=np.uint8)
+NOISE = np.random.default_rng(1).integers(0, 256, MIB, dtype=np.uint8)
+FAST_S, SLOW_S = 0.0004, 0.5
+"""For a MiB: 2.6 GB/s and 2 MB/s."""
+
+
+def chooser(wanted: str = "auto", offered: tuple[str, ...] = ("lz4", "zstd")) -> Chooser:
+    return Chooser(wanted, offered)
+
+
+def test_a_slow_link_and_data_that_shrink() -> None:
+    chosen = chooser()
+    assert chosen.choice == "none", "nothing is measured yet"
+    chosen.look([TEXT])
+    chosen.received(MIB, SLOW_S)
+    assert chosen.choice != "none"
+
+
+def test_a_fast_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the machine that runs this can compress does not decide: 0.5 GB/s is what lz4 does to such data at most.
+    chosen = chooser()
+    chosen.look([TEXT])
+    chosen._gains = {"lz4": (0.5e9, 0.1), "zstd": (0.2e9, 0.05)}
+    chosen.received(MIB, FAST_S)
+    assert chosen.choice == "none"
+
+
+def test_data_that_do_not_shrink() -> None:
+    chosen = chooser()
+    chosen.look([NOISE])
+    chosen.received(MIB, SLOW_S)
+    assert chosen.choice == "none"
+
+
+def test_the_better_of_two() -> None:
+    chosen = chooser()
+    chosen.look([TEXT])
+    chosen._gains = {"lz4": (1e9, 0.5), "zstd": (0.1e9, 0.2)}
+    chosen.received(MIB, 1.0)
+    assert chosen.choice == "zstd", "a link of 1 MB/s: what is smallest"
+    for _ in range(30):
+        chosen.received(MIB, 0.01)
+    assert chosen.choice == "lz4", "a link of 100 MB/s: what is fast"
+    for _ in range(30):
+        chosen.received(MIB, FAST_S)
+    assert chosen.choice == "none"
+
+
+def test_it_is_not_taken_up_for_a_small_gain() -> None:
+    chosen = chooser()
+    chosen.look([TEXT])
+    chosen._gains = {"lz4": (1e12, 0.9)}
+    chosen.received(MIB, SLOW_S)
+    assert chosen.choice == "none"
+    chosen._gains = {"lz4": (1e12, 0.5)}
+    chosen.received(MIB, SLOW_S)
+    assert chosen.choice == "lz4"
+    chosen._gains = {"lz4": (1e12, 0.9)}
+    chosen.received(MIB, SLOW_S)
+    assert chosen.choice == "lz4", "nor dropped for a small loss"
+
+
+def test_the_time_that_any_answer_takes_is_not_the_links() -> None:
+    chosen = chooser()
+    chosen.look([TEXT])
+    chosen._gains = {"lz4": (0.5e9, 0.1)}
+    chosen.received(100, 0.05)  # 50 ms for a hundred bytes: far away, or a slow disk
+    chosen.received(MIB, 0.05 + FAST_S)
+    assert chosen.choice == "none"
+
+
+def test_what_was_asked_for() -> None:
+    assert chooser("lz4").choice == "lz4"
+    assert chooser("zstd").choice == "zstd"
+    assert chooser("zstd", ("lz4",)).choice == "none"
+    assert chooser("none").choice == "none"
+    fixed = chooser("none")
+    fixed.look([TEXT])
+    fixed.received(MIB, SLOW_S)
+    assert fixed.choice == "none"
+
+
+def test_samples_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    compress = compression.compress
+    monkeypatch.setattr(compression, "compress", lambda data, name: taken.append(len(data)) or compress(data, name))
+    chosen = chooser()
+    for _ in range(64):
+        chosen.look([TEXT[:MIB]])
+    assert 4 <= len(taken) <= 6, "two candidates, once for each 32 MiB"
+    assert max(taken) == 1 << 18

@@ -1,0 +1,527 @@
+"""Peers that lie, stall, flood and repeat: the service stays small, serves the others, and says one line of each.
+
+The backup is mostly the real command in a process of its own, with TLS, looked at from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import msgpack
+import numpy as np
+import pytest
+
+from remus_ckpt.limits import GIB
+from remus_ckpt.pages import PAGE_SIZE, batches
+from remus_ckpt.sender import Sender
+from remus_ckpt.service import keys
+from remus_ckpt.service.backup import Backup
+from remus_ckpt.service.control import ask
+from remus_ckpt.service.protect import protect
+from remus_ckpt.service.standby import Policy, Standby
+from remus_ckpt.service.transport import Address, TlsFiles, connect
+from remus_ckpt.wire import session as wire
+
+LONG_S = 30.0
+"""A wait that is only reached when something is broken."""
+PAGES = 16
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates: good ones, one of another CA, one that has expired."""
+    folder = tmp_path_factory.mktemp("keys")
+    now = datetime.now(UTC)
+    keys.init(folder / "ca", now=now - timedelta(days=100))
+    keys.issue(folder / "ca", "backup", hosts=["127.0.0.1"])
+    keys.issue(folder / "ca", "primary")
+    keys.issue(folder / "ca", "expired", days=1, now=now - timedelta(days=50))
+    keys.init(folder / "other")
+    keys.issue(folder / "other", "stranger")
+    return folder
+
+
+@dataclass
+class Figures:
+    """What the system says of a process. rss: bytes"""
+
+    rss: int
+    fds: int
+    threads: int
+
+
+class Service:
+    """The backup, as users start it."""
+
+    def __init__(self, process: subprocess.Popen[str], address: str, log: Path, folder: Path) -> None:
+        self.process = process
+        self.address = address
+        self.host, port = address.removeprefix("tls://").rsplit(":", 1)
+        self.port = int(port)
+        self.log = log
+        self.folder = folder
+
+    def figures(self) -> Figures:
+        proc = Path(f"/proc/{self.process.pid}")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        return Figures(
+            rss=int(status["VmRSS"].split()[0]) << 10,
+            fds=len(os.listdir(proc / "fd")),
+            threads=int(status["Threads"]),
+        )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of the log; what is not JSON is an error that nobody caught."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def complaints(self) -> Counter[int]:
+        """How many lines above INFO each port of a peer has got."""
+        ports = [
+            line.get("peer", "").split(" ")[0].rpartition(":")[2] for line in self.lines() if line["level"] != "info"
+        ]
+        return Counter(int(port) for port in ports if port)
+
+    def dial(self, bind: str | None = None) -> socket.socket:
+        source = (bind, 0) if bind else None
+        return socket.create_connection((self.host, self.port), timeout=LONG_S, source_address=source)
+
+    def dial_tls(self, who: str | None = "ca/primary") -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=self.folder / "ca" / "ca.pem")
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if who is not None:
+            context.load_cert_chain(self.folder / who / "cert.pem", self.folder / who / "key.pem")
+        return context.wrap_socket(self.dial(), server_hostname="127.0.0.1")
+
+    def protecting(self, name: str, **options: Any) -> Any:
+        array = np.zeros((PAGES, 512), dtype=np.int64)
+        tls = self.folder / "ca" / "primary"
+        return array, protect({"array": array}, to=self.address, name=name, tls_dir=tls, **options)
+
+    def ask(self, method: str = "status", **arguments: Any) -> dict[str, Any]:
+        tls = TlsFiles(self.folder / "ca" / "primary")
+        return ask(connect(Address.parse(self.address), tls=tls), method, arguments, timeout_s=LONG_S)
+
+
+@contextmanager
+def command(*arguments: object, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`remus-ckpt` in a process of its own, ended with the block."""
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "remus_ckpt", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | environment,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@contextmanager
+def service(tmp_path: Path, folder: Path, *options: object) -> Iterator[Service]:
+    log = tmp_path / "backup.log"
+    with command(
+        "backup", "--listen", "tls://127.0.0.1:0", "--store", tmp_path / "store", "--tls-dir", folder / "ca" / "backup",
+        "--log-format", "json", *options, log=log,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        address = process.stdout.readline().removeprefix("listening on ").strip()
+        assert address, log.read_text()
+        yield Service(process, address, log, folder)
+
+
+@pytest.fixture
+def served(tmp_path: Path, folder: Path) -> Iterator[Service]:
+    with service(tmp_path, folder) as served:
+        yield served
+
+
+# What bad peers say
+
+
+def frame(kind: wire.FrameType, payload: bytes, *, length: int | None = None, flags: int = 0) -> bytes:
+    """A frame whose checksums are right, whatever else is not."""
+    length = len(payload) if length is None else length
+    head = struct.pack("<BBHII", kind, flags, 0, length, google_crc32c.value(payload))
+    return head + struct.pack("<I", google_crc32c.value(head)) + payload
+
+
+def hello(**changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "versions": [1], "program": "test", "role": "primary", "name": "bad", "run": os.urandom(16), "term": None,
+        "memory_pages": PAGES, "page_size": 4096, "codec": "delta", "word": 8, "compressions": ["lz4", "zstd"],
+    }  # fmt: skip
+    return fields | changes
+
+
+def hello_frame(**changes: Any) -> bytes:
+    return wire.PREFACE + frame(wire.FrameType.HELLO, msgpack.packb(hello(**changes)))
+
+
+def data_frame(payload: bytes, **changes: Any) -> bytes:
+    return frame(wire.FrameType.DATA, payload, **changes)
+
+
+def begin_frame(**changes: Any) -> bytes:
+    return frame(
+        wire.FrameType.BEGIN, msgpack.packb({"mode": "full", "term": 0, "position": None, "wait": "durable"} | changes)
+    )
+
+
+def header(pages: int = PAGES) -> bytes:
+    return struct.pack("<Q", pages)
+
+
+def checkpoint(sender: Sender, fill: int = 1, device_state: bytes = b"") -> bytes:
+    """The stream's bytes of a checkpoint that changes every page."""
+    pages = np.full((PAGES, PAGE_SIZE), fill, dtype=np.uint8)
+    groups = sender.checkpoint(batches(np.arange(PAGES), pages), device_state=lambda: device_state)
+    return b"".join(bytes(memoryview(buffer).cast("B")) for group in groups for buffer in group)
+
+
+def commit_frame(sender: Sender, size: int, **changes: Any) -> bytes:
+    sent = sender.sent
+    assert sent is not None and sent.position is not None
+    pack = lambda position: None if position is None else [position.epoch, position.digest]  # noqa: E731
+    fields = {
+        "position": pack(sent.position), "before": pack(sent.before), "stream_bytes": size, "pages": sent.pages,
+    }  # fmt: skip
+    return frame(wire.FrameType.COMMIT, msgpack.packb(fields | changes))
+
+
+def drain(peer: socket.socket) -> bytes:
+    """All that the service says until it hangs up."""
+    found = b""
+    peer.settimeout(LONG_S)
+    with suppress(ConnectionError, ssl.SSLError):
+        while data := peer.recv(1 << 16):
+            found += data
+    return found
+
+
+def raw(data: bytes) -> Callable[[Service], int]:
+    """Bytes in place of a TLS handshake."""
+
+    def attack(served: Service) -> int:
+        with served.dial() as peer:
+            port: int = peer.getsockname()[1]
+            peer.sendall(data)
+            if not data:
+                peer.shutdown(socket.SHUT_WR)
+            drain(peer)
+        return port
+
+    return attack
+
+
+def shaken(*parts: bytes, who: str | None = "ca/primary", pause_s: float = 0.0) -> Callable[[Service], int]:
+    """Bytes behind a TLS handshake, all at once or with pauses; then it listens until it is hung up on."""
+
+    def attack(served: Service) -> int:
+        with served.dial() as plain:
+            port: int = plain.getsockname()[1]
+            context = ssl.create_default_context(cafile=served.folder / "ca" / "ca.pem")
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            if who is not None:
+                context.load_cert_chain(served.folder / who / "cert.pem", served.folder / who / "key.pem")
+            with (
+                suppress(ssl.SSLError, ConnectionError),
+                context.wrap_socket(plain, server_hostname="127.0.0.1") as peer,
+            ):
+                for part in parts:
+                    peer.sendall(part)
+                    time.sleep(pause_s)
+                drain(peer)
+        return port
+
+    return attack
+
+
+def dripping(data: bytes, *, tls: bool) -> Callable[[Service], int]:
+    """A byte now and then, more often than any pause that would be missed."""
+
+    def attack(served: Service) -> int:
+        with served.dial_tls() if tls else served.dial() as peer:
+            port: int = peer.getsockname()[1]
+            with suppress(ConnectionError, ssl.SSLError):
+                for byte in data * 1000:
+                    peer.sendall(bytes([byte]))
+                    peer.settimeout(0.2)
+                    with suppress(TimeoutError):
+                        while peer.recv(100):
+                            pass
+                        break
+        return port
+
+    return attack
+
+
+def streaming(name: str, *payload: bytes, **changes: Any) -> Callable[[Service], int]:
+    """A good hello and begin, and then these frames."""
+    return shaken(hello_frame(name=name, **changes) + begin_frame() + b"".join(payload))
+
+
+def control(*frames: bytes) -> bytes:
+    return hello_frame(role="control", name="", codec="", word=0, memory_pages=0, page_size=0) + b"".join(frames)
+
+
+def asking(payload: bytes) -> bytes:
+    return frame(wire.FrameType.REQUEST, payload)
+
+
+FULL = Sender(PAGES)
+FULL_BYTES = checkpoint(FULL)
+HUGE = 0xFFFFFFFF
+random = np.random.default_rng(7)
+
+BAD: dict[str, Callable[[Service], int]] = {
+    # Before TLS
+    "plain": raw(b"hello, is there anybody?\n"),
+    "http": raw(b"GET / HTTP/1.1\r\nHost: backup\r\n\r\n"),
+    "session without TLS": raw(hello_frame()),
+    "random": raw(random.bytes(5000)),
+    "random behind a TLS record's header": raw(b"\x16\x03\x01\x40\x00" + random.bytes(20000)),
+    "a TLS record of the greatest length": raw(b"\x16\x03\x01\xff\xff" + bytes(70000)),
+    "only a look": raw(b""),
+    "a byte now and then before TLS": dripping(b"\x16\x03\x01\x02\x00" + bytes(500), tls=False),
+    # Whom nobody knows
+    "no certificate": shaken(hello_frame(), who=None),
+    "another CA": shaken(hello_frame(), who="other/stranger"),
+    "expired": shaken(hello_frame(), who="ca/expired"),
+    # Frames
+    "garbage": shaken(random.bytes(100_000)),
+    "silence": shaken(),
+    "half a preface": shaken(wire.PREFACE[:5]),
+    "a header of ones": shaken(wire.PREFACE + b"\xff" * 64),
+    "the greatest length": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"", length=HUGE)),
+    "one more than a control frame": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"", length=65537)),
+    "a hello that never ends": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"x" * 1000, length=65536)),
+    "a byte now and then in the hello": dripping(wire.PREFACE + frame(wire.FrameType.HELLO, bytes(1000)), tls=True),
+    "data before a hello": shaken(wire.PREFACE + data_frame(b"x")),
+    **{
+        f"msgpack {code:02x} of the greatest length": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, start))
+        for code, start in {
+            code: bytes([code]) + b"\xff" * (4 if code not in (0xC7, 0xD9) else 1) + b"\x01" * 100
+            for code in (0xC6, 0xC7, 0xC9, 0xD9, 0xDB, 0xDD, 0xDF)
+        }.items()
+    },
+    "msgpack 60,000 deep": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"\x91" * 60_000 + b"\x01")),
+    "a list in each list": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"\xdd\x00\x00\xff\xff" * 12_000)),
+    "a hello of nothing": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"\x80")),
+    "another version": shaken(hello_frame(versions=[9])),
+    "a name that climbs": shaken(hello_frame(name="../../etc")),
+    "memory without end": shaken(hello_frame(memory_pages=(1 << 63) - 1)),
+    "small pages": shaken(hello_frame(page_size=512)),
+    # Streams
+    "data before begin": shaken(hello_frame(name="early") + data_frame(FULL_BYTES)),
+    "commit before begin": shaken(hello_frame(name="eager") + commit_frame(FULL, len(FULL_BYTES))),
+    "begin twice": streaming("twice", begin_frame()),
+    "begin of another term": shaken(hello_frame(name="term") + begin_frame(term=5)),
+    "continues what is not there": shaken(
+        hello_frame(name="nothing") + begin_frame(mode="continue", position=[3, bytes(32)])
+    ),
+    "commit before data": streaming("first", commit_frame(FULL, len(FULL_BYTES))),
+    "data of the greatest length": streaming("long", data_frame(b"", length=HUGE)),
+    "data of no length": streaming("none", data_frame(b"")),
+    "lz4 to the greatest length": streaming("lz4", data_frame(struct.pack("<I", HUGE) + bytes(50), flags=1)),
+    "zstd to the greatest length": streaming("zstd", data_frame(struct.pack("<I", HUGE) + bytes(50), flags=2)),
+    "lz4 that is none": streaming("lz4-none", data_frame(struct.pack("<I", 4 << 20) + b"\xff" * 5000, flags=1)),
+    "compression that was not agreed on": streaming(
+        "zstd-none", data_frame(struct.pack("<I", 90) + bytes(50), flags=2), compressions=["lz4"]
+    ),
+    "memory of the greatest length": streaming("p2m-64", data_frame(b"\xff" * 64)),
+    "more memory than the limit": streaming("p2m-over", data_frame(header((GIB >> 12) * 64 + 1) + bytes(64))),
+    "a batch of the greatest count": streaming(
+        "batch", data_frame(header() + struct.pack("<i", 0x7FFFFFFF) + bytes(64))
+    ),
+    "an entry past the end of memory": streaming(
+        "pfn", data_frame(header() + struct.pack("<iQ", 1, PAGES) + bytes(4096))
+    ),
+    **{
+        f"chunk {number} of the greatest length": streaming(
+            f"chunk{-number}", data_frame(header() + struct.pack("<i", number) + b"\xff" * 256)
+        )
+        for number in (-2, -5, -6, -12, -18, -99)
+    },
+    "device state of the greatest length": streaming(
+        "state",
+        data_frame(
+            header() + struct.pack("<i", 0) + struct.pack("<3QI", 0, 0, 0, 0) + b"RemusDeviceModelState\xff\xff\xff\xff"
+        ),
+    ),
+    "context of the greatest length": streaming(
+        "context", data_frame(header() + struct.pack("<i", 0) + struct.pack("<3QI", 0, 0, 0, HUGE))
+    ),
+    # Commits of what came
+    "commit of fewer bytes": streaming("fewer", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES) - 1)),
+    "commit of half": streaming("half", data_frame(FULL_BYTES[:-5000]), commit_frame(FULL, len(FULL_BYTES) - 5000)),
+    "commit of too much": streaming(
+        "much", data_frame(FULL_BYTES + FULL_BYTES), commit_frame(FULL, 2 * len(FULL_BYTES))
+    ),
+    "commit of another position": streaming(
+        "position", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES), position=[0, b"x" * 32])
+    ),
+    "commit of another epoch": streaming(
+        "epoch", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES), position=[7, b"x" * 32])
+    ),
+    "commit of another number of pages": streaming(
+        "pages", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES), pages=PAGES + 1)
+    ),
+    "a checkpoint that is changed": streaming(
+        "changed", data_frame(FULL_BYTES[:9000] + b"x" + FULL_BYTES[9001:]), commit_frame(FULL, len(FULL_BYTES))
+    ),
+    "an acknowledgement of its own": streaming(
+        "ack", frame(wire.FrameType.ACK, msgpack.packb({"level": "durable", "position": [0, bytes(32)]}))
+    ),
+    "checkpoints and no commit": streaming("no-commit", data_frame(FULL_BYTES), data_frame(FULL_BYTES)),
+    # Orders
+    "a request of the greatest length": shaken(control(frame(wire.FrameType.REQUEST, b"", length=HUGE))),
+    "a request of lists in lists": shaken(control(asking(b"\xdd\x00\x0f\xff\xff" * 200_000))),
+    "an order in the wrong role": shaken(hello_frame(name="orders") + asking(b"\x80")),
+    "a stream in the wrong role": shaken(control(begin_frame())),
+}
+
+
+def test_each_bad_peer_leaves_one_line_and_nothing_else(served: Service) -> None:
+    """All of them at once, and a good primary among them."""
+    array, protection = served.protecting("good")
+    with protection:
+        protection.checkpoint(wait=True, timeout_s=LONG_S)
+        before = served.figures()
+        with ThreadPoolExecutor(len(BAD)) as pool:
+            attacks = {name: pool.submit(attack, served) for name, attack in BAD.items()}
+            most = before
+            while not all(attack.done() for attack in attacks.values()):
+                array[3] += 1
+                protection.checkpoint(wait=True, timeout_s=LONG_S)
+                now = served.figures()
+                most = Figures(max(most.rss, now.rss), max(most.fds, now.fds), max(most.threads, now.threads))
+        ports = {name: attack.result() for name, attack in attacks.items()}
+        until(lambda: served.figures().threads == before.threads)
+        wanted = Counter(ports.values())
+        found = served.complaints()
+        assert {name: found[port] for name, port in ports.items() if found[port] != 1} == {}
+        assert found == wanted
+        assert [line for line in served.lines() if "traceback" in line] == []
+        print("one line each", before, most, served.figures())
+        assert most.rss - before.rss < 200 << 20
+
+
+def test_a_slow_store_is_no_reason_to_hang_up(tmp_path: Path) -> None:
+    """Heartbeats that are due before the welcome may not be sent, and are not."""
+
+    class Slow(Backup):
+        def standby(self, name: str) -> Standby:
+            time.sleep(0.5)
+            return super().standby(name)
+
+    array = np.zeros(8192, dtype=np.uint8)
+    with (
+        Slow(tmp_path / "store", ["tcp://127.0.0.1:0"], policy=Policy(lease_s=0.4)) as backup,
+        protect({"array": array}, to=backup.addresses[0], name="slow") as protection,
+    ):
+        assert protection.checkpoint(wait=True, timeout_s=LONG_S) == 0
+        assert protection.status()["reconnects"] == 0
+
+
+# A thousand of them
+
+
+def hold(sockets: list[socket.socket], served: Service, count: int, say: bytes = b"") -> None:
+    """Connections that stay, whether or not the service wants them."""
+    for _ in range(count):
+        peer = served.dial(bind="127.0.0.2")
+        sockets.append(peer)
+        with suppress(ConnectionError):
+            peer.sendall(say)
+
+
+HALF_A_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100)
+
+
+@pytest.mark.parametrize("say", [b"", HALF_A_CLIENT_HELLO], ids=["idle", "half-open"])
+def test_a_thousand_connections(served: Service, say: bytes) -> None:
+    before = served.figures()
+    sockets: list[socket.socket] = []
+    try:
+        hold(sockets, served, 500, say)
+        holding = threading.Thread(target=hold, args=(sockets, served, 500, say))
+        holding.start()
+        begin = time.monotonic()
+        array, protection = served.protecting("good")
+        with protection:
+            protection.checkpoint(wait=True, timeout_s=LONG_S)
+            first_s = time.monotonic() - begin
+            holding.join()
+            most = served.figures()
+            array[0] += 1
+            protection.checkpoint(wait=True, timeout_s=LONG_S)
+            assert protection.status()["reconnects"] == 0
+        print(f"{len(sockets)} connections: {before} {most}, first commit after {first_s:.2f} s")
+        assert most.rss - before.rss < 150 << 20
+        assert most.threads <= 260
+        assert most.fds <= before.fds + 280
+        until(lambda: served.figures().threads == before.threads)
+        ports = [peer.getsockname()[1] for peer in sockets]
+        until(lambda: sum(served.complaints().values()) >= len(ports))
+        assert served.complaints() == Counter(ports), "one line for each"
+    finally:
+        for peer in sockets:
+            peer.close()
+
+
+def test_a_flood_does_not_crowd_out_the_others(served: Service) -> None:
+    """Connections come faster than anybody could shake hands: the place of one is taken by another of its own kind."""
+    stop = threading.Event()
+
+    def flood() -> None:
+        mine: list[socket.socket] = []
+        while not stop.is_set():
+            mine.append(served.dial(bind="127.0.0.2"))
+            if len(mine) > 300:
+                mine.pop(0).close()
+        for peer in mine:
+            peer.close()
+
+    with ThreadPoolExecutor() as pool:
+        floods = [pool.submit(flood) for _ in range(2)]
+        try:
+            until(lambda: served.figures().threads > 200)
+            for turn in range(5):
+                _, protection = served.protecting(f"good-{turn}")
+                with protection:
+                    protection.checkpoint(wait=True, timeout_s=LONG_S)
+                    assert protection.status()["reconnects"] == 0
+        finally:
+            stop.set()
+        for one in floods:
+            one.result()

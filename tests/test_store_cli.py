@@ -1,0 +1,180 @@
+"""The commands on stores, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from store_support import Source, fill, memory_at, sha
+from support import Command
+
+from remus_ckpt import read_checkpoints
+from remus_ckpt.memory import memory_sha256
+from remus_ckpt.store import Store
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Command:
+    return Command(monkeypatch, capfdbinary)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Two names; `orders` has the epochs 0 to 3 in one segment and 3 to 6 in the next."""
+    with Store(tmp_path / "store").writer("orders") as writer:
+        source = fill(writer, 4)
+        writer.compact(wait=True)
+        fill(writer, 3, source)
+        writer.set_state(term=2)
+    with Store(tmp_path / "store").writer("empty"):
+        pass
+    return tmp_path / "store"
+
+
+def newest_segment(store: Path) -> Path:
+    return max((store / "orders" / "segments").iterdir())
+
+
+def damage(store: Path, epoch: int) -> None:
+    entry = Store(store).history("orders").find(epoch)
+    path = store / "orders" / "segments" / entry.segment
+    data = bytearray(path.read_bytes())
+    data[entry.start + 40] ^= 1
+    path.write_bytes(data)
+
+
+def test_list(store: Path, command: Command) -> None:
+    code, out, _ = command("list", f"store:{store}")
+    assert code == 0 and "orders" in out and "empty" in out
+    code, out, _ = command("list", f"store:{store}", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["histories"]}
+    assert rows["empty"]["newest"] is None and rows["empty"]["checkpoints"] == 0
+    orders = rows["orders"]
+    assert (orders["newest"], orders["checkpoints"], orders["term"], orders["role"]) == (6, 7, 2, "standby")
+    assert orders["time_ns"] == 6 * 10**9
+    assert orders["bytes"] == sum(path.stat().st_size for path in (store / "orders" / "segments").iterdir())
+    code, out, _ = command("list", f"store:{store}/orders", "--json")
+    found = json.loads(out)
+    assert [row["epoch"] for row in found["entries"]] == list(range(7))
+    assert [row["checkpoints"] for row in found["segments"]] == [4, 4]
+    code, out, _ = command("list", f"store:{store}/orders")
+    assert code == 0 and len(out.splitlines()) == 1 + 2 + 1 + 7
+
+
+@pytest.mark.parametrize(
+    ("options", "epoch"),
+    [
+        ([], 6),
+        (["--at", "2"], 2),
+        (["--checkpoint", "3"], 3),
+        (["--at", "1970-01-01T00:00:04.5+00:00"], 4),
+        (["--at", "1970-01-01T00:00:01Z"], 1),
+    ],
+)
+def test_restore(store: Path, command: Command, tmp_path: Path, options: list[str], epoch: int) -> None:
+    image, state = tmp_path / "image", tmp_path / "state"
+    ran = command("restore", f"store:{store}/orders", "-o", image, "--device-state", state, "--json", *options)
+    assert ran.code == 0 and json.loads(ran.out)["restored"] == epoch
+    assert image.read_bytes() == memory_at(epoch).tobytes() and state.read_bytes() == b"dev%d" % epoch
+    code, data, _ = command.binary("restore", f"store:{store}/orders", "-o", "-", *options)
+    assert code == 0 and data == memory_at(epoch).tobytes()
+
+
+def test_restore_what_is_bad(store: Path, command: Command, tmp_path: Path) -> None:
+    damage(store, 5)
+    image = tmp_path / "image"
+    code, _, err = command("restore", f"store:{store}/orders", "-o", image)
+    assert code == 20 and image.read_bytes() == memory_at(4).tobytes()
+    assert newest_segment(store).name in err
+    image.unlink()
+    assert command("restore", f"store:{store}/orders", "-o", image, "--at", "6").code == 20
+    assert not image.exists()
+    assert command("restore", f"store:{store}/orders", "-o", image, "--at", "4").code == 0
+    damage(store, 0)
+    damage(store, 3)
+    image.unlink()
+    # Nothing is left of either segment.
+    assert command("restore", f"store:{store}/orders", "-o", image).code == 20
+    assert not image.exists()
+
+
+def test_verify(store: Path, command: Command) -> None:
+    ran = command("verify", f"store:{store}/orders", "--json")
+    assert ran.code == 0
+    report = json.loads(ran.out)
+    assert report["good"] and report["checkpoints"] == 8 and report["newest"] == 6
+    assert command("verify", f"store:{store}/orders").code == 0
+    damage(store, 5)
+    ran = command("verify", f"store:{store}/orders", "--json")
+    assert ran.code == 20
+    (bad,) = json.loads(ran.out)["bad"]
+    assert (bad["epoch"], bad["good"], bad["unreachable"]) == (5, 4, [5, 6])
+    ran = command("verify", f"store:{store}/orders")
+    assert ran.code == 20 and newest_segment(store).name in ran.err
+
+
+def test_compact_and_prune(store: Path, command: Command) -> None:
+    ran = command("compact", f"store:{store}/orders", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["epoch"] == 6 and json.loads(ran.out)["is_base"]
+    ran = command("prune", f"store:{store}/orders", "--keep-count", "2", "--json")
+    assert ran.code == 0 and len(json.loads(ran.out)["removed"]) == 1
+    history = Store(store).history("orders")
+    assert [entry.epoch for entry in history.entries()] == [3, 4, 5, 6]
+    assert command("prune", f"store:{store}/orders", "--keep-age", "1d").code == 0
+    assert [entry.epoch for entry in history.entries()] == [6]
+    assert command("prune", f"store:{store}/orders", "--keep-size", "1.5K").code == 0
+    assert memory_sha256(history.restore().memory) == sha(6)
+
+
+def test_export(store: Path, command: Command, tmp_path: Path) -> None:
+    stream = tmp_path / "stream"
+    ran = command("export", f"store:{store}/orders", "-o", stream, "--at", "5", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["epoch"] == 5
+    found = [(one.epoch, memory_sha256(one.memory)) for one in read_checkpoints(stream, strict=True)]
+    assert found == [(epoch, sha(epoch)) for epoch in (3, 4, 5)]
+    code, data, _ = command.binary("export", f"store:{store}/orders", "-o", "-")
+    assert code == 0 and data == newest_segment(store).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["list", "store:DIR/none"], 1),
+        (["list", "DIR"], 2),
+        (["list", "store:"], 2),
+        (["verify", "store:DIR"], 1),
+        (["restore", "store:DIR", "-o", "OUT"], 1),
+        (["restore", "store:DIR/none", "-o", "OUT"], 1),
+        (["restore", "store:DIR/empty", "-o", "OUT"], 1),
+        (["restore", "store:DIR/orders", "-o", "OUT", "--at", "7"], 1),
+        (["restore", "store:DIR/orders", "-o", "OUT", "--at", "1969-01-01"], 1),
+        (["restore", "store:DIR/orders", "-o", "OUT", "--at", "noon"], 2),
+        (["restore", "store:DIR/orders", "-o", "DIR/no/image"], 1),
+        (["restore", "DIR/orders", "-o", "OUT", "--at", "7"], 2),
+        (["export", "store:DIR/orders", "-o", "DIR/no/stream"], 1),
+        (["compact", "store:DIR/none"], 1),
+        (["compact", "store:DIR/empty"], 1),
+        (["prune", "store:DIR/orders"], 2),
+        (["prune", "store:DIR/orders", "--keep-age", "7"], 2),
+        (["prune", "store:DIR/orders", "--keep-size", "much"], 2),
+        (["prune", "store:DIR/none", "--keep-count", "1"], 1),
+    ],
+)
+def test_what_cannot_be_done(store: Path, command: Command, tmp_path: Path, arguments: list[str], code: int) -> None:
+    named = [text.replace("DIR", str(store)).replace("OUT", str(tmp_path / "out")) for text in arguments]
+    ran = command(*named)
+    assert ran.code == code and ran.err
+    assert not (store / "none").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_store_that_is_being_written(store: Path, command: Command, tmp_path: Path) -> None:
+    with Store(store).writer("orders") as writer:
+        source = Source(position=writer.position)
+        writer.begin(full=True)
+        writer.feed(source.checkpoint()[:-5])
+        for words in (["compact"], ["prune", "--keep-count", "1"]):
+            assert command(words[0], f"store:{store}/orders", *words[1:]).code == 1
+        assert command("restore", f"store:{store}/orders", "-o", tmp_path / "image").code == 0
+        assert command("verify", f"store:{store}/orders").code == 0
+    assert (tmp_path / "image").read_bytes() == memory_at(6).tobytes()
