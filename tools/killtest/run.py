@@ -46,7 +46,9 @@ KINDS = (
     *("drop", "delay", "truncate", "flip", "black hole"),
 )
 ENDINGS = ("killed", "failover", "restart", "fence", "stop")
-_PATIENCE_S = 20.0
+_PATIENCE_S = 45.0
+"""Longer than a primary waits for its welcome."""
+_AIM_S = 5.0
 _FLIP_S = 5.0
 _DEATH_S = 1.0
 _CHUNK_BYTES = 1 << 20
@@ -339,7 +341,7 @@ class Run:
         # Some phases last but microseconds: mostly it is asked to dwell there a little.
         dwell_s = draw.choice([0.0, *(draw.uniform(0.001, 0.02) for _ in range(3))])
         target.board.wish(None if phase == "compaction" else phase, dwell_s)
-        deadline = time.monotonic() + _PATIENCE_S / 4
+        deadline = time.monotonic() + _AIM_S
         while time.monotonic() < deadline:
             if target.board.compacting if phase == "compaction" else target.board.phase == phase:
                 break
@@ -428,7 +430,7 @@ class Run:
 
     def _await_armed(self, direction: Direction) -> bool:
         """Whether a piece went this way."""
-        deadline = time.monotonic() + _PATIENCE_S / 4
+        deadline = time.monotonic() + _AIM_S
         while self._proxy.is_armed(direction):
             if time.monotonic() > deadline:
                 return not self._proxy.disarm(direction)
@@ -541,7 +543,7 @@ class Run:
             if state_of(self._worker.pid) in ("T", "t", "Z", ""):
                 self._fail(f"the worker is left in state {state_of(self._worker.pid)!r}")
             self._worker.close()
-        deadline = time.monotonic() + _PATIENCE_S / 4
+        deadline = time.monotonic() + _AIM_S
         while (left := marked(self._mark)) and time.monotonic() < deadline:
             time.sleep(0.005)
         if left:
