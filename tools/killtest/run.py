@@ -21,6 +21,7 @@ from typing import Any
 from killtest.children import (
     CLEAN,
     FENCED,
+    MEMORY_BYTES,
     PRIMARY_PHASES,
     Child,
     Nursery,
@@ -192,7 +193,7 @@ class Run:
         self._memory = self._shared / "memory"
         self._store = self.directory / "store"
         self._mark = self.directory.name
-        self._lease_s = draw.uniform(0.4, 0.8)
+        self._lease_s = draw.uniform(0.3, 0.6)
         self._retain = draw.choice([None, 8, 30]) if aim != "pruning" else 8
         self._warm = draw.choice([None, str(self._shared / "warm")])
         self._options: dict[str, Any] = {
@@ -260,7 +261,7 @@ class Run:
         Ledger(image).create(seed)
         with open(self._memory, "wb") as file:
             file.write(image[:4096])  # the rest is a hole until it is used
-            file.truncate(BYTES)
+            file.truncate(MEMORY_BYTES)
         self._worker = self._start("worker", memory=str(self._memory), seed=seed)
         self._worker.channel.settimeout(_PATIENCE_S)
         if self._worker.channel.recv(16) != b"ready":
@@ -488,14 +489,15 @@ class Run:
                 if is_frozen:
                     primary.signal(signal.SIGSTOP)
                     time.sleep(draw.choice([0.0, 1.5]) * self._lease_s)
+                if draw.random() < 0.5:
+                    self._proxy.drop(reset=False)  # so that it hears of the takeover when it comes back
                 epoch = self._check_takeover()
                 if is_frozen:
                     primary.signal(signal.SIGCONT)
-                if not primary.wait(_PATIENCE_S):
-                    raise Failure(f"the old primary goes on after the takeover: {self._say_states()}")
-                self._watchers[-1].join(_PATIENCE_S)
-                if primary.board.status != FENCED:
-                    self._fail(f"the old primary ended with status {primary.board.status}, and was not fenced")
+                self._await_fenced(primary)
+                if draw.random() < 0.5:
+                    self._start_primary()  # one that knows of no term
+                    self._await_fenced(self._primary)
                 if self._truth.newest_commit > epoch:
                     self._fail(f"{self._truth.newest_commit} was reported as committed, and {epoch} was taken over")
             case "stop":
@@ -504,6 +506,13 @@ class Run:
                 if self._truth.newest_commit < self._truth.newest_pause:
                     self._fail(f"stopped at {self._truth.newest_pause}, committed is {self._truth.newest_commit}")
                 self._stop(self._backup)
+
+    def _await_fenced(self, primary: Child) -> None:
+        if not primary.wait(_PATIENCE_S):
+            raise Failure(f"a primary goes on after the takeover: {self._say_states()}")
+        self._watchers[-1].join(_PATIENCE_S)
+        if primary.board.status != FENCED:
+            self._fail(f"a primary ended after the takeover with status {primary.board.status}, and was not fenced")
 
     def _stop(self, child: Child) -> None:
         child.signal(signal.SIGTERM)
@@ -593,7 +602,7 @@ class Run:
                 position, memory = writer.position, writer.memory
                 assert memory is not None and writer.in_force is not None
                 token = writer.in_force.device_state.hex()
-                if hashlib.sha256(memory.reshape(-1)[:BYTES].data).hexdigest() != self._truth.hashes.get(token):
+                if hashlib.sha256(memory.reshape(-1)[:MEMORY_BYTES].data).hexdigest() != self._truth.hashes.get(token):
                     self._fail(f"the warm copy of {position.epoch} is not what was in memory in that pause")
             left = [path.name for path in (self._store / NAME / "segments").glob("*.partial")]
             warm = Path(self._warm) if self._warm else self._store / NAME / "warm"
@@ -646,7 +655,7 @@ class Run:
 
     def _check_memory(self, memory: Any, token: str, epoch: int) -> None:
         self.result.checked += 1
-        if hashlib.sha256(memory.reshape(-1)[:BYTES].data).hexdigest() != self._truth.hashes.get(token):
+        if hashlib.sha256(memory.reshape(-1)[:MEMORY_BYTES].data).hexdigest() != self._truth.hashes.get(token):
             self._fail(f"epoch {epoch} is restored, and is not what was in memory in that pause")
 
     def _check_ledger(self, image: bytearray, where: str) -> None:
