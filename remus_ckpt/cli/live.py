@@ -91,7 +91,7 @@ def record(
     else:
         errors.print(Text(f"{writer.name}: {totals.text()}; {report['ended']}"))
     if failure is not None:
-        held = f"the stream ends with checkpoint {totals.last}" if totals.pauses else "no checkpoint is complete"
+        held = f"the stream ends with checkpoint {totals.last}" if totals.checkpoints else "no checkpoint is complete"
         is_output = isinstance(failure, OSError)
         reason = failure.strerror if isinstance(failure, OSError) else failure
         raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
