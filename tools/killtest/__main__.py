@@ -113,7 +113,7 @@ def play(
         if result["failures"]:
             only = f" --only {result['aim']}" if result["aim"] else ""
             print(
-                f"run {result['number']} failed: killtest --seed {seed} --run {result['number']}{only}; "
+                f"run {result['number']} failed: python tools/killtest --seed {seed} --run {result['number']}{only}; "
                 f"kept: {result['directory']}\n  {', '.join(result['faults'])}; {result['ending']}",
                 *(f"  {line}" for failure in result["failures"][:10] for line in failure.splitlines()),
                 sep="\n",

@@ -212,8 +212,8 @@ class Run:
         self._backup: Child | None = None
         self._worker: Child
         self._truth: Truth
-        self._proxy = Proxy(self._options["wait"], draw)
-        self._closed = 0
+        # Draws of its own: its threads take theirs whenever they come to it, and the plan must not hang on that.
+        self._proxy = Proxy(self._options["wait"], random.Random(f"{seed} {number} proxy"))
 
     def play(self) -> Result:
         """All of it, from the first process to the last look at what is left."""
