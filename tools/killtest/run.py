@@ -604,9 +604,10 @@ class Run:
                 token = writer.in_force.device_state.hex()
                 if hashlib.sha256(memory.reshape(-1)[:MEMORY_BYTES].data).hexdigest() != self._truth.hashes.get(token):
                     self._fail(f"the warm copy of {position.epoch} is not what was in memory in that pause")
-            left = [path.name for path in (self._store / NAME / "segments").glob("*.partial")]
-            warm = Path(self._warm) if self._warm else self._store / NAME / "warm"
-            left += [path.name for path in warm.glob("memory-*.image")][1:]
+            warm = Path(self._warm) / NAME if self._warm else self._store / NAME / "warm"
+            left = [str(path) for where in (self._store / NAME, warm) for path in where.glob(".*")]
+            left += [str(path) for path in self._store.glob(f"{NAME}/segments/*") if path.suffix != ".remus"]
+            left += sorted(map(str, warm.glob("memory-*")))[1:]
             if left:
                 self._fail(f"{left} are left")
         history = Store(self._store).history(NAME)
