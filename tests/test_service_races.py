@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from proxy import Proxy
-from test_service import LONG_S, Memory, backup_in, entries, restored, until
+from test_service import Memory, backup_in, entries, restored, until
 
 
 def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:
