@@ -186,6 +186,8 @@ class Primary:
                     self.check()  # the link may be well, and the backup slow
                     raise
                 self._lost(error)
+                if time.monotonic() + self._backoff_s > deadline:
+                    raise  # what was wrong says more than that the time is over
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
