@@ -126,10 +126,12 @@ def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[b
     with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
         assert recorder.stdout is not None
         guard = int(recorder.stdout.readline())
-    assert recorder.returncode == -signal.SIGKILL
-    with pytest.raises(SourceError):
-        Processes([sleeper.pid])
-    os.kill(guard, signal.SIGCONT)
+    try:
+        assert recorder.returncode == -signal.SIGKILL
+        with pytest.raises(SourceError):
+            Processes([sleeper.pid])
+    finally:
+        os.kill(guard, signal.SIGCONT)
     processes = Processes([sleeper.pid])
     processes.stop()
     assert wait_for(lambda: not Path(f"/proc/{guard}").exists() or process_state(guard) == "Z")
