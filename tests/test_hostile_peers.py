@@ -5,22 +5,17 @@ The backup is mostly the real command in a process of its own, with TLS, looked 
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import socket
 import ssl
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,139 +24,26 @@ import msgpack
 import numpy as np
 import pytest
 from liars import Liar, Peer
+from services import LONG_S, Figures, Service, make_keys, service, until
 
 from remus_ckpt.errors import Fenced, RemusError
 from remus_ckpt.limits import GIB
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
-from remus_ckpt.service import keys
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.control import ask
 from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Standby
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.wire import session as wire
 from remus_ckpt.wire.record import Position
 
-LONG_S = 30.0
-"""A wait that is only reached when something is broken."""
 PAGES = 16
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Certificates: good ones, one of another CA, one that has expired."""
-    folder = tmp_path_factory.mktemp("keys")
-    now = datetime.now(UTC)
-    keys.init(folder / "ca", now=now - timedelta(days=100))
-    keys.issue(folder / "ca", "backup", hosts=["127.0.0.1"])
-    keys.issue(folder / "ca", "primary")
-    keys.issue(folder / "ca", "expired", days=1, now=now - timedelta(days=50))
-    keys.init(folder / "other")
-    keys.issue(folder / "other", "stranger")
-    return folder
-
-
-@dataclass
-class Figures:
-    """What the system says of a process. rss: bytes"""
-
-    rss: int
-    fds: int
-    threads: int
-
-
-class Service:
-    """The backup, as users start it."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str, log: Path, folder: Path) -> None:
-        self.process = process
-        self.address = address
-        self.host, port = address.removeprefix("tls://").rsplit(":", 1)
-        self.port = int(port)
-        self.log = log
-        self.folder = folder
-
-    def figures(self) -> Figures:
-        proc = Path(f"/proc/{self.process.pid}")
-        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        return Figures(
-            rss=int(status["VmRSS"].split()[0]) << 10,
-            fds=len(os.listdir(proc / "fd")),
-            threads=int(status["Threads"]),
-        )
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Of the log; what is not JSON is an error that nobody caught."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-    def complaints(self) -> Counter[int]:
-        """How many lines above INFO each port of a peer has got."""
-        ports = [
-            line.get("peer", "").split(" ")[0].rpartition(":")[2] for line in self.lines() if line["level"] != "info"
-        ]
-        return Counter(int(port) for port in ports if port)
-
-    def dial(self, bind: str | None = None) -> socket.socket:
-        source = (bind, 0) if bind else None
-        return socket.create_connection((self.host, self.port), timeout=LONG_S, source_address=source)
-
-    def dial_tls(self, who: str | None = "ca/primary") -> ssl.SSLSocket:
-        context = ssl.create_default_context(cafile=self.folder / "ca" / "ca.pem")
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        if who is not None:
-            context.load_cert_chain(self.folder / who / "cert.pem", self.folder / who / "key.pem")
-        return context.wrap_socket(self.dial(), server_hostname="127.0.0.1")
-
-    def protecting(self, name: str, **options: Any) -> Any:
-        array = np.zeros((PAGES, 512), dtype=np.int64)
-        tls = self.folder / "ca" / "primary"
-        return array, protect({"array": array}, to=self.address, name=name, tls_dir=tls, **options)
-
-    def ask(self, method: str = "status", **arguments: Any) -> dict[str, Any]:
-        tls = TlsFiles(self.folder / "ca" / "primary")
-        return ask(connect(Address.parse(self.address), tls=tls), method, arguments, timeout_s=LONG_S)
-
-
-@contextmanager
-def command(*arguments: object, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """`remus-ckpt` in a process of its own, ended with the block."""
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "remus_ckpt", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | environment,
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-@contextmanager
-def service(tmp_path: Path, folder: Path, *options: object) -> Iterator[Service]:
-    log = tmp_path / "backup.log"
-    with command(
-        "backup", "--listen", "tls://127.0.0.1:0", "--store", tmp_path / "store", "--tls-dir", folder / "ca" / "backup",
-        "--log-format", "json", *options, log=log,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        address = process.stdout.readline().removeprefix("listening on ").strip()
-        assert address, log.read_text()
-        yield Service(process, address, log, folder)
+    return make_keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture

@@ -332,6 +332,7 @@ class _Visit:
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
         self._sending = threading.Lock()
         self._numbers = 0
+        self._counted = 0
         self.heard = time.monotonic()
         """When anything came last."""
         self.status: dict[str, Any] = {}
@@ -530,6 +531,13 @@ class _Visit:
         self.say(wire.Ack(level="durable", position=commit.position))
         self.backup.report_phase("acknowledged", commit.position.epoch)
         standby.stored(commit.position, time.monotonic() - begin)
+        before, self._counted = self._counted, self.connection.bytes_received
+        self.backup.metrics.add_bytes(
+            standby.name,
+            raw=commit.pages * PAGE_SIZE,
+            encoded=commit.stream_bytes,
+            wire=self._counted - before,
+        )
         writer.apply()
         if self.session.begin is not None and self.session.begin.wait == "applied":
             self.say(wire.Ack(level="applied", position=commit.position))
