@@ -441,7 +441,8 @@ def failover(
 
     Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
     """
-    report = ask(_dial(source, tls_dir, insecure), "failover", {"name": _name(name), "fence": fence})
+    arguments = {"name": _name(name), "fence": fence}
+    report = ask(_dial(source, tls_dir, insecure), "failover", arguments)
     if as_json:
         print_json(report)
         return
