@@ -484,7 +484,12 @@ def test_names_without_end(tmp_path: Path, folder: Path) -> None:
             assert len(served.ask()["names"]) == kept
 
 
-def test_ten_thousand_questions_and_one_who_does_not_listen(served: Service) -> None:
+def test_ten_thousand_questions_and_one_who_does_not_listen(tmp_path: Path, folder: Path) -> None:
+    with service(tmp_path, folder, "--lease", "1s") as served:
+        ask_without_end(served)
+
+
+def ask_without_end(served: Service) -> None:
     before = served.figures()
     deaf, _ = tls_session(served, **CONTROL)
     question = asking(msgpack.packb({"number": 1, "method": "status", "arguments": {}}))

@@ -448,11 +448,8 @@ def failover(
         return
     out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
     out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
-    out.print(
-        Text(
-            f"to protect it from there on another backup: remus-ckpt protect {report['image']} --term {report['term']} …"
-        )
-    )
+    again = f"remus-ckpt protect {report['image']} --term {report['term']} …"
+    out.print(Text(f"to protect it from there on another backup: {again}"))
 
 
 @app.command(short_help="Protect a worker, kill its side, and see the backup go on.")
