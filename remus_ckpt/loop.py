@@ -18,10 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from remus_ckpt.codec.scan import dirty_pages, gather
-from remus_ckpt.memory import zeros
+from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source
+
+_LOOK_PAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ class CheckpointLoop:
 
         The sender's reference takes it in as it is sent, so that the pause has only to copy what has changed since: a
         page may stand in round 0 more than once, and the last time counts. It is gone over again while that halves what
-        the pause will find.
+        the pause will find, as far as a look at a part of it can tell.
         """
         before = 2 * self._source.pages
         while True:
@@ -212,12 +214,24 @@ class CheckpointLoop:
                 yield from batches(changed + start, gather(sample, changed))
             if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
                 return
+            if self._changed_since() > count // 2:
+                return
             before = count
+
+    def _changed_since(self) -> int:
+        """About how many pages differ from the shadow by now, by every sixteenth group of 64 pages."""
+        looked = changed = 0
+        for start in range(0, self._source.pages, 16 * _LOOK_PAGES):
+            sample = self._source.sample(start, min(start + _LOOK_PAGES, self._source.pages))
+            changed += len(dirty_pages(sample, self._source.shadow[start : start + len(sample)]))
+            looked += len(sample)
+        return changed * self._source.pages // looked
 
     def _room(self, pages: int) -> Pages:
         """A buffer for the capture: kept, because fresh memory costs a fault a page, and aligned, for the codec."""
         if len(self._capture) < pages:
             self._capture = zeros(max(pages, 2 * len(self._capture)))
+            expect(self._capture, np.arange(len(self._capture)))
         return self._capture
 
 

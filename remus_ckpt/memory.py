@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import mmap
@@ -17,12 +18,33 @@ from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 
 _CHUNK_PAGES = 4096
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", 14)
+_HUGE_BYTES = 2 << 20
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def zeros(pages: int) -> Pages:
     """Fresh memory, uint8[pages, 4096]: a page takes memory when it is first written."""
-    area = mmap.mmap(-1, pages * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    return np.frombuffer(area, dtype=np.uint8).reshape(pages, PAGE_SIZE)
+    size = pages * PAGE_SIZE
+    slack = _HUGE_BYTES if size >= _HUGE_BYTES else 0
+    area = mmap.mmap(-1, size + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    whole = np.frombuffer(area, dtype=np.uint8)
+    start = -whole.ctypes.data % slack if slack else 0
+    return whole[start : start + size].reshape(pages, PAGE_SIZE)
+
+
+def expect(memory: Pages, pfns: NDArray[np.int64]) -> None:
+    """These pages of what `zeros` gave are about to be written: where they lie side by side, let them be huge ones.
+
+    Fresh memory costs a fault a page, which takes longer than to fill it. Where pages are scattered nothing changes: a
+    page that is written must not take the memory of 512.
+    """
+    if len(pfns) * PAGE_SIZE < _HUGE_BYTES:
+        return
+    first, pages = int(pfns[0]), int(pfns[-1]) - int(pfns[0]) + 1
+    if len(pfns) <= pages <= len(pfns) * 5 // 4:
+        _madvise(memory.ctypes.data + first * PAGE_SIZE, pages * PAGE_SIZE, _MADV_HUGEPAGE)
 
 
 def load_image(path: str | Path, pages: int | None = None) -> Pages:

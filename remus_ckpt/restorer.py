@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from remus_ckpt.codec import get_codec
 from remus_ckpt.errors import LimitExceeded, Malformed
 from remus_ckpt.limits import Limits
-from remus_ckpt.memory import zeros
+from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
 from remus_ckpt.wire import events
 from remus_ckpt.wire.dialect import Dialect
@@ -97,6 +97,7 @@ class Anonymous:
 
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
         """Write them."""
+        expect(memory, pfns)
         memory[pfns] = data
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:

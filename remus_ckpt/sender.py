@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.reference import Reference, Shadow
-from remus_ckpt.memory import zeros
+from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, Buffer, PageBatch, Pages
 from remus_ckpt.wire import events
 from remus_ckpt.wire.chunks import MAX_P2M_SIZE, Signature
@@ -170,7 +170,7 @@ class Sender:
         if is_first:
             closing += self._writer.write(events.EnableCompression())
         closing += self._writer.write(events.EndOfBody())
-        if len(left_out := np.setdiff1d(self.owed, self.pfns)):
+        if len(self.owed) and len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
         state = device_state() if callable(device_state) else device_state
         after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
@@ -186,11 +186,13 @@ class Sender:
             events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)
         )
         sent.stream_bytes = self._writer.offset - begin
-        sent.position = self.position = after
+        sent.position = after
+        yield closing
+        # Not before: where the last bytes cannot be sent, what they close is still to be taken back.
+        self.position = after
         self.sent = sent
         self.owed = np.empty(0, dtype=np.int64)
         self.unfinished = False
-        yield closing
 
     def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
         seen = np.zeros(self.p2m_size, dtype=bool)
@@ -202,6 +204,8 @@ class Sender:
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
             seen[pfns] = True
             self._carried.append(pfns)
+            if len(self._reference.pages) == self.p2m_size:
+                expect(self._reference.pages, pfns)
             self._reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
             yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))

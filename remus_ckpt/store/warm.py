@@ -60,9 +60,10 @@ class MappedFile:
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:
         """Room on the disk for these pages. Raises StoreError."""
-        missing = np.unique(pfns[~self.has_room[pfns]])
-        if not len(missing):
+        has_room = self.has_room[pfns]
+        if has_room.all():
             return
+        missing = np.unique(pfns[~has_room])
         borders = [0, *(np.flatnonzero(np.diff(missing) > _GAP_PAGES) + 1).tolist(), len(missing)]
         with guarding(self.path):
             for first, stop in itertools.pairwise(borders):

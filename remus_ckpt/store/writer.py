@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from remus_ckpt.errors import Malformed, NoCheckpoint, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import MIB, Limits
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
@@ -95,6 +97,11 @@ class _Chain:
     base_bytes: int = 0
     checkpoints: int = 0
     is_sealed: bool = False
+
+    def count_base(self, end: int) -> None:
+        """The base goes up to there. A first copy may hold pages more than once: what one copy needs not is overhead,
+        and counts as deltas do."""
+        self.base_bytes = min(end, int(np.count_nonzero(self.home.has_room)) * PAGE_SIZE)
 
 
 class HistoryWriter:
@@ -194,7 +201,8 @@ class HistoryWriter:
         return load_state(self.directory)
 
     def _recover(self) -> None:
-        for path in [*self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
+        half_written = [*self.directory.glob(".store.json.*"), *self._warm.glob(".taken-over-*")]
+        for path in [*half_written, *self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
             path.unlink(missing_ok=True)
         names = list_segments(self.directory)
         on_disk = index.read_index(self.directory / index.FILE)
@@ -285,7 +293,8 @@ class HistoryWriter:
                 restorer.rewind()
                 contents.shape = shape_of(restorer)
                 chain = _Chain(restorer, home, path, fd, contents.shape, end, end)
-                chain.base_bytes, chain.checkpoints = contents.entries[0].end, len(contents.entries)
+                chain.checkpoints = len(contents.entries)
+                chain.count_base(contents.entries[0].end)
                 chain.is_sealed = reason is not None or self._chain_is_old(name) or not restorer.reader.compressing
                 self._chain = chain
                 os.lseek(fd, end, os.SEEK_SET)
@@ -574,7 +583,8 @@ class HistoryWriter:
             checkpoint = chain.restorer.commit()
             chain.checkpoints += 1
             if is_new:
-                chain.shape, chain.base_bytes = shape_of(chain.restorer), chain.end
+                chain.shape = shape_of(chain.restorer)
+                chain.count_base(chain.end)
                 self._switch(chain)
                 self._index.add(entry, Contents(entry.segment, shape=chain.shape))
             else:

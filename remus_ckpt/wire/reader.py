@@ -584,6 +584,11 @@ class Reader:
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", "batch")
         raw = yield from self._bytes(count * (self.dialect.word or 8))
         entries = raw.view(f"<u{self.dialect.word}")
+        if int(entries.max()) < self._p2m_size:
+            # All of them normal pages of this memory, as in nearly every batch: there is nothing to be taken apart.
+            pfns, types = entries.astype(np.uint64, copy=False), np.zeros(count, dtype=np.uint8)
+            yield from self._batch_data(pfns, types, count, start)
+            return
         if self.dialect.word == 8 and (entries >> 32).any():
             self.deviate("entry-high-bits", start, "stream.md §5.1", "batch")
         pfns = (entries & chunks.PFN_MASK).astype(np.uint64)
@@ -603,9 +608,12 @@ class Reader:
                 "stream.md §5.1",
                 "batch",
             )
+        yield from self._batch_data(pfns, types, int(np.count_nonzero(with_data)), start)
+
+    def _batch_data(self, pfns: NDArray[np.uint64], types: NDArray[np.uint8], pages: int, start: int) -> Parser:
         data = None
         if not self._course.in_compressed_body:
-            flat = yield from self._bytes(int(np.count_nonzero(with_data)) * PAGE_SIZE)
+            flat = yield from self._bytes(pages * PAGE_SIZE)
             data = flat.reshape(-1, PAGE_SIZE)
         yield from self._emit(events.Batch(pfns=pfns, types=types, data=data, offset=start), "stream.md §5", "batch")
 
