@@ -5,8 +5,10 @@ The backup is mostly the real command in a process of its own, with TLS, looked 
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import signal
 import socket
 import ssl
 import struct
@@ -24,7 +26,8 @@ import msgpack
 import numpy as np
 import pytest
 from liars import Liar, Peer
-from services import LONG_S, Figures, Service, make_keys, service, until
+from services import LONG_S, Figures, Service, command, make_keys, service, until
+from support import writer_process
 
 from remus_ckpt.errors import Fenced, RemusError
 from remus_ckpt.limits import GIB
@@ -632,6 +635,11 @@ def takes_nothing(peer: Peer) -> None:
     threading.Event().wait(3.0)
 
 
+def takes_nothing_for_long(peer: Peer) -> None:
+    peer.welcome(lease_s=1.0)
+    threading.Event().wait(4.0)
+
+
 def hangs_up(peer: Peer) -> None:
     peer.welcome()
 
@@ -745,3 +753,34 @@ def test_backups_that_lie() -> None:
         found = dict(zip(LIARS, pool.map(believe, LIARS.values()), strict=True))
     assert {name: fault for name, fault in found.items() if fault} == {}
     until(lambda: threading.active_count() == before)
+
+
+@pytest.mark.parametrize("serve", [acks_receipt_only, takes_nothing_for_long, hangs_up_at_the_commit])
+def test_a_worker_runs_on_whatever_the_backup_does(tmp_path: Path, serve: Callable[[Peer], None]) -> None:
+    """The real command: its worker writes on, it stays small, and a signal ends it."""
+    memory = Path(f"/dev/shm/remus-hostile-{os.getpid()}")
+    memory.write_bytes(bytes(64 * PAGE_SIZE))
+    try:
+        with (
+            Liar(serve) as liar,
+            writer_process(memory, pages=64) as worker,
+            command(
+                "protect", memory, "--pid", worker.pid, "--to", liar.address, "--name", "orders", "--json",
+                "--interval", "5ms", log=tmp_path / "log",
+            ) as protecting,
+        ):  # fmt: skip
+            until(lambda: liar.visits)
+            for _ in range(5):
+                before = memory.read_bytes()
+                until(lambda: memory.read_bytes() != before)  # noqa: B023
+                time.sleep(0.2)
+            status = Path(f"/proc/{protecting.pid}/status").read_text()
+            assert int(status.partition("VmRSS:")[2].split()[0]) < 200 << 10
+            protecting.send_signal(signal.SIGTERM)
+            out, _ = protecting.communicate(timeout=LONG_S)
+            assert (protecting.returncode, json.loads(out)["ended"]) == (0, "stopped")
+            assert json.loads(out)["committed_epoch"] is None
+            before = memory.read_bytes()
+            until(lambda: memory.read_bytes() != before)
+    finally:
+        memory.unlink()
