@@ -301,6 +301,12 @@ BAD: dict[str, Callable[[Service], int]] = {
 }
 
 
+def deleted_files(pid: int) -> list[str]:
+    """Files that take room on the disk for as long as the process holds them."""
+    found = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    return [path for path in found if path.endswith("(deleted)")]
+
+
 def test_each_bad_peer_leaves_one_line_and_nothing_else(served: Service) -> None:
     """All of them at once, and a good primary among them."""
     array, protection = served.protecting("good")
@@ -317,6 +323,7 @@ def test_each_bad_peer_leaves_one_line_and_nothing_else(served: Service) -> None
                 most = Figures(max(most.rss, now.rss), max(most.fds, now.fds), max(most.threads, now.threads))
         ports = {name: attack.result() for name, attack in attacks.items()}
         until(lambda: served.figures().threads == before.threads)
+        assert deleted_files(served.process.pid) == []
         wanted = Counter(ports.values())
         found = served.complaints()
         assert {name: found[port] for name, port in ports.items() if found[port] != 1} == {}

@@ -392,6 +392,8 @@ class _Visit:
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
+            error.__traceback__ = None
             log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
