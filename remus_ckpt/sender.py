@@ -186,11 +186,13 @@ class Sender:
             events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)
         )
         sent.stream_bytes = self._writer.offset - begin
-        sent.position = self.position = after
+        sent.position = after
+        yield closing
+        # Not before: where the last bytes cannot be sent, what they close is still to be taken back.
+        self.position = after
         self.sent = sent
         self.owed = np.empty(0, dtype=np.int64)
         self.unfinished = False
-        yield closing
 
     def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
         seen = np.zeros(self.p2m_size, dtype=bool)

@@ -371,6 +371,29 @@ def test_a_deviation_of_what_is_dropped_is_not_counted() -> None:
     assert restorer.reader.deviations["nonzero-pad"].count == 1
 
 
+def test_what_waits_behind_a_staged_checkpoint_is_dropped_too() -> None:
+    data, memories = own_stream()
+    end = all_of(_fed(data))[0][2]
+    restorer = _fed(data[:end])
+    restorer.feed(b"\xff" * 100)
+    assert restorer.next_checkpoint() is not None
+    restorer.rewind()
+    restorer.feed(data)
+    assert [row[3] for row in all_of(restorer)] == memories
+
+
+def test_the_codec_is_not_detected_from_what_is_dropped() -> None:
+    restorer = Restorer()
+    restorer.feed(head())
+    all_of(restorer)
+    restorer.feed(s.batch(8, [entry(0)]) + s.compressed(8, BEGIN))
+    assert restorer.next_checkpoint() is None
+    restorer.rewind()
+    restorer.feed(s.batch(8, [entry(0)]) + s.compressed(8, b"\x80" + page(7)) + END + s.hvm_tail())
+    assert [row[3] for row in all_of(restorer)] == [memory_of(7, 2, 3, 4)]
+    assert restorer.dialect.codec == "rle"
+
+
 def test_verify_mode_in_what_is_dropped_is_off_again() -> None:
     restorer = Restorer()
     restorer.feed(head())

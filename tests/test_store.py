@@ -23,6 +23,7 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
+from remus_ckpt.store.index import read_index
 from remus_ckpt.wire import events
 from remus_ckpt.wire.chunks import Signature
 from remus_ckpt.wire.record import CheckpointRecord, Position
@@ -693,6 +694,37 @@ def test_a_new_base_ends_a_compaction(store: Store) -> None:
         assert not any(".partial" in name for name in files(writer.history))
 
 
+def test_a_compaction_that_waits_for_its_close(store: Store) -> None:
+    """In the middle of a checkpoint it cannot be closed; the next boundary does that, or a new base ends it."""
+    with store.writer("orders") as writer:
+        source = fill(writer, 3)
+        data = source.checkpoint()
+        writer.feed(data[:100])
+        writer.compact(wait=True)
+        assert writer.compacting and len(files(writer.history)) == 2
+        writer.feed(data[100:])
+        writer.check(source.position)
+        writer.store()
+        writer.apply()
+        assert not writer.compacting and writer.history.entries()[-1].is_base
+        writer.feed(source.checkpoint()[:100])
+        writer.compact(wait=True)
+        assert writer.compacting
+        source = Source(position=writer.position)
+        writer.begin(full=True)
+        assert not writer.compacting
+        commit(writer, source.checkpoint(), source.position)
+        fill(writer, 1, source)
+        assert memory_sha256(writer.history.restore().memory) == sha(source.position.epoch)
+        assert [entry.is_base for entry in writer.history.entries()] == [True, False, False, True, True, False]
+        writer.compact(wait=True)
+        writer.feed(source.checkpoint()[:100])
+        writer.compact(wait=True)
+    with store.writer("orders") as writer:
+        assert writer.position is not None and writer.memory is not None
+        assert memory_sha256(writer.memory) == sha(writer.position.epoch)
+
+
 def test_page_tables_and_blanked_pages_survive_compaction(store: Store) -> None:
     """Pages that become zeros while a compaction runs must be written as zeros."""
     sender = Sender(8)
@@ -749,6 +781,8 @@ def test_retention(store: Store, retention: Retention, left: int) -> None:
         # The newest checkpoint, 9, was taken at 9 s; now it is 10 s.
         removed = writer.prune(retention, now_ns=10 * 10**9)
         assert removed == names[: 5 - left] and files(writer.history) == names[5 - left :]
+        indexed = read_index(writer.directory / "index.sqlite")
+        assert indexed is not None and sorted(indexed) == names[5 - left :]
         assert epochs(writer.history) == list(range(10 - 2 * left, 10))
         assert memory_sha256(writer.history.restore().memory) == sha(9)
     with store.writer("orders") as writer:

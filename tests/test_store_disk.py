@@ -135,8 +135,12 @@ def test_full_only_for_the_warm_copy(disk: Path, tmp_path: Path) -> None:
         assert writer.memory[200:300].tobytes() == later
         # A page that has room needs none.
         ballast = Ballast(disk, 0)
-        data, _ = noisy(sender, np.arange(200, 300), 3)
+        data, last = noisy(sender, np.arange(200, 300), 3)
         commit(writer, data, sender.position)
+        # A compaction looks at no hole.
+        writer.compact(wait=True)
+        assert writer.warnings == [] and writer.history.find().is_base
+        assert writer.history.restore().memory[200:300].tobytes() == last
         ballast.drop()
     for path in (disk / "warm" / "orders").iterdir():
         path.unlink()

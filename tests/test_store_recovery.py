@@ -135,10 +135,12 @@ def test_what_a_death_leaves_lying_about_is_removed(store: Store) -> None:
         (directory / "segments" / name).write_bytes(b"half")
     (directory / "warm" / "memory-9.image").write_bytes(b"half")
     (directory / ".store.json.new").write_bytes(b"{")
+    (directory / "warm" / ".taken-over-1.image.new").write_bytes(b"half")
     with store.writer("orders") as writer:
         assert writer.warnings == [] and writer.image is not None
         assert len(os.listdir(directory / "segments")) == 2
         assert os.listdir(directory / "warm") == [writer.image.name]
+        assert not (directory / ".store.json.new").exists()
         assert writer.image.read_bytes() == memory_at(6).tobytes()
 
 

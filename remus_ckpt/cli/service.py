@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+import resource
+import select
 import signal
 import subprocess
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from functools import partial
+from logging import ERROR
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +36,8 @@ from remus_ckpt.loop import StopSignal, Totals
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
-from remus_ckpt.service.observe import Metrics, configure_logs, notify, watchdog_interval_s
+from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
+from remus_ckpt.service.observe import Metrics, configure_logs, log, notify, watchdog_interval_s
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, Connection, TlsFiles, connect
@@ -42,6 +48,8 @@ from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Retention
 from remus_ckpt.walk import complain, errors, out
 from remus_ckpt.wire.session import check_name
+
+_LAST_WORDS_S = 10.0
 
 
 class LogFormat(StrEnum):
@@ -148,8 +156,11 @@ def backup(
     addresses = [_address(text) for text in listen]
     if auto_failover and not fence:
         raise typer.BadParameter("--auto-failover needs --fence: without it, two sides may go on at once")
+    lease_s = parse_duration(lease)
+    if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
+        raise typer.BadParameter(f"--lease {lease}: it has {MIN_LEASE_S:g}s to {MAX_LEASE_S:g}s")
     policy = Policy(
-        lease_s=parse_duration(lease),
+        lease_s=lease_s,
         automatic=auto_failover,
         fence=fence,
         on_failover=on_failover,
@@ -162,6 +173,9 @@ def backup(
     )
     configure_logs(log_format.value)
     counted = Metrics()
+    with suppress(OSError, ValueError):  # each name takes a few; poll is used here, which knows no highest number
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
         if metrics:
@@ -281,6 +295,8 @@ def protect(
                     show.update(Text(f"{totals.line(taken)}  {lag} not yet committed"))
         finally:
             notify("STOPPING=1")
+            if release:
+                release.hurry()
             committed = primary.committed
             report = totals.report() | {
                 "name": name,
@@ -294,6 +310,8 @@ def protect(
             else:
                 last = f"committed up to epoch {committed.epoch}" if committed else "nothing committed"
                 errors.print(Text(f"{name}: {totals.text()}; {last}; {report['ended']}"))
+    if release and release.has_failed:
+        raise typer.Exit(1)
 
 
 def _stopper(
@@ -311,22 +329,57 @@ def _stopper(
 
 
 class _Released:
-    """The user's command, which reads a line for each commit."""
+    """The user's command, which reads a line for each commit.
+
+    It may be slow: checkpoints wait for it then. Once the end has come it has ten seconds for what it has not read.
+    """
 
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, start_new_session=True)
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin
+        os.set_blocking(self._pipe.fileno(), False)
+        self._deadline = math.inf
+        self._lost: int | None = None
+        self.has_failed = False
 
     def __call__(self, committed: Committed) -> None:
-        assert self._process.stdin is not None
-        os.write(self._process.stdin.fileno(), f"{committed.epoch} {committed.position.digest.hex()}\n".encode())
+        if self._lost is None and not self._write(f"{committed.epoch} {committed.position.digest.hex()}\n".encode()):
+            self._lost = committed.epoch
+            log("the command of --on-commit takes no more: nothing is released", level=ERROR, epoch=committed.epoch)
+
+    def _write(self, line: bytes) -> bool:
+        poll = select.poll()
+        poll.register(self._pipe.fileno(), select.POLLOUT)
+        while time.monotonic() < self._deadline:
+            try:
+                os.write(self._pipe.fileno(), line)  # a line is less than PIPE_BUF: all of it or nothing
+                return True
+            except BlockingIOError:
+                poll.poll(100)
+            except BrokenPipeError:
+                return False
+        return False
+
+    def hurry(self) -> None:
+        """The end has come."""
+        self._deadline = time.monotonic() + _LAST_WORDS_S
 
     def close(self) -> None:
         """No more comes; wait for it to end."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        status = self._process.wait()
+        self._pipe.close()
+        try:
+            status = self._process.wait(max(self._deadline - time.monotonic(), 1.0))
+        except subprocess.TimeoutExpired:
+            complain("the command of --on-commit does not end: it is killed")
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            status = self._process.wait()
         if status:
             complain(f"the command of --on-commit ended with status {status}")
+        if self._lost is not None:
+            complain(f"commits from epoch {self._lost} on were not given to the command of --on-commit")
+        self.has_failed = bool(status) or self._lost is not None
 
 
 @app.command(short_help="Say how a backup and its primaries are.")

@@ -6,8 +6,10 @@ that is run. What is to be done about a silent primary is decided in `failover`,
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import resource
 import select
 import threading
 import time
@@ -15,6 +17,8 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
+
+import msgpack
 
 from remus_ckpt import __version__
 from remus_ckpt.errors import (
@@ -30,6 +34,7 @@ from remus_ckpt.errors import (
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.failover import MAX_EPOCH
 from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
@@ -40,6 +45,13 @@ from remus_ckpt.wire.session import Session
 _HELLO_S = 5.0
 _FRAME_S = 60.0
 _BEAT_S = 0.1
+_LOCK = ".lock"
+"""In the store; no name begins with a dot."""
+_NAME_DESCRIPTORS = 8
+"""Of one name: lock, segments, warm copies, index."""
+_OWN_DESCRIPTORS = 64
+_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s")
+"""What is said of a name where there are too many to say all."""
 _RECEIVED_EVERY = 8
 
 
@@ -90,6 +102,7 @@ class Backup:
                 stack.callback(self._stop.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(self._close_wake)
+            stack.callback(os.close, self._lock_store())
             self._standbys: dict[str, Standby] = {}
             stack.callback(self._close_standbys)
             for name in self._store.names():
@@ -194,18 +207,40 @@ class Backup:
     def _receive_visit(self, connection: Connection) -> None:
         visits = self._visiting()
         if len(visits) >= self.policy.max_connections:
-            # Those who have not said who they are make room, the oldest first.
-            nameless = next((visit for visit in visits if not visit.is_known), None)
-            if nameless is None:
+            # Those who have not said who they are make room, the oldest first; then those who only ask.
+            least = next((visit for visit in visits if not visit.is_known), None)
+            least = least or next((visit for visit in visits if not visit.run_id), None)
+            if least is None:
                 log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()
                 return
-            nameless.connection.close()
-            nameless.thread.join(1.0)
+            least.connection.close()
+            least.thread.join(1.0)
         visit = _Visit(self, connection)
+        try:
+            visit.thread.start()
+        except RuntimeError as error:  # no more threads are allowed
+            log("too many connections", level=logging.ERROR, peer=connection.peer, reason=str(error))
+            connection.close()
+            return
         with self._lock:
             self._visits.append(visit)
-        visit.thread.start()
+
+    def _lock_store(self) -> int:
+        """A descriptor that keeps other backups out: a new name would else be made by two."""
+        path = self._store.directory / _LOCK
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise StoreError(f"{self._store.directory} is served by another backup: stop that one first") from None
+            raise StoreError(f"{path}: {error.strerror}") from error
+        return fd
 
     def _close_wake(self) -> None:
         with self._wake_lock:
@@ -217,7 +252,7 @@ class Backup:
             standby.close()
 
     def standby(self, name: str) -> Standby:
-        """That under a name, made if it is new. Raises Refusal for one that is not taken here."""
+        """That under a name, made if it is new; `release` is due. Raises Refusal for one that is not taken here."""
         try:
             wire.check_name(name)
         except ValueError as error:
@@ -226,10 +261,26 @@ class Backup:
             raise Refusal("name", f"{name!r} is not among the names that this backup was started for (--name)")
         with self._lock:
             if name not in self._standbys:
-                if len(self._standbys) >= self.policy.max_names:
+                if len(self._standbys) >= min(self.policy.max_names, self._room_for_names()):
                     raise Refusal("limit", f"this backup keeps {len(self._standbys)} names already")
                 self._standbys[name] = self._open(name)
+            self._standbys[name].guests += 1
             return self._standbys[name]
+
+    def _room_for_names(self) -> int:
+        """How many names there are descriptors for, when all connections are in use."""
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if descriptors == resource.RLIM_INFINITY:
+            return self.policy.max_names
+        return max((descriptors - self.policy.max_connections - _OWN_DESCRIPTORS) // _NAME_DESCRIPTORS, 1)
+
+    def release(self, standby: Standby) -> None:
+        """A name under which nothing was ever committed must not keep its place from others."""
+        with self._lock:
+            standby.guests -= 1
+            if not standby.guests and standby.close_if_empty():
+                del self._standbys[standby.name]
+                self.metrics.forget(standby.name)
 
     def _open(self, name: str) -> Standby:
         writer = self._store.writer(
@@ -253,6 +304,21 @@ def _code_of(error: StreamError) -> str:
     if isinstance(error, LimitExceeded):
         return "limit"
     return "malformed" if (error.section or "").startswith("session.md") else "stream"
+
+
+def _shortened(status: dict[str, Any]) -> dict[str, Any]:
+    """A status that fits into one reply, whatever primaries say of themselves and however many they are."""
+    room = wire.REQUEST_BYTES // 2
+    names = status["names"]
+    sizes = {name: len(msgpack.packb(found["primary"])) for name, found in names.items()}
+    if sum(sizes.values()) > room:
+        fair = room // len(names)
+        names = {name: found | ({"primary": {}} if sizes[name] > fair else {}) for name, found in names.items()}
+    if len(msgpack.packb(names)) > room + room // 2:
+        names = {
+            name: {key: found[key] for key in _BRIEF} | {"warnings": [], "primary": {}} for name, found in names.items()
+        }
+    return status | {"names": names}
 
 
 class _Visit:
@@ -393,7 +459,7 @@ class _Visit:
         try:
             match request.method:
                 case "status":
-                    return self.backup.status()
+                    return _shortened(self.backup.status())
                 case "failover":
                     return self.backup.failover(
                         str(request.arguments.get("name")), fence=bool(request.arguments.get("fence"))
@@ -405,8 +471,18 @@ class _Visit:
     def _serve_primary(self, hello: wire.Hello) -> None:
         if hello.page_size != PAGE_SIZE:
             raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+        most = self.backup.limits.memory_bytes
+        if hello.memory_pages * PAGE_SIZE > most:
+            text = f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {most:,} (--max-memory)"
+            raise Refusal("limit", text)
         self.run_id = hello.run
         standby = self.backup.standby(hello.name)
+        try:
+            self._host(standby, hello)
+        finally:
+            self.backup.release(standby)
+
+    def _host(self, standby: Standby, hello: wire.Hello) -> None:
         with standby.hosting(self, hello) as writer:
             self.say(standby.welcome(hello, self.backup.limits))
             last_frame = time.monotonic()
@@ -438,6 +514,8 @@ class _Visit:
 
     def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
         begin = time.monotonic()
+        if commit.position.epoch > MAX_EPOCH:
+            raise Refusal("limit", f"epoch {commit.position.epoch}; there are {MAX_EPOCH}")
         staged = writer.check(commit.position)
         record = staged.record
         if record is None or record.before != commit.before or staged.page_count != commit.pages:

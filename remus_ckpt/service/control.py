@@ -39,7 +39,9 @@ def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeo
                         size = connection.recv_into(session.get_buffer(), max(left, 0.0))
                     except TimeoutError:
                         raise LinkError(f"{connection.peer} has not answered in {timeout_s:g} s") from None
-                    if size:
-                        session.buffer_updated(size)
-                    else:
-                        session.feed_eof()
+                    if not size:
+                        raise LinkError(
+                            f"{connection.peer} has hung up without an answer: is it a backup, and is TLS used on both "
+                            "sides or on none?"
+                        )
+                    session.buffer_updated(size)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError
+from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
+from remus_ckpt.service.failover import MAX_EPOCH, MAX_LEASE_S, MIN_LEASE_S
 from remus_ckpt.service.transport import Connection
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import (
@@ -29,6 +30,8 @@ from remus_ckpt.wire.session import (
 
 _FLUSH_BYTES = 1 << 20
 _WELCOME_S = 30.0
+_LOOK_S = 0.25
+"""So often who waits for a welcome looks whether it is still to be waited for."""
 
 
 class Link:
@@ -38,6 +41,7 @@ class Link:
     hello: who we are
     on_ack: called for each acknowledgement, in the thread that hears it
     status: called for what goes with each heartbeat
+    give_up: whether not to wait for the welcome any longer
     Raises Refused or Fenced if the backup will not have us, LinkError if it is lost, Malformed if it talks nonsense.
     """
 
@@ -48,6 +52,7 @@ class Link:
         *,
         on_ack: Callable[[Ack], None],
         status: Callable[[], dict[str, Any]],
+        give_up: Callable[[], bool] = lambda: False,
         compression: str = "auto",
     ) -> None:
         self._connection = connection
@@ -66,16 +71,19 @@ class Link:
         """Readable once the session has failed."""
         self._heard = time.monotonic()
         self._lease_s = _WELCOME_S  # until the welcome says better
+        self._term = hello.term
         self._closing = False
         self._counted = 0
         self._thread: threading.Thread | None = None
         try:
             self._post(hello)
-            self.welcome = self._await_welcome()
+            self.welcome = self._await_welcome(give_up)
+            self._check_welcome(hello)
         except BaseException:
             self._release()
             raise
         self._lease_s = self.welcome.lease_s
+        self._term = self.welcome.term
         self._chooser = Chooser(compression, self.welcome.compressions)
 
     @property
@@ -88,7 +96,7 @@ class Link:
         before, self._counted = self._counted, self._connection.bytes_sent
         return self._counted - before
 
-    def _await_welcome(self) -> Welcome:
+    def _await_welcome(self, give_up: Callable[[], bool]) -> Welcome:
         deadline = time.monotonic() + _WELCOME_S
         while True:
             event = self._session.next_event()
@@ -96,8 +104,23 @@ class Link:
                 return event
             if event is not None:
                 self._take(event)
-            elif not self._receive(max(deadline - time.monotonic(), 0.0)):
-                raise LinkError(f"{self.peer} took the connection and has not answered in {_WELCOME_S:g} s")
+            elif time.monotonic() > deadline or give_up():
+                raise LinkError(f"{self.peer} took the connection and has not answered")
+            else:
+                self._receive(_LOOK_S)
+
+    def _check_welcome(self, hello: Hello) -> None:
+        """What no backup says that works: it is tried again, later. Raises Malformed."""
+        welcome = self.welcome
+        fault = None
+        if hello.term is not None and welcome.term != hello.term:
+            fault = f"a welcome under term {welcome.term} for a primary of term {hello.term} (§6)"
+        elif not MIN_LEASE_S <= welcome.lease_s <= MAX_LEASE_S:
+            fault = f"a lease of {welcome.lease_s:g} s; it has {MIN_LEASE_S:g}…{MAX_LEASE_S:g}"
+        elif max(welcome.highest_epoch or 0, welcome.position.epoch if welcome.position else 0) > MAX_EPOCH:
+            fault = f"epochs above {MAX_EPOCH}"
+        if fault is not None:
+            raise Malformed(f"{self.peer}: {fault}", section="session.md §3.2", chunk="WELCOME")
 
     # What goes out
 
@@ -218,8 +241,11 @@ class Link:
                 if event.level == "received" and event.position == position:
                     self._chooser.received(size, time.monotonic() - begin)
                 self._on_ack(event)
+            case Error(code="fenced", term=int() as term) if self._term is None or term >= self._term:
+                raise Fenced(event.message, term=term)
             case Error(code="fenced"):
-                raise Fenced(event.message, term=event.term or 0)
+                # Who has taken over has a term that is not below ours: this one is mistaken, or lies.
+                raise LinkError(f"{self.peer} refuses term {self._term} for the sake of term {event.term}")
             case Error():
                 raise Refused(f"{self.peer}: {event.message}", code=event.code)
             case Goodbye():

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt import __version__
 from remus_ckpt.codec.reference import Shadow
-from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError
+from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError, UnknownFormat
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -38,6 +39,8 @@ LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
+_TRY_S = 1.0
+"""So long a backup has to answer, at least."""
 _MAX_UNRELEASED = 1000
 
 
@@ -127,6 +130,9 @@ class Primary:
         self._changed = threading.Condition()
         self._began = 0.0
         self._connections = 0
+        self._commits = 0
+        self._commits_before = 0  # when the link was made
+        self._backoff_s = 0.0
         self._release = _Release(on_commit) if on_commit else None
         self._fenced: Fenced | None = None
 
@@ -233,25 +239,38 @@ class Primary:
         """Connect, again and again with longer pauses, until it is done or there is no more reason to."""
         if self._fenced is not None:
             raise self._fenced
-        backoff_s = _FIRST_BACKOFF_S
         said = ""
         while self._link is None and not self.ended:
+            left_s = self._backoff_s if deadline is None else min(self._backoff_s, deadline - time.monotonic())
+            if left_s > 0:
+                self._sleep(left_s)
+                if self.ended:
+                    return
             try:
-                self._open()
+                self._open(None if deadline is None else max(deadline, time.monotonic() + _TRY_S))
                 return
             except Refused as error:
                 if error.code in LASTING:
                     raise
                 reason: RemusError = error
-            except (LinkError, Malformed) as error:
+            except (LinkError, StreamError) as error:
+                if isinstance(error, UnknownFormat) and not self._connections:
+                    raise  # it has never been a backup
                 reason = error
+            self._back_off()
             if str(reason) != said:
                 log("no link", level=logging.WARNING, name=self.name, reason=str(reason))
                 said = str(reason)
-            if deadline is not None and time.monotonic() + backoff_s > deadline:
+            if deadline is not None and time.monotonic() + self._backoff_s > deadline:
                 raise reason if isinstance(reason, LinkError) else LinkError(str(reason))
-            self._sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    def _back_off(self) -> None:
+        """Before the next link, which is made at once only where the last one carried a commit."""
+        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
+
+    def _gives_up(self, deadline: float | None) -> bool:
+        is_stopped = self._stop is not None and self._stop.is_set
+        return is_stopped or not self._source.alive() or (deadline is not None and time.monotonic() > deadline)
 
     def _sleep(self, seconds: float) -> None:
         poll = select.poll()
@@ -265,7 +284,7 @@ class Primary:
         elif not self._source.alive():
             self.ended = "source gone"
 
-    def _open(self) -> None:
+    def _open(self, deadline: float | None) -> None:
         hello = Hello(
             program=f"remus_ckpt {__version__}",
             role="primary",
@@ -280,7 +299,14 @@ class Primary:
         )
         connection = self._connect()
         try:
-            link = Link(connection, hello, on_ack=self._acknowledged, status=self.status, compression=self._compression)
+            link = Link(
+                connection,
+                hello,
+                on_ack=self._acknowledged,
+                status=self.status,
+                give_up=partial(self._gives_up, deadline),
+                compression=self._compression,
+            )
         except BaseException:
             connection.close()
             raise
@@ -293,6 +319,7 @@ class Primary:
         self._link = link
         self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
+        self._commits_before = self._commits
         if self._compression not in ("auto", "none", *link.welcome.compressions):
             log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
         self._metrics.set_connected(self.name, True)
@@ -363,6 +390,8 @@ class Primary:
         self._began = 0.0
         if link is not None:
             link.close()
+            if self._commits == self._commits_before:
+                self._back_off()
         self._metrics.set_connected(self.name, False)
         with self._changed:
             self._changed.notify_all()
@@ -459,6 +488,8 @@ class Primary:
             while self._flights and (not done or done[-1].sent.position != position):
                 done.append(self._flights.popleft())
             self.committed = position
+            self._commits += len(done)
+            self._backoff_s = 0.0
             self._changed.notify_all()
         for flight in done:
             assert flight.sent.position is not None

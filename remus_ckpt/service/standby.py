@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +58,9 @@ class Policy:
     max_connections: int = 256
 
     def __post_init__(self) -> None:
+        least, most = failover.MIN_LEASE_S, failover.MAX_LEASE_S
+        if not least <= self.lease_s <= most:
+            raise ValueError(f"a lease of {self.lease_s:g} s; it has {least:g} s to {most:g} s")
         if self.automatic and not self.fence:
             raise ValueError("automatic failover needs a fencing command: without one, two sides may go on at once")
 
@@ -96,6 +100,8 @@ class Standby:
         self, name: str, writer: HistoryWriter, policy: Policy, metrics: Metrics, wake: Callable[[], None]
     ) -> None:
         self.name = name
+        self.guests = 0
+        """Primaries that are here, or wait to be let in; the backup counts them."""
         self._writer = writer
         self._policy = policy
         self._metrics = metrics
@@ -189,12 +195,6 @@ class Standby:
 
     def welcome(self, hello: Hello, limits: Limits) -> Welcome:
         """What the primary that has just been let in is to know."""
-        if hello.memory_pages * PAGE_SIZE > limits.memory_bytes:
-            raise Refusal(
-                "limit",
-                f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {limits.memory_bytes:,} "
-                "(--max-memory)",
-            )
         shape = self._writer.stream
         return Welcome(
             program=f"remus_ckpt {__version__}",
@@ -426,6 +426,27 @@ class Standby:
                 "warnings": list(self._writer.warnings),
                 "primary": dict(visitor.status) if visitor is not None else {},
             }
+
+    def close_if_empty(self) -> bool:
+        """Let go of the store and remove it, if nothing was ever committed to it; whether that was done.
+
+        A term that it was told is kept: it says who must not come back.
+        """
+        with self._changed:
+            writer = self._writer
+            if self._is_closed or self._visitor is not None or self._promoting or writer.state.term:
+                return False
+            if (
+                writer.position is not None
+                or writer.highest_epoch >= 0
+                or any((writer.directory / "segments").iterdir())
+            ):
+                return False
+            self._is_closed = True
+            writer.close()
+            with suppress(OSError):
+                shutil.rmtree(writer.directory)
+            return True
 
     def close(self) -> None:
         """Let go of the store. A takeover command that still runs then is run again when a backup is started anew."""

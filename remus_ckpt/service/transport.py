@@ -34,7 +34,8 @@ Scheme = Literal["tls", "tcp", "unix"]
 MAX_UNIX_PATH_BYTES = 107
 """sockaddr_un holds 108, and a zero ends the path."""
 _MAX_VECTORS = 1024
-_BACKLOG = 128
+_BACKLOG = 1024
+"""When it is full, the kernel drops who comes, who tries again a second later at the earliest."""
 _RECORD_BYTES = 16 << 10
 """One TLS record, and one SSL_write (RFC 8446, section 5.1)."""
 _JOIN_BYTES = 64 << 10

@@ -201,7 +201,8 @@ class HistoryWriter:
         return load_state(self.directory)
 
     def _recover(self) -> None:
-        for path in [*self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
+        half_written = [*self.directory.glob(".store.json.*"), *self._warm.glob(".taken-over-*")]
+        for path in [*half_written, *self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
             path.unlink(missing_ok=True)
         names = list_segments(self.directory)
         on_disk = index.read_index(self.directory / index.FILE)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills, freezes and cuts off primary and backup, and looks whether anything that was committed is lost or wrong.
 
-    killtest [--runs N] [--seed N] [--jobs N] [--only PHASE] [--run NUMBER] [--keep DIR] [--json]
+    killtest [--runs N] [--seed N] [--jobs N] [--only PHASE] [--run NUMBER] [--first] [--keep DIR] [--json]
 
 Each run has a worker, a primary and a backup, which are real processes, and this one between them: it forwards what
 they say, hashes memory in each pause, and remembers what was reported as committed. Then it ends them at random
@@ -48,6 +48,7 @@ def main() -> int:
         "--only", choices=run.TARGETS, metavar="PHASE", help=f"aim all at one of {', '.join(run.TARGETS)}"
     )
     parser.add_argument("--run", type=int, help="this one alone")
+    parser.add_argument("--first", action="store_true", help="end with the first run that fails")
     parser.add_argument("--keep", type=Path, help="where the directories of runs lie; those that failed stay")
     parser.add_argument("--json", action="store_true", help="all results, for machines")
     options = parser.parse_args()
@@ -60,14 +61,19 @@ def main() -> int:
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=run.prepare
     ) as pool:
-        results = play(pool, seed, plan, options.keep)
-        if options.run is None and options.only is None and options.runs >= 2 * len(run.TARGETS):
+        results = play(pool, seed, plan, options.keep, options.first)
+        if (
+            not (options.first and any(one["failures"] for one in results))
+            and options.run is None
+            and options.only is None
+            and options.runs >= 2 * len(run.TARGETS)
+        ):
             number = options.runs
             for aim in run.TARGETS:
                 for _ in range(TRIES):
                     if hits(results)[aim]:
                         break
-                    results += play(pool, seed, [(number, aim)], options.keep)
+                    results += play(pool, seed, [(number, aim)], options.keep, options.first)
                     number += 1
     seconds = time.monotonic() - begin
     failed = [one for one in results if one["failures"]]
@@ -87,26 +93,36 @@ def aim_of(number: int) -> str:
     return run.TARGETS[number // 2 % len(run.TARGETS)] if number % 2 else ""
 
 
-def play(pool: ProcessPoolExecutor, seed: int, plan: list[tuple[int, str]], keep: Path | None) -> list[dict[str, Any]]:
-    """Run them; a failure is told at once."""
+def play(
+    pool: ProcessPoolExecutor, seed: int, plan: list[tuple[int, str]], keep: Path | None, first: bool
+) -> list[dict[str, Any]]:
+    """Run them; a failure is told at once.
+
+    first: begin no more when one has failed
+    """
     directory = str(keep) if keep is not None else None
     futures: list[Future[dict[str, Any]]] = [
         pool.submit(run.run_one, seed, number, aim, directory) for number, aim in plan
     ]
     results = []
     for done, future in enumerate(as_completed(futures), 1):
+        if future.cancelled():
+            continue
         result = future.result()
         results.append(result)
         if result["failures"]:
             only = f" --only {result['aim']}" if result["aim"] else ""
             print(
-                f"run {result['number']} failed: killtest --seed {seed} --run {result['number']}{only}; "
+                f"run {result['number']} failed: python tools/killtest --seed {seed} --run {result['number']}{only}; "
                 f"kept: {result['directory']}\n  {', '.join(result['faults'])}; {result['ending']}",
                 *(f"  {line}" for failure in result["failures"][:10] for line in failure.splitlines()),
                 sep="\n",
                 file=sys.stderr,
                 flush=True,
             )
+            if first:
+                for other in futures:
+                    other.cancel()
         elif sys.stderr.isatty():
             print(f"\r{done} of {len(futures)}", end="", file=sys.stderr, flush=True)
     return sorted(results, key=lambda one: one["number"])

@@ -51,6 +51,9 @@ PHASES = (*PRIMARY_PHASES, *BACKUP_PHASES)
 FIRST_PHASES = {"primary": PRIMARY_PHASES[0], "backup": BACKUP_PHASES[0]}
 MARK = "REMUS_KILLTEST"
 """An environment variable: what the children start themselves, such as guards, is found by it."""
+SCRATCH_BYTES = 3 << 19
+"""Behind the ledger: filled with noise now and then, so that some checkpoints travel in many pieces."""
+MEMORY_BYTES = BYTES + SCRATCH_BYTES
 CLEAN, BROKEN, FENCED = 1, 2, 3
 """How a child ended by itself."""
 
@@ -124,13 +127,17 @@ class Board:
 def run_worker(args: dict[str, Any], board: Board, channel: socket.socket) -> int:
     """Makes transfers in bursts, as a server does; two jobs on two cores have to leave something for the others."""
     with open(args["memory"], "r+b") as file:
-        ledger = Ledger(mmap.mmap(file.fileno(), BYTES))
+        memory = mmap.mmap(file.fileno(), MEMORY_BYTES)
+    ledger = Ledger(memory)
     ledger.recover()
     channel.send(b"ready")
     draw = random.Random(args["seed"])
     while True:
         for _ in range(draw.randrange(1, 40)):
             ledger.transfer()
+        if draw.random() < 0.02:
+            size = draw.randrange(SCRATCH_BYTES)
+            memory[BYTES : BYTES + size] = draw.randbytes(size)
         time.sleep(draw.uniform(0.0, 0.002))
 
 

@@ -18,7 +18,7 @@ Direction = Literal["up", "down"]
 _PIECE_BYTES = 1 << 16
 _HEADER = struct.Struct("<BBHIII")
 _PREFACE_BYTES = 8
-_WELCOME, _BEGIN, _DATA, _ACK, _ERROR = 2, 3, 4, 6, 8
+_WELCOME, _BEGIN, _DATA, _ACK, _HEARTBEAT, _ERROR = 2, 3, 4, 6, 7, 8
 _LEVELS = ("received", "durable", "applied")
 
 
@@ -31,7 +31,7 @@ class Frames:
 
     def feed(self, data: bytes) -> list[tuple[int, dict[str, Any]]]:
         """The control frames that end in these bytes: type and map."""
-        found = []
+        found: list[tuple[int, dict[str, Any]]] = []
         self._bytes += data
         while True:
             skipped = min(self._skip, len(self._bytes))
@@ -122,7 +122,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._delay_s = 0.0
         self._delay_until = 0.0
-        self._armed: dict[Direction, str] = {}
+        self._armed: dict[Direction, tuple[str, bool]] = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -140,9 +140,12 @@ class Proxy:
         self._delay_until = time.monotonic() + for_s
         self._delay_s = piece_s
 
-    def arm(self, direction: Direction, what: Literal["flip", "truncate"]) -> None:
-        """Do that to the next piece that goes this way."""
-        self._armed[direction] = what
+    def arm(self, direction: Direction, what: Literal["flip", "truncate"], *, heartbeat: bool = False) -> None:
+        """Do that to the next piece that goes this way.
+
+        heartbeat: to the next that ends with one: of all frames they are the ones that nothing else depends on
+        """
+        self._armed[direction] = what, heartbeat
 
     def is_armed(self, direction: Direction) -> bool:
         """Whether it waits for a piece."""
@@ -226,10 +229,14 @@ class Proxy:
     def _forward(self, pair: Pair, direction: Direction, target: socket.socket, data: bytes) -> bool:
         """Whether it goes on."""
         forwarded = not pair.is_hole
-        self._hear(pair, direction, data, forwarded)
+        kinds = self._hear(pair, direction, data, forwarded)
         if not forwarded:
             return True
-        what = self._armed.pop(direction, None)
+        what, heartbeat = self._armed.get(direction, ("", False))
+        if what and (not heartbeat or kinds[-1:] == [_HEARTBEAT]):
+            self._armed.pop(direction, None)
+        else:
+            what = ""
         if what == "flip":
             changed = bytearray(data)
             changed[self._draw.randrange(len(data))] ^= 1 << self._draw.randrange(8)
@@ -251,9 +258,11 @@ class Proxy:
             return False
         return True
 
-    def _hear(self, pair: Pair, direction: Direction, data: bytes, forwarded: bool) -> None:
+    def _hear(self, pair: Pair, direction: Direction, data: bytes, forwarded: bool) -> list[int]:
+        """The kinds of the control frames that end in this piece."""
         now = time.monotonic()
-        for kind, message in pair.frames[direction].feed(data):
+        heard = pair.frames[direction].feed(data)
+        for kind, message in heard:
             if kind == _ERROR:
                 self.errors.append((direction, message["code"], message["message"]))
             elif direction == "up" and kind == _BEGIN and forwarded:
@@ -272,3 +281,4 @@ class Proxy:
                 is_enough = kind == _WELCOME or _LEVELS.index(message["level"]) >= _LEVELS.index(self.wait)
                 if forwarded and is_enough:
                     self.held.append(Held(now, position[0], position[1].hex()))
+        return [kind for kind, _ in heard]

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from killtest.children import (
     CLEAN,
     FENCED,
+    MEMORY_BYTES,
     PRIMARY_PHASES,
     Child,
     Nursery,
@@ -45,7 +47,9 @@ KINDS = (
     *("drop", "delay", "truncate", "flip", "black hole"),
 )
 ENDINGS = ("killed", "failover", "restart", "fence", "stop")
-_PATIENCE_S = 20.0
+_PATIENCE_S = 45.0
+"""Longer than a primary waits for its welcome."""
+_AIM_S = 5.0
 _FLIP_S = 5.0
 _DEATH_S = 1.0
 _CHUNK_BYTES = 1 << 20
@@ -189,7 +193,7 @@ class Run:
         self._memory = self._shared / "memory"
         self._store = self.directory / "store"
         self._mark = self.directory.name
-        self._lease_s = draw.uniform(0.4, 0.8)
+        self._lease_s = draw.uniform(0.3, 0.6)
         self._retain = draw.choice([None, 8, 30]) if aim != "pruning" else 8
         self._warm = draw.choice([None, str(self._shared / "warm")])
         self._options: dict[str, Any] = {
@@ -199,6 +203,8 @@ class Run:
             "wait": draw.choice(["durable", "durable", "applied"]),
             "compression": draw.choice(["none", "auto", "lz4"]),
         }
+        self._is_hasty = draw.random() < 0.3
+        """Whether it does the next thing before all goes on again after the last."""
         self._compact_checkpoints = draw.choice([5, 12, 40]) if aim not in ("compaction", "pruning") else 5
         self._children: list[Child] = []
         self._watchers: list[threading.Thread] = []
@@ -206,8 +212,8 @@ class Run:
         self._backup: Child | None = None
         self._worker: Child
         self._truth: Truth
-        self._proxy = Proxy(self._options["wait"], draw)
-        self._closed = 0
+        # Draws of its own: its threads take theirs whenever they come to it, and the plan must not hang on that.
+        self._proxy = Proxy(self._options["wait"], random.Random(f"{seed} {number} proxy"))
 
     def play(self) -> Result:
         """All of it, from the first process to the last look at what is left."""
@@ -255,7 +261,7 @@ class Run:
         Ledger(image).create(seed)
         with open(self._memory, "wb") as file:
             file.write(image[:4096])  # the rest is a hole until it is used
-            file.truncate(BYTES)
+            file.truncate(MEMORY_BYTES)
         self._worker = self._start("worker", memory=str(self._memory), seed=seed)
         self._worker.channel.settimeout(_PATIENCE_S)
         if self._worker.channel.recv(16) != b"ready":
@@ -334,9 +340,9 @@ class Run:
         target = self._primary if phase in PRIMARY_PHASES else self._backup
         assert target is not None
         # Some phases last but microseconds: mostly it is asked to dwell there a little.
-        dwell_s = draw.choice([0.0, *(draw.uniform(0.001, 0.008) for _ in range(3))])
+        dwell_s = draw.choice([0.0, *(draw.uniform(0.001, 0.02) for _ in range(3))])
         target.board.wish(None if phase == "compaction" else phase, dwell_s)
-        deadline = time.monotonic() + _PATIENCE_S / 4
+        deadline = time.monotonic() + _AIM_S
         while time.monotonic() < deadline:
             if target.board.compacting if phase == "compaction" else target.board.phase == phase:
                 break
@@ -364,14 +370,14 @@ class Run:
             self._inject_aimed()
             self._recover()
         for kind in kinds:
-            if draw.random() < 0.8:
+            if not self._is_hasty:
                 self._await(self._truth.newest_commit)
             time.sleep(draw.uniform(0.0, 0.15))
             self.result.faults.append(kind)
             self._inject(kind)
             self._recover()
         self.result.ending = draw.choice(ENDINGS)
-        if draw.random() < 0.8 or self.result.ending != "killed":
+        if not self._is_hasty or self.result.ending != "killed":
             self._await(self._truth.newest_commit)
         self._end(self.result.ending)
 
@@ -425,7 +431,7 @@ class Run:
 
     def _await_armed(self, direction: Direction) -> bool:
         """Whether a piece went this way."""
-        deadline = time.monotonic() + _PATIENCE_S / 4
+        deadline = time.monotonic() + _AIM_S
         while self._proxy.is_armed(direction):
             if time.monotonic() > deadline:
                 return not self._proxy.disarm(direction)
@@ -434,7 +440,7 @@ class Run:
 
     def _flip(self, direction: Direction) -> None:
         before = len(self._proxy.flips)
-        self._proxy.arm(direction, "flip")
+        self._proxy.arm(direction, "flip", heartbeat=self._draw.random() < 0.3)
         self._await_armed(direction)
         deadline = time.monotonic() + _FLIP_S
         for flip in self._proxy.flips[before:]:
@@ -451,7 +457,7 @@ class Run:
     def _recover(self) -> None:
         """Start again what is dead, in any order; all must go on then."""
         newest = self._truth.newest_pause
-        starts = []
+        starts: list[Callable[[], None]] = []
         if self._backup is None:
             starts.append(self._start_backup)
         if self._primary is None:
@@ -461,7 +467,7 @@ class Run:
             if self._draw.random() < 0.3:
                 time.sleep(self._draw.uniform(0.0, 0.3))
             start()
-        if self._draw.random() < 0.8:
+        if not self._is_hasty:
             self._await(newest)
 
     def _end(self, ending: str) -> None:
@@ -483,14 +489,15 @@ class Run:
                 if is_frozen:
                     primary.signal(signal.SIGSTOP)
                     time.sleep(draw.choice([0.0, 1.5]) * self._lease_s)
+                if draw.random() < 0.5:
+                    self._proxy.drop(reset=False)  # so that it hears of the takeover when it comes back
                 epoch = self._check_takeover()
                 if is_frozen:
                     primary.signal(signal.SIGCONT)
-                if not primary.wait(_PATIENCE_S):
-                    raise Failure(f"the old primary goes on after the takeover: {self._say_states()}")
-                self._watchers[-1].join(_PATIENCE_S)
-                if primary.board.status != FENCED:
-                    self._fail(f"the old primary ended with status {primary.board.status}, and was not fenced")
+                self._await_fenced(primary)
+                if draw.random() < 0.5:
+                    self._start_primary()  # one that knows of no term
+                    self._await_fenced(self._primary)
                 if self._truth.newest_commit > epoch:
                     self._fail(f"{self._truth.newest_commit} was reported as committed, and {epoch} was taken over")
             case "stop":
@@ -499,6 +506,13 @@ class Run:
                 if self._truth.newest_commit < self._truth.newest_pause:
                     self._fail(f"stopped at {self._truth.newest_pause}, committed is {self._truth.newest_commit}")
                 self._stop(self._backup)
+
+    def _await_fenced(self, primary: Child) -> None:
+        if not primary.wait(_PATIENCE_S):
+            raise Failure(f"a primary goes on after the takeover: {self._say_states()}")
+        self._watchers[-1].join(_PATIENCE_S)
+        if primary.board.status != FENCED:
+            self._fail(f"a primary ended after the takeover with status {primary.board.status}, and was not fenced")
 
     def _stop(self, child: Child) -> None:
         child.signal(signal.SIGTERM)
@@ -538,7 +552,7 @@ class Run:
             if state_of(self._worker.pid) in ("T", "t", "Z", ""):
                 self._fail(f"the worker is left in state {state_of(self._worker.pid)!r}")
             self._worker.close()
-        deadline = time.monotonic() + _PATIENCE_S / 4
+        deadline = time.monotonic() + _AIM_S
         while (left := marked(self._mark)) and time.monotonic() < deadline:
             time.sleep(0.005)
         if left:
@@ -588,11 +602,12 @@ class Run:
                 position, memory = writer.position, writer.memory
                 assert memory is not None and writer.in_force is not None
                 token = writer.in_force.device_state.hex()
-                if hashlib.sha256(memory.reshape(-1)[:BYTES].data).hexdigest() != self._truth.hashes.get(token):
+                if hashlib.sha256(memory.reshape(-1)[:MEMORY_BYTES].data).hexdigest() != self._truth.hashes.get(token):
                     self._fail(f"the warm copy of {position.epoch} is not what was in memory in that pause")
-            left = [path.name for path in (self._store / NAME / "segments").glob("*.partial")]
-            warm = Path(self._warm) if self._warm else self._store / NAME / "warm"
-            left += [path.name for path in warm.glob("memory-*.image")][1:]
+            warm = Path(self._warm) / NAME if self._warm else self._store / NAME / "warm"
+            left = [str(path) for where in (self._store / NAME, warm) for path in where.glob(".*")]
+            left += [str(path) for path in self._store.glob(f"{NAME}/segments/*") if path.suffix != ".remus"]
+            left += sorted(map(str, warm.glob("memory-*")))[1:]
             if left:
                 self._fail(f"{left} are left")
         history = Store(self._store).history(NAME)
@@ -641,7 +656,7 @@ class Run:
 
     def _check_memory(self, memory: Any, token: str, epoch: int) -> None:
         self.result.checked += 1
-        if hashlib.sha256(memory.reshape(-1)[:BYTES].data).hexdigest() != self._truth.hashes.get(token):
+        if hashlib.sha256(memory.reshape(-1)[:MEMORY_BYTES].data).hexdigest() != self._truth.hashes.get(token):
             self._fail(f"epoch {epoch} is restored, and is not what was in memory in that pause")
 
     def _check_ledger(self, image: bytearray, where: str) -> None:
@@ -651,16 +666,14 @@ class Run:
             self._fail(f"{where}: {fault}")
 
 
-_nursery: Nursery | None = None
+_nurseries: list[Nursery] = []
 
 
 def prepare() -> None:
     """Fork the nursery of this job; before anything starts a thread."""
-    global _nursery
-    _nursery = Nursery()
+    _nurseries.append(Nursery())
 
 
 def run_one(seed: int, number: int, aim: str, directory: str | None) -> dict[str, Any]:
     """One run in this job, as plain data."""
-    assert _nursery is not None
-    return asdict(Run(_nursery, seed, number, aim, Path(directory) if directory else None).play())
+    return asdict(Run(_nurseries[0], seed, number, aim, Path(directory) if directory else None).play())

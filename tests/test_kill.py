@@ -1,0 +1,35 @@
+"""The short form of the kill test (tools/killtest): real processes, ended in every phase; the truth is held outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "killtest"
+RUNS = 26
+"""Every other one is aimed: at each of the thirteen phases once, and once more for one that was missed."""
+
+
+@pytest.mark.kill
+def test_nothing_committed_is_lost_whoever_is_killed_and_wherever(tmp_path: Path) -> None:
+    command = [sys.executable, TOOL, "--runs", str(RUNS), "--seed", "1", "--jobs", "2", "--json", "--keep", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(done.stdout)
+    assert found["failed_runs"] == 0
+    assert found["runs"] >= RUNS
+    # Of each of the first twelve checkpoints or so most were committed, and many were read back.
+    assert found["commits"] > RUNS
+    assert found["checked"] > RUNS
+    assert found["continued"] > 0
+    assert found["full"] > 0
+    phases = {
+        *("capture", "paused", "encode", "send", "sent"),
+        *("opening", "receiving", "staged", "stored", "acknowledged", "applying", "compaction", "pruning"),
+    }
+    assert {phase for phase in phases if not found["kills"][phase]} == set()
+    assert list(tmp_path.iterdir()) == [], "a run has left something"
