@@ -336,34 +336,49 @@ class Bench:
 
     def restores(self) -> dict[str, Any]:
         """GB/s of image, of what the last case left in the store; from the page cache, as all the others."""
-        history = Store(self._disk / "store").history(NAME)
-        entries = history.entries()
+        store = Store(self._disk / "store")
+        history = store.history(NAME)
         image, copy = self._disk / "image", self._disk / "copy"
-        newest, old = entries[-1], next(one for one in entries if not one.is_base)
+        newest, old = history.entries()[-1], next(one for one in history.entries() if not one.is_base)
         size = history.restore_image(image).memory.nbytes
-        jobs: dict[str, Callable[[], object]] = {
+        first: dict[str, Callable[[], object]] = {
             "newest, to memory": history.restore,
             "newest, to a file": lambda: history.restore_image(copy, sync=False),
             "newest, to a durable file": lambda: history.restore_image(copy),
             "old, to memory": lambda: history.restore(old.epoch),
             "old, to a file": lambda: history.restore_image(copy, old.epoch, sync=False),
             "old, to a durable file": lambda: history.restore_image(copy, old.epoch),
+        }
+        second: dict[str, Callable[[], object]] = {
+            "compacted, to memory": history.restore,
+            "compacted, to a file": lambda: history.restore_image(copy, sync=False),
+            "compacted, to a durable file": lambda: history.restore_image(copy),
             "cp of the image": lambda: subprocess.run(["cp", image, copy], check=True),
             "cp of the image, and fsync": lambda: _copy_and_sync(image, copy),
         }
+        seconds = self._restore_s(first, copy)
+        with store.writer(NAME) as writer:
+            writer.compact(wait=True)
+        seconds |= self._restore_s(second, copy)
+        return {
+            "mib": size // MIB,
+            "newest": {"epoch": newest.epoch, "stream_mib": newest.end / MIB},
+            "old": {"epoch": old.epoch, "stream_mib": old.end / MIB},
+            "compacted": {"epoch": newest.epoch, "stream_mib": history.entries()[-1].end / MIB},
+            "gb_per_s": {name: size / 1e9 / one for name, one in seconds.items()},
+        }
+
+    @staticmethod
+    def _restore_s(jobs: dict[str, Callable[[], object]], copy: Path) -> dict[str, float]:
+        """The median of three, one after the other."""
         times: dict[str, list[float]] = {name: [] for name in jobs}
-        for _ in range(max(self._rounds, 2) + 1):
+        for _ in range(3):
             for name, run in jobs.items():
                 copy.unlink(missing_ok=True)
                 begin = time.monotonic()
                 run()
                 times[name].append(time.monotonic() - begin)
-        return {
-            "mib": size // MIB,
-            "newest": {"epoch": newest.epoch, "stream_mib": newest.end / MIB},
-            "old": {"epoch": old.epoch, "stream_mib": old.end / MIB},
-            "gb_per_s": {name: size / 1e9 / float(np.median(values)) for name, values in times.items()},
-        }
+        return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def _copy_and_sync(source: Path, target: Path) -> None:
@@ -433,7 +448,8 @@ def show(results: dict[str, Any]) -> str:
         rows = [[name, *(f"{one['gb_per_s'][name]:.2f}" for one in restores)] for name in names]
         behind = (
             f"{one['mib']} MiB: the newest is epoch {one['newest']['epoch']} behind {one['newest']['stream_mib']:.0f} "
-            f"MiB of stream, the old one epoch {one['old']['epoch']} behind {one['old']['stream_mib']:.0f} MiB"
+            f"MiB of stream, the old one epoch {one['old']['epoch']} behind {one['old']['stream_mib']:.0f} MiB; "
+            f"compacted, the newest stands behind {one['compacted']['stream_mib']:.0f} MiB"
             for one in restores
         )
         parts += ["### Restore", table(head, rows), "; ".join(behind) + "."]
@@ -457,7 +473,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and short: to see that it runs, not to quote")
     parser.add_argument("--only", help="such as 128:0.01,tls: the cases to run (MiB:share)")
     parser.add_argument("--seconds", type=float, help="how long each case is looked at, in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each case is set up anew")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each case is set up anew")
     parser.add_argument("--directory", type=Path, help="a folder on the disk to be measured; by default tmp's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing; show these figures")
