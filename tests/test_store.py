@@ -21,6 +21,7 @@ from remus_ckpt.errors import LimitExceeded, Malformed, NoCheckpoint, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
+from remus_ckpt.restorer import Anonymous
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
 from remus_ckpt.store.index import read_index
@@ -845,3 +846,31 @@ def test_order_of_what_reaches_the_disk(store: Store, monkeypatch: pytest.Monkey
         asked.clear()
         writer.prune(Retention(count=1))
         assert asked == ["pruning", "fsync directory"]
+
+
+def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) -> None:
+    """A compaction has put it into another one first: it is read from there."""
+    with store.writer("m") as writer:
+        source = fill(writer, 6)
+        history = store.history("m")
+        entry = history.find(5)
+        writer.compact(wait=True)
+        assert writer.prune(Retention(count=1)) == [entry.segment]
+        assert history._read(entry, Anonymous(), None)[0].epoch == 5
+        fill(writer, 1, source)
+        before = history.find(6)
+        fill(writer, 1, source)
+        writer.compact(wait=True)
+        writer.prune(Retention(count=1))
+        with pytest.raises(NoCheckpoint):
+            history._read(before, Anonymous(), None)
+
+
+def test_where_nothing_is_to_go_nothing_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of all checkpoints of a year is long, and no commit goes on meanwhile."""
+    with store.writer("m", retention=Retention()) as writer:
+        fill(writer, 3)
+        monkeypatch.setattr(History, "contents", lambda self: pytest.fail("it was read"))
+        writer.compact(wait=True)
+        assert writer.prune(Retention()) == []
+        assert not writer.compacting

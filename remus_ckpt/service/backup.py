@@ -333,9 +333,9 @@ class _Visit:
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
         self._sending = threading.Lock()
         self._numbers = 0
+        self._heard = time.monotonic()
+        self._is_listening = True
         self._counted = 0
-        self.heard = time.monotonic()
-        """When anything came last."""
         self.status: dict[str, Any] = {}
         """What the primary last said of itself."""
 
@@ -343,6 +343,11 @@ class _Visit:
     def peer(self) -> str:
         """Address and name of the other side."""
         return self.connection.peer
+
+    @property
+    def heard(self) -> float:
+        """When anything came last; now, while nobody listens: what a slow disk holds up is no silence of the peer."""
+        return self._heard if self._is_listening else time.monotonic()
 
     @property
     def session(self) -> Session:
@@ -420,18 +425,21 @@ class _Visit:
                     self._receive(deadline - time.monotonic(), f"no hello in {_HELLO_S:g} s")
 
     def _receive(self, timeout_s: float, otherwise: str) -> None:
+        self._heard, self._is_listening = time.monotonic(), True
         try:
             size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
         except TimeoutError:
             raise _Silent(otherwise) from None
         if not size:
             raise LinkError("the other side has closed the connection")
-        self.heard = time.monotonic()
+        self._is_listening = False
         self.session.buffer_updated(size)
 
     def say(self, message: wire.Message) -> None:
-        """Send one message."""
+        """Send one message. Raises LinkError too where the peer has been told that it is over."""
         with self._sending:
+            if self.session.last_sent is not None:
+                raise LinkError("the session was ended here")
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
 
     def _try_say(self, message: wire.Message) -> None:

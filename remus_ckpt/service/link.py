@@ -30,6 +30,7 @@ from remus_ckpt.wire.session import (
 
 _FLUSH_BYTES = 1 << 20
 _WELCOME_S = 30.0
+_GOODBYE_S = 1.0
 _LOOK_S = 0.25
 """So often who waits for a welcome looks whether it is still to be waited for."""
 
@@ -277,6 +278,9 @@ class Link:
         if goodbye is not None and self._error is None:
             with suppress(RemusError, ValueError):  # it may be gone already
                 self._post(Goodbye(reason=goodbye))
+                # Until it hangs up (specs/session.md §4): bytes that nobody reads here could undo the goodbye.
+                if self._thread is not None and self._thread is not threading.current_thread():
+                    self._thread.join(_GOODBYE_S)
         self._release()
 
     def _release(self) -> None:

@@ -125,6 +125,7 @@ class Primary:
         self._stop = stop
         self._run = os.urandom(16)
         self._sender: Sender | None = None
+        self._anchor: Position | None = None  # the newest committed one that this sender has made
         self._one_by_one: CheckpointLoop | None = None
         self._link: Link | None = None
         self._flights: deque[_Flight] = deque()
@@ -190,16 +191,21 @@ class Primary:
                     raise (lost or error) from None
                 lost = error
                 self._lost(error)
+                if time.monotonic() + self._backoff_s > deadline:
+                    raise  # what was wrong says more than that the time is over
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
 
-        Raises LinkError if the link breaks first or the time is over; then it is not known to be.
+        Raises LinkError if the link breaks first or the time is over; then it is not known to be. Fenced when another
+        has taken over: then it will not be.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while self.committed is None or self.committed.epoch < epoch:
                 self.check()
+                if self._fenced is not None:
+                    raise self._fenced
                 if self._link is None:
                     raise LinkError("the link to the backup is lost; take another checkpoint")
                 left = None if deadline is None else deadline - time.monotonic()
@@ -210,8 +216,10 @@ class Primary:
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all that was sent is committed. Raises LinkError if that does not come to pass."""
-        if self._flights:
-            self.wait_for(self._flights[-1].sent.epoch, timeout_s)
+        with self._changed:  # in which the other thread empties it
+            newest = self._flights[-1].sent.epoch if self._flights else None
+        if newest is not None:
+            self.wait_for(newest, timeout_s)
 
     def close(self) -> None:
         """End the session in an orderly way; what is not committed stays so."""
@@ -247,6 +255,9 @@ class Primary:
         """
         if self._fenced is not None:
             raise self._fenced
+        if self._link is not None and self._sender is not None and self._sender.unfinished:
+            # Half a checkpoint has been sent: only another session takes that back.
+            self._lost(LinkError("a checkpoint broke off"))
         said = ""
         while self._link is None and not self.ended:
             until = min((at for at in (deadline, end) if at is not None), default=math.inf)
@@ -375,6 +386,7 @@ class Primary:
             position=newest,
             first_epoch=floor + 1,
         )
+        self._anchor = None
         self._one_by_one = None
         return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)
 
@@ -387,7 +399,7 @@ class Primary:
         known = [flight.sent.position for flight in self._flights]
         if held in known:
             self._commit_up_to(held)
-        elif held != self.committed:
+        elif held != self._anchor:
             return False
         lost = [flight.pfns for flight in self._flights]
         if sender.unfinished:
@@ -398,6 +410,8 @@ class Primary:
         return True
 
     def _lost(self, error: LinkError) -> None:
+        if isinstance(error, Fenced):
+            self._fenced = error
         link, self._link = self._link, None
         self._began = 0.0
         if link is not None:
@@ -410,7 +424,6 @@ class Primary:
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
             self.ended = "fenced"
-            self._fenced = error
             log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
             raise error
         if isinstance(error, Refused) and error.code in LASTING:
@@ -478,8 +491,9 @@ class Primary:
 
     def check(self) -> None:
         """Raise what has ended the link."""
-        if self._link is not None:
-            self._link.check()
+        link = self._link  # another thread may wait here while ours takes it away
+        if link is not None:
+            link.check()
 
     # What comes back, in the link's thread
 
@@ -499,7 +513,7 @@ class Primary:
             done: list[_Flight] = []
             while self._flights and (not done or done[-1].sent.position != position):
                 done.append(self._flights.popleft())
-            self.committed = position
+            self.committed = self._anchor = position
             self._commits += len(done)
             self._backoff_s = 0.0
             self._changed.notify_all()

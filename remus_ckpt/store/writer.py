@@ -764,7 +764,7 @@ class HistoryWriter:
     def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
         """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError."""
         with self._lock:
-            if self._chain is None:
+            if self._chain is None or retention == Retention():
                 return []
             contents = History(self.directory, limits=self._limits).contents()
             now = time.time_ns() if now_ns is None else now_ns
