@@ -126,15 +126,35 @@ def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[b
     with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
         assert recorder.stdout is not None
         guard = int(recorder.stdout.readline())
-    assert recorder.returncode == -signal.SIGKILL
-    with pytest.raises(SourceError):
-        Processes([sleeper.pid])
-    os.kill(guard, signal.SIGCONT)
+    try:
+        assert recorder.returncode == -signal.SIGKILL
+        with pytest.raises(SourceError):
+            Processes([sleeper.pid])
+    finally:
+        os.kill(guard, signal.SIGCONT)
     processes = Processes([sleeper.pid])
     processes.stop()
     assert wait_for(lambda: not Path(f"/proc/{guard}").exists() or process_state(guard) == "Z")
     assert process_state(sleeper.pid) == "T"
     processes.close()
+
+
+def test_the_next_one_waits_for_the_guard(sleeper: subprocess.Popen[bytes]) -> None:
+    """One that dies in a pause, and another that begins at once: the guard is waited for, and nothing is in the way."""
+    code = (
+        "import os, signal, sys\n"
+        "from remus_ckpt.source.processes import Processes\n"
+        "processes = Processes([int(sys.argv[1])])\n"
+        "processes.stop()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code, str(sleeper.pid)], check=False)
+        processes = Processes([sleeper.pid])
+        processes.stop()
+        processes.check_stopped()
+        processes.close()
+        assert wait_for(lambda: process_state(sleeper.pid) != "T")
 
 
 def test_a_process_that_is_stopped_already_is_left_alone(sleeper: subprocess.Popen[bytes]) -> None:

@@ -124,6 +124,16 @@ def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, int
     """Protect until enough has been seen, and print what was."""
     configure_logs(level="error")
     commits: list[Committed] = []
+    begun = 0.0
+    sent_s: list[float] = []
+
+    def phase(name: str, _: int) -> None:
+        nonlocal begun
+        if name == "send":
+            begun = time.monotonic()
+        elif name == "sent":
+            sent_s.append(time.monotonic() - begun)
+
     with open(f"{path}.steps", "r+b") as file:
         steps = np.frombuffer(mmap.mmap(file.fileno(), 8), dtype=np.uint64)
     tls = TlsFiles(tls_dir) if tls_dir else None
@@ -134,6 +144,7 @@ def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, int
         partial(connect, Address.parse(address), tls=tls),
         interval_s=interval_s,
         on_commit=commits.append,
+        on_phase=phase,
     )
 
     def now() -> dict[str, float]:
@@ -170,6 +181,7 @@ def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, int
         source.close()
     report = {key: after[key] - before[key] for key in after}
     report["latencies"] = [one.latency_s for one in commits[skip:]]
+    report["sent"] = sent_s[skip:]
     report["pauses"] = pauses
     report["first_commit_s"] = first_s
     print(json.dumps(report), flush=True)
@@ -295,6 +307,7 @@ class Bench:
         total = {key: sum(one[key] for one in found) for key in found[0] if not isinstance(found[0][key], list)}
         pauses = [pause for one in found for pause in one["pauses"]]
         latencies = [latency for one in found for latency in one["latencies"]]
+        sent = [seconds for one in found for seconds in one["sent"]]
         dirty_gb = total["dirty_pages"] * PAGE_SIZE / 1e9
         stream_gb = total["stream_bytes"] / 1e9
         return {
@@ -306,6 +319,7 @@ class Bench:
             "stream_kib": total["stream_bytes"] / total["checkpoints"] / 1024,
             "wire_kib": total["wire_bytes"] / total["checkpoints"] / 1024,
             "commit_ms": _percentiles(latencies),
+            "sent_ms": _percentiles(sent),
             "bare_ms": _percentiles(bare_s),
             "file_ms": _percentiles(file_s),
             "pause_ms": _percentiles(pauses),
@@ -322,34 +336,49 @@ class Bench:
 
     def restores(self) -> dict[str, Any]:
         """GB/s of image, of what the last case left in the store; from the page cache, as all the others."""
-        history = Store(self._disk / "store").history(NAME)
-        entries = history.entries()
+        store = Store(self._disk / "store")
+        history = store.history(NAME)
         image, copy = self._disk / "image", self._disk / "copy"
-        newest, old = entries[-1], next(one for one in entries if not one.is_base)
+        newest, old = history.entries()[-1], next(one for one in history.entries() if not one.is_base)
         size = history.restore_image(image).memory.nbytes
-        jobs: dict[str, Callable[[], object]] = {
+        first: dict[str, Callable[[], object]] = {
             "newest, to memory": history.restore,
             "newest, to a file": lambda: history.restore_image(copy, sync=False),
             "newest, to a durable file": lambda: history.restore_image(copy),
             "old, to memory": lambda: history.restore(old.epoch),
             "old, to a file": lambda: history.restore_image(copy, old.epoch, sync=False),
             "old, to a durable file": lambda: history.restore_image(copy, old.epoch),
+        }
+        second: dict[str, Callable[[], object]] = {
+            "compacted, to memory": history.restore,
+            "compacted, to a file": lambda: history.restore_image(copy, sync=False),
+            "compacted, to a durable file": lambda: history.restore_image(copy),
             "cp of the image": lambda: subprocess.run(["cp", image, copy], check=True),
             "cp of the image, and fsync": lambda: _copy_and_sync(image, copy),
         }
+        seconds = self._restore_s(first, copy)
+        with store.writer(NAME) as writer:
+            writer.compact(wait=True)
+        seconds |= self._restore_s(second, copy)
+        return {
+            "mib": size // MIB,
+            "newest": {"epoch": newest.epoch, "stream_mib": newest.end / MIB},
+            "old": {"epoch": old.epoch, "stream_mib": old.end / MIB},
+            "compacted": {"epoch": newest.epoch, "stream_mib": history.entries()[-1].end / MIB},
+            "gb_per_s": {name: size / 1e9 / one for name, one in seconds.items()},
+        }
+
+    @staticmethod
+    def _restore_s(jobs: dict[str, Callable[[], object]], copy: Path) -> dict[str, float]:
+        """The median of three, one after the other."""
         times: dict[str, list[float]] = {name: [] for name in jobs}
-        for _ in range(max(self._rounds, 2) + 1):
+        for _ in range(3):
             for name, run in jobs.items():
                 copy.unlink(missing_ok=True)
                 begin = time.monotonic()
                 run()
                 times[name].append(time.monotonic() - begin)
-        return {
-            "mib": size // MIB,
-            "newest": {"epoch": newest.epoch, "stream_mib": newest.end / MIB},
-            "old": {"epoch": old.epoch, "stream_mib": old.end / MIB},
-            "gb_per_s": {name: size / 1e9 / float(np.median(values)) for name, values in times.items()},
-        }
+        return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def _copy_and_sync(source: Path, target: Path) -> None:
@@ -381,11 +410,22 @@ def show(results: dict[str, Any]) -> str:
     def pair(value: dict[str, float]) -> str:
         return f"{value['p50']:.2f} / {value['p99']:.2f}"
 
-    head = ["p50 / p99 in ms", "stream KiB", "commit", "bare peer", "file alone", "commit ÷ bare"]
-    rows = [
-        [label(one), f"{one['stream_kib']:.0f}", pair(one["commit_ms"]), pair(one["bare_ms"]), pair(one["file_ms"]),
-         f"{one['commit_ms']['p50'] / one['bare_ms']['p50']:.2f}"] for one in cases
-    ]  # fmt: skip
+    head = [
+        "p50 / p99 in ms",
+        "stream KiB",
+        "commit",
+        "until sent",
+        "bare peer",
+        "file alone",
+        "÷ bare",
+        "behind it ÷ bare",
+    ]
+    rows = []
+    for one in cases:
+        commit, sent, base = (one[key]["p50"] for key in ("commit_ms", "sent_ms", "bare_ms"))
+        cells = [pair(one[key]) for key in ("commit_ms", "sent_ms", "bare_ms", "file_ms")]
+        ratios = [f"{commit / base:.1f}", f"{(commit - sent) / base:.1f}"]
+        rows.append([label(one), f"{one['stream_kib']:.0f}", *cells, *ratios])
     parts += ["### Durable commits, beside a bare round trip with fdatasync", table(head, rows)]
     head = ["", "dirty pages/s", "pause p50 / p99 ms", "period ms", "paused", "worker's rate", "first commit s"]
     rows = [
@@ -402,20 +442,17 @@ def show(results: dict[str, Any]) -> str:
         "### CPU of each side: for a checkpoint, for a GB of dirty pages, for a GB of the stream",
         table(head, rows),
     ]
-    restores = results["restores"]
-    names = list(restores[0]["gb_per_s"])
-    head = ["GB/s of the image", *(f"{one['mib']} MiB" for one in restores)]
-    rows = [[name, *(f"{one['gb_per_s'][name]:.2f}" for one in restores)] for name in names]
-    parts += ["### Restore", table(head, rows)]
-    parts.append(
-        "; ".join(
-            f"{one['mib']} MiB: the newest is epoch {one['newest']['epoch']} behind "
-            f"{one['newest']['stream_mib']:.0f} MiB of stream, the old one epoch {one['old']['epoch']} behind "
-            f"{one['old']['stream_mib']:.0f} MiB"
+    if restores := results["restores"]:
+        head = ["GB/s of the image", *(f"{one['mib']} MiB" for one in restores)]
+        names = list(restores[0]["gb_per_s"])
+        rows = [[name, *(f"{one['gb_per_s'][name]:.2f}" for one in restores)] for name in names]
+        behind = (
+            f"{one['mib']} MiB: the newest is epoch {one['newest']['epoch']} behind {one['newest']['stream_mib']:.0f} "
+            f"MiB of stream, the old one epoch {one['old']['epoch']} behind {one['old']['stream_mib']:.0f} MiB; "
+            f"compacted, the newest stands behind {one['compacted']['stream_mib']:.0f} MiB"
             for one in restores
         )
-        + "."
-    )
+        parts += ["### Restore", table(head, rows), "; ".join(behind) + "."]
     return "\n\n".join(parts)
 
 
@@ -436,7 +473,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and short: to see that it runs, not to quote")
     parser.add_argument("--only", help="such as 128:0.01,tls: the cases to run (MiB:share)")
     parser.add_argument("--seconds", type=float, help="how long each case is looked at, in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each case is set up anew")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each case is set up anew")
     parser.add_argument("--directory", type=Path, help="a folder on the disk to be measured; by default tmp's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing; show these figures")
@@ -444,7 +481,8 @@ def main() -> None:
     if options.from_json:
         print(show(json.loads(options.from_json.read_text())))
         return
-    seconds = options.seconds or (1.0 if options.quick else 5.0)
+    seconds = options.seconds or (1.0 if options.quick else 4.0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing may stay behind
     sizes = ((16, 0.025), (64, 0.1)) if options.quick else ((128, 0.025), (1024, 0.1))
     results: dict[str, Any] = {"machine": machine(), "commits": [], "restores": []}
     with ExitStack() as stack:

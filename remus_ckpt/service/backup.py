@@ -335,6 +335,7 @@ class _Visit:
         self._numbers = 0
         self._heard = time.monotonic()
         self._is_listening = True
+        self._counted = 0
         self.status: dict[str, Any] = {}
         """What the primary last said of itself."""
 
@@ -396,6 +397,8 @@ class _Visit:
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
+            error.__traceback__ = None
             log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
@@ -543,6 +546,13 @@ class _Visit:
         self.say(wire.Ack(level="durable", position=commit.position))
         self.backup.report_phase("acknowledged", commit.position.epoch)
         standby.stored(commit.position, time.monotonic() - begin)
+        before, self._counted = self._counted, self.connection.bytes_received
+        self.backup.metrics.add_bytes(
+            standby.name,
+            raw=commit.pages * PAGE_SIZE,
+            encoded=commit.stream_bytes,
+            wire=self._counted - before,
+        )
         writer.apply()
         if wait == "applied":
             self.say(wire.Ack(level="applied", position=commit.position))

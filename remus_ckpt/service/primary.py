@@ -7,6 +7,7 @@ the link breaks, their present content goes full in the next checkpoint (specs/s
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import threading
@@ -146,9 +147,10 @@ class Primary:
         Raises Fenced when another has taken over, Refused where another try would not help, SourceError.
         """
         begin = time.monotonic()
+        end = None if self._duration_s is None else begin + self._duration_s
         while not self.ended:
             try:
-                self._connect_patiently(None)
+                self._connect_patiently(None, end)
                 if self.ended:
                     return
                 left = None if self._duration_s is None else max(self._duration_s - (time.monotonic() - begin), 0.0)
@@ -243,8 +245,11 @@ class Primary:
 
     # The link
 
-    def _connect_patiently(self, deadline: float | None) -> None:
-        """Connect, again and again with longer pauses, until it is done or there is no more reason to."""
+    def _connect_patiently(self, deadline: float | None, end: float | None = None) -> None:
+        """Connect, again and again with longer pauses, until it is done or there is no more reason to.
+
+        deadline: when to raise what was in the way; end: when all is to end, link or no link
+        """
         if self._fenced is not None:
             raise self._fenced
         if self._link is not None and self._sender is not None and self._sender.unfinished:
@@ -252,11 +257,15 @@ class Primary:
             self._lost(LinkError("a checkpoint broke off"))
         said = ""
         while self._link is None and not self.ended:
-            left_s = self._backoff_s if deadline is None else min(self._backoff_s, deadline - time.monotonic())
+            until = min((at for at in (deadline, end) if at is not None), default=math.inf)
+            left_s = min(self._backoff_s, until - time.monotonic())
             if left_s > 0:
                 self._sleep(left_s)
                 if self.ended:
                     return
+            if end is not None and said and time.monotonic() >= end:
+                self.ended = "duration"
+                return
             try:
                 self._open(None if deadline is None else max(deadline, time.monotonic() + _TRY_S))
                 return
