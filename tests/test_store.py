@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -874,3 +875,41 @@ def test_where_nothing_is_to_go_nothing_is_looked_at(store: Store, monkeypatch: 
         writer.compact(wait=True)
         assert writer.prune(Retention()) == []
         assert not writer.compacting
+
+
+def test_a_compacted_segment_that_may_come_back_after_a_loss_of_power(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name was taken back, and nobody knows what the disk has of that: behind it, nothing older may grow."""
+    with store.writer("m") as writer:
+        source = fill(writer, 3)
+
+        def fail(path: Path) -> None:
+            raise OSError(errno.EIO, "no")
+
+        monkeypatch.setattr("remus_ckpt.store.writer.sync_directory", fail)
+        writer.compact(wait=True)
+        assert writer.stream is None
+        assert not writer.compacting
+        with pytest.raises(StoreError):
+            writer.begin(full=False)
+        monkeypatch.undo()
+        assert fill(writer, 1).position.epoch == source.position.epoch + 1
+
+
+def test_a_compaction_that_dies_of_what_nobody_thought_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has failed like any other, and the next is not kept from its place."""
+    with store.writer("m") as writer:
+        source = fill(writer, 3)
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr("remus_ckpt.store.compaction.Compaction._take", fail)
+        writer.compact(wait=True)
+        assert not writer.compacting
+        assert writer.warnings
+        monkeypatch.undo()
+        writer.compact(wait=True)
+        fill(writer, 1, source)
+        assert [entry.epoch for entry in store.history("m").contents()[-1].entries] == [2, 3]

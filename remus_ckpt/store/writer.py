@@ -728,8 +728,9 @@ class HistoryWriter:
             compaction.cancel()
             try:
                 final.unlink(missing_ok=True)
+                sync_directory(self._segments)
             except OSError:
-                # It would count as newer than what this segment gets from now on.
+                # Now or after a loss of power it would count as newer than what this segment gets from now on.
                 chain.is_sealed = True
             self._on_failed(error)
             return
