@@ -335,6 +335,7 @@ class _Visit:
         self._numbers = 0
         self._heard = time.monotonic()
         self._is_listening = True
+        self._ended_with: str | None = None  # by us
         self._counted = 0
         self.status: dict[str, Any] = {}
         """What the primary last said of itself."""
@@ -376,6 +377,7 @@ class _Visit:
 
     def end(self, code: str, message: str, term: int | None = None) -> None:
         """Tell the peer that it is over, and why; its thread ends."""
+        self._ended_with = code
         self._try_say(wire.Error(code=code, message=message, term=term))
         self.connection.close()
 
@@ -407,7 +409,10 @@ class _Visit:
             self._say_goodbye(wire.Error(code="timeout", message=str(error)))
             log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except (LinkError, TimeoutError) as error:
-            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+            if self._ended_with is not None:
+                log("session ended", peer=self.connection.peer, code=self._ended_with)
+            else:
+                log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
         except Exception as error:
             self._try_say(wire.Error(code="internal", message=f"{type(error).__name__}: {error}"))
             log("connection failed", level=logging.ERROR, error=error, peer=self.connection.peer)
