@@ -93,7 +93,9 @@ def test_a_day_in_the_life(tmp_path: Path, folder: Path, memory: Path, remus: Co
                 assert (ran.code, given["term"]) == (0, 1)
                 code, out = end(protecting, None)
                 report = json.loads(out)
-                assert (code, report["ended"], report["committed_epoch"]) == (22, "fenced", given["epoch"])
+                assert (code, report["ended"]) == (22, "fenced")
+                # What was stored and not yet acknowledged is part of what was taken over.
+                assert held < report["committed_epoch"] <= given["epoch"]
                 assert worker.poll() is None
                 assert process_state(worker.pid) in "SR"
                 again = remus("protect", memory, "--pid", worker.pid, *to(second), "--json")
@@ -104,8 +106,9 @@ def test_a_day_in_the_life(tmp_path: Path, folder: Path, memory: Path, remus: Co
         lines = [line.split() for line in commits.read_text().splitlines()]
         entries = Store(tmp_path / "store").history("orders").entries()
         assert [(int(epoch), digest) for epoch, digest in lines] == [
-            (entry.epoch, entry.position.digest.hex()) for entry in entries
+            (entry.epoch, entry.position.digest.hex()) for entry in entries[: len(lines)]
         ]
+        assert len(entries) - len(lines) <= 1
         assert (tmp_path / "started").read_text() == "started\n"
     store = f"store:{tmp_path}/store/orders"
     middle = entries[len(entries) // 2]

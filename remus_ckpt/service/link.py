@@ -233,6 +233,9 @@ class Link:
         except TimeoutError:
             self._fail(LinkError(f"{self.peer} takes no more data"))
         except Exception as error:
+            if self._session.ended:  # a heartbeat was due when we had just said goodbye
+                self._fail(LinkError(f"{self.peer}: the session has ended"))
+                return
             self._fail(LinkError(f"the link to {self.peer} broke: {type(error).__name__}: {error}"))
             raise
 

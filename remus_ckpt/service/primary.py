@@ -171,6 +171,7 @@ class Primary:
         """
         deadline = time.monotonic() + timeout_s
         epoch = None
+        lost: LinkError | None = None
         while True:
             try:
                 self._connect_patiently(deadline)
@@ -186,7 +187,9 @@ class Primary:
             except LinkError as error:
                 if time.monotonic() >= deadline:
                     self.check()  # the link may be well, and the backup slow
-                    raise
+                    # Why a link broke says more than that the time is over.
+                    raise (lost or error) from None
+                lost = error
                 self._lost(error)
                 if time.monotonic() + self._backoff_s > deadline:
                     raise  # what was wrong says more than that the time is over
