@@ -355,3 +355,21 @@ def test_a_goodbye_has_been_noted_when_the_primary_is_closed(tmp_path: Path) -> 
             memory.step(1)
             backup._standbys["orders"].__class__ = SlowStandby
         assert notes == ["closed"]
+
+
+def test_no_heartbeat_follows_a_goodbye(tmp_path: Path) -> None:
+    """While the backup takes its time to hang up, many are due."""
+
+    class SlowStandby(Standby):
+        def said_goodbye(self, reason: str) -> None:
+            time.sleep(0.5)
+            super().said_goodbye(reason)
+
+    with backup_in(tmp_path / "store", lease_s=0.3) as backup:
+        memory = Memory(backup.addresses[0])
+        memory.step(1)
+        link = memory.protection._primary._link
+        assert link is not None
+        backup._standbys["orders"].__class__ = SlowStandby
+        memory.protection.close()
+        assert isinstance(link._error, LinkError), "it has hung up, and nothing else went wrong"

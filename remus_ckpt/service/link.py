@@ -216,10 +216,11 @@ class Link:
                     # Behind data that do not move, a heartbeat would wait; they are sign enough.
                     if self._sending.acquire(blocking=False):
                         try:
-                            self._connection.send(
-                                self._session.send(Heartbeat(number=number, status=self._status())),
-                                self._lease_s,
-                            )
+                            if not self._session.ended:  # behind a goodbye nothing follows
+                                self._connection.send(
+                                    self._session.send(Heartbeat(number=number, status=self._status())),
+                                    self._lease_s,
+                                )
                         finally:
                             self._sending.release()
                     beat = now + period
