@@ -65,13 +65,16 @@ class StopSignal:
         self.is_set = False
 
     def set(self) -> None:
-        """End the loop after the checkpoint that is being taken."""
+        """End the loop after the checkpoint that is being taken. May come after `close`."""
         self.is_set = True
-        os.eventfd_write(self.fd, 1)
+        if self.fd >= 0:
+            os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
-        """Free the descriptor."""
-        os.close(self.fd)
+        """Free the descriptor. May be called again: by then the number may be somebody else's."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class CheckpointLoop:

@@ -126,15 +126,35 @@ def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[b
     with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
         assert recorder.stdout is not None
         guard = int(recorder.stdout.readline())
-    assert recorder.returncode == -signal.SIGKILL
-    with pytest.raises(SourceError):
-        Processes([sleeper.pid])
-    os.kill(guard, signal.SIGCONT)
+    try:
+        assert recorder.returncode == -signal.SIGKILL
+        with pytest.raises(SourceError):
+            Processes([sleeper.pid])
+    finally:
+        os.kill(guard, signal.SIGCONT)
     processes = Processes([sleeper.pid])
     processes.stop()
     assert wait_for(lambda: not Path(f"/proc/{guard}").exists() or process_state(guard) == "Z")
     assert process_state(sleeper.pid) == "T"
     processes.close()
+
+
+def test_the_next_one_waits_for_the_guard(sleeper: subprocess.Popen[bytes]) -> None:
+    """One that dies in a pause, and another that begins at once: the guard is waited for, and nothing is in the way."""
+    code = (
+        "import os, signal, sys\n"
+        "from remus_ckpt.source.processes import Processes\n"
+        "processes = Processes([int(sys.argv[1])])\n"
+        "processes.stop()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code, str(sleeper.pid)], check=False)
+        processes = Processes([sleeper.pid])
+        processes.stop()
+        processes.check_stopped()
+        processes.close()
+        assert wait_for(lambda: process_state(sleeper.pid) != "T")
 
 
 def test_a_process_that_is_stopped_already_is_left_alone(sleeper: subprocess.Popen[bytes]) -> None:
@@ -217,11 +237,39 @@ def test_a_page_that_becomes_a_hole_is_dirty(shm: Path) -> None:
     shared = Shared(shm, 64 * PAGE_SIZE)
     shared.write(0, b"\1" * 64 * PAGE_SIZE)
     assert len(shared.take()) == 64
-    subprocess.run(
-        ["fallocate", "--punch-hole", "--offset", str(3 * PAGE_SIZE), "--length", str(2 * PAGE_SIZE), shm], check=True
-    )
+    punch(shm, 3, 2)
     shared.write(10 * PAGE_SIZE, b"z")
     assert shared.take() == [3, 4, 10]
+    shared.source.close()
+
+
+def punch(path: Path, first: int, count: int) -> None:
+    where = ["--offset", str(first * PAGE_SIZE), "--length", str(count * PAGE_SIZE)]
+    subprocess.run(["fallocate", "--punch-hole", *where, path], check=True)
+
+
+def test_a_page_that_becomes_a_hole_while_it_is_first_copied(shm: Path) -> None:
+    shared = Shared(shm, 64 * PAGE_SIZE)
+    shared.write(0, b"\1" * 64 * PAGE_SIZE)
+    shared.source.shadow[:] = shared.source.sample(0, 64)
+    punch(shm, 3, 2)
+    assert shared.take() == [3, 4]
+    assert shared.take() == []
+    shared.source.close()
+
+
+def test_a_hole_stays_dirty_until_it_was_taken(shm: Path) -> None:
+    """A checkpoint may break off before it comes to that page."""
+    shared = Shared(shm, 64 * PAGE_SIZE)
+    shared.write(0, b"\1" * 64 * PAGE_SIZE)
+    assert len(shared.take()) == 64
+    punch(shm, 5, 1)
+    assert shared.source.dirty().tolist() == [5]
+    assert shared.take() == [5]
+    # One that is owed to the receiver is read though nothing has changed in it, and is not filled by that.
+    before = shm.stat().st_blocks
+    assert not shared.source.read(np.array([4, 5]), np.ones((2, PAGE_SIZE), dtype=np.uint8))[1].any()
+    assert shm.stat().st_blocks == before
     shared.source.close()
 
 

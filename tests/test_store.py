@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -21,6 +22,7 @@ from remus_ckpt.errors import LimitExceeded, Malformed, NoCheckpoint, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
+from remus_ckpt.restorer import Anonymous
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
 from remus_ckpt.store.index import read_index
@@ -861,3 +863,69 @@ def test_order_of_what_reaches_the_disk(store: Store, monkeypatch: pytest.Monkey
         asked.clear()
         writer.prune(Retention(count=1))
         assert asked == ["pruning", "fsync directory"]
+
+
+def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) -> None:
+    """A compaction has put it into another one first: it is read from there."""
+    with store.writer("m") as writer:
+        source = fill(writer, 6)
+        history = store.history("m")
+        entry = history.find(5)
+        writer.compact(wait=True)
+        assert writer.prune(Retention(count=1)) == [entry.segment]
+        assert history._read(entry, Anonymous(), None)[0].epoch == 5
+        fill(writer, 1, source)
+        before = history.find(6)
+        fill(writer, 1, source)
+        writer.compact(wait=True)
+        writer.prune(Retention(count=1))
+        with pytest.raises(NoCheckpoint):
+            history._read(before, Anonymous(), None)
+
+
+def test_where_nothing_is_to_go_nothing_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of all checkpoints of a year is long, and no commit goes on meanwhile."""
+    with store.writer("m", retention=Retention()) as writer:
+        fill(writer, 3)
+        monkeypatch.setattr(History, "contents", lambda self: pytest.fail("it was read"))
+        writer.compact(wait=True)
+        assert writer.prune(Retention()) == []
+        assert not writer.compacting
+
+
+def test_a_compacted_segment_that_may_come_back_after_a_loss_of_power(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name was taken back, and nobody knows what the disk has of that: behind it, nothing older may grow."""
+    with store.writer("m") as writer:
+        source = fill(writer, 3)
+
+        def fail(path: Path) -> None:
+            raise OSError(errno.EIO, "no")
+
+        monkeypatch.setattr("remus_ckpt.store.writer.sync_directory", fail)
+        writer.compact(wait=True)
+        assert writer.stream is None
+        assert not writer.compacting
+        with pytest.raises(StoreError):
+            writer.begin(full=False)
+        monkeypatch.undo()
+        assert fill(writer, 1).position.epoch == source.position.epoch + 1
+
+
+def test_a_compaction_that_dies_of_what_nobody_thought_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has failed like any other, and the next is not kept from its place."""
+    with store.writer("m") as writer:
+        source = fill(writer, 3)
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr("remus_ckpt.store.compaction.Compaction._take", fail)
+        writer.compact(wait=True)
+        assert not writer.compacting
+        assert writer.warnings
+        monkeypatch.undo()
+        writer.compact(wait=True)
+        fill(writer, 1, source)
+        assert [entry.epoch for entry in store.history("m").contents()[-1].entries] == [2, 3]

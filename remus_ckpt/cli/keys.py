@@ -59,7 +59,10 @@ def show(
     directory: Annotated[Path, typer.Argument(help="The folder of an authority, or one that was issued.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the certificates in a folder and when they expire."""
+    """List the certificates in a folder and when they expire.
+
+    Example: remus-ckpt keys show keys/
+    """
     found = keys.show(directory)
     now = datetime.now(UTC)
     if as_json:

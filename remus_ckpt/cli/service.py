@@ -40,7 +40,7 @@ from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
 from remus_ckpt.service.observe import Metrics, configure_logs, log, notify, watchdog_interval_s
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, Connection, TlsFiles, connect
+from remus_ckpt.service.transport import Address, Connection, TlsFiles, check_options, connect
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.commands import PauseCommands
 from remus_ckpt.source.processes import Processes
@@ -255,6 +255,7 @@ def protect(
         # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         tls = TlsFiles(tls_dir) if tls_dir else None
+        check_options(address, tls, insecure)
         if metrics:
             stack.enter_context(counted.serve(metrics))
         source = SharedFile(file, _stopper(pid, cgroup, pause, resume))
@@ -440,13 +441,15 @@ def failover(
 
     Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
     """
-    report = ask(_dial(source, tls_dir, insecure), "failover", {"name": _name(name), "fence": fence})
+    arguments = {"name": _name(name), "fence": fence}
+    report = ask(_dial(source, tls_dir, insecure), "failover", arguments)
     if as_json:
         print_json(report)
         return
     out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
     out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
-    out.print(Text(f"to protect it from there: remus-ckpt protect {report['image']} --term {report['term']} …"))
+    again = f"remus-ckpt protect {report['image']} --term {report['term']} …"
+    out.print(Text(f"to protect it from there on another backup: {again}"))
 
 
 @app.command(short_help="Protect a worker, kill its side, and see the backup go on.")
@@ -459,7 +462,10 @@ def demo(
     seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Protect a real worker over TLS, kill its side at a random instant, let the backup take over, and prove it."""
+    """Protect a real worker over TLS, kill its side at a random instant, let the backup take over, and prove it.
+
+    Example: remus-ckpt demo --seconds 5
+    """
     report = run_demo(
         seconds=seconds,
         interval_s=parse_duration(interval),

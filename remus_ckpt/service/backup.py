@@ -333,8 +333,9 @@ class _Visit:
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
         self._sending = threading.Lock()
         self._numbers = 0
-        self.heard = time.monotonic()
-        """When anything came last."""
+        self._heard = time.monotonic()
+        self._is_listening = True
+        self._counted = 0
         self.status: dict[str, Any] = {}
         """What the primary last said of itself."""
 
@@ -342,6 +343,11 @@ class _Visit:
     def peer(self) -> str:
         """Address and name of the other side."""
         return self.connection.peer
+
+    @property
+    def heard(self) -> float:
+        """When anything came last; now, while nobody listens: what a slow disk holds up is no silence of the peer."""
+        return self._heard if self._is_listening else time.monotonic()
 
     @property
     def session(self) -> Session:
@@ -391,6 +397,8 @@ class _Visit:
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
+            error.__traceback__ = None
             log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
@@ -417,18 +425,21 @@ class _Visit:
                     self._receive(deadline - time.monotonic(), f"no hello in {_HELLO_S:g} s")
 
     def _receive(self, timeout_s: float, otherwise: str) -> None:
+        self._heard, self._is_listening = time.monotonic(), True
         try:
             size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
         except TimeoutError:
             raise _Silent(otherwise) from None
         if not size:
             raise LinkError("the other side has closed the connection")
-        self.heard = time.monotonic()
+        self._is_listening = False
         self.session.buffer_updated(size)
 
     def say(self, message: wire.Message) -> None:
-        """Send one message."""
+        """Send one message. Raises LinkError too where the peer has been told that it is over."""
         with self._sending:
+            if self.session.last_sent is not None:
+                raise LinkError("the session was ended here")
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
 
     def _try_say(self, message: wire.Message) -> None:
@@ -535,6 +546,13 @@ class _Visit:
         self.say(wire.Ack(level="durable", position=commit.position))
         self.backup.report_phase("acknowledged", commit.position.epoch)
         standby.stored(commit.position, time.monotonic() - begin)
+        before, self._counted = self._counted, self.connection.bytes_received
+        self.backup.metrics.add_bytes(
+            standby.name,
+            raw=commit.pages * PAGE_SIZE,
+            encoded=commit.stream_bytes,
+            wire=self._counted - before,
+        )
         writer.apply()
         if wait == "applied":
             self.say(wire.Ack(level="applied", position=commit.position))

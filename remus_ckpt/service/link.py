@@ -30,6 +30,7 @@ from remus_ckpt.wire.session import (
 
 _FLUSH_BYTES = 1 << 20
 _WELCOME_S = 30.0
+_GOODBYE_S = 1.0
 _LOOK_S = 0.25
 """So often who waits for a welcome looks whether it is still to be waited for."""
 
@@ -231,6 +232,9 @@ class Link:
         except TimeoutError:
             self._fail(LinkError(f"{self.peer} takes no more data"))
         except Exception as error:
+            if self._session.ended:  # a heartbeat was due when we had just said goodbye
+                self._fail(LinkError(f"{self.peer}: the session has ended"))
+                return
             self._fail(LinkError(f"the link to {self.peer} broke: {type(error).__name__}: {error}"))
             raise
 
@@ -277,6 +281,9 @@ class Link:
         if goodbye is not None and self._error is None:
             with suppress(RemusError, ValueError):  # it may be gone already
                 self._post(Goodbye(reason=goodbye))
+                # Until it hangs up (specs/session.md §4): bytes that nobody reads here could undo the goodbye.
+                if self._thread is not None and self._thread is not threading.current_thread():
+                    self._thread.join(_GOODBYE_S)
         self._release()
 
     def _release(self) -> None:

@@ -7,6 +7,7 @@ the link breaks, their present content goes full in the next checkpoint (specs/s
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import threading
@@ -124,6 +125,7 @@ class Primary:
         self._stop = stop
         self._run = os.urandom(16)
         self._sender: Sender | None = None
+        self._anchor: Position | None = None  # the newest committed one that this sender has made
         self._one_by_one: CheckpointLoop | None = None
         self._link: Link | None = None
         self._flights: deque[_Flight] = deque()
@@ -145,9 +147,10 @@ class Primary:
         Raises Fenced when another has taken over, Refused where another try would not help, SourceError.
         """
         begin = time.monotonic()
+        end = None if self._duration_s is None else begin + self._duration_s
         while not self.ended:
             try:
-                self._connect_patiently(None)
+                self._connect_patiently(None, end)
                 if self.ended:
                     return
                 left = None if self._duration_s is None else max(self._duration_s - (time.monotonic() - begin), 0.0)
@@ -168,6 +171,7 @@ class Primary:
         """
         deadline = time.monotonic() + timeout_s
         epoch = None
+        lost: LinkError | None = None
         while True:
             try:
                 self._connect_patiently(deadline)
@@ -183,18 +187,25 @@ class Primary:
             except LinkError as error:
                 if time.monotonic() >= deadline:
                     self.check()  # the link may be well, and the backup slow
-                    raise
+                    # Why a link broke says more than that the time is over.
+                    raise (lost or error) from None
+                lost = error
                 self._lost(error)
+                if time.monotonic() + self._backoff_s > deadline:
+                    raise  # what was wrong says more than that the time is over
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
 
-        Raises LinkError if the link breaks first or the time is over; then it is not known to be.
+        Raises LinkError if the link breaks first or the time is over; then it is not known to be. Fenced when another
+        has taken over: then it will not be.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while self.committed is None or self.committed.epoch < epoch:
                 self.check()
+                if self._fenced is not None:
+                    raise self._fenced
                 if self._link is None:
                     raise LinkError("the link to the backup is lost; take another checkpoint")
                 left = None if deadline is None else deadline - time.monotonic()
@@ -205,8 +216,10 @@ class Primary:
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all that was sent is committed. Raises LinkError if that does not come to pass."""
-        if self._flights:
-            self.wait_for(self._flights[-1].sent.epoch, timeout_s)
+        with self._changed:  # in which the other thread empties it
+            newest = self._flights[-1].sent.epoch if self._flights else None
+        if newest is not None:
+            self.wait_for(newest, timeout_s)
 
     def close(self) -> None:
         """End the session in an orderly way; what is not committed stays so."""
@@ -235,17 +248,27 @@ class Primary:
 
     # The link
 
-    def _connect_patiently(self, deadline: float | None) -> None:
-        """Connect, again and again with longer pauses, until it is done or there is no more reason to."""
+    def _connect_patiently(self, deadline: float | None, end: float | None = None) -> None:
+        """Connect, again and again with longer pauses, until it is done or there is no more reason to.
+
+        deadline: when to raise what was in the way; end: when all is to end, link or no link
+        """
         if self._fenced is not None:
             raise self._fenced
+        if self._link is not None and self._sender is not None and self._sender.unfinished:
+            # Half a checkpoint has been sent: only another session takes that back.
+            self._lost(LinkError("a checkpoint broke off"))
         said = ""
         while self._link is None and not self.ended:
-            left_s = self._backoff_s if deadline is None else min(self._backoff_s, deadline - time.monotonic())
+            until = min((at for at in (deadline, end) if at is not None), default=math.inf)
+            left_s = min(self._backoff_s, until - time.monotonic())
             if left_s > 0:
                 self._sleep(left_s)
                 if self.ended:
                     return
+            if end is not None and said and time.monotonic() >= end:
+                self.ended = "duration"
+                return
             try:
                 self._open(None if deadline is None else max(deadline, time.monotonic() + _TRY_S))
                 return
@@ -363,6 +386,7 @@ class Primary:
             position=newest,
             first_epoch=floor + 1,
         )
+        self._anchor = None
         self._one_by_one = None
         return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)
 
@@ -375,7 +399,7 @@ class Primary:
         known = [flight.sent.position for flight in self._flights]
         if held in known:
             self._commit_up_to(held)
-        elif held != self.committed:
+        elif held != self._anchor:
             return False
         lost = [flight.pfns for flight in self._flights]
         if sender.unfinished:
@@ -386,6 +410,8 @@ class Primary:
         return True
 
     def _lost(self, error: LinkError) -> None:
+        if isinstance(error, Fenced):
+            self._fenced = error
         link, self._link = self._link, None
         self._began = 0.0
         if link is not None:
@@ -398,7 +424,6 @@ class Primary:
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
             self.ended = "fenced"
-            self._fenced = error
             log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
             raise error
         if isinstance(error, Refused) and error.code in LASTING:
@@ -466,8 +491,9 @@ class Primary:
 
     def check(self) -> None:
         """Raise what has ended the link."""
-        if self._link is not None:
-            self._link.check()
+        link = self._link  # another thread may wait here while ours takes it away
+        if link is not None:
+            link.check()
 
     # What comes back, in the link's thread
 
@@ -487,7 +513,7 @@ class Primary:
             done: list[_Flight] = []
             while self._flights and (not done or done[-1].sent.position != position):
                 done.append(self._flights.popleft())
-            self.committed = position
+            self.committed = self._anchor = position
             self._commits += len(done)
             self._backoff_s = 0.0
             self._changed.notify_all()

@@ -112,6 +112,8 @@ class Protection:
         """
         if self._thread is not None:
             raise ValueError("checkpoints are taken in a thread here; wait_for() waits for a commit")
+        if self._stop.fd < 0:
+            raise ValueError("the protection has been closed")
         return self._primary.checkpoint(timeout_s, wait=wait)
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
@@ -124,7 +126,12 @@ class Protection:
         return self._primary.status()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Wait for what was sent, and end. Raises what ended the thread, or LinkError if it is not known to be safe."""
+        """Wait for what was sent, and end. Raises what ended the thread, or LinkError if it is not known to be safe.
+
+        May be called again, and does nothing then.
+        """
+        if self._stop.fd < 0:
+            return
         try:
             if self._thread is not None:
                 self._stop.set()

@@ -23,7 +23,7 @@ from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.service.observe import Metrics, log
-from remus_ckpt.store import HistoryWriter, Retention
+from remus_ckpt.store import HistoryWriter, Retention, State
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
 
@@ -77,9 +77,12 @@ class Refusal(RemusError):
 class Visitor(Protocol):
     """A primary's session."""
 
-    heard: float
     run_id: bytes
     status: dict[str, Any]
+
+    @property
+    def heard(self) -> float:
+        """When it was last known to be there."""
 
     @property
     def peer(self) -> str:
@@ -133,10 +136,12 @@ class Standby:
             ):
                 # It is the same one, whose old connection we have not yet missed; or that one is gone.
                 self._dismiss("busy", "another connection has taken the place of this one")
-            state = self._writer.state
             if hello.term is not None and hello.term > _MAX_TERM:
                 raise Refusal("limit", f"term {hello.term} is beyond all takeovers; a term is at most {_MAX_TERM}")
-            answer = failover.admit(state.term, Role(state.role), hello.term, self._visitor is not None)
+            state, answer = self._admit(hello)
+            if isinstance(answer, Accepted) and self._visitor is not None:
+                self._dismiss("fenced", f"a primary of term {answer.term} has come", answer.term)
+                state, answer = self._admit(hello)  # it may have been promoted while we waited
             match answer:
                 case FencedOff(term):
                     self._metrics.fence(self.name)
@@ -151,9 +156,7 @@ class Standby:
                 case failover.Busy():
                     raise Refusal("busy", f"{self.name!r} is being protected by another primary, {self._last_peer}")
                 case Accepted(term):
-                    if self._visitor is not None:
-                        self._dismiss("fenced", f"a primary of term {term} has come", term)
-                    if self._promoting:
+                    if self._promoting or self._visitor is not None:
                         raise Refusal("busy", f"{self.name!r} is being taken over")
                     if state.role == "promoted":
                         self._by_hand, self._handed_out = None, None
@@ -178,6 +181,10 @@ class Standby:
                 self._changed.notify_all()
             self._metrics.set_connected(self.name, False)
             self._wake()
+
+    def _admit(self, hello: Hello) -> tuple[State, Accepted | FencedOff | failover.Busy]:
+        state = self._writer.state
+        return state, failover.admit(state.term, Role(state.role), hello.term, self._visitor is not None)
 
     def _dismiss(self, code: str, message: str, term: int | None = None) -> None:
         """End the session that is open; with the lock held, which its thread needs to leave."""
@@ -242,7 +249,7 @@ class Standby:
                         self._start(self._promote, term)
                     case failover.RunTakeover(term, attempt):
                         self._takeover = Command.begun(attempt, now)
-                        self._start(self._run_takeover)
+                        self._start(self._run_takeover, self._takeover)
         return now + self._policy.lease_s
 
     def _situation(self) -> Situation:
@@ -320,12 +327,12 @@ class Standby:
             }
         return self._handed_out
 
-    def _run_takeover(self) -> None:
+    def _run_takeover(self, begun: Command) -> None:
         assert self._policy.on_failover is not None
         succeeded = False
         try:
             with self._changed:
-                if self._is_closed:
+                if self._is_closed or self._takeover is not begun:
                     return
                 given = self._hand_out()
             log("taking over", level=logging.WARNING, name=self.name, epoch=given["epoch"])
@@ -338,14 +345,14 @@ class Standby:
                 },
             )
             with self._changed:
-                if succeeded and not self._is_closed:
+                if succeeded and self._takeover is begun and not self._is_closed:
                     self._writer.set_state(takeover_done=True)
         except RemusError as error:
             succeeded = False
             log("takeover failed", level=logging.ERROR, name=self.name, reason=str(error))
         with self._changed:
-            assert self._takeover is not None
-            self._takeover = self._takeover.ended(succeeded, time.monotonic())
+            if self._takeover is begun:  # or a primary of a later term has come, and this says nothing of that
+                self._takeover = begun.ended(succeeded, time.monotonic())
             self._changed.notify_all()
         self._wake()
 
@@ -388,21 +395,21 @@ class Standby:
                     raise NoCheckpoint(f"nothing is committed under the name {self.name!r}")
                 if fence and self._fence is None:
                     raise RemusError("there is no fencing command: start the backup with --fence, or do it yourself")
-                self._by_hand = ByHand(time.monotonic(), fence)
+                wish = self._by_hand = ByHand(time.monotonic(), fence)
                 self._wake()
-                done = self._changed.wait_for(
-                    lambda: (
-                        self._handed_out is not None
-                        or (fence and self._fence is not None and self._fence.phase is failover.Phase.FAILED)
-                    ),
-                    _PROMOTION_S,
-                )
+                self._changed.wait_for(lambda: self._handed_out is not None or self._has_failed(wish), _PROMOTION_S)
                 if self._handed_out is None:
-                    if fence and done:
+                    if self._by_hand is wish and not self._promoting:
                         self._by_hand = None
+                    if self._has_failed(wish):
                         raise RemusError("the fencing command failed: nothing was promoted")
                     raise RemusError(f"not promoted within {_PROMOTION_S:g} s: see the backup's log")
             return self._hand_out()
+
+    def _has_failed(self, wish: ByHand) -> bool:
+        """Whether the fence has that was run for it; an earlier one says nothing."""
+        fence = self._fence if wish.fence else None
+        return fence is not None and fence.phase is failover.Phase.FAILED and fence.began_at >= wish.at
 
     def status(self) -> dict[str, Any]:
         """What there is to say of it."""

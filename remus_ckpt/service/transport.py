@@ -27,7 +27,7 @@ from remus_ckpt.errors import LinkError
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.tls import TlsFiles, say_tls
 
-__all__ = ["Address", "Connection", "Listener", "Scheme", "TlsFiles", "connect"]
+__all__ = ["Address", "Connection", "Listener", "Scheme", "TlsFiles", "check_options", "connect"]
 
 Scheme = Literal["tls", "tcp", "unix"]
 
@@ -531,6 +531,15 @@ def _check_plain(address: Address, where: Any, insecure: bool, option: str) -> N
 
 
 _INSECURE_OPTION = "--insecure-plain-tcp"
+
+
+def check_options(address: Address, tls: TlsFiles | None, insecure: bool) -> None:
+    """What no number of tries would change, before the first. Raises LinkError."""
+    if address.scheme == "tls" and tls is None:
+        raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
+    with suppress(ValueError):  # a name may mean another address the next time
+        ipaddress.ip_address(address.host.partition("%")[0])
+        _check_plain(address, (address.host,), insecure, _INSECURE_OPTION)
 
 
 def connect(

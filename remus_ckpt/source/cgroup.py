@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from remus_ckpt.errors import SourceError
-from remus_ckpt.source.guarded import Guard
+from remus_ckpt.source.guarded import Guard, claim
 from remus_ckpt.source.processes import has_file
 
 _POLL_S = 50e-6
@@ -53,17 +53,15 @@ class CgroupFreezer:
         # In all that we freeze: neither we nor the guard would ever run again.
         if os.getpid() in self._pids():
             raise SourceError(f"this process is in {self.path} itself: run it in another cgroup")
+        # Two who freeze the same cgroup would each end the other's pauses.
+        status = os.stat(self.path)
+        self._claim = claim(f"freezes {status.st_dev}:{status.st_ino}")
+        if self._claim is None:
+            raise SourceError(f"{self.path} is being recorded by somebody else")
         if self._event("frozen") or self._asked():
             # Whoever froze it wants it so; our pauses would end with it running.
             raise SourceError(f"{self.path} is frozen already: thaw it first (echo 0 > {self.path}/cgroup.freeze)")
-        # Two who freeze the same cgroup would each end the other's pauses. The name goes with us when we die.
-        status = os.stat(self.path)
-        self._claim = socket.socket(socket.AF_UNIX)
-        try:
-            self._claim.bind(f"\0remus-ckpt freezes {status.st_dev}:{status.st_ino}")
-        except OSError:
-            raise SourceError(f"{self.path} is being recorded by somebody else") from None
-        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze])
+        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze, self._claim.fileno()])
 
     def _check_kind(self) -> None:
         if not self.path.is_dir():

@@ -6,19 +6,41 @@ import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from remus_ckpt.errors import SourceError
 
 _GUARD = Path(__file__).with_name("guard.py")
+_CLAIM_S = 2.0
+_CLAIM_POLL_S = 0.01
+
+
+def claim(name: str) -> socket.socket | None:
+    """A name that nobody else has while this socket is open, here or in a guard; None if somebody has it.
+
+    Given to a guard, it stays taken until the guard is done with what we had stopped. That of one who died may need a
+    moment, so it is waited for.
+    """
+    claimed = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            claimed.bind(f"\0remus-ckpt {name}")
+            return claimed
+        except OSError:
+            if time.monotonic() > deadline:
+                claimed.close()
+                return None
+            time.sleep(_CLAIM_POLL_S)
 
 
 class Guard:
     """A process that lets those run on who were stopped, if we die before we do.
 
     arguments: what it guards, as guard.py takes it
-    fds: descriptors among the arguments
+    fds: descriptors among the arguments, and of claims
     timeout_s: how long it may take to take a word, or to answer one
     """
 

@@ -9,11 +9,9 @@ import socket
 import time
 
 from remus_ckpt.errors import SourceError
-from remus_ckpt.source.guarded import Guard
+from remus_ckpt.source.guarded import Guard, claim
 
 _POLL_S = 50e-6
-_CLAIM_S = 0.5
-"""The guard of one who died may need a moment."""
 _STOPPED = frozenset("TtZXx")
 """States of a thread that does not run: stopped, traced, dead."""
 
@@ -35,8 +33,7 @@ class Processes:
             for pid in dict.fromkeys(pids):
                 self._open(pid)
             pidfds = list(self._pidfds.values())
-            # It holds the claims too: until it is done with what we stopped, nobody else may stop them.
-            claims = [claim.fileno() for claim in self._claims]
+            claims = [claimed.fileno() for claimed in self._claims]
             self._guard = Guard("continue", *map(str, pidfds), fds=[*pidfds, *claims])
         except BaseException:
             self.close()
@@ -56,22 +53,15 @@ class Processes:
         except OSError as error:
             raise SourceError(f"process {pid}: {error.strerror} (a thread's number is not a process's)") from None
 
+        # Two who stop the same process would each end the other's pauses.
+        claimed = claim(f"pauses {pid}")
+        if claimed is None:
+            raise SourceError(f"process {pid} is being recorded by somebody else")
+        self._claims.append(claimed)
         states = _states(pid)
         if states and _STOPPED.issuperset(states.values()) and "T" in states.values():
             # Whoever stopped it wants it so; our pauses would end with it running.
             raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
-        # Two who stop the same process would each end the other's pauses. The name goes when we and our guard are dead.
-        claim = socket.socket(socket.AF_UNIX)
-        self._claims.append(claim)
-        deadline = time.monotonic() + _CLAIM_S
-        while True:
-            try:
-                claim.bind(f"\0remus-ckpt pauses {pid}")
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise SourceError(f"process {pid} is being recorded by somebody else") from None
-                time.sleep(0.01)
 
     def close(self) -> None:
         """Let go of the processes, which run on."""
@@ -81,8 +71,8 @@ class Processes:
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds.clear()
-        for claim in self._claims:
-            claim.close()
+        for claimed in self._claims:
+            claimed.close()
         self._claims.clear()
 
     def check_maps(self, path: str, file: os.stat_result) -> None:

@@ -47,8 +47,8 @@ class SharedFile:
             if whole:
                 area = mmap.mmap(self._fd, whole * PAGE_SIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
                 self._memory = np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-            self._has_data = np.zeros(whole, dtype=bool)
-            self._gone = np.empty(0, dtype=np.int64)
+            self._has_data = np.ones(whole, dtype=bool)  # as `dirty` found it last; the others are holes
+            self._in_shadow = np.zeros(whole, dtype=bool)  # what the shadow may hold something of
         except BaseException:
             self.close()
             raise
@@ -91,6 +91,7 @@ class SharedFile:
         while room and (size := os.preadv(self._fd, [room], at)):
             room = room[size:]
             at += size
+        self._in_shadow[first:stop] |= pages[: len(self._in_shadow[first:stop])].view(np.uint64).any(axis=1)
         return pages
 
     def dirty(self) -> NDArray[np.int64]:
@@ -105,22 +106,25 @@ class SharedFile:
         for first, stop in self._extents():
             has_data[first:stop] = True
             found.append(dirty_pages(self._memory[first:stop], self.shadow[first:stop]) + first)
-        gone = np.flatnonzero(self._has_data & ~has_data)
-        self._gone = gone[self.shadow[gone].any(axis=1)]
-        self._has_data = has_data
+        gone = np.flatnonzero(self._in_shadow & ~has_data)
+        gone = gone[self.shadow[gone].any(axis=1)]
+        self._has_data, self._in_shadow = has_data, has_data.copy()
+        # Until it was taken: a checkpoint may break off before it comes to them.
+        self._in_shadow[gone] = True
         if self.size % PAGE_SIZE and (self._tail() != self.shadow[-1]).any():
             found.append(np.array([self.pages - 1]))
         numbers = np.concatenate([np.empty(0, dtype=np.int64), *found])
-        return np.union1d(numbers, self._gone) if len(self._gone) else numbers
+        return np.union1d(numbers, gone) if len(gone) else numbers
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
-        """Copy pages that `dirty` named."""
+        """Copy pages, ascending, as `dirty` has just found them."""
         target = out[: len(pfns)]
-        if len(self._gone) and (holes := np.isin(pfns, self._gone)).any():
+        mapped = int(np.searchsorted(pfns, len(self._memory)))
+        if (holes := ~self._has_data[pfns[:mapped]]).any():
+            holes = np.append(holes, np.zeros(len(pfns) - mapped, dtype=bool))
             target[holes] = 0
             target[~holes] = self.read(pfns[~holes], np.empty_like(target))
             return target
-        mapped = int(np.searchsorted(pfns, len(self._memory)))
         gather(self._memory, pfns[:mapped], target)
         if mapped < len(pfns):
             target[mapped] = self._tail()

@@ -105,11 +105,17 @@ class Compaction:
         try:
             with guarding(self.path):
                 self._copy()
-        except StoreError as error:
+        except Exception as error:
+            # Whatever it was: one that seemed to go on would keep every later one from beginning.
+            reason = (
+                error if isinstance(error, StoreError) else StoreError(f"{self.path}: {type(error).__name__}: {error}")
+            )
             with self._lock:
                 if not self.is_over:
                     self.cancel()
-                    self._on_failed(error)
+                    self._on_failed(reason)
+                elif reason is not error:
+                    raise
 
     def _copy(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -216,11 +217,12 @@ class History:
 
     def _read(self, entry: Entry, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
         """Put a checkpoint into a home, from another segment that holds it too where one is bad."""
-        first: BadCheckpoint | None = None
-        for copy in [entry, *self._copies(entry)]:
+        first: BadCheckpoint | NoCheckpoint | None = None
+        # The copies are looked for when they are needed: a compaction may have made one, and what it was made of gone.
+        for copy in itertools.chain([entry], self._copies(entry)):
             try:
                 return self._replay(copy, home, progress), copy
-            except BadCheckpoint as error:
+            except (BadCheckpoint, NoCheckpoint) as error:
                 first = first or error
         assert first is not None
         raise first

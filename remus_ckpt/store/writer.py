@@ -728,8 +728,9 @@ class HistoryWriter:
             compaction.cancel()
             try:
                 final.unlink(missing_ok=True)
+                sync_directory(self._segments)
             except OSError:
-                # It would count as newer than what this segment gets from now on.
+                # Now or after a loss of power it would count as newer than what this segment gets from now on.
                 chain.is_sealed = True
             self._on_failed(error)
             return
@@ -764,7 +765,7 @@ class HistoryWriter:
     def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
         """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError."""
         with self._lock:
-            if self._chain is None:
+            if self._chain is None or retention == Retention():
                 return []
             contents = History(self.directory, limits=self._limits).contents()
             now = time.time_ns() if now_ns is None else now_ns

@@ -289,7 +289,8 @@ class Run:
         self._proxy.target = Address.parse(address).port
 
     def _start_primary(self) -> None:
-        self._await_running()
+        if not self._is_hasty:
+            self._await_running()
         self._primary = self._start(
             "primary",
             memory=str(self._memory),

@@ -1,0 +1,312 @@
+"""The commands of the services as users type them: real processes, keys, memory in /dev/shm, signals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from services import LONG_S, Service, command, make_keys, service, until
+from support import Command, Ran, process_state, writer_process
+from writers import cgroup_mount, own_cgroup
+
+from remus_ckpt.store import Store
+
+PAGES = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def remus(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Command:
+    return Command(monkeypatch, capfdbinary)
+
+
+@pytest.fixture
+def served(tmp_path: Path, folder: Path) -> Iterator[Service]:
+    with service(tmp_path, folder, "--lease", "2s") as served:
+        yield served
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    path = Path(f"/dev/shm/remus-test-{os.getpid()}")
+    path.write_bytes(bytes(PAGES * 4096))
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+def to(served: Service, name: str = "orders") -> list[object]:
+    return ["--to", served.address, "--tls-dir", served.folder / "ca" / "primary", "--name", name]
+
+
+def asking(served: Service) -> list[object]:
+    return ["--from", served.address, "--tls-dir", served.folder / "ca" / "primary"]
+
+
+def end(process: subprocess.Popen[str], number: int | None = signal.SIGTERM) -> tuple[int, str]:
+    """Exit code and standard output."""
+    if number is not None:
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=LONG_S)
+    return process.returncode, out
+
+
+def committed(served: Service, name: str = "orders") -> int:
+    found = served.ask()["names"].get(name)
+    return -1 if found is None or found["epoch"] is None else found["epoch"]
+
+
+def test_a_day_in_the_life(tmp_path: Path, folder: Path, memory: Path, remus: Command) -> None:
+    """Protect, look, restart the backup under it, fail over, restore, list, verify, export, prune."""
+    with writer_process(memory) as worker, service(tmp_path, folder) as first:
+        commits = tmp_path / "commits"
+        address = first.address
+        with command(
+            "protect", memory, "--pid", worker.pid, *to(first), "--interval", "5ms", "--json",
+            "--on-commit", f"echo started >> {tmp_path}/started; cat > {commits}", log=tmp_path / "protect.log",
+        ) as protecting:  # fmt: skip
+            until(lambda: committed(first) > 3)
+            found = json.loads(remus("status", *asking(first), "--json").out)["names"]["orders"]
+            assert (found["role"], found["connected"], found["term"]) == ("standby", True, 0)
+            assert "orders" in remus("status", *asking(first)).out
+            held = committed(first)
+            code, _ = end(first.process)
+            assert code == 0
+            with service(tmp_path, folder, listen=address) as second:
+                until(lambda: committed(second) > held + 3)
+                until(lambda: second.ask()["names"]["orders"]["primary"].get("reconnects") == 1)
+                ran = remus("failover", "--name", "orders", *asking(second), "--json")
+                given = json.loads(ran.out)
+                assert (ran.code, given["term"]) == (0, 1)
+                code, out = end(protecting, None)
+                report = json.loads(out)
+                assert (code, report["ended"]) == (22, "fenced")
+                # What was stored and not yet acknowledged is part of what was taken over.
+                assert held < report["committed_epoch"] <= given["epoch"]
+                assert worker.poll() is None
+                assert process_state(worker.pid) in "SR"
+                again = remus("protect", memory, "--pid", worker.pid, *to(second), "--json")
+                assert again.code == 22
+                assert json.loads(again.out)["committed_epoch"] is None
+                assert remus("failover", "--name", "nobody", *asking(second)).code == 1
+        # One line for each commit, in their order; the command was started once.
+        lines = [line.split() for line in commits.read_text().splitlines()]
+        entries = Store(tmp_path / "store").history("orders").entries()
+        assert [(int(epoch), digest) for epoch, digest in lines] == [
+            (entry.epoch, entry.position.digest.hex()) for entry in entries[: len(lines)]
+        ]
+        assert len(entries) - len(lines) <= 1
+        assert (tmp_path / "started").read_text() == "started\n"
+    store = f"store:{tmp_path}/store/orders"
+    middle = entries[len(entries) // 2]
+    taken = datetime.fromtimestamp((middle.time_ns or 0) / 1e9 + 1e-4, UTC).isoformat()
+    images = [tmp_path / "newest.img", tmp_path / "number.img", tmp_path / "time.img"]
+    for image, at in zip(images, ([], ["--at", middle.epoch], ["--at", taken]), strict=True):
+        restored = json.loads(remus("restore", store, *at, "-o", image, "--json").out)["restored"]
+        assert restored == (middle.epoch if at else given["epoch"])
+    assert images[0].read_bytes() == Path(given["image"]).read_bytes()
+    assert images[1].read_bytes() == images[2].read_bytes() != images[0].read_bytes()
+    listed = json.loads(remus("list", store, "--json").out)
+    assert [entry["epoch"] for entry in listed["entries"]] == [entry.epoch for entry in entries]
+    assert json.loads(remus("list", f"store:{tmp_path}/store", "--json").out)["histories"][0]["role"] == "promoted"
+    assert json.loads(remus("verify", store, "--json").out)["good"] is True
+    exported = remus("export", store, "-o", tmp_path / "out.remus", "--at", middle.epoch, "--json")
+    assert json.loads(exported.out)["epoch"] == middle.epoch
+    assert remus("verify", tmp_path / "out.remus").code == 0
+    assert json.loads(remus("compact", store, "--json").out)["epoch"] == given["epoch"]
+    pruned = json.loads(remus("prune", store, "--keep-count", 1, "--json").out)
+    assert (len(pruned["removed"]), pruned["checkpoints"]) == (1, 1)
+
+
+def test_both_sides_are_scraped(tmp_path: Path, folder: Path, memory: Path) -> None:
+    ports = free_ports(2)
+    with (
+        writer_process(memory) as worker,
+        service(tmp_path, folder, "--metrics", ports[0]) as served,
+        command(
+            "protect", memory, "--pid", worker.pid, *to(served), "--metrics", ports[1], log=tmp_path / "protect.log"
+        ) as protecting,
+    ):
+        until(lambda: committed(served) > 3)
+        for port in ports:
+            found = scrape(port)
+            assert found['remus_checkpoints_committed_total{name="orders"}'] > 3
+            assert found['remus_bytes_total{name="orders",stage="encoded"}'] > PAGES
+            assert found['remus_connected{name="orders"}'] == 1
+        assert scrape(ports[1])['remus_checkpoint_pause_seconds_count{name="orders"}'] > 3
+        assert end(protecting)[0] == 0
+        assert process_state(worker.pid) in "SR"
+        until(lambda: scrape(ports[0])['remus_connected{name="orders"}'] == 0)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def scrape(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LONG_S) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@pytest.mark.parametrize("kind", ["commands", pytest.param("cgroup", marks=pytest.mark.root)])
+def test_other_ways_to_stop_the_writers(
+    served: Service, memory: Path, tmp_path: Path, kind: str, remus: Command
+) -> None:
+    with writer_process(memory) as worker:
+        run = ["protect", memory, *to(served), "--duration", "300ms", "--json"]
+        if kind == "commands":
+            ran = remus(*run, "--pause", f"kill -STOP {worker.pid}", "--resume", f"kill -CONT {worker.pid}")
+        else:
+            mount = cgroup_mount()
+            if mount is None or os.geteuid():
+                pytest.skip("no cgroup can be made here")
+            with own_cgroup(mount, f"remus-test-{os.getpid()}") as group:
+                (group / "cgroup.procs").write_text(str(worker.pid))
+                ran = remus(*run, "--cgroup", group)
+                (mount / "cgroup.procs").write_text(str(worker.pid))
+        assert (ran.code, json.loads(ran.out)["ended"]) == (0, "duration")
+        assert json.loads(ran.out)["committed_epoch"] > 1
+        assert process_state(worker.pid) in "SR"
+
+
+@pytest.mark.parametrize("does", ["read line; exit 3", "exec <&-; sleep 0.1"])
+def test_a_command_that_dies_fails_the_run_and_not_the_protection(
+    served: Service, memory: Path, remus: Command, does: str
+) -> None:
+    with writer_process(memory) as worker:
+        ran = remus(
+            "protect", memory, "--pid", worker.pid, *to(served), "--duration", "500ms", "--interval", "5ms",
+            "--on-commit", does, "--json",
+        )  # fmt: skip
+        report = json.loads(ran.out)
+        assert (ran.code, report["ended"]) == (1, "duration")
+        assert report["committed_epoch"] == report["checkpoints"] - 1
+        assert "Traceback" not in ran.err
+        assert ran.err.count("--on-commit") <= 3
+
+
+def test_a_slow_command_gets_every_line(served: Service, memory: Path, remus: Command, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    with writer_process(memory) as worker:
+        ran = remus(
+            "protect", memory, "--pid", worker.pid, *to(served), "--duration", "500ms", "--interval", "1ms",
+            "--on-commit", f"sleep 1; cat > {lines}", "--json",
+        )  # fmt: skip
+    assert ran.code == 0
+    assert len(lines.read_text().splitlines()) == json.loads(ran.out)["committed_epoch"] + 1
+
+
+def test_signals_before_there_is_anything_to_do(tmp_path: Path, folder: Path, memory: Path, remus: Command) -> None:
+    """Nobody listens, or somebody who says nothing: a signal is heard, and the time that was given is kept."""
+    with writer_process(memory) as worker, socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        log = tmp_path / "protect.log"
+        options = ["--pid", worker.pid, "--name", "orders"]
+        with command("protect", memory, *options, "--to", f"tcp://127.0.0.1:{port}", "--json", log=log) as protecting:
+            connection, _ = silent.accept()
+            with connection:
+                code, out = end(protecting)
+        assert (code, json.loads(out)["ended"]) == (0, "stopped")
+        assert process_state(worker.pid) in "SR"
+    with writer_process(memory) as worker:
+        ran = remus(
+            "protect", memory, "--pid", worker.pid, "--name", "orders", "--to", "tcp://127.0.0.1:1", "--json",
+            "--duration", "300ms",
+        )  # fmt: skip
+        assert (ran.code, json.loads(ran.out)["ended"]) == (0, "duration")
+
+
+def test_what_cannot_be_is_said_at_once(
+    served: Service, tmp_path: Path, folder: Path, memory: Path, remus: Command
+) -> None:
+    def fails(*arguments: object) -> Ran:
+        ran = remus(*arguments)
+        assert ran.code in (1, 2)
+        assert "Traceback" not in ran.err
+        assert len(ran.err.strip().splitlines()) <= 4
+        return ran
+
+    mine = folder / "ca" / "primary"
+    port = served.port
+    for wrong in (
+        ["--from", "127.0.0.1:1", "--tls-dir", mine],
+        ["--from", f"127.0.0.1:{port}"],
+        ["--from", f"tcp://127.0.0.1:{port}"],
+        ["--from", f"localhost:{port}", "--tls-dir", mine],
+        ["--from", str(port), "--tls-dir", mine],
+        ["--from", f"127.0.0.1:{port}", "--tls-dir", folder / "ca"],
+        ["--from", f"127.0.0.1:{port}", "--tls-dir", folder / "other" / "stranger"],
+        ["--from", f"127.0.0.1:{port}", "--tls-dir", tmp_path],
+        ["--from", f"unix:{tmp_path}/nothing"],
+    ):
+        fails("status", *wrong)
+    fails("failover", "--name", "nobody", *asking(served))
+    fails("failover", "--name", "../nobody", *asking(served))
+    with writer_process(memory) as worker:
+        run = ["protect", memory, "--name", "orders", "--pid", worker.pid]
+        fails(*run, "--to", f"127.0.0.1:{port}")
+        fails(*run, "--to", "tcp://192.0.2.1:7411")
+        fails(*run, *to(served, "a/b"))
+        fails("protect", memory, *to(served))
+        fails("protect", tmp_path / "none", "--pid", worker.pid, *to(served))
+    backup = ["backup", "--tls-dir", folder / "ca" / "backup"]
+    in_use = fails(*backup, "--listen", "127.0.0.1:0", "--store", tmp_path / "store")
+    assert str(tmp_path / "store") in in_use.err
+    fails(*backup, "--listen", f"127.0.0.1:{port}", "--store", tmp_path / "other")
+    fails(*backup, "--listen", "127.0.0.1:0", "--store", tmp_path / "other", "--lease", "0s")
+    fails("backup", "--listen", "127.0.0.1:0", "--store", tmp_path / "other")
+    fails(*backup, "--listen", "127.0.0.1:0", "--store", tmp_path / "other", "--auto-failover")
+    for arguments in (
+        ["restore", f"store:{tmp_path}/store/none", "-o", tmp_path / "x"],
+        ["list", f"store:{tmp_path}/no"],
+    ):
+        fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["backup", "protect", "status", "failover", "demo", "list", "prune", "compact", "export", "restore", "verify",
+     "keys init", "keys issue", "keys show"],
+)  # fmt: skip
+def test_every_help_has_an_example(remus: Command, name: str) -> None:
+    ran = remus(*name.split(), "--help")
+    assert ran.code == 0
+    assert f"remus-ckpt {name}" in ran.out
+
+
+def test_keys_from_the_first_to_the_last(tmp_path: Path, remus: Command) -> None:
+    for arguments in (
+        ["init", tmp_path],
+        ["issue", tmp_path, "backup", "--host", "127.0.0.1"],
+        ["issue", tmp_path, "me"],
+    ):
+        assert Path(json.loads(remus("keys", *arguments, "--json").out)["path"]).is_file()
+    assert remus("keys", "init", tmp_path).code == 1
+    with command(
+        "backup", "--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--tls-dir", tmp_path / "backup",
+        log=tmp_path / "log",
+    ) as backup:  # fmt: skip
+        assert backup.stdout is not None
+        address = backup.stdout.readline().split()[-1]
+        status = json.loads(remus("status", "--from", address, "--tls-dir", tmp_path / "me", "--json").out)
+        assert status["names"] == {}
+        assert end(backup, signal.SIGINT)[0] == 0
+    assert (tmp_path / "log").read_text() == ""
