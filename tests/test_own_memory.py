@@ -19,9 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
+from remus_ckpt import read_checkpoints
+from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import LimitExceeded, Malformed, SourceError, StreamError, UnknownFormat
+from remus_ckpt.files import StreamWriter
 from remus_ckpt.limits import Limits
-from remus_ckpt.pages import PAGE_SIZE, batches
+from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Pages, batches
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
 from remus_ckpt.source.manifest import MAGIC, Entry, Manifest
@@ -463,3 +467,32 @@ def test_the_example_of_the_specification() -> None:
     rows = re.findall(r"^    \d+: +((?:[0-9a-f]{2} ?)+)$", text, re.MULTILINE)
     source = OwnMemory({"prices": np.zeros((2, 600)), "seen": bytearray(10)})
     assert source.manifest.pack(b"mine") == bytes.fromhex("".join(rows))
+
+
+@pytest.mark.parametrize(
+    ("every", "copies"),
+    [
+        (None, 1.0),  # nothing changes: one copy, and nothing in the pause
+        (4, 1.5),  # every fourth page does: gone over again, although the pause then finds as much
+        (1, 2.0),  # all of them do: another round would be of no use, so one copy, and all again in the pause
+    ],
+)
+def test_a_first_copy_is_gone_over_again_where_that_may_help(tmp_path: Path, every: int | None, copies: float) -> None:
+    pages = 4 * MAX_BATCH_ENTRIES
+    array = np.ones((pages, PAGE_SIZE // 8), dtype=np.int64)
+
+    class Busy(OwnMemory):
+        def sample(self, first: int, stop: int) -> Pages:
+            copy = super().sample(first, stop)
+            if every and stop == pages:  # the end of a round
+                array[::every] += 1
+            return copy
+
+    source = Busy({"array": array})
+    output = StreamWriter(tmp_path / "stream")
+    taken = CheckpointLoop(source, Sender(source.pages, reference=Shadow(source.shadow)), output).take()
+    output.close()
+    source.close()
+    assert taken.sent.pages == copies * pages
+    (checkpoint,) = read_checkpoints(tmp_path / "stream", strict=True)
+    assert checkpoint.memory.tobytes() == array.tobytes()

@@ -665,6 +665,22 @@ def test_positions_survive_compaction(store: Store) -> None:
         assert writer.position == source.position
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_first_copy_holds_twice_counts_towards_a_compaction(store: Store, times: int) -> None:
+    seen: list[str] = []
+    source = Source()
+    pfns = np.tile(np.arange(PAGES), times)
+    groups = source.sender.checkpoint(batches(pfns, memory_at(0)[pfns]), device_state=b"dev0", time_ns=0)
+    base = b"".join(bytes(buffer) for group in groups for buffer in group)
+    with store.writer("orders", compact_bytes=0, on_phase=lambda phase, epoch: seen.append(phase)) as writer:
+        writer.begin(full=True)
+        commit(writer, base, source.position)
+        while writer.compacting:
+            fill(writer, 1, source)
+        assert ("compacting" in seen) == (times == 2)
+        assert memory_sha256(writer.history.restore().memory) == sha(source.position.epoch)
+
+
 def test_compaction_begins_by_itself(store: Store) -> None:
     seen: list[str] = []
     options: dict[str, Any] = {"on_phase": lambda phase, epoch: seen.append(phase), "retention": Retention(count=3)}
