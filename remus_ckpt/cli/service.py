@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from enum import StrEnum
 from functools import partial
@@ -31,6 +32,7 @@ from remus_ckpt.cli.options import (
     print_json,
 )
 from remus_ckpt.demo import run_demo
+from remus_ckpt.errors import LinkError
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import StopSignal, Totals
 from remus_ckpt.pages import PAGE_SIZE
@@ -198,8 +200,20 @@ def backup(
         notify("STOPPING=1")
 
 
-def _watchdog() -> Any:
-    return (lambda: notify("WATCHDOG=1")) if watchdog_interval_s() else None
+def _watchdog() -> Callable[[], None] | None:
+    """Tells systemd that all is well, now and then; None where it does not ask."""
+    interval_s = watchdog_interval_s()
+    if interval_s is None:
+        return None
+    due = 0.0
+
+    def beat() -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + interval_s / 2
+            notify("WATCHDOG=1")
+
+    return beat
 
 
 @app.command(short_help="Protect live shared memory on a backup.")
@@ -277,6 +291,7 @@ def protect(
             compression=compression.value,
             term=term,
             on_commit=release,
+            on_turn=_watchdog(),
             metrics=counted,
             stop=stop,
         )
@@ -285,12 +300,9 @@ def protect(
         if errors.is_terminal and not as_json:
             show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
         notify("READY=1")
-        alive = _watchdog()
         try:
             for taken in primary.run():
                 totals.add(taken)
-                if alive:
-                    alive()
                 if show:
                     lag = taken.sent.epoch - primary.committed.epoch if primary.committed else 0
                     show.update(Text(f"{totals.line(taken)}  {lag} not yet committed"))
@@ -313,6 +325,8 @@ def protect(
                 errors.print(Text(f"{name}: {totals.text()}; {last}; {report['ended']}"))
     if release and release.has_failed:
         raise typer.Exit(1)
+    if committed is None:
+        raise LinkError(f"{to}: nothing was committed: {file} is as unprotected as before")
 
 
 def _stopper(

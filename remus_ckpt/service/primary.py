@@ -99,6 +99,7 @@ class Primary:
         on_commit: Callable[[Committed], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
+        on_turn: Callable[[], None] | None = None,
         metrics: Metrics | None = None,
         stop: StopSignal | None = None,
     ) -> None:
@@ -121,6 +122,7 @@ class Primary:
         self._device_state = device_state
         self._on_paused = on_paused
         self._phase = on_phase or (lambda name, epoch: None)
+        self._turn = on_turn or (lambda: None)
         self._metrics = metrics or Metrics()
         self._stop = stop
         self._run = os.urandom(16)
@@ -296,6 +298,7 @@ class Primary:
         return is_stopped or not self._source.alive() or (deadline is not None and time.monotonic() > deadline)
 
     def _sleep(self, seconds: float) -> None:
+        self._turn()
         poll = select.poll()
         for fd in self._source.death_fds():
             poll.register(fd, select.POLLIN)
@@ -460,6 +463,7 @@ class Primary:
 
     def write(self, buffers: list[Buffer]) -> None:
         """Send bytes of a checkpoint."""
+        self._turn()
         if self._link is None:
             raise LinkError("there is no link")
         if not self._began:
@@ -483,6 +487,7 @@ class Primary:
                 self.check()
                 if self._stop is not None and self._stop.is_set:
                     return
+                self._turn()
                 self._changed.wait(0.1)
 
     def fds(self) -> Sequence[int]:
@@ -504,7 +509,7 @@ class Primary:
             known = any(flight.sent.position == ack.position for flight in self._flights)
         if known:
             self._commit_up_to(ack.position)
-        elif ack.level == self._wait:
+        elif ack.level == self._wait and ack.position != self._anchor:
             raise Malformed(f"the backup acknowledges {ack.position}, which was not sent", section="session.md §3")
 
     def _commit_up_to(self, position: Position) -> None:
