@@ -325,7 +325,7 @@ def protect(
                 errors.print(Text(f"{name}: {totals.text()}; {last}; {report['ended']}"))
     if release and release.has_failed:
         raise typer.Exit(1)
-    if committed is None:
+    if committed is None and primary.ended != "stopped":
         raise LinkError(f"{to}: nothing was committed: {file} is as unprotected as before")
 
 
