@@ -182,7 +182,7 @@ def test_other_ways_to_stop_the_writers(
                 (group / "cgroup.procs").write_text(str(worker.pid))
                 ran = remus(*run, "--cgroup", group)
                 (mount / "cgroup.procs").write_text(str(worker.pid))
-        assert (ran.code, json.loads(ran.out)["ended"]) == (1, "duration"), "nothing was committed"
+        assert (ran.code, json.loads(ran.out)["ended"]) == (0, "duration")
         assert json.loads(ran.out)["committed_epoch"] > 1
         assert process_state(worker.pid) in "SR"
 

@@ -873,14 +873,14 @@ def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) 
         entry = history.find(5)
         writer.compact(wait=True)
         assert writer.prune(Retention(count=1)) == [entry.segment]
-        assert history._read(entry, Anonymous(), None)[0].epoch == 5
+        assert history._read_entry(entry, Anonymous(), None)[0].epoch == 5
         fill(writer, 1, source)
         before = history.find(6)
         fill(writer, 1, source)
         writer.compact(wait=True)
         writer.prune(Retention(count=1))
         with pytest.raises(NoCheckpoint):
-            history._read(before, Anonymous(), None)
+            history._read_entry(before, Anonymous(), None)
 
 
 def test_where_nothing_is_to_go_nothing_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
 from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
 from remus_ckpt.service.observe import Metrics, configure_logs, log, notify, watchdog_interval_s
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, Connection, TlsFiles, check_options, connect
 from remus_ckpt.source.cgroup import CgroupFreezer
@@ -236,7 +236,9 @@ def protect(
         str | None,
         typer.Option(metavar="CMD", help="Started once; reads a line for each commit: its epoch and its digest."),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Checkpoints that may be on their way at once.")] = 2,
+    window: Annotated[
+        int, typer.Option(min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")
+    ] = 2,
     wait: Annotated[LevelName, typer.Option(help="What counts as committed.")] = LevelName.durable,
     compression: Annotated[
         CompressionName, typer.Option(help="Of the stream on the link; auto measures link and data.")

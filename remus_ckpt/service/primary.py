@@ -38,6 +38,7 @@ from remus_ckpt.wire.session import COMPRESSIONS, LEVELS, Ack, Begin, Commit, He
 
 LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""
+MAX_WINDOW = 1024
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _TRY_S = 1.0
@@ -103,13 +104,14 @@ class Primary:
         metrics: Metrics | None = None,
         stop: StopSignal | None = None,
     ) -> None:
-        if window < 1:
-            raise ValueError(f"a window of {window} checkpoints")
+        if not 1 <= window <= MAX_WINDOW:
+            raise ValueError(f"a window of {window} checkpoints; it has 1…{MAX_WINDOW}")
         self.name = name
         self.term = term
         self.committed: Position | None = None
         """The newest position that the backup has acknowledged."""
         self.ended = ""
+        self._is_running = False
         self._source = source
         self._connect = connect
         self._codec: StreamCodec = codec
@@ -148,6 +150,13 @@ class Primary:
         A lost link is made anew; meanwhile the source runs on, and nothing is committed.
         Raises Fenced when another has taken over, Refused where another try would not help, SourceError.
         """
+        self._is_running = True
+        try:
+            yield from self._sessions()
+        finally:
+            self._is_running = False
+
+    def _sessions(self) -> Iterator[Taken]:
         begin = time.monotonic()
         end = None if self._duration_s is None else begin + self._duration_s
         while not self.ended:
@@ -160,7 +169,7 @@ class Primary:
                 for taken in loop.run():
                     self._count(taken)
                     yield taken
-                self.drain(self._link.welcome.lease_s if self._link else 0.0)
+                self._drain_patiently()
                 self.ended = loop.ended
             except LinkError as error:
                 self._lost(error)
@@ -199,17 +208,21 @@ class Primary:
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
 
-        Raises LinkError if the link breaks first or the time is over; then it is not known to be. Fenced when another
-        has taken over: then it will not be.
+        Raises LinkError if the time is over, or if the link breaks and `run` is not there to make it anew: then it is
+        not known to be. Fenced when another has taken over: then it will not be.
         """
+        return self._await(epoch, timeout_s, is_patient=self._is_running)
+
+    def _await(self, epoch: int, timeout_s: float | None, *, is_patient: bool) -> Position:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while self.committed is None or self.committed.epoch < epoch:
-                self.check()
                 if self._fenced is not None:
                     raise self._fenced
-                if self._link is None:
-                    raise LinkError("the link to the backup is lost; take another checkpoint")
+                if not is_patient or self.ended:
+                    self.check()
+                    if self._link is None:
+                        raise LinkError("the link to the backup is lost; take another checkpoint")
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise LinkError(f"epoch {epoch} was not acknowledged in {timeout_s:g} s")
@@ -221,7 +234,20 @@ class Primary:
         with self._changed:  # in which the other thread empties it
             newest = self._flights[-1].sent.epoch if self._flights else None
         if newest is not None:
-            self.wait_for(newest, timeout_s)
+            self._await(newest, timeout_s, is_patient=False)
+
+    def _drain_patiently(self) -> None:
+        """For a lease; a backup that is slower than that is told goodbye all the same."""
+        link = self._link
+        if link is None:
+            return
+        try:
+            self.drain(link.welcome.lease_s)
+        except LinkError as error:
+            if isinstance(error, Refused):
+                raise
+            link.check()
+            log("ended before all was committed", level=logging.WARNING, name=self.name, lag=len(self._flights))
 
     def close(self) -> None:
         """End the session in an orderly way; what is not committed stays so."""

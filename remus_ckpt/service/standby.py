@@ -28,6 +28,7 @@ from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
 
 _RETRY_S = 1.0
+_BUSY_S = 0.02
 _PROMOTION_S = 60.0
 _MAX_TERM = 1 << 62
 """So that there is always a higher one."""
@@ -228,28 +229,36 @@ class Standby:
 
     def turn(self, now: float) -> float:
         """Do what is due now; returns when to ask again."""
-        with self._changed:
-            self._listening_since = failover.listening_since(
-                self._listening_since, self._looked_at, now, self._policy.lease_s
-            )
-            self._looked_at = now
-            if self._promoting or self._is_closed:
-                return now + self._policy.lease_s
-            if now < self._not_before:
-                return self._not_before
-            for action in failover.decide(self._situation(), now):
-                match action:
-                    case failover.WaitUntil(at):
-                        return at
-                    case failover.RunFence(attempt):
-                        self._fence = Command.begun(attempt, now)
-                        self._start(self._run_fence)
-                    case failover.Promote(term):
-                        self._promoting = True
-                        self._start(self._promote, term)
-                    case failover.RunTakeover(term, attempt):
-                        self._takeover = Command.begun(attempt, now)
-                        self._start(self._run_takeover, self._takeover)
+        # Whoever holds the lock may be waiting for the disk, and who asks here has others to serve.
+        if not self._changed.acquire(blocking=False):
+            return now + _BUSY_S
+        try:
+            return self._act(now)
+        finally:
+            self._changed.release()
+
+    def _act(self, now: float) -> float:
+        self._listening_since = failover.listening_since(
+            self._listening_since, self._looked_at, now, self._policy.lease_s
+        )
+        self._looked_at = now
+        if self._promoting or self._is_closed:
+            return now + self._policy.lease_s
+        if now < self._not_before:
+            return self._not_before
+        for action in failover.decide(self._situation(), now):
+            match action:
+                case failover.WaitUntil(at):
+                    return at
+                case failover.RunFence(attempt):
+                    self._fence = Command.begun(attempt, now)
+                    self._start(self._run_fence)
+                case failover.Promote(term):
+                    self._promoting = True
+                    self._start(self._promote, term)
+                case failover.RunTakeover(term, attempt):
+                    self._takeover = Command.begun(attempt, now)
+                    self._start(self._run_takeover, self._takeover)
         return now + self._policy.lease_s
 
     def _situation(self) -> Situation:
@@ -294,7 +303,8 @@ class Standby:
                 ):
                     return
                 if self._visitor is not None:
-                    self._dismiss("fenced", f"{self.name!r} has been taken over under term {term}: stop", term)
+                    # Not yet "fenced": that is for good, and it is not durable yet. Its next hello will hear it.
+                    self._dismiss("busy", f"{self.name!r} is being taken over")
                 self._writer.set_state(term=term, role="promoted", takeover_done=False, expects_primary=False)
                 log("promoted", level=logging.WARNING, name=self.name, term=term, epoch=self._epoch())
                 self._metrics.set_term(self.name, term)

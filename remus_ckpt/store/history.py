@@ -29,6 +29,8 @@ Progress = Callable[[int], None]
 
 _COPY_BYTES = 1 << 22
 
+_TRIES = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Bad:
@@ -162,7 +164,7 @@ class History:
 
         Raises NoCheckpoint, BadCheckpoint where it has changed on disk, StoreError.
         """
-        return self._read(self.find(at), Anonymous(), progress)[0]
+        return self._read(at, Anonymous(), progress)[0]
 
     def restore_image(
         self,
@@ -178,13 +180,13 @@ class History:
         The memory of what is returned is that file, mapped. Raises as `restore`.
         """
         target = Path(path)
-        entry = self.find(at)
+        self.find(at)
         with guarding(target):
             descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(descriptor)
         home = MappedFile(temporary)
         try:
-            checkpoint, _ = self._read(entry, home, progress)
+            checkpoint, _ = self._read(at, home, progress)
             if sync:
                 home.sync()
             with guarding(target):
@@ -203,7 +205,7 @@ class History:
 
         Raises as `restore`, and OSError where standard output cannot be written.
         """
-        _, entry = self._read(self.find(at), Nowhere(), progress)
+        _, entry = self._read(at, Nowhere(), progress)
         source = self._open(entry)
         try:
             if str(path) == "-":
@@ -215,8 +217,18 @@ class History:
             os.close(source)
         return entry
 
-    def _read(self, entry: Entry, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
-        """Put a checkpoint into a home, from another segment that holds it too where one is bad."""
+    def _read(self, at: int | datetime | None, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
+        """Put a checkpoint into a home. The newest may be compacted and pruned meanwhile: then there is a newer one."""
+        for _ in range(_TRIES):
+            try:
+                return self._read_entry(self.find(at), home, progress)
+            except NoCheckpoint:
+                if at is not None:
+                    raise
+        return self._read_entry(self.find(at), home, progress)
+
+    def _read_entry(self, entry: Entry, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
+        """From another segment that holds it too where one is bad."""
         first: BadCheckpoint | NoCheckpoint | None = None
         # The copies are looked for when they are needed: a compaction may have made one, and what it was made of gone.
         for copy in itertools.chain([entry], self._copies(entry)):
