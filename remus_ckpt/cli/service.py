@@ -236,9 +236,7 @@ def protect(
         str | None,
         typer.Option(metavar="CMD", help="Started once; reads a line for each commit: its epoch and its digest."),
     ] = None,
-    window: Annotated[
-        int, typer.Option(min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")
-    ] = 2,
+    window: Annotated[int, typer.Option(min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")] = 2,
     wait: Annotated[LevelName, typer.Option(help="What counts as committed.")] = LevelName.durable,
     compression: Annotated[
         CompressionName, typer.Option(help="Of the stream on the link; auto measures link and data.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from remus_ckpt.pages import Buffer
@@ -13,8 +14,10 @@ _SAMPLE_EVERY_BYTES = 32 << 20
 _SMALL_BYTES = 4096
 _MARGIN = 0.8
 """Compression has to promise a fifth less time before it is taken up: it is not to be taken up and dropped in turns."""
-_MEMORY = 0.7
-"""How much of an estimate stays when a new measurement comes."""
+_RATES = 8
+"""Of so many measurements the fastest counts: the others waited for a processor or a disk."""
+_ALLOWANCE_S = 0.003
+"""What both sides' own work may take of an answer. Where that is all that it takes, nothing is to be won."""
 
 
 class Chooser:
@@ -32,7 +35,7 @@ class Chooser:
             self._candidates = [name for name in ("lz4", "zstd") if name in offered]
         elif wanted in offered:
             self.choice = wanted  # type: ignore[assignment]
-        self._rate: float | None = None  # bytes/s of the link
+        self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
         self._round_trip_s = float("inf")
         self._gains: dict[Compression, tuple[float, float]] = {}  # bytes/s in, bytes out per byte in
         self._until_sample = 0
@@ -62,17 +65,17 @@ class Chooser:
         if wire_bytes < 16 * _SMALL_BYTES:
             return
         round_trip_s = self._round_trip_s if self._round_trip_s < seconds else 0.0
-        rate = wire_bytes / max(seconds - round_trip_s, 1e-6)
-        self._rate = rate if self._rate is None else _MEMORY * self._rate + (1 - _MEMORY) * rate
+        self._rates.append(wire_bytes / max(seconds - max(round_trip_s, _ALLOWANCE_S), 1e-6))
         self._choose()
 
     def _choose(self) -> None:
-        if self._rate is None or not self._candidates:
+        if not self._rates or not self._candidates:
             return
+        rate = max(self._rates)
         # Seconds per byte. Compressing and sending do not overlap here.
-        costs = {name: 1 / speed + ratio / self._rate for name, (speed, ratio) in self._gains.items()}
+        costs = {name: 1 / speed + ratio / rate for name, (speed, ratio) in self._gains.items()}
         best = min(costs, key=lambda name: costs[name], default=None)
-        plain = 1 / self._rate
+        plain = 1 / rate
         if best is not None and costs[best] < plain * (1.0 if self.choice == best else _MARGIN):
             self.choice = best
         else:
