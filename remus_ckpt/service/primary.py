@@ -80,6 +80,7 @@ class Primary:
     on_paused: called with the epoch while the source is paused
     on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
         capture
+    on_turn: called often while all is well, also while a link or the backup is waited for
     """
 
     def __init__(
