@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import stat
 import subprocess
@@ -155,6 +156,82 @@ def test_hosts_that_are_refused(tmp_path: Path, host: str) -> None:
     assert not (tmp_path / "ca" / "backup").exists()
 
 
+def pair(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "cert.pem").read_bytes(), (folder / "key.pem").read_bytes()
+
+
+def test_a_renewal_is_taken_up_where_the_old_one_serves(tmp_path: Path) -> None:
+    keys.init(tmp_path)
+    old = keys.issue(tmp_path, "backup", hosts=["b.example", "10.0.0.7"], days=3)
+    folder = tmp_path / "backup"
+    (folder / "key.pem").chmod(0o640)
+    before, authority = pair(folder), (folder / "ca.pem").read_bytes()
+    files = TlsFiles(folder)
+    assert files.expires() == old.expires
+    renewed = keys.issue(tmp_path, "backup", renew=True)
+    assert renewed.hosts == old.hosts
+    assert renewed.expires > old.expires
+    assert not set(pair(folder)) & set(before)
+    assert (folder / "ca.pem").read_bytes() == authority
+    assert mode(folder / "key.pem") == 0o640
+    assert files.expires() == renewed.expires
+    assert keys.issue(tmp_path, "backup", renew=True, hosts=["c.example"]).hosts == ("c.example",)
+    assert sorted(path.name for path in folder.iterdir()) == ["ca.pem", "cert.pem", "key.pem"]
+
+
+def test_an_expired_one_is_renewed_and_one_half_renewed_too(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    keys.init(tmp_path, now=now - timedelta(days=100))
+    keys.issue(tmp_path, "over", days=7, now=now - timedelta(days=50))
+    with pytest.raises(LinkError):
+        TlsFiles(tmp_path / "over")
+    # Killed between the two files, or before the first.
+    (tmp_path / "over" / ".new-key.pem").write_text("of a renewal that was killed")
+    (tmp_path / "over" / "key.pem").write_text("not of this certificate")
+    keys.issue(tmp_path, "over", renew=True)
+    TlsFiles(tmp_path / "over")
+
+
+def test_what_is_not_renewed(tmp_path: Path) -> None:
+    for authority in ("a", "b"):
+        keys.init(tmp_path / authority)
+        keys.issue(tmp_path / authority, "backup")
+    before = contents(tmp_path)
+    for folder, name, out in (
+        ("a", "none", None),
+        ("a", "other", tmp_path / "a" / "backup"),
+        ("a", "backup", tmp_path / "b" / "backup"),
+    ):
+        with pytest.raises(LinkError):
+            keys.issue(tmp_path / folder, name, out=out, renew=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_renewal_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    keys.init(tmp_path)
+    keys.issue(tmp_path, "backup")
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(LinkError):
+            keys.issue(tmp_path, "backup", renew=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+
+
+def test_what_is_said_of_an_expired_one_renews_it(tmp_path: Path, command: Command) -> None:
+    now = datetime.now(UTC)
+    keys.init(tmp_path / "c a", now=now - timedelta(days=100))
+    keys.issue(tmp_path / "c a", "me", out=tmp_path / "c a" / "laptop", days=7, now=now - timedelta(days=50))
+    ran = command("keys", "show", tmp_path / "c a")
+    assert ran.code == 1
+    advised = shlex.split(ran.err.split("`")[1])
+    assert command(*advised[1:]).code == 0
+    assert command("keys", "show", tmp_path / "c a").code == 0
+
+
 def test_without_a_ca(tmp_path: Path) -> None:
     with pytest.raises(LinkError):
         keys.issue(tmp_path, "backup")
@@ -220,7 +297,7 @@ def test_the_command_says_what_expires(tmp_path: Path, command: Command) -> None
     keys.issue(tmp_path, "soon", days=7)
     keys.issue(tmp_path, "over", days=7, now=now - timedelta(days=50))
     ran = command("keys", "show", tmp_path, "--json")
-    assert ran.code == 0
+    assert ran.code == 1
     listed = {row["name"]: row["days_left"] for row in json.loads(ran.out)}
     assert listed["over"] < 0 < listed["soon"] < 8 < listed["fine"]
     assert len(listed) == 4

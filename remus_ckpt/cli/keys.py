@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import AsJson, app, print_json
 from remus_ckpt.service import keys
+from remus_ckpt.service.tls import RENEW, RENEW_CA
 from remus_ckpt.walk import complain, out
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys for tls://.", rich_markup_mode=None)
@@ -39,19 +41,28 @@ def issue(
     name: Annotated[str, typer.Argument(help="Of the machine or the service.")],
     hosts: Annotated[
         list[str] | None,
-        typer.Option("--host", help="A name or address by which it is reached; may be repeated. [default: NAME]"),
+        typer.Option(
+            "--host",
+            metavar="HOST",
+            help="A name or address by which it is reached; may be repeated. [default: NAME; those of the old one]",
+        ),
     ] = None,
     days: Days = keys.CERTIFICATE_DAYS,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Where to put it. [default: the folder NAME in DIRECTORY]")
     ] = None,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Replace the certificate and the key that are there, running or not.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Issue a certificate into a folder that goes to one machine, and is what --tls-dir takes there.
 
+    A backup or primary that runs takes a renewed one up for its next connection, without a restart.
+
     Example: remus-ckpt keys issue keys/ backup --host backup.example.net --host 10.0.0.7
     """
-    _report(keys.issue(directory, name, hosts=hosts or (), days=days, out=folder), as_json)
+    _report(keys.issue(directory, name, hosts=hosts or (), days=days, out=folder, renew=renew), as_json)
 
 
 @keys_app.command(short_help="List certificates and when they expire.")
@@ -59,7 +70,7 @@ def show(
     directory: Annotated[Path, typer.Argument(help="The folder of an authority, or one that was issued.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the certificates in a folder and when they expire.
+    """List the certificates in a folder and when they expire; exit code 1 where one has expired.
 
     Example: remus-ckpt keys show keys/
     """
@@ -70,14 +81,35 @@ def show(
     else:
         for certificate in found:
             hosts = f" ({' '.join(certificate.hosts)})" if certificate.hosts else ""
-            until = f"until {certificate.expires:%Y-%m-%d}, {certificate.days_left(now):.0f} days"
+            until = f"{_say_left(certificate.days_left(now))} ({certificate.expires:%Y-%m-%d})"
             out.print(Text(f"{certificate.path}: {certificate.name}{hosts}, {until}"))
     for certificate in found:
         left = certificate.days_left(now)
-        if left < 0:
-            complain(f"{certificate.path} has expired: issue a new one")
-        elif left < keys.SOON_DAYS:
-            complain(f"{certificate.path} expires in {left:.0f} days: issue a new one")
+        if left < keys.SOON_DAYS:
+            complain(f"{certificate.path} {_say_left(left)}: {_advice(directory, certificate)}")
+    if any(certificate.days_left(now) < 0 for certificate in found):
+        raise typer.Exit(1)
+
+
+def _say_left(days: float) -> str:
+    if days >= 0:
+        return f"expires in {_count(days)}"
+    return f"expired {_count(-days)} ago"
+
+
+def _count(days: float) -> str:
+    whole = int(days)
+    return "less than a day" if not whole else f"{whole:,} day{'s' if whole > 1 else ''}"
+
+
+def _advice(directory: Path, certificate: keys.Certificate) -> str:
+    if certificate.is_ca:
+        return RENEW_CA
+    if not (directory / "ca-key.pem").is_file():
+        return RENEW
+    folder = certificate.path.parent
+    where = "" if folder == directory / certificate.name else f" --out {shlex.quote(str(folder))}"
+    return f"renew it with `remus-ckpt keys issue {shlex.quote(str(directory))} {certificate.name}{where} --renew`"
 
 
 def _row(certificate: keys.Certificate) -> dict[str, Any]:

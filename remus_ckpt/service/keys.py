@@ -8,7 +8,7 @@
         cert.pem           who this is, for both ends of a connection
         key.pem      0600  its key
 
-Files that lie there already are never written over.
+Files that lie there already are never written over, but by a renewal, which replaces key.pem and cert.pem.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.service.tls import RENEW_CA
 
 CA_DAYS = 3650
 CERTIFICATE_DAYS = 825
@@ -96,6 +98,7 @@ def issue(
     hosts: Sequence[str] = (),
     days: int = CERTIFICATE_DAYS,
     out: str | Path | None = None,
+    renew: bool = False,
     now: datetime | None = None,
 ) -> Certificate:
     """Issue a certificate, good for listening and for connecting, into a folder of its own.
@@ -104,8 +107,11 @@ def issue(
     name: of the machine or the service; it becomes the common name
     hosts: DNS names and IP addresses under which it is reached; `name` alone where there are none
     out: the folder, directory/name where it is not given
+    renew: replace certificate and key of that name in the folder; without `hosts`, the new one has those of the old.
+        Whoever uses the folder takes them up without a restart
     Its days are cut to those that the CA has left.
-    Raises LinkError where there is no CA, or the folder holds a certificate already.
+    Raises LinkError where there is no CA, or the folder holds a certificate already; where it is to be renewed, if it
+    holds none of that name and that CA.
     """
     if not _NAME.fullmatch(name):
         raise LinkError(f"{name!r} is no name for a certificate: letters, digits, dots and dashes, 64 at most")
@@ -114,14 +120,20 @@ def issue(
     out = Path(out) if out is not None else directory / name
     authority, authority_key = _load_authority(directory)
     if now > authority.not_valid_after_utc:
-        raise LinkError(
-            f"{directory / 'ca.pem'} has expired at {authority.not_valid_after_utc:%Y-%m-%d}: make a new CA in a new"
-            " folder with `remus-ckpt keys init`, and issue every certificate again"
-        )
-    names = [_general_name(host) for host in (hosts or [name])]
+        raise LinkError(f"{directory / 'ca.pem'} has expired at {authority.not_valid_after_utc:%Y-%m-%d}: {RENEW_CA}")
     certificate_path, key_path = out / "cert.pem", out / "key.pem"
-    _refuse_to_replace(certificate_path, key_path, out / "ca.pem")
-    _make_private(out)
+    if renew:
+        old = _find_renewable(certificate_path, name, authority)
+        hosts = hosts or old.hosts
+    names = [_general_name(host) for host in (hosts or [name])]
+    if not renew:
+        _refuse_to_replace(
+            certificate_path,
+            key_path,
+            out / "ca.pem",
+            advice="name another folder, or say --renew to replace certificate and key",
+        )
+        _make_private(out)
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     certificate = (
@@ -136,7 +148,11 @@ def issue(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
-    _write_all({key_path: _key_pem(key), out / "ca.pem": _pem(authority), certificate_path: _pem(certificate)})
+    files = {key_path: _key_pem(key), certificate_path: _pem(certificate)}
+    if renew:
+        _replace_all(files)
+    else:
+        _write_all(files | {out / "ca.pem": _pem(authority)})
     return _describe(certificate_path, certificate)
 
 
@@ -270,10 +286,25 @@ def _common_name(name: x509.Name) -> str:
     return str(found[0].value) if found else name.rfc4514_string()
 
 
-def _refuse_to_replace(*paths: Path) -> None:
+def _refuse_to_replace(*paths: Path, advice: str = "name another folder") -> None:
     for path in paths:
         if os.path.lexists(path):
-            raise LinkError(f"{path} is there already, and is not written over: name another folder")
+            raise LinkError(f"{path} is there already, and is not written over: {advice}")
+
+
+def _find_renewable(path: Path, name: str, authority: x509.Certificate) -> Certificate:
+    """The certificate that a renewal replaces. Raises LinkError for one that is not of that name and CA."""
+    if not path.is_file():
+        raise LinkError(f"{path} is not there: there is nothing to renew; leave --renew away to issue it")
+    certificate = _load(path)
+    found = _describe(path, certificate)
+    if found.name != name:
+        raise LinkError(f"{path} is the certificate of {found.name!r}, not of {name!r}")
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except Exception:  # of several kinds, among them one for each kind of key
+        raise LinkError(f"{path} was not issued by this CA: take the CA that did, or another folder") from None
+    return found
 
 
 def _make_private(directory: Path) -> None:
@@ -304,3 +335,32 @@ def _write_all(files: dict[Path, bytes]) -> None:
         for done in written:
             done.unlink(missing_ok=True)
         raise LinkError(f"{path}: {error.strerror}") from error
+
+
+def _replace_all(files: dict[Path, bytes]) -> None:
+    """Each in one step, one right behind the other: who reads between them finds a pair that does not fit.
+
+    `TlsFiles` keeps the old pair then, and looks again for the next connection.
+    """
+    fresh = {path.with_name(f".new-{path.name}"): data for path, data in files.items()}
+    for path in fresh:
+        path.unlink(missing_ok=True)  # of a renewal that was killed
+    _write_all(fresh)
+    try:
+        for new, path in zip(fresh, files, strict=True):
+            if path.exists():  # whoever may read it now must be able to read the next one
+                old = path.stat()
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.chown(new, old.st_uid, old.st_gid)
+                new.chmod(stat.S_IMODE(old.st_mode))
+        for new, path in zip(fresh, files, strict=True):
+            new.replace(path)
+    except OSError as error:
+        for new in fresh:
+            new.unlink(missing_ok=True)
+        raise LinkError(f"{path}: {error.strerror}") from error
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,6 +15,9 @@ from remus_ckpt.errors import LinkError
 
 _logger = logging.getLogger("remus_ckpt")
 
+RENEW = "renew it with `remus-ckpt keys issue CA_FOLDER NAME --renew`"
+RENEW_CA = "make a new CA in a new folder with `remus-ckpt keys init`, and issue every certificate again"
+
 
 class TlsFiles:
     """The folder that says who we are and whom we trust: ca.pem, cert.pem and key.pem, as `keys issue` makes it.
@@ -45,6 +48,11 @@ class TlsFiles:
     def client_context(self) -> ssl.SSLContext:
         """TLS 1.3 for one who connects, and checks the CA and the name of the server."""
         return self._current()[1]
+
+    def expires(self) -> datetime:
+        """When the certificate that serves now, or its CA's, expires."""
+        self._current()
+        return self._expires
 
     def _stamp(self) -> list[tuple[int, int, int]]:
         stamps = []
@@ -91,8 +99,8 @@ class TlsFiles:
         for path, certificate in ((authority_path, authorities[0]), (certificate_path, chain[0])):
             if now > certificate.not_valid_after_utc:
                 raise LinkError(
-                    f"{path} has expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC:"
-                    " make a new one with `remus-ckpt keys issue`"
+                    f"{path} has expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: "
+                    + (RENEW_CA if path == authority_path else RENEW)
                 )
             if now < certificate.not_valid_before_utc:
                 raise LinkError(
@@ -103,6 +111,7 @@ class TlsFiles:
             raise LinkError(f"{key_path} is not the key of {certificate_path}: take both from one `keys issue`")
         if not any(_is_issued_by(chain[-1], authority) for authority in authorities):
             raise LinkError(f"{certificate_path} was not issued by {authority_path}: take both from one `keys issue`")
+        self._expires = min(certificate.not_valid_after_utc for certificate in (chain[0], authorities[0]))
         server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for context in (server, client):
             context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -132,7 +141,7 @@ _REASONS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it demands a certificate of us: give --tls-dir",
     "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: both sides need one from the same CA",
     "TLSV1_ALERT_DECRYPT_ERROR": "it does not accept our certificate: both sides need one from the same CA",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate has expired: issue a new one",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate has expired: " + RENEW,
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it does not accept our certificate",
     "SSLV3_ALERT_BAD_CERTIFICATE": "it does not accept our certificate",
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not of a kind that it accepts",
@@ -150,9 +159,12 @@ def say_tls(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         advice = ""
         if "mismatch" in error.verify_message:
-            advice = ": issue one with that --host, or connect to a name that it holds"
+            advice = (
+                ": renew it with that --host and the others (`remus-ckpt keys issue … --renew`), or connect to a name "
+                "that it holds"
+            )
         elif "expired" in error.verify_message:
-            advice = ": issue a new one for that side"
+            advice = ": on that side, " + RENEW
         elif "issuer" in error.verify_message or "self-signed" in error.verify_message:
             advice = ": both sides need one from the same CA"
         return f"its certificate does not pass: {error.verify_message.rstrip('.')}{advice}"
