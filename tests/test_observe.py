@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgpack
@@ -30,9 +32,11 @@ from remus_ckpt.service.observe import (
     Metrics,
     MetricsServer,
     configure_logs,
+    flatten,
     log,
     notify,
     summarize,
+    unflatten,
     watchdog_interval_s,
 )
 
@@ -146,6 +150,12 @@ def test_logs_go_to_standard_error() -> None:
     assert json.loads(ran.stderr)["pid"] == 1
 
 
+def test_a_program_that_configures_no_logs_sees_none() -> None:
+    program = "import remus_ckpt, logging; logging.getLogger('remus_ckpt').error('no link')"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    assert ran.stdout == ran.stderr == ""
+
+
 # Metrics
 
 
@@ -174,6 +184,10 @@ def test_every_metric_is_served() -> None:
     metrics.reconnected("orders")
     metrics.fence("orders")
     metrics.set_connected("other", False)
+    metrics.set_promoted("orders", True)
+    metrics.store_failed("orders")
+    metrics.command_failed("orders", "takeover")
+    metrics.watch_certificate(lambda: datetime.fromtimestamp(3e9, UTC))
     with metrics.serve("127.0.0.1:0") as server:
         seen = scrape(server.address)
     expected = {
@@ -196,15 +210,22 @@ def test_every_metric_is_served() -> None:
         ("remus_term", "orders"): 4,
         ("remus_connected", "orders"): 1,
         ("remus_connected", "other"): 0,
+        ("remus_promoted", "orders"): 1,
+        ("remus_store_errors_total", "orders"): 1,
+        ("remus_command_failures_total", "orders", "takeover"): 1,
+        ("remus_certificate_expiry_timestamp_seconds", ""): 3e9,
     }
     assert {key: seen.get(key) for key in expected} == expected
     assert any(key[0] == "process_resident_memory_bytes" for key in seen)
 
 
-def test_what_is_forgotten_is_gone() -> None:
+def test_what_is_forgotten_is_gone(tmp_path: Path) -> None:
     metrics = Metrics()
     for name in ("a", "b"):
         metrics.checkpoint(name, pause_s=0.1, dirty_pages=1, wire_bytes=1)
+        metrics.watch_store(name, tmp_path)
+        metrics.set_promoted(name, False)
+        metrics.command_failed(name, "fence")
     metrics.forget("a")
     metrics.forget("never seen")
     assert metrics.names() == ["b"]
@@ -218,19 +239,69 @@ def test_status_is_plain_and_says_what_is_new() -> None:
     assert metrics.status("orders") == {}
     metrics.set_connected("orders", True)
     empty = metrics.status("orders")
-    assert (empty["pause_s"], empty["commit_latency_s"], empty["ratio"], empty["epoch"]) == (None, None, None, None)
+    assert (empty["pause_ms"], empty["commit_latency_ms"], empty["ratio"], empty["epoch"]) == (None, None, None, None)
     for number in range(5000):
-        metrics.checkpoint("orders", pause_s=number, dirty_pages=number, raw_bytes=4096, encoded_bytes=64)
+        metrics.checkpoint("orders", pause_s=number / 1000, dirty_pages=number, raw_bytes=4096, encoded_bytes=64)
     metrics.committed("orders", 9, 0.25, 1e9, b"\xab\xcd")
     status = metrics.status("orders")
     assert msgpack.unpackb(msgpack.packb(status)) == json.loads(json.dumps(status)) == status
     assert status["ratio"] == 64
     assert status["dirty_pages"] == 4999
-    assert status["pause_s"] == {"p50": 4487, "p99": 4989, "max": 4999}  # of 3976 … 4999
-    assert status["commit_latency_s"] == {"p50": 0.25, "p99": 0.25, "max": 0.25}
-    assert (status["epoch"], status["digest"], status["connected"]) == (9, "abcd", True)
+    assert status["pause_ms"] == pytest.approx({"p50": 4487, "p99": 4989, "max": 4999})  # of 3976 … 4999
+    assert status["commit_latency_ms"] == {"p50": 250, "p99": 250, "max": 250}
+    assert (status["epoch"], status["committed_position"], status["connected"]) == (9, "9:abcd", True)
     metrics.add_bytes("orders", wire=5000 * 32)
     assert metrics.status("orders")["ratio"] == 128
+
+
+def test_a_status_goes_through_a_heartbeat_and_comes_back() -> None:
+    metrics = Metrics()
+    metrics.checkpoint("orders", pause_s=0.5, dirty_pages=3)
+    metrics.committed("orders", 1, 0.25, 1e9, bytes(32))
+    status = metrics.status("orders")
+    flat = flatten(status)
+    assert not any(isinstance(value, dict) for value in flat.values())
+    assert unflatten(flat) == status
+    # What another program says.
+    assert unflatten({"pause_ms": 1, "pause_p99_ms": 2.0, "x_p50_ms": 3}) == {
+        "pause_ms": {"p50": None, "p99": 2.0, "max": None},
+        "x_p50_ms": 3,
+    }
+    assert unflatten({"pause_ms": 1}) == {"pause_ms": 1}
+
+
+def test_a_backup_shows_nothing_that_only_a_primary_counts(tmp_path: Path) -> None:
+    metrics = Metrics()
+    (tmp_path / "segments").mkdir()
+    metrics.watch_store("orders", tmp_path)
+    metrics.set_promoted("orders", False)
+    metrics.set_term("orders", 1)
+    metrics.set_connected("orders", True)
+    metrics.committed("orders", 7, 0.001, 1e9, bytes(32))
+    metrics.add_bytes("orders", raw=8192, encoded=100, wire=50)
+    status = metrics.backup_status("orders")
+    assert not status.keys() & {"pause_ms", "dirty_pages", "dirty_pages_total", "lag_checkpoints", "reconnects"}
+    assert status["commit_latency_ms"] == {"p50": 1.0, "p99": 1.0, "max": 1.0}
+    with metrics.serve("0") as server:
+        seen = scrape(server.address)
+        assert seen["remus_store_bytes", "orders"] == 0
+        # Looked up when they are asked for.
+        (tmp_path / "segments" / "one").write_bytes(bytes(1000))
+        (tmp_path / "segments" / "two").write_bytes(bytes(234))
+        seen = scrape(server.address)
+        assert seen["remus_store_bytes", "orders"] == 1234
+        assert seen["remus_store_free_bytes", "orders"] > 0
+        shutil.rmtree(tmp_path / "segments")
+        assert math.isnan(scrape(server.address)["remus_store_bytes", "orders"])
+    assert seen["remus_promoted", "orders"] == seen["remus_store_errors_total", "orders"] == 0
+    assert seen["remus_command_failures_total", "orders", "fence"] == 0
+    shown = {key[0] for key in seen}
+    assert not shown & {
+        "remus_checkpoint_pause_seconds_count",
+        "remus_dirty_pages_total",
+        "remus_replication_lag_checkpoints",
+        "remus_reconnects_total",
+    }
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 99, 100, 101])

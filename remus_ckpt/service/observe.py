@@ -15,9 +15,10 @@ import sys
 import threading
 import wsgiref.simple_server
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
 import numpy as np
@@ -29,6 +30,8 @@ from remus_ckpt.service.transport import Address
 LogFormat = Literal["text", "json"]
 
 _logger = logging.getLogger("remus_ckpt")
+# A program that has configured no logs of its own is not to find ours on its standard error.
+_logger.addHandler(logging.NullHandler())
 _PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "fields"}
 """What every record has; all else was given as `extra`."""
 
@@ -125,41 +128,39 @@ _WINDOW = 1024
 """How many of the newest pauses and commits the percentiles of `status` are taken from."""
 
 
-class _Series:
-    """All that is counted under one name."""
+_STAGES = ("raw", "encoded", "wire")
+_COMMANDS = ("fence", "takeover")
+_TIMES = ("pause", "commit_latency")
+_PERCENTILES = ("p50", "p99", "max")
 
-    def __init__(self, metrics: Metrics, name: str) -> None:
-        self.pause = metrics.pause.labels(name)
-        self.latency = metrics.latency.labels(name)
-        self.dirty_pages = metrics.dirty_pages.labels(name)
-        self.bytes = {stage: metrics.bytes.labels(name, stage) for stage in ("raw", "encoded", "wire")}
-        self.fenced = metrics.fenced.labels(name)
-        self.committed = metrics.committed_total.labels(name)
-        self.reconnects = metrics.reconnects.labels(name)
-        self.epoch = metrics.epoch.labels(name)
-        self.lag = metrics.lag.labels(name)
-        self.committed_at = metrics.committed_at.labels(name)
-        self.term = metrics.term.labels(name)
-        self.connected = metrics.connected.labels(name)
+
+class _Series:
+    """All that is counted under one name, for `status`."""
+
+    def __init__(self) -> None:
         self.pauses: deque[float] = deque(maxlen=_WINDOW)
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
-        self.status: dict[str, Any] = {
-            "epoch": None,
-            "digest": None,
-            "term": None,
-            "connected": False,
-            "lag_checkpoints": 0,
-            "checkpoints": 0,
+        self.both: dict[str, Any] = {
             "committed": 0,
-            "dirty_pages": 0,
-            "dirty_pages_total": 0,
             "raw_bytes": 0,
             "encoded_bytes": 0,
             "wire_bytes": 0,
             "fenced": 0,
-            "reconnects": 0,
             "last_commit_at": None,
         }
+        """What both sides count."""
+        self.primary: dict[str, Any] = {
+            "epoch": None,
+            "committed_position": None,
+            "term": None,
+            "connected": False,
+            "lag_checkpoints": 0,
+            "checkpoints": 0,
+            "dirty_pages": 0,
+            "dirty_pages_total": 0,
+            "reconnects": 0,
+        }
+        """What only a primary counts; of a backup, the store knows it."""
 
 
 class Metrics:
@@ -173,21 +174,34 @@ class Metrics:
         if registry is None:
             ProcessCollector(registry=self.registry)
         self.pause = self._histogram("remus_checkpoint_pause_seconds", "How long a checkpoint stopped its source")
-        self.latency = self._histogram("remus_commit_latency_seconds", "From the pause to the durable commit")
+        self.latency = self._histogram(
+            "remus_commit_latency_seconds",
+            "On the primary: from the first byte of a checkpoint on its way to its acknowledgement. "
+            "On the backup: from the end of a checkpoint's arrival until it is checked, durable and acknowledged",
+        )
         self.dirty_pages = self._counter("remus_dirty_pages", "Pages that checkpoints found changed")
         self.bytes = self._counter(
             "remus_bytes",
-            "Bytes of changed pages (raw), of the save stream (encoded), and of that on the link (wire)",
+            "Bytes of pages (raw), of the save stream (encoded), and of that on the link (wire), "
+            "sent by a primary or stored by a backup",
             "stage",
         )
         self.fenced = self._counter("remus_fenced", "Times that this side was told, or told another, to stop")
-        self.committed_total = self._counter("remus_checkpoints_committed", "Checkpoints durably stored by the backup")
+        self.committed_total = self._counter("remus_checkpoints_committed", "Checkpoints that were committed")
         self.reconnects = self._counter("remus_reconnects", "Links that were made again after one broke")
         self.epoch = self._gauge("remus_epoch", "Number of the newest committed checkpoint")
         self.lag = self._gauge("remus_replication_lag_checkpoints", "Checkpoints taken and not committed yet")
         self.committed_at = self._gauge("remus_last_commit_timestamp_seconds", "Unix time of the newest commit")
         self.term = self._gauge("remus_term", "Term of the store: it rises with each failover")
         self.connected = self._gauge("remus_connected", "1 while there is a session with the other side")
+        self.promoted = self._gauge("remus_promoted", "1 where this backup has taken over, 0 while it stands by")
+        self.store_bytes = self._gauge("remus_store_bytes", "Bytes of the segments that the backup holds")
+        self.store_free_bytes = self._gauge("remus_store_free_bytes", "Bytes that are free where they lie")
+        self.store_errors = self._counter("remus_store_errors", "Times that the backup could not store something")
+        self.command_failures = self._counter(
+            "remus_command_failures", "Runs of the fencing or takeover command that failed", "command"
+        )
+        self._certificate_expiry: Gauge | None = None
         self._lock = threading.Lock()
         self._series: dict[str, _Series] = {}
 
@@ -204,8 +218,15 @@ class Metrics:
         """With the lock held."""
         series = self._series.get(name)
         if series is None:
-            series = self._series[name] = _Series(self, name)
+            series = self._series[name] = _Series()
+            # From here on its absence would say something; what only one side counts begins with that side's first.
+            self.fenced.labels(name)
+            self.committed_total.labels(name)
+            for stage in _STAGES:
+                self.bytes.labels(name, stage)
         return series
+
+    # What both sides, or a primary, count
 
     def checkpoint(
         self,
@@ -217,118 +238,174 @@ class Metrics:
         encoded_bytes: int = 0,
         wire_bytes: int = 0,
     ) -> None:
-        """A checkpoint was taken.
+        """A checkpoint was taken, by a primary.
 
         raw_bytes: of the pages that it carries; encoded_bytes: of its part of the save stream; wire_bytes: of that
         part as it was sent. What is not known yet is given to `add_bytes` later.
         """
         with self._lock:
             series = self._of(name)
-            series.pause.observe(pause_s)
+            self.pause.labels(name).observe(pause_s)
             series.pauses.append(pause_s)
-            series.dirty_pages.inc(dirty_pages)
-            series.status["checkpoints"] += 1
-            series.status["dirty_pages"] = dirty_pages
-            series.status["dirty_pages_total"] += dirty_pages
-            self._add_bytes(series, raw_bytes, encoded_bytes, wire_bytes)
+            self.dirty_pages.labels(name).inc(dirty_pages)
+            self.reconnects.labels(name)
+            series.primary["checkpoints"] += 1
+            series.primary["dirty_pages"] = dirty_pages
+            series.primary["dirty_pages_total"] += dirty_pages
+            self._add_bytes(name, series, raw_bytes, encoded_bytes, wire_bytes)
 
     def add_bytes(self, name: str, *, raw: int = 0, encoded: int = 0, wire: int = 0) -> None:
         """Bytes were encoded, sent or received."""
         with self._lock:
-            self._add_bytes(self._of(name), raw, encoded, wire)
+            self._add_bytes(name, self._of(name), raw, encoded, wire)
 
-    @staticmethod
-    def _add_bytes(series: _Series, raw: int, encoded: int, wire: int) -> None:
-        for stage, size in (("raw", raw), ("encoded", encoded), ("wire", wire)):
+    def _add_bytes(self, name: str, series: _Series, *sizes: int) -> None:
+        for stage, size in zip(_STAGES, sizes, strict=True):
             if size:
-                series.bytes[stage].inc(size)
-                series.status[f"{stage}_bytes"] += size
+                self.bytes.labels(name, stage).inc(size)
+                series.both[f"{stage}_bytes"] += size
 
     def committed(self, name: str, epoch: int, latency_s: float | None, at: float, digest: bytes | None = None) -> None:
-        """Checkpoint `epoch` is durably stored.
+        """Checkpoint `epoch` is committed.
 
-        latency_s: since its pause; None where that is not known, as on the backup
+        latency_s: how long that took; None where that is not known
         at: Unix time
         digest: of the position, for `status`
         """
         with self._lock:
             series = self._of(name)
-            series.committed.inc()
-            series.epoch.set(epoch)
-            series.committed_at.set(at)
+            self.committed_total.labels(name).inc()
+            self.epoch.labels(name).set(epoch)
+            self.committed_at.labels(name).set(at)
             if latency_s is not None:
-                series.latency.observe(latency_s)
+                self.latency.labels(name).observe(latency_s)
                 series.latencies.append(latency_s)
-            series.status["committed"] += 1
-            series.status |= {"epoch": epoch, "last_commit_at": at, "digest": None if digest is None else digest.hex()}
+            series.both["committed"] += 1
+            series.both["last_commit_at"] = at
+            series.primary["epoch"] = epoch
+            series.primary["committed_position"] = None if digest is None else f"{epoch}:{digest.hex()}"
 
     def set_lag(self, name: str, checkpoints: int) -> None:
         """How many checkpoints are taken and not committed."""
         with self._lock:
-            series = self._of(name)
-            series.lag.set(checkpoints)
-            series.status["lag_checkpoints"] = checkpoints
+            self._of(name).primary["lag_checkpoints"] = checkpoints
+            self.lag.labels(name).set(checkpoints)
 
     def set_term(self, name: str, term: int) -> None:
         """The term has been learned or has risen."""
         with self._lock:
-            series = self._of(name)
-            series.term.set(term)
-            series.status["term"] = term
+            self._of(name).primary["term"] = term
+            self.term.labels(name).set(term)
 
     def set_connected(self, name: str, connected: bool) -> None:
         """A session has begun or ended."""
         with self._lock:
-            series = self._of(name)
-            series.connected.set(connected)
-            series.status["connected"] = connected
+            self._of(name).primary["connected"] = connected
+            self.connected.labels(name).set(connected)
 
     def reconnected(self, name: str) -> None:
         """A link that was broken has been made again."""
         with self._lock:
-            series = self._of(name)
-            series.reconnects.inc()
-            series.status["reconnects"] += 1
+            self._of(name).primary["reconnects"] += 1
+            self.reconnects.labels(name).inc()
 
     def fence(self, name: str) -> None:
         """One side has been told that another has taken over."""
         with self._lock:
-            series = self._of(name)
-            series.fenced.inc()
-            series.status["fenced"] += 1
+            self._of(name).both["fenced"] += 1
+            self.fenced.labels(name).inc()
+
+    def watch_certificate(self, expires: Callable[[], datetime]) -> None:
+        """Show when this side's certificate expires.
+
+        expires: asked at each scrape, for it may be renewed meanwhile
+        """
+        if self._certificate_expiry is None:
+            self._certificate_expiry = Gauge(
+                "remus_certificate_expiry_timestamp_seconds",
+                "Unix time at which this side's certificate expires",
+                registry=self.registry,
+            )
+        self._certificate_expiry.set_function(lambda: expires().timestamp())
+
+    # What a backup counts
+
+    def watch_store(self, name: str, directory: str | Path) -> None:
+        """Show how large a store is, and what is free where it lies; looked up at each scrape.
+
+        directory: of that name, with its segments
+        """
+        segments = Path(directory) / "segments"
+        with self._lock:
+            self._of(name)
+            self.store_bytes.labels(name).set_function(lambda: _bytes_in(segments))
+            self.store_free_bytes.labels(name).set_function(lambda: _free_bytes(segments))
+            self.store_errors.labels(name)
+            for command in _COMMANDS:
+                self.command_failures.labels(name, command)
+
+    def set_promoted(self, name: str, promoted: bool) -> None:
+        """The store has taken over, or is a standby (again)."""
+        with self._lock:
+            self._of(name)
+            self.promoted.labels(name).set(promoted)
+
+    def store_failed(self, name: str) -> None:
+        """Something could not be stored."""
+        with self._lock:
+            self._of(name)
+            self.store_errors.labels(name).inc()
+
+    def command_failed(self, name: str, command: Literal["fence", "takeover"]) -> None:
+        """A run of one of the user's commands has failed."""
+        with self._lock:
+            self._of(name)
+            self.command_failures.labels(name, command).inc()
+
+    # Of all names
 
     def forget(self, name: str) -> None:
         """Count a name no longer, and no longer show it."""
         with self._lock:
             if self._series.pop(name, None) is None:
                 return
-            for stage in ("raw", "encoded", "wire"):
+            for stage in _STAGES:
                 self.bytes.remove(name, stage)
-            for histogram in (self.pause, self.latency):
-                histogram.remove(name)
-            for counter in (self.dirty_pages, self.fenced, self.committed_total, self.reconnects):
-                counter.remove(name)
-            for gauge in (self.epoch, self.lag, self.committed_at, self.term, self.connected):
-                gauge.remove(name)
+            for command in _COMMANDS:
+                self.command_failures.remove(name, command)
+            for metric in (
+                self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
+                self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted, self.store_bytes,
+                self.store_free_bytes, self.store_errors,
+            ):  # fmt: skip
+                metric.remove(name)
 
     def status(self, name: str) -> dict[str, Any]:
         """What there is to say of one name, in plain numbers, strings and dicts: {} if nothing was counted for it.
 
         ratio: raw bytes for each byte on the wire (of the stream where nothing was sent), None without any
-        pause_s, commit_latency_s: {"p50", "p99", "max"} of the newest 1,024, None without any
+        pause_ms, commit_latency_ms: {"p50", "p99", "max"} of the newest 1,024, None without any
         """
+        return self._status(name, is_primary=True)
+
+    def backup_status(self, name: str) -> dict[str, Any]:
+        """The same of a backup, without what only a primary counts."""
+        return self._status(name, is_primary=False)
+
+    def _status(self, name: str, *, is_primary: bool) -> dict[str, Any]:
         with self._lock:
             series = self._series.get(name)
             if series is None:
                 return {}
-            status = dict(series.status)
+            status = (series.primary if is_primary else {}) | series.both
             pauses, latencies = list(series.pauses), list(series.latencies)
         sent = status["wire_bytes"] or status["encoded_bytes"]
-        return status | {
-            "ratio": status["raw_bytes"] / sent if sent else None,
-            "pause_s": summarize(pauses),
-            "commit_latency_s": summarize(latencies),
-        }
+        return (
+            status
+            | {"ratio": status["raw_bytes"] / sent if sent else None}
+            | ({"pause_ms": _in_ms(summarize(pauses))} if is_primary else {})
+            | {"commit_latency_ms": _in_ms(summarize(latencies))}
+        )
 
     def names(self) -> list[str]:
         """All that something was counted for."""
@@ -353,7 +430,56 @@ def summarize(values: Sequence[float]) -> dict[str, float] | None:
     return {"p50": rank[50], "p99": rank[99], "max": ordered[-1]}
 
 
+def _in_ms(seconds: dict[str, float] | None) -> dict[str, float] | None:
+    return None if seconds is None else {key: value * 1e3 for key, value in seconds.items()}
+
+
+def flatten(status: dict[str, Any]) -> dict[str, Any]:
+    """A status as it goes through a heartbeat, which holds no maps: pause_ms.p50 becomes pause_p50_ms."""
+    flat = {key: value for key, value in status.items() if not isinstance(value, dict)}
+    for what in _TIMES:
+        for percentile, value in (status.get(f"{what}_ms") or {}).items():
+            flat[f"{what}_{percentile}_ms"] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """What `flatten` was given, as far as it is there: another program may have sent anything."""
+    status = dict(flat)
+    for what in _TIMES:
+        found = {percentile: status.pop(f"{what}_{percentile}_ms", None) for percentile in _PERCENTILES}
+        if any(value is not None for value in found.values()):
+            status[f"{what}_ms"] = found
+    return status
+
+
+def _bytes_in(directory: Path) -> float:
+    try:
+        with os.scandir(directory) as entries:
+            return float(sum(entry.stat().st_size for entry in entries if entry.is_file()))
+    except OSError:
+        return math.nan
+
+
+def _free_bytes(directory: Path) -> float:
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return math.nan
+    return float(found.f_bavail * found.f_frsize)
+
+
 _MAX_SCRAPES = 8
+
+
+def metrics_address(where: str) -> Address:
+    """HOST:PORT, or a port alone, which is one of this machine only. Raises LinkError."""
+    text = where.removeprefix(":")
+    try:
+        address = Address.parse("tcp://" + (f"127.0.0.1:{text}" if text.isascii() and text.isdigit() else where))
+    except LinkError:
+        raise LinkError(f"metrics at {where!r}: write HOST:PORT, or a port of this machine alone") from None
+    return address
 
 
 class MetricsServer:
@@ -365,8 +491,7 @@ class MetricsServer:
     """
 
     def __init__(self, where: str, registry: CollectorRegistry, *, request_s: float = 5.0) -> None:
-        text = where.removeprefix(":")
-        address = Address.parse(f"127.0.0.1:{text}" if text.isascii() and text.isdigit() else where, "tcp")
+        address = metrics_address(where)
         try:
             family, _, _, _, place = socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

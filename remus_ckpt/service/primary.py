@@ -29,7 +29,7 @@ from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.service.link import Link
-from remus_ckpt.service.observe import Metrics, log
+from remus_ckpt.service.observe import Metrics, flatten, log
 from remus_ckpt.service.transport import Connection
 from remus_ckpt.source import Source
 from remus_ckpt.wire.dialect import StreamCodec, Word
@@ -261,16 +261,11 @@ class Primary:
     def status(self) -> dict[str, Any]:
         """What there is to say of this side, for the other and for users."""
         newest = self._sender.position if self._sender else None
-        counted = self._metrics.status(self.name)
-        flat = {key: value for key, value in counted.items() if not isinstance(value, dict)}
-        for key in ("pause", "commit_latency"):
-            for percentile, seconds in (counted.get(f"{key}_s") or {}).items():
-                flat[f"{key}_{percentile}_ms"] = seconds * 1e3
-        return flat | {
+        return self._metrics.status(self.name) | {
             "term": self.term,
             "epoch": newest.epoch if newest else None,
             "committed_epoch": self.committed.epoch if self.committed else None,
-            "committed_position": str(self.committed) if self.committed else None,
+            "committed_position": f"{self.committed.epoch}:{self.committed.digest.hex()}" if self.committed else None,
             "lag_checkpoints": len(self._flights),
             "memory_bytes": self._source.pages * PAGE_SIZE,
         }
@@ -356,7 +351,7 @@ class Primary:
                 connection,
                 hello,
                 on_ack=self._acknowledged,
-                status=self.status,
+                status=lambda: flatten(self.status()),
                 give_up=partial(self._gives_up, deadline),
                 compression=self._compression,
             )
@@ -454,7 +449,7 @@ class Primary:
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
             self.ended = "fenced"
-            log("fenced", level=logging.ERROR, name=self.name, term=error.term, reason=str(error))
+            log("fenced", level=logging.ERROR, name=self.name, term=error.term)
             raise error
         if isinstance(error, Refused) and error.code in LASTING:
             raise error

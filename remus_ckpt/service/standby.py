@@ -22,7 +22,7 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
-from remus_ckpt.service.observe import Metrics, log
+from remus_ckpt.service.observe import Metrics, log, unflatten
 from remus_ckpt.store import HistoryWriter, Retention, State
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
@@ -106,6 +106,7 @@ class Standby:
         self.name = name
         self.guests = 0
         """Primaries that are here, or wait to be let in; the backup counts them."""
+        self.trouble: str | None = None
         self._writer = writer
         self._policy = policy
         self._metrics = metrics
@@ -422,26 +423,46 @@ class Standby:
         return fence is not None and fence.phase is failover.Phase.FAILED and fence.began_at >= wish.at
 
     def status(self) -> dict[str, Any]:
-        """What there is to say of it."""
+        """What there is to say of it.
+
+        fence, takeover: how far that command is, None without one
+        fence_retry_s, takeover_retry_s: when one that failed is run again, None where it is not
+        """
         now = time.monotonic()
         with self._changed:
             state = self._writer.state
             visitor = self._visitor
             heard = self._heard if visitor is None else visitor.heard
-            return self._metrics.status(self.name) | {
+            position = self._writer.position
+            actions = failover.decide(self._situation(), now)
+
+            def phase(command: Command | None) -> str | None:
+                return None if command is None else command.phase.value
+
+            def retry_s(command: Command | None) -> float | None:
+                if command is None or command.phase is not failover.Phase.FAILED:
+                    return None
+                at = command.retry_at()
+                return round(at - now, 3) if failover.WaitUntil(at) in actions else None
+
+            is_done = state.role == "promoted" and state.more.get("takeover_done")
+            return self._metrics.backup_status(self.name) | {
                 "role": str(state.role),
                 "term": state.term,
                 "epoch": self._epoch(),
-                "position": None if self._writer.position is None else str(self._writer.position),
+                "position": None if position is None else f"{position.epoch}:{position.digest.hex()}",
                 "memory_bytes": None if self._writer.memory is None else len(self._writer.memory) * PAGE_SIZE,
                 "connected": visitor is not None,
                 "peer": self._last_peer or None,
                 "silent_s": None if heard is None else round(now - heard, 3),
-                "fence": None if self._fence is None else self._fence.phase.value,
-                "takeover": None if self._takeover is None else self._takeover.phase.value,
+                "fence": phase(self._fence),
+                "fence_retry_s": retry_s(self._fence),
+                "takeover": "succeeded" if is_done else phase(self._takeover),
+                "takeover_retry_s": retry_s(self._takeover),
                 "image": None if self._handed_out is None else self._handed_out["image"],
+                "trouble": self.trouble,
                 "warnings": list(self._writer.warnings),
-                "primary": dict(visitor.status) if visitor is not None else {},
+                "primary": {} if visitor is None else unflatten(visitor.status),
             }
 
     def close_if_empty(self) -> bool:
