@@ -8,9 +8,10 @@ import resource
 import select
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from logging import ERROR
@@ -39,10 +40,10 @@ from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.control import ask
 from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
-from remus_ckpt.service.observe import Metrics, configure_logs, log, notify, watchdog_interval_s
+from remus_ckpt.service.observe import Metrics, configure_logs, log, metrics_address, notify, watchdog_interval_s
 from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, Connection, TlsFiles, check_options, connect
+from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles, check_options, connect
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.commands import PauseCommands
 from remus_ckpt.source.processes import Processes
@@ -79,7 +80,8 @@ class CompressionName(StrEnum):
 
 
 TlsDir = Annotated[
-    Path | None, typer.Option("--tls-dir", help="A folder made by `keys issue`: ca.pem, cert.pem and key.pem.")
+    Path | None,
+    typer.Option("--tls-dir", metavar="DIR", help="A folder made by `keys issue`: ca.pem, cert.pem and key.pem."),
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure-plain-tcp", help="Allow tcp:// between machines: anybody can read and change it.")
@@ -97,11 +99,31 @@ def _name(text: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def _address(text: str) -> Address:
+def _address(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
+    """Where to connect or to listen, and our certificate. What the options alone make impossible is bad usage."""
+    with _usage():
+        address = Address.parse(text, "tls")
+        if address.scheme == "tls" and tls_dir is None:
+            check_options(address, None, insecure)
+    tls = TlsFiles(tls_dir) if tls_dir else None
+    with _usage():
+        check_options(address, tls, insecure)
+    return address, tls
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
     try:
-        return Address.parse(text, "tls")
-    except ValueError as error:
+        yield
+    except LinkError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: TlsFiles | None) -> None:
+    if tls:
+        counted.watch_certificate(tls.expires)
+    if where:
+        stack.enter_context(counted.serve(where))
 
 
 def _stop_on_signals(stack: ExitStack) -> StopSignal:
@@ -113,22 +135,34 @@ def _stop_on_signals(stack: ExitStack) -> StopSignal:
 
 
 def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
-    return connect(_address(to), tls=TlsFiles(tls_dir) if tls_dir else None, insecure=insecure)
+    address, tls = _address(to, tls_dir, insecure)
+    return connect(address, tls=tls, insecure=insecure)
+
+
+def _check_metrics(where: str | None) -> None:
+    if where:
+        with _usage():
+            metrics_address(where)
 
 
 @app.command(short_help="Keep the checkpoints of primaries, and take over.")
 def backup(
     listen: Annotated[
         list[str],
-        typer.Option(help="Where: tls://HOST:PORT (also HOST:PORT), unix:PATH, tcp://. Repeatable."),
+        typer.Option(metavar="ADDRESS", help="Where: tls://HOST:PORT (also HOST:PORT), unix:PATH, tcp://. Repeatable."),
     ],
-    store: Annotated[Path, typer.Option(help="The folder that holds the checkpoints; made if it is not there.")],
+    store: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder that holds the checkpoints; made if it is not there.")
+    ],
     tls_dir: TlsDir = None,
-    name: Annotated[list[str] | None, typer.Option(help="Take only this name. Repeatable. [default: any]")] = None,
-    warm_dir: Annotated[
-        Path | None, typer.Option(help="Where the warm copies lie, such as /dev/shm/remus. [default: in the store]")
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Take only this name. Repeatable. [default: any]")
     ] = None,
-    lease: Annotated[str, typer.Option(help="A primary that is silent for so long is gone.")] = "5s",
+    warm_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the warm copies lie, such as /dev/shm/remus. [default: in the store]"),
+    ] = None,
+    lease: Annotated[str, typer.Option(metavar="TIME", help="A primary that is silent for so long is gone.")] = "5s",
     on_failover: Annotated[
         str | None,
         typer.Option(metavar="CMD", help="Starts the work here after a failover; ends once it goes on."),
@@ -140,9 +174,15 @@ def backup(
         str | None,
         typer.Option(metavar="CMD", help="Makes sure that the primary acts no more; exits with 0 only then."),
     ] = None,
-    keep_count: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep, at least.")] = None,
-    keep_age: Annotated[str | None, typer.Option(help="How long to keep checkpoints, such as 12h or 7d.")] = None,
-    keep_size: Annotated[str | None, typer.Option(help="How much to keep of each name, such as 20GiB.")] = "16GiB",
+    keep_count: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="Checkpoints to keep, at least.")
+    ] = None,
+    keep_age: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long to keep checkpoints, such as 12h or 7d.")
+    ] = None,
+    keep_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="How much to keep of each name, such as 20GiB.")
+    ] = "16GiB",
     max_memory: MaxMemory = 64,
     metrics: MetricsAt = None,
     log_format: Logs = LogFormat.text,
@@ -155,7 +195,8 @@ def backup(
 
     Example: remus-ckpt backup --listen 0.0.0.0:7411 --store /var/lib/remus --tls-dir keys/backup
     """
-    addresses = [_address(text) for text in listen]
+    _check_metrics(metrics)
+    places = [_address(text, tls_dir, insecure) for text in listen]
     if auto_failover and not fence:
         raise typer.BadParameter("--auto-failover needs --fence: without it, two sides may go on at once")
     lease_s = parse_duration(lease)
@@ -173,6 +214,9 @@ def backup(
         ),
         names=frozenset(map(_name, name)) if name else None,
     )
+    # Before the store is made: whoever typed a port that is in use means another store, or another port.
+    for address, tls in places:
+        Listener(address, tls=tls, insecure=insecure).close()
     configure_logs(log_format.value)
     counted = Metrics()
     with suppress(OSError, ValueError):  # each name takes a few; poll is used here, which knows no highest number
@@ -180,11 +224,10 @@ def backup(
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
-        if metrics:
-            stack.enter_context(counted.serve(metrics))
+        _serve_metrics(stack, counted, metrics, next((tls for _, tls in places if tls), None))
         service = Backup(
             store,
-            addresses,
+            [address for address, _ in places],
             tls_dir=tls_dir,
             insecure=insecure,
             policy=policy,
@@ -218,32 +261,53 @@ def _watchdog() -> Callable[[], None] | None:
 
 @app.command(short_help="Protect live shared memory on a backup.")
 def protect(
-    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
-    to: Annotated[str, typer.Option(help="The backup: tls://HOST:PORT, unix:PATH, or tcp:// on this machine.")],
-    name: Annotated[str, typer.Option(help="Under which the backup keeps it.")],
-    pid: Annotated[list[int] | None, typer.Option(min=1, help="A process that writes to it. Repeatable.")] = None,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The memory: a file in /dev/shm, or any file that is mapped.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, or tcp:// on this machine."),
+    ],
+    name: Annotated[str, typer.Option(metavar="NAME", help="Under which the backup keeps it.")],
+    pid: Annotated[
+        list[int] | None, typer.Option(metavar="PID", min=1, help="A process that writes to it. Repeatable.")
+    ] = None,
     cgroup: Annotated[
-        Path | None, typer.Option(help="In place of --pid: the cgroup (v2) that holds all who write to it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="In place of --pid: the cgroup (v2) that holds all who write to it."),
     ] = None,
     pause: Annotated[
         str | None, typer.Option(metavar="CMD", help="In place of --pid: stops all who write; needs --resume.")
     ] = None,
     resume: Annotated[str | None, typer.Option(metavar="CMD", help="Lets them run on.")] = None,
     tls_dir: TlsDir = None,
-    interval: Annotated[str, typer.Option(help="Running time between two pauses, at least.")] = "25ms",
-    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
+    interval: Annotated[str, typer.Option(metavar="TIME", help="Running time between two pauses, at least.")] = "25ms",
+    duration: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long in all. [default: until Ctrl-C]")
+    ] = None,
     on_commit: Annotated[
         str | None,
-        typer.Option(metavar="CMD", help="Started once; reads a line for each commit: its epoch and its digest."),
+        typer.Option(
+            metavar="CMD",
+            help="Started once; reads a line for each commit: its epoch and its digest. All ends when it does.",
+        ),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")] = 2,
+    window: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")
+    ] = 2,
     wait: Annotated[LevelName, typer.Option(help="What counts as committed.")] = LevelName.durable,
     compression: Annotated[
         CompressionName, typer.Option(help="Of the stream on the link; auto measures link and data.")
     ] = CompressionName.auto,
     codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
     term: Annotated[
-        int | None, typer.Option(min=0, help="The term under which this side took over (REMUS_TERM).")
+        int | None,
+        typer.Option(
+            metavar="TERM",
+            min=0,
+            help="To go on after a failover: on another backup, the term that it printed (REMUS_TERM); on the same "
+            "backup, one more.",
+        ),
     ] = None,
     metrics: MetricsAt = None,
     log_format: Logs = LogFormat.text,
@@ -259,24 +323,23 @@ def protect(
     """
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
-    address = _address(to)
+    _check_metrics(metrics)
+    address, tls = _address(to, tls_dir, insecure)
     _name(name)
     configure_logs(log_format.value)
     totals = Totals()
     counted = Metrics()
+    counted.set_connected(name, False)
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
         # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
-        tls = TlsFiles(tls_dir) if tls_dir else None
-        check_options(address, tls, insecure)
-        if metrics:
-            stack.enter_context(counted.serve(metrics))
+        _serve_metrics(stack, counted, metrics, tls)
         source = SharedFile(file, _stopper(pid, cgroup, pause, resume))
         stack.callback(source.close)
         if source.size % PAGE_SIZE:
             complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
-        release = _Released(on_commit) if on_commit else None
+        release = _Released(name, on_commit, stop) if on_commit else None
         if release:
             stack.callback(release.close)
         primary = Primary(
@@ -304,25 +367,23 @@ def protect(
             for taken in primary.run():
                 totals.add(taken)
                 if show:
-                    lag = taken.sent.epoch - primary.committed.epoch if primary.committed else 0
+                    lag = taken.sent.epoch - primary.committed.epoch if primary.committed else totals.checkpoints
                     show.update(Text(f"{totals.line(taken)}  {lag} not yet committed"))
         finally:
             notify("STOPPING=1")
             if release:
                 release.hurry()
             committed = primary.committed
-            report = totals.report() | {
-                "name": name,
-                "term": primary.term,
-                "committed_epoch": committed.epoch if committed else None,
-                "committed_position": f"{committed.epoch} {committed.digest.hex()}" if committed else None,
-                "ended": primary.ended or "failed",
-            }
+            ended = primary.ended or "failed"
+            if release and release.is_gone and ended == "stopped":
+                ended = "on-commit ended"
+            report = {"name": name} | primary.status() | {"ended": ended}
             if as_json:
                 print_json(report)
             else:
                 last = f"committed up to epoch {committed.epoch}" if committed else "nothing committed"
-                errors.print(Text(f"{name}: {totals.text()}; {last}; {report['ended']}"))
+                taken_text = totals.text() if totals.checkpoints else "no checkpoint taken"
+                errors.print(Text(f"{name}: {taken_text}; {last}; {ended}"))
     if release and release.has_failed:
         raise typer.Exit(1)
     if committed is None and primary.ended != "stopped":
@@ -347,21 +408,38 @@ class _Released:
     """The user's command, which reads a line for each commit.
 
     It may be slow: checkpoints wait for it then. Once the end has come it has ten seconds for what it has not read.
+    stop: set when it reads no more: what is held back for a commit can be released by nobody else
     """
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, name: str, command: str, stop: StopSignal) -> None:
+        self._name = name
+        self._stop = stop
         self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, start_new_session=True)
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
         os.set_blocking(self._pipe.fileno(), False)
         self._deadline = math.inf
         self._lost: int | None = None
+        self._is_over = StopSignal()
+        self.is_gone = False
+        """Whether it stopped to read before the end."""
         self.has_failed = False
+        self._watcher = threading.Thread(target=self._watch, name="on-commit", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        poll.register(self._pipe.fileno(), 0)  # POLLERR, which need not be asked for: nobody has the other end
+        poll.register(self._is_over.fd, select.POLLIN)
+        poll.poll()
+        if not self._is_over.is_set:
+            self.is_gone = True
+            log("the command of --on-commit reads no more", level=ERROR, name=self._name)
+            self._stop.set()
 
     def __call__(self, committed: Committed) -> None:
         if self._lost is None and not self._write(f"{committed.epoch} {committed.position.digest.hex()}\n".encode()):
             self._lost = committed.epoch
-            log("the command of --on-commit takes no more: nothing is released", level=ERROR, epoch=committed.epoch)
 
     def _write(self, line: bytes) -> bool:
         poll = select.poll()
@@ -382,6 +460,9 @@ class _Released:
 
     def close(self) -> None:
         """No more comes; wait for it to end."""
+        self._is_over.set()
+        self._watcher.join()
+        self._is_over.close()
         self._pipe.close()
         try:
             status = self._process.wait(max(self._deadline - time.monotonic(), 1.0))
@@ -390,21 +471,24 @@ class _Released:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             status = self._process.wait()
-        if status:
-            complain(f"the command of --on-commit ended with status {status}")
-        if self._lost is not None:
-            complain(f"commits from epoch {self._lost} on were not given to the command of --on-commit")
-        self.has_failed = bool(status) or self._lost is not None
+        self.has_failed = bool(status) or self.is_gone or self._lost is not None
+        if self.has_failed:
+            lost = f"; commits from epoch {self._lost} on were not given to it" if self._lost is not None else ""
+            held = "; what is held back will not be released by it" if self.is_gone else ""
+            early = " before the end" if self.is_gone else ""
+            complain(f"the command of --on-commit ended{early} with status {status}{lost}{held}")
 
 
 @app.command(short_help="Say how a backup and its primaries are.")
 def status(
-    source: Annotated[str, typer.Option("--from", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")],
+    source: Annotated[
+        str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
+    ],
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print, for each name, what the backup and its primary say of themselves.
+    """Print, for each name, what the backup and its primary say of themselves, and what is wrong.
 
     Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
     """
@@ -418,6 +502,11 @@ def status(
         out.print(Text("\n".join(_tell(name, found))))
 
 
+def _short(position: str | None) -> str:
+    epoch, _, digest = (position or "none").partition(":")
+    return f"{epoch}:{digest[:16]}" if digest else epoch
+
+
 def _tell(name: str, found: dict[str, Any]) -> list[str]:
     """One name, for people."""
     primary = found["primary"]
@@ -426,24 +515,42 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
     if silent is not None and not found["connected"]:
         where += f", silent for {silent:.1f} s"
     lines = [
-        f"{name}: {found['role']}, term {found['term']}, epoch {found['epoch']}, position {found['position']}; {where}"
+        f"{name}: {found['role']}, term {found['term']}, epoch {found['epoch']}, position {_short(found['position'])}; "
+        f"{where}"
     ]
     if primary:
         parts = [f"lag {primary.get('lag_checkpoints')} checkpoints", f"dirty {primary.get('dirty_pages')} pages"]
-        if primary.get("ratio"):
-            parts.append(f"ratio {1 / primary['ratio']:.1%}")
-        for key, what in (("pause", "pause"), ("commit_latency", "commit")):
-            if primary.get(f"{key}_p50_ms") is not None:
-                parts.append(f"{what} p50 {primary[f'{key}_p50_ms']:.2f} ms, p99 {primary[f'{key}_p99_ms']:.2f} ms")
+        if isinstance(ratio := primary.get("ratio"), float) and ratio > 0:
+            parts.append(f"ratio {1 / ratio:.1%}")
+        for key, what in (("pause_ms", "pause"), ("commit_latency_ms", "commit")):
+            times = primary.get(key)
+            times = [times.get(part) for part in ("p50", "p99")] if isinstance(times, dict) else [None]
+            if all(isinstance(value, float) for value in times):
+                parts.append(f"{what} p50 {times[0]:.2f} ms, p99 {times[1]:.2f} ms")
         lines.append("  " + ", ".join(parts))
+    for command in ("fence", "takeover"):
+        again = found.get(f"{command}_retry_s")
+        if found.get(command) in ("running", "failed"):
+            lines.append(
+                f"  {command} {found[command]}" + (f", tried again in {again:.0f} s" if again is not None else "")
+            )
+    if found["role"] == "promoted":
+        if found.get("image"):
+            lines.append(f"  taken over at epoch {found['epoch']}: memory {found['image']}")
+        if found.get("takeover") == "succeeded":
+            lines.append("  takeover succeeded: the work goes on here")
+    if found.get("trouble"):
+        lines.append(f"  trouble: {found['trouble']}")
     lines += [f"  warning: {warning}" for warning in found["warnings"]]
     return lines
 
 
 @app.command(short_help="Promote a backup by hand.")
 def failover(
-    name: Annotated[str, typer.Option(help="What to take over.")],
-    source: Annotated[str, typer.Option("--from", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="What to take over.")],
+    source: Annotated[
+        str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
+    ],
     fence: Annotated[
         bool, typer.Option("--fence", help="Run the backup's fencing command first; without it, you vouch for it.")
     ] = False,
@@ -469,11 +576,15 @@ def failover(
 @app.command(short_help="Protect a worker, kill its side, and see the backup go on.")
 def demo(
     seconds: Annotated[
-        float, typer.Option(min=0.5, max=600, help="How long the worker runs before it is killed.")
+        float, typer.Option(metavar="SECONDS", min=0.5, max=600, help="How long the worker runs before it is killed.")
     ] = 3.0,
-    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
-    directory: Annotated[Path | None, typer.Option("--keep", help="Keep the store in this folder.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the worker and of the instant of the kill.")] = None,
+    interval: Annotated[str, typer.Option(metavar="TIME", help="Running time between two pauses.")] = "25ms",
+    directory: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Keep the store in this folder.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="Of the worker and of the instant of the kill.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Protect a real worker over TLS, kill its side at a random instant, let the backup take over, and prove it.
