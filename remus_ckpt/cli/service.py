@@ -570,7 +570,7 @@ def failover(
     out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
     out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
     again = f"remus-ckpt protect {report['image']} --term {report['term']} …"
-    out.print(Text(f"to protect it from there on another backup: {again}"))
+    out.print(Text(f"to protect it from there on another backup: {again} (on this one: --term {report['term'] + 1})"))
 
 
 @app.command(short_help="Protect a worker, kill its side, and see the backup go on.")

@@ -474,12 +474,12 @@ _MAX_SCRAPES = 8
 
 def metrics_address(where: str) -> Address:
     """HOST:PORT, or a port alone, which is one of this machine only. Raises LinkError."""
-    text = where.removeprefix(":")
+    port = where.removeprefix(":")
+    place = f"127.0.0.1:{port}" if port.isascii() and port.isdigit() else where
     try:
-        address = Address.parse("tcp://" + (f"127.0.0.1:{text}" if text.isascii() and text.isdigit() else where))
+        return Address.parse(f"tcp://{place}")
     except LinkError:
         raise LinkError(f"metrics at {where!r}: write HOST:PORT, or a port of this machine alone") from None
-    return address
 
 
 class MetricsServer:
