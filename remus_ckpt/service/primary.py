@@ -137,6 +137,7 @@ class Primary:
         self._changed = threading.Condition()
         self._began = 0.0
         self._connections = 0
+        self._lease_s = math.inf  # of the last welcome
         self._commits = 0
         self._commits_before = 0  # when the link was made
         self._backoff_s = 0.0
@@ -317,8 +318,11 @@ class Primary:
                 raise reason if isinstance(reason, LinkError) else LinkError(str(reason))
 
     def _back_off(self) -> None:
-        """Before the next link, which is made at once only where the last one carried a commit."""
-        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
+        """Before the next link, which is made at once only where the last one carried a commit.
+
+        A backup that turned us away, because it was full or busy, must hear of us before its lease is over.
+        """
+        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S, self._lease_s / 4)
 
     def _gives_up(self, deadline: float | None) -> bool:
         is_stopped = self._stop is not None and self._stop.is_set
@@ -370,6 +374,7 @@ class Primary:
             link.close()
             raise
         self._link = link
+        self._lease_s = link.welcome.lease_s
         self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
         self._commits_before = self._commits

@@ -113,6 +113,8 @@ class Standby:
         self._changed = threading.Condition()
         self._visitor: Visitor | None = None
         self._last_peer = ""
+        self.trouble: str | None = None
+        """What last went wrong on this side, None since it went well."""
         self._heard: float | None = None
         self._listening_since = self._looked_at = time.monotonic()
         self._fence = Command() if policy.fence else None
@@ -159,6 +161,8 @@ class Standby:
                 case Accepted(term):
                     if self._promoting or self._visitor is not None:
                         raise Refusal("busy", f"{self.name!r} is being taken over")
+                    # It is there, whatever this side has to say to it next.
+                    self._heard = time.monotonic()
                     if state.role == "promoted":
                         self._by_hand, self._handed_out = None, None
                         self._takeover = self._takeover and Command()
@@ -171,6 +175,9 @@ class Standby:
         log("primary connected", name=self.name, peer=visitor.peer, term=term)
         try:
             yield self._writer
+        except StoreError as error:
+            self.trouble = str(error)
+            raise
         finally:
             with self._changed:
                 self._heard = max(self._heard, visitor.heard)
@@ -223,6 +230,7 @@ class Standby:
 
     def stored(self, position: Position, seconds: float) -> None:
         """A checkpoint has been acknowledged, so long after its commit came."""
+        self.trouble = None
         self._metrics.committed(self.name, position.epoch, seconds, time.time(), position.digest)
 
     # Decisions
@@ -251,6 +259,9 @@ class Standby:
                 case failover.WaitUntil(at):
                     return at
                 case failover.RunFence(attempt):
+                    if not self._can_promote(attempt):
+                        self._not_before = now + _RETRY_S
+                        return self._not_before
                     self._fence = Command.begun(attempt, now)
                     self._start(self._run_fence)
                 case failover.Promote(term):
@@ -260,6 +271,17 @@ class Standby:
                     self._takeover = Command.begun(attempt, now)
                     self._start(self._run_takeover, self._takeover)
         return now + self._policy.lease_s
+
+    def _can_promote(self, attempt: int) -> bool:
+        """Whether a promotion could be written down: nobody is fenced for the sake of one that cannot be."""
+        try:
+            self._writer.set_state(fencing=attempt)
+        except StoreError as error:
+            if self.trouble != str(error):
+                log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
+            self.trouble = str(error)
+            return False
+        return True
 
     def _situation(self) -> Situation:
         state = self._writer.state
@@ -291,6 +313,7 @@ class Standby:
         with self._changed:
             assert self._fence is not None
             self._fence = self._fence.ended(succeeded, time.monotonic())
+            self.trouble = None if succeeded else "the fencing command failed: nothing was promoted"
             self._changed.notify_all()
         self._wake()
 
@@ -311,6 +334,7 @@ class Standby:
                 self._hand_out()
         except RemusError as error:
             log("promotion failed", level=logging.ERROR, name=self.name, reason=str(error))
+            self.trouble = str(error)
             with self._changed:
                 self._not_before = time.monotonic() + _RETRY_S
         finally:
@@ -363,6 +387,7 @@ class Standby:
         with self._changed:
             if self._takeover is begun:  # or a primary of a later term has come, and this says nothing of that
                 self._takeover = begun.ended(succeeded, time.monotonic())
+                self.trouble = None if succeeded else "the takeover command failed; it is tried again"
             self._changed.notify_all()
         self._wake()
 
@@ -440,6 +465,7 @@ class Standby:
                 "fence": None if self._fence is None else self._fence.phase.value,
                 "takeover": None if self._takeover is None else self._takeover.phase.value,
                 "image": None if self._handed_out is None else self._handed_out["image"],
+                "trouble": self.trouble,
                 "warnings": list(self._writer.warnings),
                 "primary": dict(visitor.status) if visitor is not None else {},
             }
