@@ -131,11 +131,11 @@ class Primary:
         self._run = os.urandom(16)
         self._sender: Sender | None = None
         self._anchor: Position | None = None  # the newest committed one that this sender has made
-        self._one_by_one: CheckpointLoop | None = None
+        self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
         self._link: Link | None = None
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[_Flight] = deque()  # sent and not acknowledged, the oldest first; at most the window
         self._changed = threading.Condition()
-        self._began = 0.0
+        self._began = 0.0  # when the checkpoint that is being written sent its first byte; 0 before that
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
         self._commits = 0

@@ -115,14 +115,14 @@ class Standby:
         self._last_peer = ""
         self.trouble: str | None = None
         """What last went wrong on this side, None since it went well."""
-        self._heard: float | None = None
+        self._heard: float | None = None  # of the sessions that are over; of the one that is open, it says so itself
         self._listening_since = self._looked_at = time.monotonic()
         self._fence = Command() if policy.fence else None
         self._takeover = Command() if policy.on_failover else None
-        self._by_hand: ByHand | None = None
-        self._promoting = False
+        self._by_hand: ByHand | None = None  # a takeover that somebody asked for and that is not done yet
+        self._promoting = False  # a thread is at it
         self._not_before = 0.0  # an action that failed for want of a disk is tried again then
-        self._handed_out: dict[str, Any] | None = None
+        self._handed_out: dict[str, Any] | None = None  # what the survivor goes on from, once promoted
         self._is_closed = False
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
