@@ -603,3 +603,35 @@ def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, small_dis
     assert [entry.position for entry in found] == [*held, memory.commits[-1].position]
     assert sum(entry.is_base for entry in found) == 1, "deltas follow: nothing was lost"
     assert np.array_equal(restored(store), memory.array)
+
+
+@pytest.mark.root
+def test_a_full_disk_fences_nobody(tmp_path: Path, small_disk: Path) -> None:
+    """The primary lives, and the backup could not write down that it takes over."""
+    fenced = tmp_path / "fence"
+    fence = command(tmp_path, "write('fence')")
+    rng = np.random.default_rng(4)
+    with (
+        backup_in(small_disk / "store", lease_s=0.4, automatic=True, fence=fence) as backup,
+        Proxy(backup.addresses[0]) as proxy,
+        Memory(proxy.address) as memory,
+    ):
+        memory.step(1)
+        (small_disk / "filler").write_bytes(bytes(1 << 20))
+        with suppress(OSError), open(small_disk / "filler", "ab", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            memory.array[:] = rng.integers(0, 1 << 60, memory.array.shape)
+            with pytest.raises(LinkError):
+                memory.protection.checkpoint(wait=True, timeout_s=0.2)
+        assert not fenced.exists(), "it has been heard of all the time"
+        assert "space" in backup.status()["names"]["orders"]["trouble"]
+        proxy.refusing.set()
+        proxy.cut()
+        time.sleep(1.5)
+        assert not fenced.exists(), "it is gone, and what would follow could not be written down"
+        (small_disk / "filler").unlink()
+        until(lambda: backup.status()["names"]["orders"]["role"] == "promoted")
+        assert fenced.exists()

@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -591,6 +592,8 @@ def demo(
 
     Example: remus-ckpt demo --seconds 5
     """
+    # As Ctrl-C does: those who were started are ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = run_demo(
         seconds=seconds,
         interval_s=parse_duration(interval),

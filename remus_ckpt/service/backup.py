@@ -330,6 +330,7 @@ class _Visit:
         self._session: Session | None = None
         self.is_known = False
         self.run_id = b""
+        self.name = ""
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
         self._sending = threading.Lock()
         self._numbers = 0
@@ -356,6 +357,11 @@ class _Visit:
         if self._session is None:
             raise ValueError("nothing can be said before the handshake")
         return self._session
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        """For the log."""
+        return {"peer": self.connection.peer} | ({"name": self.name} if self.name else {})
 
     # Called by others
 
@@ -395,27 +401,27 @@ class _Visit:
                 self._serve_primary(hello)
         except Refusal as error:
             self._say_goodbye(wire.Error(code=error.code, message=str(error), term=error.term))
-            log("refused", level=logging.WARNING, peer=self.connection.peer, code=error.code, reason=str(error))
+            log("refused", level=logging.WARNING, **self._who, code=error.code, reason=str(error))
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
             # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
             error.__traceback__ = None
-            log("refused", level=logging.WARNING, peer=self.connection.peer, code=code, reason=str(error))
+            log("refused", level=logging.WARNING, **self._who, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(wire.Error(code="store", message=str(error)))
-            log("store failed", level=logging.ERROR, peer=self.connection.peer, reason=str(error))
+            log("store failed", level=logging.ERROR, **self._who, reason=str(error))
         except _Silent as error:
             self._say_goodbye(wire.Error(code="timeout", message=str(error)))
-            log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+            log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
         except (LinkError, TimeoutError) as error:
             if self._ended_with is not None:
-                log("session ended", peer=self.connection.peer, code=self._ended_with)
+                log("session ended", **self._who, code=self._ended_with)
             else:
-                log("connection lost", level=logging.WARNING, peer=self.connection.peer, reason=str(error))
+                log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
         except Exception as error:
             self._try_say(wire.Error(code="internal", message=f"{type(error).__name__}: {error}"))
-            log("connection failed", level=logging.ERROR, error=error, peer=self.connection.peer)
+            log("connection failed", level=logging.ERROR, error=error, **self._who)
         finally:
             self.connection.close()
 
@@ -492,6 +498,7 @@ class _Visit:
             text = f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {most:,} (--max-memory)"
             raise Refusal("limit", text)
         self.run_id = hello.run
+        self.name = hello.name
         standby = self.backup.standby(hello.name)
         try:
             self._host(standby, hello)
@@ -510,7 +517,13 @@ class _Visit:
                     case wire.Begin():
                         writer.begin(full=event.mode == "full")
                         self.session.sink = writer
-                        log("receiving", name=hello.name, peer=self.peer, mode=event.mode, position=str(event.position))
+                        log(
+                            "receiving",
+                            name=hello.name,
+                            peer=self.peer,
+                            mode=event.mode,
+                            position=event.position and str(event.position),
+                        )
                     case wire.DataReceived():
                         self.backup.report_phase("receiving", 0)
                     case wire.Commit():

@@ -14,7 +14,7 @@ from remus_ckpt.wire.session import Error, Goodbye, Hello, Reply, Request, Sessi
 def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeout_s: float = 90.0) -> dict[str, Any]:
     """One question and its answer; the connection is closed then.
 
-    method: "status" or "failover" (specs/session.md §3.10)
+    method: "status" or "failover" (specs/session.md §3.12)
     Raises LinkError where no answer comes, RemusError where the answer is no.
     """
     deadline = time.monotonic() + timeout_s

@@ -1,4 +1,4 @@
-"""When a backup takes over, and whom it lets in: pure decisions. No clock, no I/O, no memory of its own.
+"""When a backup takes over, and whom it lets in (specs/failover.md): pure decisions. No clock, no I/O, no memory.
 
 `decide` is asked whenever something has changed and when the time that it named has come; it says what is to be done
 now. Whoever asks does it, notes it in the situation and asks again. Nothing depends on having been asked before: a

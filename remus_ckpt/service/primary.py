@@ -131,12 +131,13 @@ class Primary:
         self._run = os.urandom(16)
         self._sender: Sender | None = None
         self._anchor: Position | None = None  # the newest committed one that this sender has made
-        self._one_by_one: CheckpointLoop | None = None
+        self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
         self._link: Link | None = None
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[_Flight] = deque()  # sent and not acknowledged, the oldest first; at most the window
         self._changed = threading.Condition()
-        self._began = 0.0
+        self._began = 0.0  # when the checkpoint that is being written sent its first byte; 0 before that
         self._connections = 0
+        self._lease_s = math.inf  # of the last welcome
         self._commits = 0
         self._commits_before = 0  # when the link was made
         self._backoff_s = 0.0
@@ -312,8 +313,11 @@ class Primary:
                 raise reason if isinstance(reason, LinkError) else LinkError(str(reason))
 
     def _back_off(self) -> None:
-        """Before the next link, which is made at once only where the last one carried a commit."""
-        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
+        """Before the next link, which is made at once only where the last one carried a commit.
+
+        A backup that turned us away, because it was full or busy, must hear of us before its lease is over.
+        """
+        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S, self._lease_s / 4)
 
     def _gives_up(self, deadline: float | None) -> bool:
         is_stopped = self._stop is not None and self._stop.is_set
@@ -365,6 +369,7 @@ class Primary:
             link.close()
             raise
         self._link = link
+        self._lease_s = link.welcome.lease_s
         self._began = 0.0  # of a checkpoint that the old link broke off
         self._connections += 1
         self._commits_before = self._commits

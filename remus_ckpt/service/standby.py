@@ -106,7 +106,6 @@ class Standby:
         self.name = name
         self.guests = 0
         """Primaries that are here, or wait to be let in; the backup counts them."""
-        self.trouble: str | None = None
         self._writer = writer
         self._policy = policy
         self._metrics = metrics
@@ -114,14 +113,16 @@ class Standby:
         self._changed = threading.Condition()
         self._visitor: Visitor | None = None
         self._last_peer = ""
-        self._heard: float | None = None
+        self.trouble: str | None = None
+        """What last went wrong on this side, None since it went well."""
+        self._heard: float | None = None  # of the sessions that are over; of the one that is open, it says so itself
         self._listening_since = self._looked_at = time.monotonic()
         self._fence = Command() if policy.fence else None
         self._takeover = Command() if policy.on_failover else None
-        self._by_hand: ByHand | None = None
-        self._promoting = False
+        self._by_hand: ByHand | None = None  # a takeover that somebody asked for and that is not done yet
+        self._promoting = False  # a thread is at it
         self._not_before = 0.0  # an action that failed for want of a disk is tried again then
-        self._handed_out: dict[str, Any] | None = None
+        self._handed_out: dict[str, Any] | None = None  # what the survivor goes on from, once promoted
         self._is_closed = False
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
@@ -160,6 +161,8 @@ class Standby:
                 case Accepted(term):
                     if self._promoting or self._visitor is not None:
                         raise Refusal("busy", f"{self.name!r} is being taken over")
+                    # It is there, whatever this side has to say to it next.
+                    self._heard = time.monotonic()
                     if state.role == "promoted":
                         self._by_hand, self._handed_out = None, None
                         self._takeover = self._takeover and Command()
@@ -172,6 +175,9 @@ class Standby:
         log("primary connected", name=self.name, peer=visitor.peer, term=term)
         try:
             yield self._writer
+        except StoreError as error:
+            self.trouble = str(error)
+            raise
         finally:
             with self._changed:
                 self._heard = max(self._heard, visitor.heard)
@@ -224,6 +230,7 @@ class Standby:
 
     def stored(self, position: Position, seconds: float) -> None:
         """A checkpoint has been acknowledged, so long after its commit came."""
+        self.trouble = None
         self._metrics.committed(self.name, position.epoch, seconds, time.time(), position.digest)
 
     # Decisions
@@ -252,6 +259,9 @@ class Standby:
                 case failover.WaitUntil(at):
                     return at
                 case failover.RunFence(attempt):
+                    if not self._can_promote(attempt):
+                        self._not_before = now + _RETRY_S
+                        return self._not_before
                     self._fence = Command.begun(attempt, now)
                     self._start(self._run_fence)
                 case failover.Promote(term):
@@ -261,6 +271,17 @@ class Standby:
                     self._takeover = Command.begun(attempt, now)
                     self._start(self._run_takeover, self._takeover)
         return now + self._policy.lease_s
+
+    def _can_promote(self, attempt: int) -> bool:
+        """Whether a promotion could be written down: nobody is fenced for the sake of one that cannot be."""
+        try:
+            self._writer.set_state(fencing=attempt)
+        except StoreError as error:
+            if self.trouble != str(error):
+                log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
+            self.trouble = str(error)
+            return False
+        return True
 
     def _situation(self) -> Situation:
         state = self._writer.state
@@ -292,6 +313,7 @@ class Standby:
         with self._changed:
             assert self._fence is not None
             self._fence = self._fence.ended(succeeded, time.monotonic())
+            self.trouble = None if succeeded else "the fencing command failed: nothing was promoted"
             self._changed.notify_all()
         self._wake()
 
@@ -312,6 +334,7 @@ class Standby:
                 self._hand_out()
         except RemusError as error:
             log("promotion failed", level=logging.ERROR, name=self.name, reason=str(error))
+            self.trouble = str(error)
             with self._changed:
                 self._not_before = time.monotonic() + _RETRY_S
         finally:
@@ -364,6 +387,7 @@ class Standby:
         with self._changed:
             if self._takeover is begun:  # or a primary of a later term has come, and this says nothing of that
                 self._takeover = begun.ended(succeeded, time.monotonic())
+                self.trouble = None if succeeded else "the takeover command failed; it is tried again"
             self._changed.notify_all()
         self._wake()
 

@@ -107,7 +107,6 @@ class ErrorCode(StrEnum):
     STREAM = "stream"
     STORE = "store"
     POSITION = "position"
-    REQUEST = "request"
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
