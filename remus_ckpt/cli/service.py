@@ -531,10 +531,10 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
         lines.append("  " + ", ".join(parts))
     for command in ("fence", "takeover"):
         again = found.get(f"{command}_retry_s")
-        if found.get(command) in ("running", "failed"):
-            lines.append(
-                f"  {command} {found[command]}" + (f", tried again in {again:.0f} s" if again is not None else "")
-            )
+        if again is not None:
+            lines.append(f"  {command} failed, tried again in {again:.0f} s")
+        elif found.get(command) == "running":
+            lines.append(f"  {command} running")
     if found["role"] == "promoted":
         if found.get("image"):
             lines.append(f"  taken over at epoch {found['epoch']}: memory {found['image']}")
