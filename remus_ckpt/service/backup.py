@@ -50,7 +50,7 @@ _LOCK = ".lock"
 _NAME_DESCRIPTORS = 8
 """Of one name: lock, segments, warm copies, index."""
 _OWN_DESCRIPTORS = 64
-_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s")
+_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
 """What is said of a name where there are too many to say all."""
 _RECEIVED_EVERY = 8
 

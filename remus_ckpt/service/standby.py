@@ -126,6 +126,8 @@ class Standby:
         self._is_closed = False
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
+        metrics.watch_store(name, writer.directory)
+        metrics.set_promoted(name, writer.state.role == "promoted")
 
     # Primaries
 
@@ -172,11 +174,13 @@ class Standby:
             self._heard = time.monotonic()
         self._metrics.set_term(self.name, term)
         self._metrics.set_connected(self.name, True)
+        self._metrics.set_promoted(self.name, False)
         log("primary connected", name=self.name, peer=visitor.peer, term=term)
         try:
             yield self._writer
         except StoreError as error:
             self.trouble = str(error)
+            self._metrics.store_failed(self.name)
             raise
         finally:
             with self._changed:
@@ -278,6 +282,7 @@ class Standby:
             self._writer.set_state(fencing=attempt)
         except StoreError as error:
             if self.trouble != str(error):
+                self._metrics.store_failed(self.name)
                 log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
             self.trouble = str(error)
             return False
@@ -314,6 +319,8 @@ class Standby:
             assert self._fence is not None
             self._fence = self._fence.ended(succeeded, time.monotonic())
             self.trouble = None if succeeded else "the fencing command failed: nothing was promoted"
+            if not succeeded:
+                self._metrics.command_failed(self.name, "fence")
             self._changed.notify_all()
         self._wake()
 
@@ -331,9 +338,12 @@ class Standby:
                 self._writer.set_state(term=term, role="promoted", takeover_done=False, expects_primary=False)
                 log("promoted", level=logging.WARNING, name=self.name, term=term, epoch=self._epoch())
                 self._metrics.set_term(self.name, term)
+                self._metrics.set_promoted(self.name, True)
                 self._hand_out()
         except RemusError as error:
             log("promotion failed", level=logging.ERROR, name=self.name, reason=str(error))
+            if isinstance(error, StoreError):
+                self._metrics.store_failed(self.name)
             self.trouble = str(error)
             with self._changed:
                 self._not_before = time.monotonic() + _RETRY_S
@@ -355,7 +365,7 @@ class Standby:
                 "name": self.name,
                 "term": state.term,
                 "epoch": self._epoch(),
-                "position": str(self._writer.position),
+                "position": whole(self._writer.position),
                 "image": str(image),
                 "device_state": str(device_state),
             }
@@ -388,6 +398,8 @@ class Standby:
             if self._takeover is begun:  # or a primary of a later term has come, and this says nothing of that
                 self._takeover = begun.ended(succeeded, time.monotonic())
                 self.trouble = None if succeeded else "the takeover command failed; it is tried again"
+                if not succeeded:
+                    self._metrics.command_failed(self.name, "takeover")
             self._changed.notify_all()
         self._wake()
 
