@@ -71,8 +71,16 @@ def test_modes(store: Store) -> None:
         for path in writer.directory.rglob("*"):
             if path.is_dir():
                 assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+            else:
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+                path.chmod(0o644)
+        assert len(list(writer.directory.glob("index.sqlite*"))) == 3
         assert stat.S_IMODE(writer.directory.stat().st_mode) == 0o700
-        assert writer.image is not None and stat.S_IMODE(writer.image.stat().st_mode) == 0o600
+        assert writer.image is not None
+    # Those of an index that an earlier program made are put right.
+    with store.writer("orders") as writer:
+        for path in writer.directory.glob("index.sqlite*"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "-a", "a" * 65, "a\n", "ä", "a b"])

@@ -192,7 +192,9 @@ class HistoryWriter:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"{path} is being written by another") from None
+            raise StoreError(
+                f"{path} is being written by another: a backup that runs has it, and compacts and prunes by itself"
+            ) from None
 
     def _load_or_create_state(self, name: str) -> State:
         is_new = not (self.directory / "store.json").exists() and not list_segments(self.directory)
@@ -839,7 +841,7 @@ class HistoryWriter:
             chain.is_sealed = True
             self.set_state(handed_out=made)
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
-                self.history.restore_image(image)
+                self.history.restore_image(image, self.position.epoch)
             else:
                 chain.home.hand_out(image)
             return image, device_state
