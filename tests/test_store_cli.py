@@ -180,6 +180,8 @@ def test_what_was_committed_and_is_lost(
     ran = command("restore", text, "-o", image, "--overwrite")
     assert ran.code == (20 if newest < lost[-1] else 0)
     assert image.read_bytes() == memory_at(newest).tobytes()
+    if how == "rm":
+        assert command("verify", text).code == 20 and segment.name in command("list", text).err
     if newest < lost[-1]:
         assert command("verify", text).code == 20
         assert command("restore", text, "-o", tmp_path / "none", "--at", 6).code == 20

@@ -224,7 +224,8 @@ def _list_history(history: History, last: int | None, as_json: bool) -> None:
         newest = survey.entries[-1]
         out.print(Text(f"the newest is {newest.epoch}, taken {_time(newest.time_ns)}, position {newest.position}"))
     for name, reason in state.damaged.items():
-        complain(f"{name}: {reason}")
+        if all(name != lost.segment for lost in survey.lost):
+            complain(f"{name}: {reason}")
     for lost in summary["lost"]:
         complain(_loss(lost))
     if last == 0:

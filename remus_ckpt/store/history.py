@@ -19,7 +19,17 @@ from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
 from remus_ckpt.store.disk import appearing, guarding, sync_directory, write_all
 from remus_ckpt.store.hashing import HashThread
-from remus_ckpt.store.segments import Contents, Entry, Nowhere, holds_a_record, list_segments, replay, scan, sequence_of
+from remus_ckpt.store.segments import (
+    Contents,
+    Entry,
+    Nowhere,
+    holds_a_record,
+    is_segment,
+    list_segments,
+    replay,
+    scan,
+    sequence_of,
+)
 from remus_ckpt.store.state import State, load_state
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.reader import Digest
@@ -152,6 +162,7 @@ class History:
         for number, one in enumerate(contents):
             if (missing := self._missing(one, indexed.get(one.name), found, number == len(contents) - 1)) is not None:
                 lost.append(missing)
+        lost += self._gone_before(state, names, lost)
         lost.sort(key=lambda one: sequence_of(one.segment))
         newest = entries[-1] if entries else None
         highest = -1 if newest is None else newest.epoch
@@ -182,6 +193,14 @@ class History:
             still = index.read_index(self.directory / index.FILE) or {}
             gone = [name for name in gone if name in still and not self._path(name).exists()]
         return [_lost(name, 0, "it is not there any more", indexed[name].entries, found) for name in gone]
+
+    def _gone_before(self, state: State, names: list[str], known: list[Lost]) -> list[Lost]:
+        """Segments that a writer has found gone, and whose checkpoints no index names any more."""
+        there = {*names, *(one.segment for one in known)}
+        gone = [name for name in state.damaged if is_segment(name) and name not in there]
+        if names:
+            gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
+        return [Lost(name, 0, str(state.damaged[name])) for name in gone]
 
     def _missing(self, one: Contents, known: Contents | None, found: dict[int, Entry], is_last: bool) -> Lost | None:
         """What a segment that is there has lost. Behind the newest that is durable anything may stand."""
@@ -423,7 +442,9 @@ class History:
                 unfinished = size - one.end
             elif one.fault is not None or lost or is_cut:
                 bad.append(self._fault(one, lost, good))
-        bad += [_bad_of(one, good) for one in self._gone(indexed, [one for one, _ in read], good)]
+        gone = self._gone(indexed, [one for one, _ in read], good)
+        gone += self._gone_before(self.state, names, gone)
+        bad += [_bad_of(one, good) for one in gone]
         highest, seen = max(good, default=-1), self.state.highest_epoch
         if names and seen is not None and seen > highest and not any((one.epoch or 0) > highest for one in bad):
             bad += [_bad_of(one, good) for one in self.survey().lost if seen in one.epochs]
