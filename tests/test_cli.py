@@ -151,8 +151,8 @@ def test_a_corrupt_stream_exits_20_and_lists_what_is_good(series: Series, tmp_pa
     ran = command("restore", bad, "-o", tmp_path / "image")
     assert ran.code == 20
     assert (tmp_path / "image").read_bytes() == series.images[1].read_bytes()
-    assert command("restore", bad, "-o", tmp_path / "image0", "--checkpoint", 0).code == 0
-    assert command("restore", bad, "-o", tmp_path / "image3", "--checkpoint", 3).code == 20
+    assert command("restore", bad, "-o", tmp_path / "first", "--checkpoint", 0).code == 0
+    assert command("restore", bad, "-o", tmp_path / "last", "--checkpoint", 3).code == 20
 
 
 def test_exit_codes(tmp_path: Path, series: Series, command: Command) -> None:
@@ -296,7 +296,7 @@ def test_images_of_any_size_are_padded_and_said(tmp_path: Path, command: Command
     assert ran.code == 0
     assert all(str(image) in ran.err for image, size in zip(images, sizes, strict=True) if size != 12288)
     for number, size in enumerate(sizes):
-        command("restore", tmp_path / "stream", "-o", tmp_path / "image", "--checkpoint", number)
+        command("restore", tmp_path / "stream", "-o", tmp_path / "image", "--checkpoint", number, "--overwrite")
         assert (tmp_path / "image").read_bytes() == bytes([number + 1]) * size + bytes(12288 - size)
     (tmp_path / "empty").write_bytes(b"")
     assert command("encode", tmp_path / "empty", "-o", tmp_path / "stream2").code == 2
@@ -308,9 +308,28 @@ def test_a_failed_restore_leaves_what_was_there(series: Series, tmp_path: Path, 
     image.write_bytes(b"dear")
     bad = tmp_path / "bad"
     bad.write_bytes(series.stream.read_bytes()[:1000])
-    assert command("restore", bad, "-o", image).code == 1
+    assert command("restore", bad, "-o", image, "--overwrite").code == 1
     assert image.read_bytes() == b"dear"
     assert sorted(os.listdir(tmp_path)) == sorted([*(f"image{n}" for n in range(4)), "stream", "image", "bad"])
+
+
+def test_what_is_there_is_not_written_over(series: Series, tmp_path: Path, command: Command) -> None:
+    old = tmp_path / "old"
+    for arguments in [
+        ("restore", series.stream, "-o", old),
+        ("restore", series.stream, "-o", tmp_path / "new", "--device-state", old),
+        ("extract", series.stream, "--pfn", "1", "-o", old),
+        ("encode", *series.images, "-o", old),
+    ]:
+        old.write_bytes(b"dear")
+        assert command(*arguments).code == 1
+        assert old.read_bytes() == b"dear" and not (tmp_path / "new").exists()
+        assert command(*arguments, "--overwrite").code == 0
+        assert old.read_bytes() != b"dear"
+        (tmp_path / "new").unlink(missing_ok=True)
+    old.write_bytes(b"")
+    assert command("restore", series.stream, "-o", old).code == 0
+    assert old.read_bytes() == series.images[-1].read_bytes()
 
 
 def test_help_has_examples(command: Command) -> None:

@@ -125,7 +125,7 @@ def test_a_day_in_the_life(tmp_path: Path, folder: Path, memory: Path, remus: Co
         assert restored == (middle.epoch if at else given["epoch"])
     assert images[0].read_bytes() == Path(given["image"]).read_bytes()
     assert images[1].read_bytes() == images[2].read_bytes() != images[0].read_bytes()
-    listed = json.loads(remus("list", store, "--json").out)
+    listed = json.loads(remus("list", store, "--checkpoints", "--json").out)
     assert [entry["epoch"] for entry in listed["entries"]] == [entry.epoch for entry in entries]
     assert json.loads(remus("list", f"store:{tmp_path}/store", "--json").out)["histories"][0]["role"] == "promoted"
     assert json.loads(remus("verify", store, "--json").out)["good"] is True

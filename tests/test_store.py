@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import struct
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from remus_ckpt.restorer import Anonymous
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
 from remus_ckpt.store.index import read_index
+from remus_ckpt.store.segments import Contents
 from remus_ckpt.wire import events
 from remus_ckpt.wire.chunks import Signature
 from remus_ckpt.wire.record import CheckpointRecord, Position
@@ -71,8 +73,16 @@ def test_modes(store: Store) -> None:
         for path in writer.directory.rglob("*"):
             if path.is_dir():
                 assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
+            else:
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+                path.chmod(0o644)
+        assert len(list(writer.directory.glob("index.sqlite*"))) == 3
         assert stat.S_IMODE(writer.directory.stat().st_mode) == 0o700
-        assert writer.image is not None and stat.S_IMODE(writer.image.stat().st_mode) == 0o600
+        assert writer.image is not None
+    # Those of an index that an earlier program made are put right.
+    with store.writer("orders") as writer:
+        for path in writer.directory.glob("index.sqlite*"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "-a", "a" * 65, "a\n", "ä", "a b"])
@@ -881,6 +891,60 @@ def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) 
         writer.prune(Retention(count=1))
         with pytest.raises(NoCheckpoint):
             history._read_entry(before, Anonymous(), None)
+
+
+def test_what_is_pruned_while_it_is_looked_at_is_not_lost(store: Store) -> None:
+    """The first segment has been looked at; it and the next are gone before the next is."""
+
+    class Slow(History):
+        def _contents(self, name: str, known: Contents | None) -> Contents:
+            if name == names[1]:
+                assert writer.prune(Retention(count=1)) == names[:2]
+            return super()._contents(name, known)
+
+    with store.writer("m") as writer:
+        source = fill(writer, 3)
+        for _ in range(2):
+            writer.compact(wait=True)
+            fill(writer, 3, source)
+        names = files(writer.history)
+        survey = Slow(writer.directory).survey()
+        assert [one.name for one in survey.contents] == [names[0], names[2]] and survey.lost == ()
+        assert files(writer.history) == names[2:]
+
+
+def test_a_reader_beside_a_busy_writer_sees_no_loss(store: Store) -> None:
+    """Checkpoints, compactions and pruning all the time; the readers begin and end where they like."""
+    problems: list[object] = []
+    newest: list[int] = []
+
+    def write(writer: HistoryWriter) -> None:
+        source = fill(writer, 1)
+        for number in range(400):
+            if number % 60 == 59:
+                source = Source(position=writer.position)
+                writer.begin(full=True)
+            data = source.checkpoint()
+            commit(writer, data, source.position, step=len(data) // 2)
+            if number % 7 == 0:
+                writer.compact()
+            if number % 11 == 0:
+                writer.prune(Retention(count=20))
+        problems.extend(writer.warnings)
+
+    with store.writer("m") as writer:
+        thread = threading.Thread(target=write, args=(writer,))
+        thread.start()
+        while thread.is_alive():
+            history = store.history("m")
+            survey = history.survey()
+            problems += survey.lost
+            newest += [entry.epoch for entry in survey.entries[-1:]]
+            if len(newest) % 10 == 0:
+                problems += history.verify().bad
+        thread.join()
+    assert problems == []
+    assert newest == sorted(newest) and len(set(newest)) > 5
 
 
 def test_where_nothing_is_to_go_nothing_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

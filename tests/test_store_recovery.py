@@ -16,7 +16,7 @@ from store_support import Source, commit, cuts, fill, memory_at, sha
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
-from remus_ckpt.store import History, HistoryWriter, Store
+from remus_ckpt.store import History, HistoryWriter, Retention, Store
 from remus_ckpt.wire.record import Position
 
 
@@ -349,6 +349,31 @@ def test_the_newest_segment_gone(store: Store) -> None:
         assert len(writer.warnings) == 1 and writer.stream is None and writer.highest_epoch == 6
     with store.writer("orders") as writer:
         assert writer.highest_epoch == 6 and writer.stream is None
+
+
+def test_one_in_the_middle_gone(store: Store) -> None:
+    """It is named until those before it have been pruned, or it comes back."""
+    _, new, source = two_segments(store)
+    with store.writer("orders") as writer:
+        writer.compact(wait=True)
+        writer.begin(full=False)
+        fill(writer, 1, source)
+    data = new.read_bytes()
+    new.unlink()
+    for warnings in (1, 0):
+        with store.writer("orders") as writer:
+            assert len(writer.warnings) == warnings and writer.position == source.position
+            assert writer.stream is not None and list(writer.state.damaged) == [new.name]
+        assert [one.segment for one in store.history("orders").verify().bad] == [new.name]
+    new.write_bytes(data)
+    with store.writer("orders") as writer:
+        assert writer.state.damaged == {} and epochs(writer.history) == list(range(8))
+    assert store.history("orders").verify().is_good
+    new.unlink()
+    with store.writer("orders") as writer:
+        assert new.name in writer.state.damaged
+        assert len(writer.prune(Retention(count=1))) == 1
+        assert writer.state.damaged == {} and store.history("orders").verify().is_good
 
 
 def test_an_old_segment_gone_is_a_pruned_one(store: Store) -> None:

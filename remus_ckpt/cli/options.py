@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from remus_ckpt.errors import RemusError
 from remus_ckpt.files import create_private
 from remus_ckpt.wire.dialect import Dialect
 
@@ -44,6 +45,7 @@ class GuestName(StrEnum):
 
 Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; .xz, .zst, .lz4 and .gz as they are.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]
 WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
 GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
@@ -61,6 +63,13 @@ def keep_apart(output: str, *inputs: str | Path) -> None:
         is_one = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
         if is_one or os.path.abspath(output) == os.path.abspath(path):
             raise typer.BadParameter(f"{output} is read from or written to already: name another file")
+
+
+def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
+    """Refuse to write over a file that holds something. Raises RemusError."""
+    for path in map(str, outputs):
+        if path != "-" and not overwrite and os.path.isfile(path) and os.path.getsize(path):
+            raise RemusError(f"{path} exists, and may be all that is left: name another file, or say --overwrite")
 
 
 def print_json(value: Any) -> None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.text import Text
 
-from remus_ckpt.cli.options import AsJson, app, print_json, write_out
+from remus_ckpt.cli.options import AsJson, Overwrite, app, keep_what_is_there, print_json, write_out
 from remus_ckpt.errors import BadCheckpoint, StoreError
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.memory import save_image
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.store import Entry, History, HistoryWriter, Report, Retention, Store
-from remus_ckpt.store.state import FILE
+from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.store import Entry, History, HistoryWriter, Report, Retention, State, Store, Survey
+from remus_ckpt.store.history import Progress
+from remus_ckpt.store.state import FILE, is_history
 from remus_ckpt.walk import complain, out, progress
 
+T = TypeVar("T")
 PREFIX = "store:"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -27,7 +31,11 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="The checkpoints of one name.")]
 At = Annotated[
     str | None,
-    typer.Option("--at", metavar="EPOCH|TIME", help="Which one: its number, or the last one not after a time."),
+    typer.Option(
+        "--at",
+        metavar="EPOCH|TIME",
+        help="Which one: its number, or the last one not after a time, which is local if it names no zone.",
+    ),
 ]
 
 
@@ -38,7 +46,16 @@ def is_store(stream: str) -> bool:
 
 def open_history(text: str, max_memory: int = 64) -> History:
     """`store:DIR/NAME` to be read. Raises StoreError."""
-    return History(_path(text), limits=Limits(memory_bytes=max_memory * GIB))
+    return _history(_path(text), limits=Limits(memory_bytes=max_memory * GIB))
+
+
+def _history(path: Path, limits: Limits | None = None) -> History:
+    """Raises StoreError, which names the histories where the path is that of a store."""
+    if path.is_dir() and not is_history(path) and (names := Store(path).names()):
+        raise StoreError(
+            f"{path} is a store: name one of what it holds: {', '.join(f'{PREFIX}{path / n}' for n in names)}"
+        )
+    return History(path, limits=limits)
 
 
 def parse_at(text: str | None) -> int | datetime | None:
@@ -60,23 +77,13 @@ def restore_from_store(
 ) -> None:
     """The command `restore`. Where the newest is bad, the newest good one before it, and exit code 20."""
     history = open_history(text, max_memory)
-    fault: BadCheckpoint | None = None
-    while True:
-        entry = history.find(at)
-        try:
-            with progress(text, entry.end, as_json) as advance:
-                if output == "-" or (Path(output).exists() and not Path(output).is_file()):
-                    found = history.restore(entry.epoch, progress=advance)
-                else:
-                    found = history.restore_image(output, entry.epoch, progress=advance)
-            break
-        except BadCheckpoint as error:
-            if at is not None and fault is None:
-                raise
-            complain(f"{text}: {error}")
-            fault, at = error, error.good
-            if at is None:
-                raise typer.Exit(error.exit_code) from None
+
+    def read(entry: Entry, advance: Progress) -> Checkpoint:
+        if output == "-" or (Path(output).exists() and not Path(output).is_file()):
+            return history.restore(entry.epoch, progress=advance)
+        return history.restore_image(output, entry.epoch, progress=advance)
+
+    entry, found, fault = _read_good(text, history, at, as_json, read)
     if output == "-":
         sys.stdout.buffer.write(found.memory.reshape(-1).data)
         sys.stdout.buffer.flush()
@@ -90,6 +97,29 @@ def restore_from_store(
         out.print(Text(f"{output}: checkpoint {found.epoch}, {len(found.memory):,} pages"))
     if fault is not None:
         raise typer.Exit(fault.exit_code)
+
+
+def _read_good(
+    text: str,
+    history: History,
+    at: int | datetime | None,
+    as_json: bool,
+    read: Callable[[Entry, Progress], T],
+) -> tuple[Entry, T, BadCheckpoint | None]:
+    """A checkpoint, or where the newest is asked for and bad, the newest good one, and what is wrong."""
+    fault: BadCheckpoint | None = None
+    while True:
+        try:
+            entry = history.find(at)
+            with progress(text, entry.end, as_json) as advance:
+                return entry, read(entry, advance), fault
+        except BadCheckpoint as error:
+            if at is not None and fault is None:
+                raise
+            complain(f"{text}: {error}")
+            fault, at = error, error.good
+            if at is None:
+                raise typer.Exit(error.exit_code) from None
 
 
 def verify_store(text: str, max_memory: int, as_json: bool) -> None:
@@ -121,55 +151,95 @@ def verify_store(text: str, max_memory: int, as_json: bool) -> None:
 @app.command("list", short_help="Print what a store holds.")
 def list_store(
     store: Annotated[str, typer.Argument(metavar="store:DIR[/NAME]", help="A store, or the checkpoints of one name.")],
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Of one name: also every checkpoint.")] = False,
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="N", min=1, help="Of one name: also the last N.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the names in a store with their newest checkpoints, or the segments and checkpoints of one name.
 
-    Examples: remus-ckpt list store:/var/lib/remus;  remus-ckpt list store:/var/lib/remus/orders --json
+    Examples: remus-ckpt list store:/var/lib/remus;  remus-ckpt list store:/var/lib/remus/orders --last 20
     """
     path = _path(store)
     if (path / FILE).exists() or (path / "segments").exists():
-        _list_history(History(path), as_json)
+        _list_history(History(path), None if checkpoints else last or 0, as_json)
         return
-    histories = [Store(path).history(name) for name in Store(path).names()]
-    rows = [_summary(history) for history in histories]
+    if checkpoints or last is not None:
+        raise typer.BadParameter("--checkpoints and --last are for the checkpoints of one name: store:DIR/NAME")
+    rows, faults = [], []
+    for name in Store(path).names():
+        try:
+            history = Store(path).history(name)
+            rows.append(_summary(history.state, history.survey()))
+        except StoreError as error:
+            faults.append({"name": name, "error": str(error)})
     if as_json:
-        print_json({"store": str(path), "histories": rows})
-        return
-    table = [["name", "newest", "checkpoints", "bytes", "term", "role", "taken"]]
-    for row in rows:
-        cells = [row["name"], row["newest"], row["checkpoints"], row["bytes"], row["term"], row["role"]]
-        table.append([*map(_cell, cells), _time(row["time_ns"])])
-    _print_table(table)
+        print_json({"store": str(path), "histories": rows, "unreadable": faults})
+    else:
+        table = [["name", "newest", "checkpoints", "bytes", "term", "role", "taken"]]
+        for row in rows:
+            cells = [row["name"], row["newest"], row["checkpoints"], row["bytes"], row["term"], row["role"]]
+            table.append([*map(_cell, cells), _time(row["time_ns"])])
+        _print_table(table)
+        for row in rows:
+            for lost in row["lost"]:
+                complain(f"{row['name']}: {_loss(lost)}")
+    for fault in faults:
+        complain(fault["error"])
+    if faults:
+        raise typer.Exit(StoreError.exit_code)
 
 
-def _list_history(history: History, as_json: bool) -> None:
-    contents = history.contents()
-    entries = history.entries()
+def _list_history(history: History, last: int | None, as_json: bool) -> None:
+    """last: so many checkpoints too; None: all of them."""
+    state, survey = history.state, history.survey()
+    entries = survey.entries[-last:] if last else survey.entries if last is None else ()
+    summary = _summary(state, survey)
+    segments: list[dict[str, Any]] = [
+        {
+            "segment": one.name,
+            "first": one.entries[0].epoch if one.entries else None,
+            "last": one.entries[-1].epoch if one.entries else None,
+            "checkpoints": len(one.entries),
+            "bytes": one.end,
+            "base_bytes": one.entries[0].end if one.entries else None,
+            "first_time_ns": one.entries[0].time_ns if one.entries else None,
+            "last_time_ns": one.entries[-1].time_ns if one.entries else None,
+            "damaged": state.damaged.get(one.name),
+        }
+        for one in survey.contents
+    ]
     if as_json:
-        segments = [
-            {
-                "segment": one.name,
-                "bytes": one.end,
-                "checkpoints": len(one.entries),
-                "damaged": history.state.damaged.get(one.name),
-            }
-            for one in contents
-        ]
-        print_json(_summary(history) | {"segments": segments, "entries": [_row(entry) for entry in entries]})
+        print_json(
+            summary | {"segments": segments} | ({} if last == 0 else {"entries": [_row(one) for one in entries]})
+        )
         return
-    table = [["segment", "first", "last", "checkpoints", "bytes"]]
-    for one in contents:
-        first, last = (one.entries[0].epoch, one.entries[-1].epoch) if one.entries else (None, None)
-        table.append([one.name, *map(_cell, (first, last, len(one.entries), one.end))])
+    table = [["segment", "first", "last", "checkpoints", "bytes", "base", "taken from", "to"]]
+    for row in segments:
+        numbers = [row[key] for key in ("first", "last", "checkpoints", "bytes", "base_bytes")]
+        table.append([row["segment"], *map(_cell, numbers), _time(row["first_time_ns"]), _time(row["last_time_ns"])])
     _print_table(table)
-    for name, reason in history.state.damaged.items():
-        complain(f"{name}: {reason}")
+    if survey.entries:
+        newest = survey.entries[-1]
+        out.print(Text(f"the newest is {newest.epoch}, taken {_time(newest.time_ns)}, position {newest.position}"))
+    for name, reason in state.damaged.items():
+        if all(name != lost.segment for lost in survey.lost):
+            complain(f"{name}: {reason}")
+    for lost in summary["lost"]:
+        complain(_loss(lost))
+    if last == 0:
+        return
     table = [["epoch", "taken", "pages", "bytes", "segment", "position"]]
     for entry in entries:
         cells = [_cell(entry.epoch), _time(entry.time_ns), _cell(entry.pages), _cell(entry.end - entry.start)]
         table.append([*cells, entry.segment.partition("-")[2].partition(".")[0], str(entry.position)])
     _print_table(table)
+
+
+def _loss(lost: dict[str, Any]) -> str:
+    epochs = f"; lost, though they were committed: {lost['epochs']}" if lost["epochs"] else ""
+    return f"{lost['segment']}, at byte {lost['byte']}: {lost['reason']}{epochs}"
 
 
 @app.command(short_help="Remove old checkpoints from a store.")
@@ -219,7 +289,8 @@ def compact(store: HistoryName, as_json: AsJson = False) -> None:
         writer.compact(wait=True)
         if len(writer.warnings) > known:
             raise StoreError(writer.warnings[-1])
-        entry = writer.history.find()
+        entry = writer.history.newest()
+        assert entry is not None
     if as_json:
         print_json({"store": store} | _row(entry))
     else:
@@ -231,21 +302,29 @@ def export(
     store: HistoryName,
     output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
     at: At = None,
+    overwrite: Overwrite = False,
     max_memory: Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="As for restore.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Write a save stream that ends with the newest checkpoint, or with another: its segment, up to there, checked.
 
+    Where the newest is bad or lost, it ends with the newest good one before it, and the exit code is 20.
+
     Example: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711
     """
+    keep_what_is_there(overwrite, output)
     history = open_history(store, max_memory)
-    found = history.find(parse_at(at))
-    with progress(store, found.end, as_json) as advance:
-        entry = history.export(output, found.epoch, progress=advance)
+
+    def read(entry: Entry, advance: Progress) -> Entry:
+        return history.export(output, entry.epoch, progress=advance)
+
+    _, entry, fault = _read_good(store, history, parse_at(at), as_json, read)
     if as_json and output != "-":
         print_json({"store": store, "stream": output} | _row(entry))
     elif output != "-":
         out.print(Text(f"{output}: up to checkpoint {entry.epoch}, {entry.end:,} bytes"))
+    if fault is not None:
+        raise typer.Exit(fault.exit_code)
 
 
 def _path(text: str) -> Path:
@@ -256,7 +335,7 @@ def _path(text: str) -> Path:
 
 def _writer(text: str) -> HistoryWriter:
     path = _path(text)
-    name = History(path).name  # only one that is there
+    name = _history(path).name  # only one that is there
     return HistoryWriter(path, name, compact_bytes=None)
 
 
@@ -265,19 +344,28 @@ def _say_warnings(text: str, writer: HistoryWriter) -> None:
         complain(f"{text}: {warning}")
 
 
-def _summary(history: History) -> dict[str, Any]:
-    state, entries = history.state, history.entries()
-    newest = entries[-1] if entries else None
+def _summary(state: State, survey: Survey) -> dict[str, Any]:
+    newest = survey.entries[-1] if survey.entries else None
     return {
         "name": state.name,
         "newest": None if newest is None else newest.epoch,
         "position": None if newest is None else str(newest.position),
         "time_ns": None if newest is None else newest.time_ns,
-        "checkpoints": len(entries),
-        "bytes": sum(one.end for one in history.contents()),
+        "checkpoints": len(survey.entries),
+        "bytes": sum(one.end for one in survey.contents),
         "term": state.term,
         "role": state.role,
         "damaged": state.damaged,
+        "lost": [
+            {
+                "segment": one.segment,
+                "byte": one.byte,
+                "reason": one.reason,
+                "checkpoints": len(one.epochs),
+                "epochs": _ranges(list(one.epochs)),
+            }
+            for one in survey.lost
+        ],
     }
 
 

@@ -23,12 +23,14 @@ from remus_ckpt.cli.options import (
     GuestName,
     GuestOption,
     MaxMemory,
+    Overwrite,
     Stream,
     Strict,
     WordOption,
     app,
     dialect_of,
     keep_apart,
+    keep_what_is_there,
     print_json,
     write_out,
 )
@@ -75,6 +77,7 @@ def encode(
         typer.Option(min=1, max=MAX_P2M_SIZE, help="Keep the N pages used last as reference. [default: all]"),
     ] = None,
     word: Annotated[int, typer.Option(help="Toolstack word of the stream, 8 or 4.")] = 8,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a stream from a series of memory images; dirty pages are found by comparison.
@@ -83,6 +86,7 @@ def encode(
     """
     dialect_of(word, None, None)
     keep_apart(output, *images)
+    keep_what_is_there(overwrite, output)
     sizes = [path.stat().st_size for path in images]
     pages = max(pages_for(size) for size in sizes)
     if not pages:
@@ -138,6 +142,7 @@ def restore(
     device_state: Annotated[
         Path | None, typer.Option(help="Also write the device state that came with the checkpoint to this file.")
     ] = None,
+    overwrite: Overwrite = False,
     strict: Strict = False,
     word: WordOption = None,
     guest: GuestOption = None,
@@ -156,6 +161,11 @@ def restore(
     keep_apart(output, stream)
     if device_state is not None:
         keep_apart(str(device_state), stream, output)
+    if is_store(stream):
+        _refuse_for_stores(strict, word, guest, codec)
+        if at is not None and checkpoint is not None:
+            raise typer.BadParameter("--at and --checkpoint both say which one: give one of them")
+    keep_what_is_there(overwrite, output, *([] if device_state is None else [device_state]))
     if is_store(stream):
         which = checkpoint if at is None else parse_at(at)
         restore_from_store(stream, output, which, device_state, max_memory, as_json)
@@ -176,6 +186,16 @@ def restore(
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
     walk.fail_if_corrupt()
+
+
+def _refuse_for_stores(
+    strict: bool, word: int | None, guest: GuestName | None, codec: CodecName | None, hashes: bool = False
+) -> None:
+    """What is an option for streams of all kinds, and would be ignored for a store. Raises typer.BadParameter."""
+    given = {"--strict": strict, "--word": word, "--guest": guest, "--codec": codec, "--hash": hashes}
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter(f"{name} is for streams; `export` makes one of what a store holds")
 
 
 def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
@@ -298,6 +318,7 @@ def verify(
     Example: remus-ckpt verify orders.remus --hash --json
     """
     if is_store(stream):
+        _refuse_for_stores(strict, word, guest, codec, hashes)
         verify_store(stream, max_memory, as_json)
         return
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
@@ -399,6 +420,7 @@ def extract(
     checkpoint: Annotated[int | None, typer.Option(min=0, help="Which one. [default: the last complete]")] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="A file; by default standard output.")] = "-",
     hexdump: Annotated[bool, typer.Option("--hex", help="A hexdump; the default on a terminal.")] = False,
+    overwrite: Overwrite = False,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
@@ -410,6 +432,7 @@ def extract(
     Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
     """
     keep_apart(output, stream)
+    keep_what_is_there(overwrite, output)
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     memory = walk.restorer.memory

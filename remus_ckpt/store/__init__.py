@@ -15,12 +15,25 @@ from typing import Any
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.store.disk import guarding
-from remus_ckpt.store.history import Bad, History, Report
+from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
 from remus_ckpt.store.segments import Entry, Shape
-from remus_ckpt.store.state import FILE, Role, State
+from remus_ckpt.store.state import Role, State, is_history
 from remus_ckpt.store.writer import HistoryWriter, Retention
 
-__all__ = ["Bad", "Entry", "History", "HistoryWriter", "Report", "Retention", "Role", "Shape", "State", "Store"]
+__all__ = [
+    "Bad",
+    "Entry",
+    "History",
+    "HistoryWriter",
+    "Lost",
+    "Report",
+    "Retention",
+    "Role",
+    "Shape",
+    "State",
+    "Store",
+    "Survey",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -37,14 +50,14 @@ class Store:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
-        """The histories that are there. Raises StoreError."""
+        """The histories that are there, those too that have lost their store.json. Raises StoreError."""
         try:
             found = os.listdir(self.directory)
         except FileNotFoundError:
             raise StoreError(f"{self.directory}: there is no such directory") from None
         except OSError as error:
             raise StoreError(f"{self.directory}: {error.strerror}") from error
-        return sorted(name for name in found if _NAME.fullmatch(name) and (self.directory / name / FILE).is_file())
+        return sorted(name for name in found if _NAME.fullmatch(name) and is_history(self.directory / name))
 
     def history(self, name: str, *, limits: Limits | None = None) -> History:
         """One of them, to be read. Raises StoreError."""

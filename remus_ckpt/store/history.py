@@ -19,7 +19,17 @@ from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
 from remus_ckpt.store.disk import appearing, guarding, sync_directory, write_all
 from remus_ckpt.store.hashing import HashThread
-from remus_ckpt.store.segments import Contents, Entry, Nowhere, holds_a_record, list_segments, replay, scan
+from remus_ckpt.store.segments import (
+    Contents,
+    Entry,
+    Nowhere,
+    holds_a_record,
+    is_segment,
+    list_segments,
+    replay,
+    scan,
+    sequence_of,
+)
 from remus_ckpt.store.state import State, load_state
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.reader import Digest
@@ -49,6 +59,42 @@ class Bad:
     epoch: int | None
     good: int | None
     unreachable: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A segment that does not hold what it held when it was durable (specs/store.md §4.3).
+
+    byte: where its whole checkpoints end, 0 where it is gone
+    epochs: of checkpoints that are known of and stand nowhere else, ascending; times_ns: when each was taken
+    """
+
+    segment: str
+    byte: int
+    reason: str
+    epochs: tuple[int, ...] = ()
+    times_ns: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What there is, and what there was.
+
+    contents: of the segments, oldest first; entries: their checkpoints by epoch, each once
+    lost: what was durable and is not there, oldest first
+    """
+
+    contents: tuple[Contents, ...]
+    entries: tuple[Entry, ...]
+    lost: tuple[Lost, ...]
+
+    def lost_behind(self, epoch: int, until_ns: float | None = None) -> Lost | None:
+        """The first that has lost a checkpoint above that epoch, and not taken later than that."""
+        for one in self.lost:
+            for number, time_ns in zip(one.epochs, one.times_ns, strict=True):
+                if number > epoch and (until_ns is None or (time_ns is not None and time_ns <= until_ns)):
+                    return one
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +144,82 @@ class History:
 
     # What there is
 
-    def contents(self) -> list[Contents]:
-        """What the segments hold, oldest first: as the index says, and as they say themselves where it does not."""
-        names = list_segments(self.directory)
-        indexed = index.read_index(self.directory / index.FILE) or {}
-        found = []
+    def survey(self) -> Survey:
+        """What the segments hold, and what the index knows that they have held. Raises StoreError."""
+        state = self.state
+        indexed, names = self._index_and_names()
+        contents = []
         for name in names:
             try:
-                found.append(self._contents(name, indexed.get(name)))
+                contents.append(self._contents(name, indexed.get(name)))
             except FileNotFoundError:
                 continue  # pruned since
             except OSError as error:
                 raise StoreError(f"{self._path(name)}: {error.strerror}") from error
-        return found
+        found = {entry.epoch: entry for one in contents for entry in one.entries}
+        entries = tuple(found[epoch] for epoch in sorted(found))
+        lost = self._gone(indexed, contents, found)
+        for number, one in enumerate(contents):
+            if (missing := self._missing(one, indexed.get(one.name), found, number == len(contents) - 1)) is not None:
+                lost.append(missing)
+        lost += self._gone_before(state, names, lost)
+        lost.sort(key=lambda one: sequence_of(one.segment))
+        newest = entries[-1] if entries else None
+        highest = -1 if newest is None else newest.epoch
+        seen = -1 if state.highest_epoch is None else state.highest_epoch
+        if names and seen > highest and not any(epoch > highest for one in lost for epoch in one.epochs):
+            # The index was made again since; of what was lost, only this is left.
+            segment, byte = (names[-1], 0) if newest is None else (newest.segment, newest.end)
+            lost.append(Lost(segment, byte, "what was durable behind this is lost", (seen,), (None,)))
+        return Survey(tuple(contents), entries, tuple(lost))
+
+    def _index_and_names(self) -> tuple[dict[str, Contents], list[str]]:
+        """The index first: then a segment that it names, and that is not listed, has been removed."""
+        for _ in range(_TRIES):
+            indexed = index.read_index(self.directory / index.FILE) or {}
+            names = list_segments(self.directory)
+            if all(name in indexed for name in names):
+                break
+        return indexed, names
+
+    def _gone(self, indexed: dict[str, Contents], contents: list[Contents], found: dict[int, Entry]) -> list[Lost]:
+        """Segments that the index names and that are not there, but for the oldest: those were pruned."""
+        there = {one.name for one in contents}
+        gone = [name for name in indexed if name not in there]
+        if contents:
+            gone = [name for name in gone if sequence_of(name) > sequence_of(contents[0].name)]
+        if gone:
+            # What is pruned has left the index before: it may have been while the segments were looked at.
+            still = index.read_index(self.directory / index.FILE) or {}
+            gone = [name for name in gone if name in still and not self._path(name).exists()]
+        return [_lost(name, 0, "it is not there any more", indexed[name].entries, found) for name in gone]
+
+    def _gone_before(self, state: State, names: list[str], known: list[Lost]) -> list[Lost]:
+        """Segments that a writer has found gone, and whose checkpoints no index names any more."""
+        there = {*names, *(one.segment for one in known)}
+        gone = [name for name in state.damaged if is_segment(name) and name not in there]
+        if names:
+            gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
+        return [Lost(name, 0, str(state.damaged[name])) for name in gone]
+
+    def _missing(self, one: Contents, known: Contents | None, found: dict[int, Entry], is_last: bool) -> Lost | None:
+        """What a segment that is there has lost. Behind the newest that is durable anything may stand."""
+        missing = [] if known is None else [entry for entry in known.entries if entry.end > one.end]
+        is_bad = one.fault is not None and (known is None or not is_last)
+        if not is_bad and not missing and one.entries:
+            return None
+        byte, reason = one.end, "its bytes are cut off"
+        if one.fault is not None:
+            byte, reason = one.fault.offset or one.end, one.fault.message
+        if missing:
+            return _lost(one.name, byte, reason, missing, found)
+        # No index says what stood there; that something did, the name says of the base, and the fault of the others.
+        first = one.entries[-1].epoch + 1 if one.entries else int(one.name[:20])
+        return Lost(one.name, byte, reason) if first in found else Lost(one.name, byte, reason, (first,), (None,))
+
+    def contents(self) -> list[Contents]:
+        """What the segments hold, oldest first: as the index says, and as they say themselves where it does not."""
+        return list(self.survey().contents)
 
     def _contents(self, name: str, known: Contents | None) -> Contents:
         path = self._path(name)
@@ -130,25 +239,44 @@ class History:
 
         While a writer is at work the last may be one that it is just about to acknowledge, or to refuse.
         """
-        found = {entry.epoch: entry for one in self.contents() for entry in one.entries}
-        return [found[epoch] for epoch in sorted(found)]
+        return list(self.survey().entries)
+
+    def lost(self) -> list[Lost]:
+        """What was durable and is not there any more, as far as anything is left that says so; oldest first."""
+        return list(self.survey().lost)
 
     def newest(self) -> Entry | None:
-        """The newest durable checkpoint."""
+        """The newest durable checkpoint that is there."""
         entries = self.entries()
         return entries[-1] if entries else None
 
     def find(self, at: int | datetime | None = None) -> Entry:
-        """A checkpoint by its epoch; the last one not after a time; or the newest. Raises NoCheckpoint."""
-        entries = self.entries()
+        """A checkpoint by its epoch; the last one not after a time; or the newest.
+
+        Raises NoCheckpoint, BadCheckpoint where it was durable and is lost.
+        """
+        survey = self.survey()
+        entries = survey.entries
+        highest = entries[-1].epoch if entries else -1
+        if at is None and (lost := survey.lost_behind(highest)) is not None:
+            raise _is_lost(lost, entries, highest + 1)
+        if isinstance(at, int):
+            for lost in survey.lost:
+                if at in lost.epochs:
+                    raise _is_lost(lost, entries, at)
         if not entries:
             raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
         if at is None:
             return entries[-1]
-        held = f"it holds {len(entries)} from {entries[0].epoch} to {entries[-1].epoch}"
+        held = f"it holds {len(entries)} from {entries[0].epoch} to {highest}"
+        if lost_behind := survey.lost_behind(highest):
+            held += f", and has held them up to {lost_behind.epochs[-1]}"
         if isinstance(at, datetime):
             until = at.timestamp() * 1e9
             timed = [entry for entry in entries if entry.time_ns is not None and entry.time_ns <= until]
+            reached = timed[-1].epoch if timed else -1
+            if (lost_then := survey.lost_behind(reached, until)) is not None:
+                raise _is_lost(lost_then, entries, reached + 1)
             if not timed:
                 raise NoCheckpoint(f"{self.directory}: no checkpoint that was taken at {at} or before; {held}")
             return timed[-1]
@@ -288,8 +416,7 @@ class History:
 
     def verify(self, progress: Progress | None = None) -> Report:
         """Read back every checkpoint, and check every byte of it. Raises StoreError where a file cannot be read."""
-        indexed = index.read_index(self.directory / index.FILE) or {}
-        names = list_segments(self.directory)
+        indexed, names = self._index_and_names()
         read: list[tuple[Contents, int]] = []
         done = 0
         for name in names:
@@ -315,6 +442,13 @@ class History:
                 unfinished = size - one.end
             elif one.fault is not None or lost or is_cut:
                 bad.append(self._fault(one, lost, good))
+        gone = self._gone(indexed, [one for one, _ in read], good)
+        gone += self._gone_before(self.state, names, gone)
+        bad += [_bad_of(one, good) for one in gone]
+        highest, seen = max(good, default=-1), self.state.highest_epoch
+        if names and seen is not None and seen > highest and not any((one.epoch or 0) > highest for one in bad):
+            bad += [_bad_of(one, good) for one in self.survey().lost if seen in one.epochs]
+        bad.sort(key=lambda one: sequence_of(one.segment))
         return Report(
             checkpoints=sum(len(one.entries) for one, _ in read),
             segments=len(read),
@@ -360,6 +494,34 @@ class History:
             raise NoCheckpoint(f"{path} is gone: checkpoint {entry.epoch} has been pruned") from None
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
+
+
+def _lost(name: str, byte: int, reason: str, entries: list[Entry], found: dict[int, Entry]) -> Lost:
+    nowhere = [entry for entry in entries if entry.epoch not in found]
+    times_ns = tuple(entry.time_ns for entry in nowhere)
+    return Lost(name, byte, reason, tuple(entry.epoch for entry in nowhere), times_ns)
+
+
+def _is_lost(lost: Lost, entries: tuple[Entry, ...], at: int) -> BadCheckpoint:
+    """What is said of the first checkpoint of these that is not below `at`."""
+    epoch = next((epoch for epoch in lost.epochs if epoch >= at), lost.epochs[-1])
+    good = max((entry.epoch for entry in entries if entry.epoch < epoch), default=None)
+    offered = "no checkpoint before it is there" if good is None else f"the newest before it is {good}"
+    last = "" if lost.epochs[-1] == epoch else f" (and more, up to {lost.epochs[-1]})"
+    return BadCheckpoint(
+        f"{lost.reason}; checkpoint {epoch}{last} was committed and is lost with it, {offered}",
+        segment=lost.segment,
+        epoch=epoch,
+        good=good,
+        offset=lost.byte,
+        section="store.md §4.3",
+    )
+
+
+def _bad_of(lost: Lost, good: dict[int, Entry]) -> Bad:
+    first = lost.epochs[0] if lost.epochs else int(lost.segment[:20])
+    before = max((epoch for epoch in good if epoch <= first), default=None)
+    return Bad(lost.segment, lost.byte, lost.reason, None, first, before, lost.epochs)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ It is never the truth: where it is missing, behind or unreadable, the segments s
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from remus_ckpt.store.segments import Contents, Entry, Shape, is_segment
@@ -125,7 +126,7 @@ class Index:
                         self._database.execute(statement, values)
             self._waiting.clear()
             self.warning = None
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self.warning = f"{self._path} is behind: {error}"
             self.close()
 
@@ -149,8 +150,22 @@ def _row(entry: Entry) -> tuple[object, ...]:
     return (entry.segment, entry.start, entry.end, position.epoch, position.digest, entry.time_ns, entry.pages)
 
 
+def _make_private(path: Path) -> None:
+    """The database of mode 0600, and so the files beside it, which take its mode; where they are ours. Raises OSError.
+
+    A database that is there is not opened here: closing it would end locks that SQLite has on it in this process.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        for end in ("", "-wal", "-shm"):
+            with suppress(OSError):
+                os.chmod(path.with_name(path.name + end), 0o600)
+
+
 def _open(path: Path) -> sqlite3.Connection:
-    """Raises sqlite3.Error."""
+    """Raises sqlite3.Error, OSError."""
+    _make_private(path)
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
     try:
         database.execute("PRAGMA journal_mode = WAL")

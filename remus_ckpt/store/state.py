@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from remus_ckpt.errors import StoreError
+from remus_ckpt.store import segments
 from remus_ckpt.store.disk import replace_file
 
 FORMAT = 1
@@ -40,6 +41,13 @@ class State:
 _OWN = ("format", "name", "term", "role", "highest_epoch", "damaged")
 
 
+def is_history(directory: Path) -> bool:
+    """Whether a history is there: it has a store.json or, where that is lost, segments."""
+    if (directory / FILE).is_file():
+        return True
+    return (directory / segments.DIRECTORY).is_dir() and bool(segments.list_segments(directory))
+
+
 def load_state(directory: Path) -> State:
     """Raises StoreError where it is not there, cannot be read, or is of another format."""
     path = directory / FILE
@@ -47,7 +55,12 @@ def load_state(directory: Path) -> State:
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
-        raise StoreError(f"{directory} is no store: it has no {FILE}") from None
+        if is_history(directory):
+            raise StoreError(
+                f"{path} is lost: put it back as specs/store.md §3 says; the segments beside it are left as they are, "
+                "and each can be read as a stream"
+            ) from None
+        raise StoreError(f"{directory} holds no checkpoints of a name: it has no {FILE}") from None
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     try:

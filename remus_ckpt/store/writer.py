@@ -29,6 +29,7 @@ from remus_ckpt.store.segments import (
     Shape,
     entry_of,
     holds_a_record,
+    is_segment,
     list_segments,
     record_of,
     replay,
@@ -192,7 +193,9 @@ class HistoryWriter:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"{path} is being written by another") from None
+            raise StoreError(
+                f"{path} is being written by another: a backup that runs has it, and compacts and prunes by itself"
+            ) from None
 
     def _load_or_create_state(self, name: str) -> State:
         is_new = not (self.directory / "store.json").exists() and not list_segments(self.directory)
@@ -208,7 +211,13 @@ class HistoryWriter:
         on_disk = index.read_index(self.directory / index.FILE)
         indexed = on_disk or {}
         self._highest = -1 if self.state.highest_epoch is None else self.state.highest_epoch
-        damaged = {name: reason for name, reason in self.state.damaged.items() if name in names}
+        # One that is gone stays named until those beside it have been pruned.
+        oldest = sequence_of(names[0]) if names else -1
+        damaged = {
+            name: why
+            for name, why in self.state.damaged.items()
+            if name in names or (is_segment(name) and sequence_of(name) > oldest)
+        }
         known: dict[str, Contents] = {}
         for name in reversed(names):
             expected = indexed.get(name, Contents(name)).entries
@@ -218,6 +227,8 @@ class HistoryWriter:
                 contents, reason = self._open_segment(name, indexed.get(name))
             else:
                 contents, reason = self._glance(name, indexed.get(name))
+                if name not in indexed:
+                    damaged.pop(name, None)  # read anew
             known[name] = contents
             self._highest = max([self._highest, *(entry.epoch for entry in contents.entries)])
             if reason is not None:
@@ -228,7 +239,9 @@ class HistoryWriter:
             gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
         self.warnings += [f"{name}: the index names it, and it is not there" for name in gone]
         for name in gone:
-            self._highest = max([self._highest, *(entry.epoch for entry in indexed[name].entries)])
+            lost = [entry.epoch for entry in indexed[name].entries]
+            self._highest = max([self._highest, *lost])
+            damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
         self.warnings += [f"{name}: {damaged[name]}" for name in names if name in damaged]
         if damaged != self.state.damaged or gone:
             self.state = replace(self.state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None)
@@ -784,7 +797,12 @@ class HistoryWriter:
                     path.unlink()
                     sync_directory(self._segments)
                 removed.append(contents.pop(0).name)
-            damaged = {name: why for name, why in self.state.damaged.items() if name not in removed}
+            oldest_left = sequence_of(contents[0].name) if contents else -1
+            damaged = {
+                name: why
+                for name, why in self.state.damaged.items()
+                if is_segment(name) and sequence_of(name) >= oldest_left
+            }
             if damaged != self.state.damaged:
                 self.state = replace(self.state, damaged=damaged)
                 save_state(self.directory, self.state)
@@ -839,7 +857,7 @@ class HistoryWriter:
             chain.is_sealed = True
             self.set_state(handed_out=made)
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
-                self.history.restore_image(image)
+                self.history.restore_image(image, self.position.epoch)
             else:
                 chain.home.hand_out(image)
             return image, device_state
