@@ -356,6 +356,10 @@ class Standby:
     def _epoch(self) -> int | None:
         return None if self._writer.position is None else self._writer.position.epoch
 
+    def _whole_position(self) -> str | None:
+        position = self._writer.position
+        return None if position is None else f"{position.epoch}:{position.digest.hex()}"
+
     def _hand_out(self) -> dict[str, Any]:
         """The image and the device state, as files of their own: whoever goes on from them may write to them."""
         if self._handed_out is None:
@@ -365,7 +369,7 @@ class Standby:
                 "name": self.name,
                 "term": state.term,
                 "epoch": self._epoch(),
-                "position": whole(self._writer.position),
+                "position": self._whole_position(),
                 "image": str(image),
                 "device_state": str(device_state),
             }
@@ -486,7 +490,7 @@ class Standby:
                 "role": str(state.role),
                 "term": state.term,
                 "epoch": self._epoch(),
-                "position": None if position is None else f"{position.epoch}:{position.digest.hex()}",
+                "position": self._whole_position(),
                 "memory_bytes": None if self._writer.memory is None else len(self._writer.memory) * PAGE_SIZE,
                 "connected": visitor is not None,
                 "peer": self._last_peer or None,
