@@ -473,7 +473,6 @@ class Standby:
             state = self._writer.state
             visitor = self._visitor
             heard = self._heard if visitor is None else visitor.heard
-            position = self._writer.position
             actions = failover.decide(self._situation(), now)
 
             def phase(command: Command | None) -> str | None:
