@@ -239,12 +239,15 @@ class Primary:
             self._await(newest, timeout_s, is_patient=False)
 
     def _drain_patiently(self) -> None:
-        """For a lease; a backup that is slower than that is told goodbye all the same."""
+        """For two leases: a link that is dead is found so after one, and made anew.
+
+        A backup that is there and slower than that is told goodbye all the same.
+        """
         link = self._link
         if link is None:
             return
         try:
-            self.drain(link.welcome.lease_s)
+            self.drain(2 * link.welcome.lease_s)
         except LinkError as error:
             if isinstance(error, Refused):
                 raise
