@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,10 @@ from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
+_WHAT_NEXT = {
+    errno.ENOSPC: ": make room there, or keep less; what was committed is whole, and it goes on by itself then",
+    errno.EROFS: ": mount it writable; it can be read as it is",
+}
 
 
 @contextmanager
@@ -20,7 +25,8 @@ def guarding(path: str | Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}") from error
+        hint = _WHAT_NEXT.get(error.errno or 0, "")
+        raise StoreError(f"{path}: {error.strerror or error}{hint}") from error
 
 
 def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
