@@ -14,7 +14,7 @@ from typing import Any
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
-from remus_ckpt.store.disk import guarding
+from remus_ckpt.store.disk import guarding, make_directory
 from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
@@ -45,9 +45,9 @@ class Store:
         self.directory = Path(directory)
 
     def create(self) -> None:
-        """Make the directory, of mode 0700, if it is not there. Raises StoreError."""
+        """Make the directory, of mode 0700, if it is not there; it is durable then. Raises StoreError."""
         with guarding(self.directory):
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(self.directory)
 
     def names(self) -> list[str]:
         """The histories that are there, those too that have lost their store.json. Raises StoreError."""

@@ -71,7 +71,8 @@ class Compaction:
 
     def join(self) -> None:
         """Wait for the thread's end; not with the lock held."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def touch(self, pfns: NDArray[np.int64]) -> None:
         """These pages have been written; the lock is held."""

@@ -1,18 +1,23 @@
-"""Files of a store: every error of the system becomes a StoreError that names the file."""
+"""Files of a store: what makes them durable, and every error of the system as a StoreError that names the file."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
+_COPY_BYTES = 1 << 22
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 _WHAT_NEXT = {
     errno.ENOSPC: ": make room there, or keep less; what was committed is whole, and it goes on by itself then",
     errno.EROFS: ": mount it writable; it can be read as it is",
@@ -52,6 +57,51 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """What the file holds is durable when this returns; not its name. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_again(fd: int, start: int, end: int) -> None:
+    """Write these bytes of a file once more, in place, and sync it. Raises OSError.
+
+    Linux may call pages clean that it failed to write. Another sync would succeed and prove nothing; this does.
+    """
+    at = start
+    while at < end:
+        block = os.pread(fd, min(end - at, _COPY_BYTES), at)
+        if not block:
+            raise OSError(errno.EIO, "the file has become shorter")
+        at += os.pwrite(fd, block, at)
+    os.fsync(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of mode 0700 and whatever is missing above it; they are durable when this returns.
+
+    Each is synced into its parent before anything goes into it. So only the deepest one that exists may still lack its
+    sync, where whoever made it died just then: it gets one. Raises OSError.
+    """
+    there, missing = path.absolute(), []
+    while not there.is_dir():
+        missing.append(there)
+        there = there.parent
+    with suppress(PermissionError):  # it is somebody else's
+        sync_directory(there.parent)
+    for one in reversed(missing):
+        one.mkdir(mode=0o700 if one == missing[0] else 0o777, exist_ok=True)
+        try:
+            sync_directory(one.parent)
+        except BaseException:
+            with suppress(OSError):
+                one.rmdir()
+            raise
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[int]:
     """A new file of mode 0600 by its descriptor, which takes the path's place, durable, when the block ends well.
@@ -68,23 +118,67 @@ def appearing(path: Path) -> Iterator[int]:
                 os.close(descriptor)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise
         sync_directory(path.parent)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """A file of mode 0600 with new contents: whole or not at all, and durable. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def spare_of(path: Path) -> Path:
+    """The file that `replace_file` writes next, beside the one that it replaces."""
+    return path.with_name(f"{path.name}.spare")
+
+
+def keep_room(spare: Path, size: int) -> None:
+    """Give a spare at least so many bytes of the disk: `replace_file` needs no other room then. Raises OSError."""
+    descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
+        held = os.fstat(descriptor).st_size
+        if held < size:
+            os.lseek(descriptor, held, os.SEEK_SET)
+            write_all(descriptor, [b" " * (size - held)])
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
+    """A file of mode 0600 with new contents: whole or not at all, and durable. Raises OSError.
+
+    spare: written in place, and then given the name; where there is an old file, it becomes the spare. So a disk that
+        is full has room for as many bytes as the spare has.
+    Where only the last sync fails the file is replaced, and a loss of power may undo that.
+    """
+    spare = spare or spare_of(path)
+    try:
+        descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
+            if os.fstat(descriptor).st_nlink != 1:
+                raise OSError(errno.EMLINK, "somebody else has a link to the spare")
+            os.fchmod(descriptor, 0o600)
             write_all(descriptor, [data])
+            os.ftruncate(descriptor, len(data))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        if not _exchange(spare, path):
+            os.replace(spare, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        # The disk may still have the old file under the old name, or hold other bytes than were written: another file
+        # must be used from now on. Not so where there was only no room.
+        if not (isinstance(error, OSError) and error.errno in _FULL):
+            with suppress(OSError):
+                spare.unlink()
         raise
-    sync_directory(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files; whether that was done. Raises OSError."""
+    if _renameat2 is None:
+        return False
+    if not _renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        return True
+    if (number := ctypes.get_errno()) in (errno.ENOENT, errno.EINVAL, errno.ENOSYS):
+        return False  # there is no old file, or this file system cannot
+    raise OSError(number, os.strerror(number))

@@ -465,7 +465,7 @@ class History:
         with guarding(path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                return holds_a_record(fd, one.end, size)
+                return holds_a_record(fd, one.entries[-1].position, one.end, size)
             finally:
                 os.close(fd)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import Malformed, StreamError
+from remus_ckpt.errors import Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -21,17 +21,18 @@ from remus_ckpt.store.hashing import HashThread
 from remus_ckpt.wire.chunks import Signature
 from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.reader import Boundary
-from remus_ckpt.wire.record import RECORD_MAGIC, CheckpointRecord, Position
+from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
 
 DIRECTORY = "segments"
 PARTIAL = ".partial"
 _NAME = re.compile(r"(\d{20})-(\d{6,12})\.remus")
+_EPOCHS = 1 << 63
 _SEARCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One durable checkpoint.
+    """One whole checkpoint.
 
     position, time_ns: as its record says
     segment, start, end: its bytes in that file; to restore it, the file is read from its beginning to `end`
@@ -93,7 +94,7 @@ def sequence_of(name: str) -> int:
 
 def is_segment(name: str) -> bool:
     """Whether a file of that name is a segment."""
-    return _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(name) is not None and int(name[:20]) < _EPOCHS
 
 
 def list_segments(directory: Path) -> list[str]:
@@ -233,22 +234,37 @@ def boundary_behind(contents: Contents) -> Boundary:
     )
 
 
-def holds_a_record(fd: int, start: int, size: int) -> bool:
-    """Whether from `start` to `size` there stands a record of ours with all of its bytes.
+def holds_a_record(fd: int, position: Position, start: int, size: int) -> bool:
+    """Whether from `start` to `size` there stands a whole record of a checkpoint that follows `position`.
 
-    Then what is there is no checkpoint that was cut off, whatever its first bytes say. Raises OSError.
+    Then what is there is no checkpoint that was cut off, whatever its first bytes say. Any other record is memory that
+    holds a save stream. Raises OSError.
     """
     needle = Signature.REMUS.value
-    head = len(needle) + 4 + len(RECORD_MAGIC)
+    head = len(needle) + 4
     at = start
     while at < size:
         block = os.pread(fd, _SEARCH_BYTES + head, at)
         found = block.find(needle)
         while 0 <= found < _SEARCH_BYTES and found + head <= len(block):
-            length = int.from_bytes(block[found + len(needle) : found + len(needle) + 4], "little")
-            whole = at + found + len(needle) + 4 + length <= size
-            if whole and block[found + head - len(RECORD_MAGIC) : found + head] == RECORD_MAGIC:
+            length = int.from_bytes(block[found + len(needle) : found + head], "little")
+            if _is_record(fd, position, at + found + head, length, size):
                 return True
             found = block.find(needle, found + 1)
         at += _SEARCH_BYTES
     return False
+
+
+def _is_record(fd: int, position: Position, at: int, length: int, size: int) -> bool:
+    """Whether these bytes are the record of the next checkpoint or, should that be damaged, of the one behind it."""
+    if at + length > size or os.pread(fd, len(RECORD_MAGIC), at) != RECORD_MAGIC:
+        return False
+    if length > Limits().device_state_bytes:
+        return True  # it is not worth the memory to tell
+    try:
+        before = CheckpointRecord.unpack(os.pread(fd, max(length - DIGEST_BYTES, 0), at), at).before
+    except UnknownFormat:
+        return True  # a later program's
+    except Malformed:
+        return False
+    return before is not None and (before == position or before.epoch == position.epoch + 1)

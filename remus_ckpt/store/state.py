@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.store import segments
-from remus_ckpt.store.disk import replace_file
+from remus_ckpt.store.disk import keep_room, replace_file, spare_of
 
 FORMAT = 1
 FILE = "store.json"
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 20
+_NUMBERS = 1 << 63
+_BLOCK, _SLACK = 4096, 1024
+_TRIES = 20
 
 Role = Literal["standby", "promoted"]
 
@@ -52,8 +58,7 @@ def load_state(directory: Path) -> State:
     """Raises StoreError where it is not there, cannot be read, or is of another format."""
     path = directory / FILE
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = _read(path)
     except FileNotFoundError:
         if is_history(directory):
             raise StoreError(
@@ -66,36 +71,120 @@ def load_state(directory: Path) -> State:
     try:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        fields = json.loads(data)
+        fields = json.loads(data, parse_constant=_not_json, parse_float=_finite)
         if type(fields["format"]) is int and fields["format"] > FORMAT:
             raise StoreError(
                 f"{path}: the store has format {fields['format']}, this program knows {FORMAT}: use a later one"
             )
         if fields["format"] != FORMAT:
-            raise ValueError(f"format {fields['format']!r}")
+            raise ValueError(f"format {fields['format']!r:.40}")
+        _check_depth(fields)
         state = State(
             name=_typed(fields, "name", str),
-            term=_typed(fields, "term", int),
+            term=_number(fields, "term"),
             role=fields["role"],
-            highest_epoch=None if fields.get("highest_epoch") is None else _typed(fields, "highest_epoch", int),
+            highest_epoch=None if fields.get("highest_epoch") is None else _number(fields, "highest_epoch"),
             damaged=_typed(fields, "damaged", dict) if "damaged" in fields else {},
             more={key: value for key, value in fields.items() if key not in _OWN},
         )
-        if state.role not in ("standby", "promoted") or state.term < 0:
-            raise ValueError(f"term {state.term}, role {state.role!r}")
+        if state.role not in ("standby", "promoted"):
+            raise ValueError(f"role {state.role!r:.40}")
+        _check_damaged(state.damaged)
+        _check_more(state.more)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise StoreError(f"{path} cannot be read ({reason}); the segments beside it may be whole") from error
+        raise StoreError(
+            f"{path} cannot be read ({reason}): put it right as specs/store.md §3 says; the segments beside it may be "
+            "whole"
+        ) from error
     return state
 
 
+def _read(path: Path) -> bytes:
+    """What stands there. Read until it is the same twice: a file that is being read may be replaced, become the spare,
+    and be written in place. Raises OSError."""
+    data = None
+    for _ in range(_TRIES):
+        before = data
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if data == before:
+            return data
+    raise OSError(0, "it changes all the time")
+
+
 def save_state(directory: Path, state: State) -> None:
-    """Whole or not at all, and durable. Raises StoreError."""
+    """Whole or not at all, and durable. Raises StoreError.
+
+    A spare beside it has the room that the next change needs, so that a full disk does not keep anybody from noting who
+    may act. What is written is filled up with blanks, so that the file has as much room when it is the spare.
+    """
+    path = directory / FILE
+    spare = spare_of(path)
     fields = {**state.more, **{name: getattr(state, name) for name in _OWN}}
     try:
-        replace_file(directory / FILE, json.dumps(fields, indent=1).encode() + b"\n")
+        data = json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
+        if len(data) > _MAX_BYTES:
+            raise StoreError(f"{path}: {len(data)} bytes are too many")
+        with suppress(FileNotFoundError):
+            data = data[:-1].ljust(min(spare.stat().st_size, _MAX_BYTES) - 1) + b"\n"
+        replace_file(path, data)
     except OSError as error:
-        raise StoreError(f"{directory / FILE}: {error.strerror}") from error
+        raise StoreError(f"{path}: {error.strerror}") from error
+    reserve(directory)
+
+
+def reserve(directory: Path) -> None:
+    """Give the spare of store.json as much room as the file has, and a little more, if the disk has it."""
+    path = directory / FILE
+    with suppress(OSError):
+        used = len(path.read_bytes().rstrip())
+        keep_room(spare_of(path), -(-(used + _SLACK) // _BLOCK) * _BLOCK)
+
+
+def _not_json(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text:.40}")
+    return value
+
+
+def _check_depth(value: Any, left: int = _MAX_DEPTH) -> None:
+    """What can be loaded must be fit to be saved. Raises ValueError."""
+    if not left:
+        raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_depth(one, left - 1)
+
+
+def _check_damaged(damaged: dict[str, Any]) -> None:
+    for name, why in damaged.items():
+        if type(why) is not str:
+            raise TypeError(f"damaged: {name!r:.60} is {why!r:.40}")
+
+
+def _check_more(more: dict[str, Any]) -> None:
+    """What decides who may act is of its type, or the file says nothing. Raises ValueError, TypeError, KeyError."""
+    for name in ("expects_primary", "takeover_done"):
+        if more.get(name) is not None:
+            _typed(more, name, bool)
+    if more.get("fencing") is not None:
+        _number(more, "fencing")
+    if more.get("handed_out") is not None:
+        given = _typed(more, "handed_out", dict)
+        for name in ("position", "boot"):
+            _typed(given, name, str)
+
+
+def _number(fields: dict[str, Any], name: str) -> int:
+    value: int = _typed(fields, name, int)
+    if not 0 <= value < _NUMBERS:
+        raise ValueError(f"{name} is {value!r:.40}")
+    return value
 
 
 def _typed(fields: dict[str, Any], name: str, kind: type) -> Any:

@@ -89,15 +89,19 @@ class MappedFile:
     def hand_out(self, path: Path) -> None:
         """Give the file to somebody else, under another name: it is not removed with this. Raises StoreError."""
         assert self.path is not None, "it has been handed out before"
-        with guarding(self.path):
-            os.rename(self.path, path)
-        self.path = None
+        own, self.path = self.path, None  # before the other has it: from then on nobody here may believe what it holds
+        try:
+            with guarding(own):
+                os.rename(own, path)
+        except StoreError:
+            self.path = own
+            raise
 
     def close(self) -> None:
         """Close the descriptor; memory stays mapped as long as somebody has it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def remove(self) -> None:
         """Close it and take the file away."""

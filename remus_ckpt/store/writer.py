@@ -7,20 +7,30 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from remus_ckpt.errors import Malformed, NoCheckpoint, StoreError, StreamError, UnknownFormat
+from remus_ckpt.errors import Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import MIB, Limits
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store import index, segments
 from remus_ckpt.store.compaction import Compaction
-from remus_ckpt.store.disk import guarding, replace_file, sync_directory, write_all
+from remus_ckpt.store.disk import (
+    guarding,
+    keep_room,
+    make_directory,
+    replace_file,
+    sync_directory,
+    sync_file,
+    write_again,
+    write_all,
+)
 from remus_ckpt.store.history import History, hashing
 from remus_ckpt.store.segments import (
     PARTIAL,
@@ -38,15 +48,17 @@ from remus_ckpt.store.segments import (
     sequence_of,
     shape_of,
 )
-from remus_ckpt.store.state import Role, State, load_state, save_state
+from remus_ckpt.store.state import FILE, Role, State, load_state, reserve, save_state
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire import events
 from remus_ckpt.wire.record import RECORD_SECTION, Position
 
 LOCK = "lock"
 WARM = "warm"
+SPARE = "hand-over.spare"
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
+_SPARE_BYTES = 64 << 10
 _BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
 """What a base may have: a first copy goes over memory more than once, but never so often."""
 _NOT_OURS = (
@@ -99,6 +111,12 @@ class _Chain:
     checkpoints: int = 0
     is_sealed: bool = False
 
+    def close(self) -> None:
+        """Close the segment. May be called again."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def count_base(self, end: int) -> None:
         """The base goes up to there. A first copy may hold pages more than once: what one copy needs not is overhead,
         and counts as deltas do."""
@@ -119,6 +137,8 @@ class HistoryWriter:
 
     Per checkpoint: bytes by `feed`, or `get_buffer` and `buffer_updated`; then `check`, `store`, `apply`. After any
     error but one of `begin`, `abandon` comes before anything else. Methods may be called by one thread at a time.
+    An exception from elsewhere, such as KeyboardInterrupt, may end any of them anywhere: either nothing has changed, or
+    the writer refuses everything but `close`, and what is durable is found by opening the history again.
     Raises StoreError where the store cannot be opened or written, or another writer has it.
     """
 
@@ -148,27 +168,30 @@ class HistoryWriter:
         self._chain: _Chain | None = None
         self._coming: _Chain | None = None
         self._stored: Entry | None = None
-        self._failed = False
+        self._failed = False  # what comes is not taken in any more, until `abandon`
+        self._is_torn = False  # a change has not come to its end: memory may say other than the disk
         self._room = memoryview(b"")
         self._compaction: Compaction | None = None
         self._compact_over = 0  # bytes of deltas that the next compaction waits for, after one that failed
         self._highest = -1
         self._warm_number = 0
-        self._lock_fd = self._warm_fd = -1
+        self._spare_bytes = 0  # room that is kept for the device state of a takeover
+        self._last_sequence = -1  # of a segment whose removal may not be durable
+        self._held: list[int] = []  # descriptors that hold our locks
         self._segments = self.directory / segments.DIRECTORY
         self._warm = self.directory / WARM if warm_directory is None else Path(warm_directory) / name
         with guarding(self.directory):
-            self._create(name)
-            self._lock_fd = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            make_directory(self.directory)
+            make_directory(self._segments)
         try:
-            self._take_lock(self._lock_fd, self.directory)
+            self._take_lock(self.directory / LOCK, os.O_RDWR | os.O_CREAT, self.directory)
             with guarding(self._warm):
-                self._warm.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._warm_fd = os.open(self._warm, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                make_directory(self._warm)
             # It may be shared with the histories of another store.
-            self._take_lock(self._warm_fd, self._warm)
+            self._take_lock(self._warm, os.O_RDONLY | os.O_DIRECTORY, self._warm)
             self.state = self._load_or_create_state(name)
-            """What store.json says."""
+            """What store.json says: after an exception too, this is what whoever opens the history would read."""
+            self._is_settled = True  # a loss of power would not change that
             self._index = index.Index(self.directory / index.FILE)
             with guarding(self.directory):
                 self._recover()
@@ -180,33 +203,35 @@ class HistoryWriter:
 
     # Opening
 
-    def _create(self, name: str) -> None:
-        if not self.directory.is_dir():
-            self.directory.mkdir(mode=0o700, parents=True)
-            sync_directory(self.directory.parent)
-        if not self._segments.is_dir():
-            self._segments.mkdir(mode=0o700)
-            sync_directory(self.directory)
-
-    @staticmethod
-    def _take_lock(fd: int, path: Path) -> None:
+    def _take_lock(self, path: Path, flags: int, what: Path) -> None:
+        with guarding(path):
+            self._held.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"{path} is being written by another: a backup that runs has it, and compacts and prunes by itself"
+                f"{what} is being written by another: a backup that runs has it, and compacts and prunes by itself"
             ) from None
 
     def _load_or_create_state(self, name: str) -> State:
-        is_new = not (self.directory / "store.json").exists() and not list_segments(self.directory)
-        if is_new:
+        path = self.directory / FILE
+        if not path.exists() and not list_segments(self.directory):
             save_state(self.directory, State(name))
-        return load_state(self.directory)
+        state = load_state(self.directory)
+        with guarding(path):
+            # Whoever put it there may have died before this. Only then is the spare no longer what a loss of power
+            # would bring back, and may be written to.
+            sync_file(path)
+            sync_directory(self.directory)
+        reserve(self.directory)
+        return state
 
     def _recover(self) -> None:
         half_written = [*self.directory.glob(".store.json.*"), *self._warm.glob(".taken-over-*")]
         for path in [*half_written, *self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
             path.unlink(missing_ok=True)
+        # Whoever renamed or removed what is there may have died before this.
+        sync_directory(self._segments)
         names = list_segments(self.directory)
         on_disk = index.read_index(self.directory / index.FILE)
         indexed = on_disk or {}
@@ -244,14 +269,16 @@ class HistoryWriter:
             damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
         self.warnings += [f"{name}: {damaged[name]}" for name in names if name in damaged]
         if damaged != self.state.damaged or gone:
-            self.state = replace(self.state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None)
-            save_state(self.directory, self.state)
+            self._save(replace(self.state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None))
         if gone and self._chain is not None and sequence_of(gone[-1]) > sequence_of(self._chain.path.name):
             self._chain.is_sealed = True
         if self._chain is not None:
             held = self._chain.restorer.in_force
             assert held is not None
             self.position = record_of(held).after
+            if (self.state.more.get("handed_out") or {}).get("position") == str(self.position):
+                self._chain.is_sealed = True  # somebody goes on from here
+            self._keep_room(held)
         if on_disk is None or {name: _said(known[name]) for name in names} != {
             name: _said(one) for name, one in indexed.items()
         }:
@@ -294,14 +321,15 @@ class HistoryWriter:
                 reason = f"whole checkpoints end at byte {end} of {size}"
             elif reason is None and not contents.entries:
                 reason = "it holds no whole checkpoint"
-            elif reason is None and size > end and holds_a_record(fd, end, size):
+            elif reason is None and size > end and holds_a_record(fd, contents.entries[-1].position, end, size):
                 reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
             if reason is not None and lost:
                 reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
             if reason is None and size > end:
                 os.ftruncate(fd, end)
-                os.fsync(fd)
             if contents.entries:
+                # The index names what was synced. What is whole behind that, nobody may have synced, or it has failed.
+                write_again(fd, 0 if known is None else min(known.end, end), end)
                 restorer.reader.new_digest = hashlib.sha256
                 restorer.rewind()
                 contents.shape = shape_of(restorer)
@@ -338,6 +366,7 @@ class HistoryWriter:
                 return known, None
         contents = scan(path, limits=self._limits)
         contents.size = size
+        sync_file(path)  # the index will name what it holds
         if contents.fault is not None:
             return contents, str(contents.fault)
         lost = [] if known is None else [entry.epoch for entry in known.entries if entry.end > contents.end]
@@ -349,19 +378,64 @@ class HistoryWriter:
         self._warm_number += 1
         return MappedFile(self._warm / f"memory-{self._warm_number}.image")
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A change, with the lock held. Our own errors leave memory as the disk is; after any other, nobody knows."""
+        with self._lock:
+            if self._is_torn:
+                raise StoreError(f"{self.directory}: a change to it was interrupted: close it and open it again")
+            self._is_torn = True
+            try:
+                yield
+            except RemusError:
+                self._is_torn = False
+                raise
+            self._is_torn = False
+
     # What there is
 
     def set_state(self, *, term: int | None = None, role: Role | None = None, **more: Any) -> None:
-        """Change store.json: whole or not at all, and durable when this returns. Raises StoreError."""
-        with self._lock:
-            state = replace(
-                self.state,
-                term=self.state.term if term is None else term,
-                role=self.state.role if role is None else role,
-                more={**self.state.more, **more},
+        """Change store.json: whole or not at all, and durable when this returns.
+
+        Raises StoreError. `state` is then what whoever opens the history would read: what it was before, or, where the
+        disk did not even take that back, the new one. If it is not known what a loss of power would leave, nothing is
+        received, stored, handed out or changed until `state` could be written again.
+        """
+        with self._changing():
+            self._settle()
+            self._save(
+                replace(
+                    self.state,
+                    term=self.state.term if term is None else term,
+                    role=self.state.role if role is None else role,
+                    more={**self.state.more, **more},
+                )
             )
+
+    def _save(self, state: State) -> None:
+        self._is_settled = False
+        try:
             save_state(self.directory, state)
-            self.state = state
+        except StoreError:
+            self._take_back_state()
+            raise
+        self.state, self._is_settled = state, True
+
+    def _take_back_state(self) -> None:
+        """A new state could not be written: put the old one back if need be, and learn which one is there."""
+        try:
+            if load_state(self.directory) != self.state:
+                save_state(self.directory, self.state)
+            self._is_settled = True
+        except StoreError:
+            with suppress(StoreError):
+                self.state = load_state(self.directory)
+
+    def _settle(self) -> None:
+        """Make sure that a loss of power does not change who may act. Raises StoreError."""
+        if not self._is_settled:
+            save_state(self.directory, self.state)
+            self._is_settled = True
 
     @property
     def stream(self) -> Shape | None:
@@ -404,6 +478,8 @@ class HistoryWriter:
             chain, held = self._chain, self.in_force
             if chain is None or held is None:
                 raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
+            if self._is_torn or chain.home.path is None:  # half applied, or in the hands of another who writes to it
+                return self.history.restore_image(path, held.epoch)
             chain.home.copy(Path(path))
             return held
 
@@ -414,8 +490,9 @@ class HistoryWriter:
 
         What is incomplete is dropped. Raises StoreError where the stream cannot go on or a file cannot be created.
         """
-        with self._lock:
-            self.abandon()
+        with self._changing():
+            self._abandon()
+            self._settle()
             if not full:
                 if self.stream is None:
                     raise StoreError(f"{self.directory}: no stream that could be continued; a full copy is needed")
@@ -434,19 +511,23 @@ class HistoryWriter:
 
     def _next_sequence(self) -> int:
         names = list_segments(self.directory)
-        return sequence_of(names[-1]) + 1 if names else 0
+        return max(sequence_of(names[-1]) if names else -1, self._last_sequence) + 1
 
-    def _receiving(self) -> _Chain:
-        if self._coming is None or self._failed or self._stored is not None:
-            raise StoreError(f"{self.directory}: nothing can be received now")
-        if self._coming.restorer.staged is not None:
+    @contextmanager
+    def _receiving(self) -> Iterator[_Chain]:
+        """What comes goes there, with the lock held. Whatever is raised, `abandon` has to follow."""
+        with self._lock:
+            if self._coming is None or self._failed or self._is_torn or self._stored is not None:
+                raise StoreError(f"{self.directory}: nothing can be received now")
             self._failed = True
-            raise Malformed(
-                "bytes behind the end of a checkpoint that has not been committed",
-                offset=self._coming.restorer.staged.end,
-                section="store.md §4.2",
-            )
-        return self._coming
+            if self._coming.restorer.staged is not None:
+                raise Malformed(
+                    "bytes behind the end of a checkpoint that has not been committed",
+                    offset=self._coming.restorer.staged.end,
+                    section="store.md §4.2",
+                )
+            yield self._coming
+            self._failed = False
 
     @property
     def coming_start(self) -> int:
@@ -458,14 +539,13 @@ class HistoryWriter:
 
     def get_buffer(self) -> memoryview:
         """Where to receive the next bytes; `buffer_updated` says how many came."""
-        with self._lock:
-            self._room = self._receiving().restorer.get_buffer()
+        with self._receiving() as chain:
+            self._room = chain.restorer.get_buffer()
             return self._room
 
     def buffer_updated(self, size: int) -> None:
         """Take in what was received into `get_buffer`. Raises StreamError, and StoreError where there is no room."""
-        with self._lock:
-            chain = self._receiving()
+        with self._receiving() as chain:
             self._write(chain, self._room[:size])
             chain.restorer.buffer_updated(size)
             self._room = memoryview(b"")
@@ -475,8 +555,7 @@ class HistoryWriter:
         """Take in bytes that are there already. Raises as `buffer_updated`."""
         if not len(data):
             return
-        with self._lock:
-            chain = self._receiving()
+        with self._receiving() as chain:
             self._write(chain, data)
             chain.restorer.feed(data)
             self._read(chain)
@@ -485,30 +564,21 @@ class HistoryWriter:
         if chain is not self._chain:
             most = _BASE_COPIES * chain.restorer.memory.nbytes + _BASE_EXTRA_BYTES
             if chain.written + len(data) > most:
-                self._failed = True
                 raise Malformed(
                     f"a base of more than {most} bytes", offset=chain.written, section="store.md §4.2", chunk="base"
                 )
-        try:
-            with guarding(chain.path):
-                chain.written += write_all(chain.fd, [data])
-        except StoreError:
-            self._failed = True
-            raise
+        with guarding(chain.path):
+            chain.written += write_all(chain.fd, [data])
 
     def _read(self, chain: _Chain) -> None:
         restorer = chain.restorer
-        try:
-            while restorer.staged is None and (event := restorer.next_event()) is not None:
-                if isinstance(event, _NOT_OURS):
-                    raise Malformed(
-                        f"{type(event).__name__} stands in no stream of our own",
-                        offset=event.offset,
-                        section="store.md §4.1",
-                    )
-        except BaseException:
-            self._failed = True
-            raise
+        while restorer.staged is None and (event := restorer.next_event()) is not None:
+            if isinstance(event, _NOT_OURS):
+                raise Malformed(
+                    f"{type(event).__name__} stands in no stream of our own",
+                    offset=event.offset,
+                    section="store.md §4.1",
+                )
 
     def check(self, position: Position) -> Checkpoint:
         """After the last byte of a checkpoint: it is whole and right, and leads to this position.
@@ -516,7 +586,7 @@ class HistoryWriter:
         Raises Malformed.
         """
         with self._lock:
-            if self._coming is None or self._failed or self._stored is not None:
+            if self._coming is None or self._failed or self._is_torn or self._stored is not None:
                 raise StoreError(f"{self.directory}: there is nothing to check")
             restorer = self._coming.restorer
             try:
@@ -560,21 +630,21 @@ class HistoryWriter:
 
     def store(self) -> Entry:
         """Make the checked checkpoint durable: it is when this returns, and may be acknowledged. Raises StoreError."""
-        with self._lock:
+        with self._changing():
             chain = self._coming
             if chain is None or self._failed or self._stored is not None or chain.restorer.staged is None:
                 raise StoreError(f"{self.directory}: no checkpoint has been checked")
             staged = chain.restorer.staged
             self._failed = True
+            self._settle()
             # Should the sync fail, nobody knows what the disk holds: nothing is put behind it any more.
             was_sealed, chain.is_sealed = chain.is_sealed, True
             with guarding(chain.path):
                 os.fdatasync(chain.fd)
-                if chain is not self._chain:
-                    final = chain.path.with_name(segment_name(staged.epoch, self._next_sequence()))
-                    os.rename(chain.path, final)
-                    chain.path = final
-                    sync_directory(self._segments)
+            if chain is not self._chain:
+                final = chain.path.with_name(segment_name(staged.epoch, self._next_sequence()))
+                self._publish(chain.path, final)
+                chain.path = final
             self._failed, chain.is_sealed = False, was_sealed
             entry = entry_of(staged, chain.path.name, chain.shift)
             chain.end = chain.written
@@ -584,35 +654,67 @@ class HistoryWriter:
             self._on_phase("stored", entry.epoch)
             return entry
 
+    def _publish(self, path: Path, final: Path) -> None:
+        """Give a segment that is synced its name, durably. Raises StoreError, and takes it back then."""
+        try:
+            with guarding(final):
+                os.rename(path, final)
+                sync_directory(self._segments)
+        except StoreError:
+            # Its number is used up: after a loss of power it may be there again, as one that is newer than what the
+            # segment in force would get from now on.
+            self._last_sequence = sequence_of(final.name)
+            try:
+                final.unlink(missing_ok=True)
+                sync_directory(self._segments)
+            except OSError:
+                if self._chain is not None:
+                    self._chain.is_sealed = True
+            raise
+
     def apply(self) -> None:
         """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction."""
-        with self._lock:
-            chain, entry = self._coming, self._stored
-            if chain is None or entry is None:
-                raise StoreError(f"{self.directory}: no checkpoint has been stored")
-            self._on_phase("applying", entry.epoch)
-            self._stored = None
-            is_new = chain is not self._chain
-            checkpoint = chain.restorer.commit()
-            chain.checkpoints += 1
-            if is_new:
-                chain.shape = shape_of(chain.restorer)
-                chain.count_base(chain.end)
-                self._switch(chain)
-                self._index.add(entry, Contents(entry.segment, shape=chain.shape))
-            else:
-                self._index.add(entry)
-            self._note(self._index.warning)
-            if self._compaction is not None:
-                for pfns in checkpoint.pfn_lists:
-                    self._compaction.touch(pfns)
-            self._on_phase("applied", entry.epoch)
-            if self._compaction is not None and self._compaction.is_ready:
-                self._close_compaction()
-            elif self._is_long(chain):
-                self.compact()
-            if is_new and self._retention is not None:
-                self._prune_quietly(self._retention)
+        with self._changing():
+            self._apply()
+
+    def _apply(self) -> None:
+        chain, entry = self._coming, self._stored
+        if chain is None or entry is None:
+            raise StoreError(f"{self.directory}: no checkpoint has been stored")
+        self._on_phase("applying", entry.epoch)
+        self._stored = None
+        is_new = chain is not self._chain
+        checkpoint = chain.restorer.commit()
+        chain.checkpoints += 1
+        if is_new:
+            chain.shape = shape_of(chain.restorer)
+            chain.count_base(chain.end)
+            self._switch(chain)
+            self._index.add(entry, Contents(entry.segment, shape=chain.shape))
+        else:
+            self._index.add(entry)
+        self._note(self._index.warning)
+        self._keep_room(checkpoint)
+        if self._compaction is not None:
+            for pfns in checkpoint.pfn_lists:
+                self._compaction.touch(pfns)
+        self._on_phase("applied", entry.epoch)
+        if self._compaction is not None and self._compaction.is_ready:
+            self._close_compaction()
+        elif self._is_long(chain):
+            try:
+                self._compact()
+            except StoreError as error:
+                self._on_failed(error)
+        if is_new and self._retention is not None:
+            self._prune_quietly(self._retention)
+
+    def _keep_room(self, checkpoint: Checkpoint) -> None:
+        """So that a full disk does not keep anybody from going on from it."""
+        if (size := max(len(checkpoint.device_state), _SPARE_BYTES)) > self._spare_bytes:
+            with suppress(OSError):
+                keep_room(self._warm / SPARE, size)
+                self._spare_bytes = size
 
     def _switch(self, chain: _Chain) -> None:
         """Another stream is in force."""
@@ -628,36 +730,39 @@ class HistoryWriter:
     def _close_segment(self, chain: _Chain) -> None:
         """It will not grow any more."""
         self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
-        os.close(chain.fd)
+        chain.close()
 
     def abandon(self) -> None:
         """Cut off what is incomplete, back to the newest durable checkpoint; after an error in any step too.
 
         A checkpoint that is stored and not applied yet is durable, and applied. Nothing comes before the next `begin`.
         """
-        with self._lock:
-            chain = self._coming
-            if self._stored is not None:
-                self.apply()
-            self._coming = None
-            was_failed, self._failed = self._failed, False
-            if chain is None:
-                return
-            if chain is not self._chain:
-                os.close(chain.fd)
-                chain.home.close()
-                with guarding(chain.path):
-                    chain.path.unlink(missing_ok=True)
-                chain.home.remove()
-                return
-            if chain.written != chain.end or was_failed or chain.restorer.staged is not None:
-                chain.restorer.rewind()
-                was_sealed, chain.is_sealed = chain.is_sealed, True
-                with guarding(chain.path):
-                    os.ftruncate(chain.fd, chain.end)
-                    os.lseek(chain.fd, chain.end, os.SEEK_SET)
-                    os.fdatasync(chain.fd)
-                chain.written, chain.is_sealed = chain.end, was_sealed
+        with self._changing():
+            self._abandon()
+
+    def _abandon(self) -> None:
+        chain = self._coming
+        if self._stored is not None:
+            self._apply()
+        self._coming = None
+        was_failed, self._failed = self._failed, False
+        if chain is None:
+            return
+        if chain is not self._chain:
+            chain.close()
+            chain.home.close()
+            with guarding(chain.path):
+                chain.path.unlink(missing_ok=True)
+            chain.home.remove()
+            return
+        if chain.written != chain.end or was_failed or chain.restorer.staged is not None:
+            chain.restorer.rewind()
+            was_sealed, chain.is_sealed = chain.is_sealed, True
+            with guarding(chain.path):
+                os.ftruncate(chain.fd, chain.end)
+                os.lseek(chain.fd, chain.end, os.SEEK_SET)
+                os.fdatasync(chain.fd)
+            chain.written, chain.is_sealed = chain.end, was_sealed
 
     # Compaction and retention
 
@@ -679,28 +784,31 @@ class HistoryWriter:
         wait: return when it is closed; not while checkpoints come, since it is closed between two of them
         A compaction that fails leaves things as they were; `warnings` says why. Raises StoreError.
         """
-        with self._lock:
-            chain = self._chain
-            if chain is None or chain.shape is None:
-                raise StoreError(f"{self.directory}: there is no checkpoint to compact")
-            if chain.home.path is None:
-                raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
-            if self._compaction is None:
-                path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
-                self._compaction = Compaction(
-                    self._lock,
-                    chain.restorer.memory,
-                    chain.home.has_room,
-                    chain.shape,
-                    path,
-                    on_ready=self._on_ready,
-                    on_failed=self._on_failed,
-                )
-                self._on_phase("compacting", self._epoch)
-                self._compaction.start()
-            compaction = self._compaction
+        with self._changing():
+            compaction = self._compact()
         if wait:
             compaction.join()
+
+    def _compact(self) -> Compaction:
+        chain = self._chain
+        if chain is None or chain.shape is None:
+            raise StoreError(f"{self.directory}: there is no checkpoint to compact")
+        if chain.home.path is None:
+            raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
+        if self._compaction is None:
+            path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
+            self._compaction = Compaction(
+                self._lock,
+                chain.restorer.memory,
+                chain.home.has_room,
+                chain.shape,
+                path,
+                on_ready=self._on_ready,
+                on_failed=self._on_failed,
+            )
+            self._on_phase("compacting", self._epoch)
+            self._compaction.start()
+        return self._compaction
 
     @property
     def _epoch(self) -> int:
@@ -710,7 +818,8 @@ class HistoryWriter:
         chain = self._chain
         is_between = chain is not None and chain.written == chain.end and self._stored is None and not self._failed
         if is_between and (self._coming is None or self._coming is chain):
-            self._close_compaction()
+            with self._changing():
+                self._close_compaction()
 
     def _on_failed(self, error: StoreError) -> None:
         self._compaction = None
@@ -733,18 +842,10 @@ class HistoryWriter:
         final = compaction.path.with_name(segment_name(record.epoch, self._next_sequence()))
         try:
             fd = compaction.close(record)
-            with guarding(final):
-                os.rename(compaction.path, final)
-                sync_directory(self._segments)
+            self._publish(compaction.path, final)
         except StoreError as error:
             compaction.is_over = False
             compaction.cancel()
-            try:
-                final.unlink(missing_ok=True)
-                sync_directory(self._segments)
-            except OSError:
-                # Now or after a loss of power it would count as newer than what this segment gets from now on.
-                chain.is_sealed = True
             self._on_failed(error)
             return
         self._compaction = None
@@ -771,17 +872,20 @@ class HistoryWriter:
 
     def _prune_quietly(self, retention: Retention) -> None:
         try:
-            self.prune(retention)
+            self._prune(retention, time.time_ns())
         except StoreError as error:
             self._note(f"prune: {error}")
 
     def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
         """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError."""
+        with self._changing():
+            return self._prune(retention, time.time_ns() if now_ns is None else now_ns)
+
+    def _prune(self, retention: Retention, now: int) -> list[str]:
         with self._lock:
             if self._chain is None or retention == Retention():
                 return []
             contents = History(self.directory, limits=self._limits).contents()
-            now = time.time_ns() if now_ns is None else now_ns
             removed = []
             current = sequence_of(self._chain.path.name)
             while len(contents) > 1 and sequence_of(contents[0].name) < current:
@@ -804,8 +908,7 @@ class HistoryWriter:
                 if is_segment(name) and sequence_of(name) >= oldest_left
             }
             if damaged != self.state.damaged:
-                self.state = replace(self.state, damaged=damaged)
-                save_state(self.directory, self.state)
+                self._save(replace(self.state, damaged=damaged))
             return removed
 
     def _is_over(self, contents: list[Contents], retention: Retention, now_ns: int) -> bool:
@@ -840,7 +943,10 @@ class HistoryWriter:
         may have torn them, they are made anew. The stream that led here cannot be continued any more.
         Raises StoreError, NoCheckpoint.
         """
-        with self._lock:
+        with self._changing():
+            if self._stored is not None:
+                self._apply()
+            self._settle()
             self._cancel_compaction()
             chain, checkpoint = self._chain, self.in_force
             if chain is None or checkpoint is None or self.position is None:
@@ -853,20 +959,22 @@ class HistoryWriter:
             with guarding(self._warm):
                 for path in self._warm.glob("taken-over-*"):
                     path.unlink()
-                replace_file(device_state, checkpoint.device_state)
+                replace_file(device_state, checkpoint.device_state, self._warm / SPARE)
+            self._spare_bytes = 0
             chain.is_sealed = True
-            self.set_state(handed_out=made)
+            self._save(replace(self.state, more={**self.state.more, "handed_out": made}))
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
                 self.history.restore_image(image, self.position.epoch)
             else:
                 chain.home.hand_out(image)
+            self._keep_room(checkpoint)
             return image, device_state
 
     # The end
 
     def close(self) -> None:
         """Drop what is incomplete, end a compaction, and let another write. May be called again."""
-        if self._lock_fd < 0:
+        if not self._held:
             return
         with self._lock:
             compaction = self._compaction
@@ -881,15 +989,13 @@ class HistoryWriter:
 
     def _release(self) -> None:
         if self._chain is not None:
-            os.close(self._chain.fd)
+            self._chain.close()
             self._chain.home.close()
             self._chain = None
         if hasattr(self, "_index"):
             self._index.close()
-        for fd in (self._warm_fd, self._lock_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._lock_fd = self._warm_fd = -1
+        while self._held:
+            os.close(self._held.pop())
 
     def __enter__(self) -> HistoryWriter:
         return self
