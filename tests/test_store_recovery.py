@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import streams as s
 from store_support import Source, commit, cuts, fill, memory_at, sha
@@ -16,6 +17,7 @@ from store_support import Source, commit, cuts, fill, memory_at, sha
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
+from remus_ckpt.pages import batches
 from remus_ckpt.store import History, HistoryWriter, Retention, Store
 from remus_ckpt.wire.record import Position
 
@@ -139,7 +141,7 @@ def test_what_a_death_leaves_lying_about_is_removed(store: Store) -> None:
     with store.writer("orders") as writer:
         assert writer.warnings == [] and writer.image is not None
         assert len(os.listdir(directory / "segments")) == 2
-        assert os.listdir(directory / "warm") == [writer.image.name]
+        assert {path.name for path in (directory / "warm").iterdir()} == {writer.image.name, "hand-over.spare"}
         assert not (directory / ".store.json.new").exists()
         assert writer.image.read_bytes() == memory_at(6).tobytes()
 
@@ -396,7 +398,27 @@ STATE_FAULTS: dict[str, Callable[[Path], object]] = {
     "no format": lambda path: _change(path, format=None),
     "term of text": lambda path: _change(path, term="1"),
     "negative term": lambda path: _change(path, term=-1),
+    "huge term": lambda path: _change(path, term=1 << 63),
+    "term that is true": lambda path: _change(path, term=True),
+    "term that is no integer": lambda path: _change(path, term=1.0),
+    "number without end": lambda path: path.write_text('{"format": 1, "term": ' + "9" * 5000 + "}"),
+    "huge epoch": lambda path: _change(path, highest_epoch=1 << 63),
+    "negative epoch": lambda path: _change(path, highest_epoch=-1),
+    "not a number": lambda path: _change(path, since=float("nan")),
+    "infinity": lambda path: _change(path, since=float("inf")),
+    "overflow": lambda path: path.write_text(path.read_text().replace('"term": 0', '"term": 0, "since": 1e999')),
     "role": lambda path: _change(path, role="boss"),
+    "role of a list": lambda path: _change(path, role=["standby"]),
+    "damaged list": lambda path: _change(path, damaged=["x"]),
+    "damaged by numbers": lambda path: _change(path, damaged={"x": 1}),
+    "expects_primary of text": lambda path: _change(path, expects_primary="false"),
+    "expects_primary of a number": lambda path: _change(path, expects_primary=0),
+    "takeover_done of text": lambda path: _change(path, takeover_done="no"),
+    "fencing of text": lambda path: _change(path, fencing="1"),
+    "handed_out of text": lambda path: _change(path, handed_out="here"),
+    "handed_out without boot": lambda path: _change(path, handed_out={"position": "x"}),
+    "nested": lambda path: _change(path, since=json.loads("[" * 100 + "]" * 100)),
+    "a folder": lambda path: (path.rename(path.with_name("kept")), path.mkdir())[0],
     "deep": lambda path: path.write_text("[" * 100_000),
     "large": lambda path: path.write_text("{}" + " " * (2 << 20)),
 }
@@ -418,6 +440,8 @@ def test_a_state_that_cannot_be_read(store: Store, fault: Callable[[Path], objec
     with pytest.raises(StoreError):
         store.writer("orders")
     assert (old.stat().st_size, new.stat().st_size) == sizes
+    if path.is_dir():
+        path.rmdir()
     path.write_bytes(good)
     assert epochs(store.history("orders")) == list(range(7))
 
@@ -474,3 +498,34 @@ def test_writers_that_come_and_go(store: Store) -> None:
 def test_malformed_is_no_store_error() -> None:
     """Callers tell the peer's fault from the disk's by the type."""
     assert issubclass(BadCheckpoint, Malformed) and not issubclass(BadCheckpoint, StoreError)
+
+
+@pytest.mark.parametrize("whose", ["another's", "its own", "its own next"])
+def test_memory_that_holds_a_save_stream(store: Store, whose: str) -> None:
+    """A page that holds a record, in a checkpoint that never came to its end, does not make that one that was whole.
+
+    Only the record of the very next one does: then it is that one's first bytes that are bad.
+    """
+    with store.writer("orders") as writer:
+        source = fill(writer, 2)
+        held = source.checkpoint()
+        commit(writer, held, source.position)
+    (segment,) = (store.directory / "orders" / "segments").iterdir()
+    size = segment.stat().st_size
+    if whose == "another's":
+        held = Source(position=Position(10, bytes(32))).checkpoint()
+    elif whose == "its own next":
+        held = Source(position=source.position).checkpoint()
+    record = held[held.index(b"RemusDeviceModelState") :]
+    page = np.random.default_rng(1).integers(1, 256, 4096, dtype=np.uint8)
+    page[: len(record)] = np.frombuffer(record, dtype=np.uint8)
+    groups = source.sender.checkpoint(batches(np.array([40]), page.reshape(1, -1)))
+    data = b"".join(bytes(buffer) for group in groups for buffer in group)
+    assert record in data
+    with open(segment, "ab") as file:
+        file.write(data[:-10])
+    is_damage = whose == "its own next"
+    assert store.history("orders").verify().is_good != is_damage
+    with store.writer("orders") as writer:
+        assert bool(writer.warnings) == is_damage and (writer.stream is None) == is_damage
+        assert (segment.stat().st_size == size) != is_damage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -129,9 +130,17 @@ def spare_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.spare")
 
 
+def _open_spare(spare: Path) -> int:
+    with suppress(FileNotFoundError):
+        status = os.lstat(spare)
+        if status.st_nlink != 1 or not stat.S_ISREG(status.st_mode):
+            spare.unlink()  # it was store.json, and somebody has made a copy of that by a link
+    return os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
 def keep_room(spare: Path, size: int) -> None:
     """Give a spare at least so many bytes of the disk: `replace_file` needs no other room then. Raises OSError."""
-    descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = _open_spare(spare)
     try:
         held = os.fstat(descriptor).st_size
         if held < size:
@@ -151,10 +160,8 @@ def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
     """
     spare = spare or spare_of(path)
     try:
-        descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = _open_spare(spare)
         try:
-            if os.fstat(descriptor).st_nlink != 1:
-                raise OSError(errno.EMLINK, "somebody else has a link to the spare")
             os.fchmod(descriptor, 0o600)
             write_all(descriptor, [data])
             os.ftruncate(descriptor, len(data))

@@ -1,0 +1,376 @@
+"""What was reported is there after a loss of power, also where somebody else wrote it and died, and where syncs fail."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from power import Power
+from store_support import PAGES, Source, commit, fill, memory_at, sha
+
+from remus_ckpt.errors import StoreError
+from remus_ckpt.memory import memory_sha256
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.store import HistoryWriter, Retention, Store
+from remus_ckpt.store.state import load_state
+from remus_ckpt.wire.record import Position
+
+STORE = Path("srv/remus/store")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    (tmp_path / "disk").mkdir()
+    return tmp_path / "disk"
+
+
+@pytest.fixture
+def power(monkeypatch: pytest.MonkeyPatch, disk: Path) -> Power:
+    return Power(monkeypatch, disk)
+
+
+class After:
+    """Looks at what a loss of power would leave, as often as asked."""
+
+    def __init__(self, power: Power, where: Path) -> None:
+        self._power, self._where, self._count = power, where, itertools.count()
+
+    def __call__(self) -> Store:
+        return Store(self._power.lose(self._where / str(next(self._count))) / STORE)
+
+
+@pytest.fixture
+def after(power: Power, tmp_path: Path) -> After:
+    return After(power, tmp_path / "after")
+
+
+def holds(store: Store, position: Position | None, term: int = 0) -> None:
+    """It is there with its memory, and can be gone on from."""
+    assert position is not None
+    newest = store.history("orders").newest()
+    assert newest is not None and newest.position == position
+    assert memory_sha256(store.history("orders").restore().memory) == sha(position.epoch)
+    assert store.history("orders").verify().is_good and store.history("orders").state.term == term
+    with store.writer("orders") as writer:
+        assert writer.position == position and writer.warnings == []
+
+
+def die(writer: HistoryWriter) -> None:
+    """As by SIGKILL: nothing is written any more."""
+    writer._release()
+
+
+def segment_of(writer: HistoryWriter) -> Path:
+    return sorted((writer.directory / "segments").glob("*.remus"))[-1]
+
+
+@pytest.mark.parametrize("is_created", [True, False])
+def test_all_that_is_reported_is_there(disk: Path, after: After, is_created: bool) -> None:
+    store = Store(disk / STORE)
+    if is_created:
+        store.create()
+        assert after().names() == []
+    writer = store.writer("orders")
+    assert after().names() == ["orders"]
+    source = Source()
+    writer.begin(full=True)
+    for _ in range(3):
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        writer.store()
+        holds(after(), source.position)
+        writer.apply()
+    writer.compact(wait=True)
+    holds(after(), source.position)
+    fill(writer, 1, source)
+    holds(after(), source.position)
+    source = fill(writer, 1)
+    holds(after(), source.position)
+    assert len(writer.prune(Retention(count=1))) == 2
+    assert len(os.listdir(after().directory / "orders" / "segments")) == 1
+    writer.set_state(term=1, role="promoted")
+    assert after().history("orders").state.role == "promoted"
+    _, device_state = writer.hand_out()
+    left = after().directory / "orders"
+    assert (left / "warm" / device_state.name).read_bytes() == device_state.read_bytes() == b"dev4"
+    writer.set_state(takeover_done=True)
+    assert load_state(after().directory / "orders").more["takeover_done"] is True
+    writer.close()
+    writer.history.restore_image(disk / "image")
+    writer.history.export(disk / "stream")
+    for name in ("image", "stream"):
+        assert (after().directory.parents[2] / name).read_bytes() == (disk / name).read_bytes()
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("is_base", [True, False])
+def test_what_a_dead_process_has_not_synced(disk: Path, after: After, is_base: bool, with_index: bool) -> None:
+    """It is found in the page cache, is called durable, and so it has to be."""
+    store = Store(disk / STORE)
+    with store.writer("orders") as writer:
+        source = fill(writer, 3)
+    segment = segment_of(writer)
+    if is_base:
+        source = Source(position=source.position)
+        segment = segment.with_name(f"{3:020}-000001.remus")
+    with open(segment, "ab") as file:
+        file.write(source.checkpoint())
+    if not with_index:
+        for path in writer.directory.glob("index.sqlite*"):
+            path.unlink()
+    with store.writer("orders") as writer:
+        assert writer.position == source.position
+        holds(after(), source.position)
+        writer.begin(full=False)
+        fill(writer, 1, source)
+        holds(after(), source.position)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_sync_that_failed_and_a_death(disk: Path, power: Power, after: After, with_index: bool) -> None:
+    """The next one's sync would succeed, and prove nothing."""
+    store = Store(disk / STORE)
+    writer = store.writer("orders")
+    source = fill(writer, 3)
+    writer.feed(source.checkpoint())
+    writer.check(source.position)
+    with power.failing(lambda path: path.suffix == ".remus"), pytest.raises(StoreError):
+        writer.store()
+    die(writer)
+    if not with_index:
+        for path in writer.directory.glob("index.sqlite*"):
+            path.unlink()
+    with power.failing(lambda path: path.suffix == ".remus"), pytest.raises(StoreError):
+        store.writer("orders")
+    with store.writer("orders") as writer:
+        assert writer.position == source.position
+        holds(after(), source.position)
+
+
+def test_nothing_follows_a_sync_that_failed(disk: Path, power: Power, after: After) -> None:
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 3)
+        held = writer.position
+        data = source.checkpoint()
+        writer.feed(data)
+        writer.check(source.position)
+        with power.failing(lambda path: path.suffix == ".remus"), pytest.raises(StoreError):
+            writer.store()
+        writer.abandon()
+        assert writer.position == held and writer.stream is None
+        with pytest.raises(StoreError):
+            writer.begin(full=False)
+        holds(after(), held)
+        source = fill(writer, 2)
+        holds(after(), source.position)
+
+
+def test_the_cut_of_what_never_came_to_its_end(disk: Path, power: Power, after: After) -> None:
+    """Were it there again behind a segment that is no longer the newest, that would count as damage."""
+    store = Store(disk / STORE)
+    with store.writer("orders") as writer:
+        source = fill(writer, 3)
+    with open(segment_of(writer), "ab") as file:
+        file.write(source.checkpoint()[:-10])
+    power.write_back()
+    with store.writer("orders") as writer:
+        source = fill(writer, 1)
+    left = after()
+    for path in (left.directory / "orders").glob("index.sqlite*"):
+        path.unlink()
+    holds(left, source.position)
+
+
+@pytest.mark.parametrize("what", ["base", "compaction"])
+def test_a_new_segment_that_may_come_back(disk: Path, power: Power, after: After, what: str) -> None:
+    """Its name was not synced, and neither was its removal: it must not pass for newer than what is acknowledged."""
+    with Store(disk / STORE).writer("orders") as writer:
+        fill(writer, 3)
+        held = writer.position
+        fails: list[bool] = []
+
+        def first(path: Path) -> bool:
+            if path.name == "segments":
+                fails.append(True)
+            return path.name == "segments"
+
+        if what == "base":
+            source = Source(position=held)
+            writer.begin(full=True)
+            writer.feed(source.checkpoint())
+            writer.check(source.position)
+        with power.failing(first):
+            power._fails_late = True
+            after_first = power._reach
+
+            def reach(fd: int) -> None:
+                if len(fails) <= 1:
+                    after_first(fd)
+
+            power._reach = reach  # type: ignore[method-assign]
+            if what == "base":
+                with pytest.raises(StoreError):
+                    writer.store()
+            else:
+                writer.compact(wait=True)
+                assert len(writer.warnings) == 1
+            power._reach = after_first  # type: ignore[method-assign]
+        assert len(fails) == 2
+        writer.abandon()
+        assert writer.position == held and writer.stream is None
+        source = fill(writer, 2)
+        holds(after(), source.position)
+
+
+def test_a_new_segment_that_does_not_come_back(disk: Path, power: Power, after: After) -> None:
+    """Its removal is durable: the stream goes on."""
+    with Store(disk / STORE).writer("orders") as writer:
+        kept = fill(writer, 3)
+        source = Source(position=kept.position)
+        writer.begin(full=True)
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        fails = [True]
+        with power.failing(lambda path: path.name == "segments" and bool(fails) and fails.pop(), late=True):
+            with pytest.raises(StoreError):
+                writer.store()
+        writer.begin(full=False)
+        fill(writer, 1, kept)
+        holds(after(), kept.position)
+
+
+def test_what_was_taken_over_is_not_continued(disk: Path, after: After) -> None:
+    """The survivor writes to that memory: deltas against it would make another."""
+    store = Store(disk / STORE)
+    for is_new_process in (False, True):
+        with store.writer("orders") as writer:
+            if not is_new_process:
+                fill(writer, 3)
+                image, _ = writer.hand_out()
+                image.write_bytes(bytes(PAGES * PAGE_SIZE))
+            assert writer.stream is None
+            with pytest.raises(StoreError):
+                writer.begin(full=False)
+            if not is_new_process:
+                writer.copy_image(disk / "copy")
+                assert (disk / "copy").read_bytes() == memory_at(2).tobytes()
+            else:
+                source = fill(writer, 2)
+                assert writer.memory is not None and memory_sha256(writer.memory) == sha(source.position.epoch)
+                holds(after(), source.position)
+
+
+def test_what_is_stored_and_not_applied_is_handed_out(disk: Path) -> None:
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 3)
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        writer.store()
+        image, device_state = writer.hand_out()
+        assert image.read_bytes() == memory_at(3).tobytes() and device_state.read_bytes() == b"dev3"
+
+
+# store.json
+
+
+def is_folder(path: Path) -> bool:
+    return path.name == "orders"
+
+
+def is_state(path: Path) -> bool:
+    return path.name.startswith("store.json")
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("fails", [is_folder, is_state])
+@pytest.mark.parametrize("times", [1, 2, 99])
+def test_a_state_that_cannot_be_synced(
+    disk: Path, power: Power, after: After, fails: Callable[[Path], bool], late: bool, times: int
+) -> None:
+    """Memory, disk and who opens it anew tell one story; and nothing is acknowledged until the disk does."""
+    store = Store(disk / STORE)
+    left = [times]
+
+    def some(path: Path) -> bool:
+        if not fails(path):
+            return False
+        left[0] -= 1
+        return left[0] >= 0
+
+    with store.writer("orders") as writer:
+        source = fill(writer, 2)
+        writer.set_state(term=1)
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        with power.failing(some, late=late):
+            with pytest.raises(StoreError):
+                writer.set_state(term=2, role="promoted")
+            assert writer.state == load_state(writer.directory) and writer.state.term == 1
+            if fails is is_folder and times == 99:
+                for act in (writer.store, writer.hand_out, lambda: writer.set_state(x=1)):
+                    with pytest.raises(StoreError):
+                        act()
+        writer.abandon()
+        data = Source(position=source.position)
+        writer.begin(full=True)
+        fill(writer, 1, data)
+        assert after().history("orders").state == writer.state == load_state(writer.directory)
+        holds(after(), data.position, term=1)
+        writer.set_state(term=2)
+        holds(after(), data.position, term=2)
+    with store.writer("orders") as writer:
+        assert writer.state.term == 2
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 99])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_state_is_whole_at_every_instant(
+    monkeypatch: pytest.MonkeyPatch, disk: Path, tmp_path: Path, times: int, late: bool
+) -> None:
+    """Whatever the disk has of what is being written, and whether or not it has the name: one of the two is there."""
+    power = Power(monkeypatch, disk, eager=True)
+    after = After(power, tmp_path / "after")
+    left = [0]
+
+    def some(path: Path) -> bool:
+        if path.name != "orders":
+            return False
+        left[0] -= 1
+        return left[0] >= 0
+
+    allowed = {0}
+
+    def look() -> None:
+        assert load_state(after().directory / "orders").term in allowed
+
+    with Store(disk / STORE).writer("orders") as writer:
+        power.on_step = look
+        for term in range(1, 6):
+            allowed = {writer.state.term, term}
+            left[0] = times if term in (2, 4) else 0
+            with power.failing(some, late=late):
+                try:
+                    writer.set_state(term=term, more="x" * 100 * term)
+                except StoreError:
+                    assert times
+                else:
+                    assert writer.state.term == term
+            allowed = {writer.state.term, *(allowed if times == 99 else ())}
+            look()
+
+
+def test_a_state_that_somebody_has_a_link_to(disk: Path, tmp_path: Path) -> None:
+    """A copy by hard links stays what it was."""
+    with Store(disk / STORE).writer("orders") as writer:
+        for term in range(1, 4):
+            writer.set_state(term=term)
+            for name in ("store.json", "store.json.spare"):
+                os.link(writer.directory / name, tmp_path / f"{name}-{term}")
+        kept = [(tmp_path / f"store.json-{term}").read_bytes() for term in range(1, 4)]
+        writer.set_state(term=9)
+        writer.set_state(term=10)
+        assert [(tmp_path / f"store.json-{term}").read_bytes() for term in range(1, 4)] == kept
+        assert load_state(writer.directory).term == 10
