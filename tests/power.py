@@ -34,7 +34,7 @@ class Power:
         self._failed: dict[int, list[tuple[int, int]]] = {}  # written since the last sync that failed
         self._pins: dict[int, int] = {}  # so that no number is used twice
         self._fails: Callable[[Path], bool] = lambda path: False
-        self._fails_late = False
+        self._late = 0
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, self._syncing(getattr(os, name)))
         for name in ("write", "writev", "pwrite", "ftruncate"):
@@ -50,9 +50,9 @@ class Power:
                 os.close(fd)
 
     @contextmanager
-    def failing(self, fails: Callable[[Path], bool], *, late: bool = False) -> Iterator[None]:
-        """Syncs of these fail; late: the disk has it all the same."""
-        self._fails, self._fails_late = fails, late
+    def failing(self, fails: Callable[[Path], bool], *, late: int = 0) -> Iterator[None]:
+        """Syncs of these fail; late: of so many the disk has it all the same."""
+        self._fails, self._late = fails, late
         try:
             yield
         finally:
@@ -102,9 +102,10 @@ class Power:
         def sync(fd: int) -> None:
             if self._is_ours(fd):
                 fails = self._fails(Path(os.readlink(f"/proc/self/fd/{fd}")))
-                if not fails or self._fails_late:
+                if not fails or self._late > 0:
                     self._reach(fd)
                 if fails:
+                    self._late -= 1
                     if stat.S_ISREG(os.fstat(fd).st_mode):
                         self._failed[os.fstat(fd).st_ino] = []
                     raise OSError(errno.EIO, "Input/output error")

@@ -69,10 +69,10 @@ class Compaction:
         """Begin."""
         self._thread.start()
 
-    def join(self) -> None:
+    def join(self, timeout_s: float | None = None) -> None:
         """Wait for the thread's end; not with the lock held."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def touch(self, pfns: NDArray[np.int64]) -> None:
         """These pages have been written; the lock is held."""

@@ -59,6 +59,7 @@ SPARE = "hand-over.spare"
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
 _SPARE_BYTES = 64 << 10
+_CANCEL_S = 10.0
 _BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
 """What a base may have: a first copy goes over memory more than once, but never so often."""
 _NOT_OURS = (
@@ -195,11 +196,11 @@ class HistoryWriter:
             self._index = index.Index(self.directory / index.FILE)
             with guarding(self.directory):
                 self._recover()
+            self.history = History(self.directory, limits=limits)
+            """The reading side."""
         except BaseException:
             self._release()
             raise
-        self.history = History(self.directory, limits=limits)
-        """The reading side."""
 
     # Opening
 
@@ -984,7 +985,7 @@ class HistoryWriter:
                 self._note(str(error))
             self._cancel_compaction()
         if compaction is not None:
-            compaction.join()
+            compaction.join(_CANCEL_S)
         self._release()
 
     def _release(self) -> None:
