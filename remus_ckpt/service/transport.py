@@ -187,6 +187,7 @@ class Connection:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
+        _live.add(self)
         self._is_server = server_name is None
         self._state = threading.Lock()
         self._users = 0
@@ -215,6 +216,20 @@ class Connection:
     def fileno(self) -> int:
         """The descriptor, for a poll; -1 when closed. Readiness says nothing of bytes that TLS holds already."""
         return self._socket.fileno()
+
+    def is_writable(self) -> bool:
+        """Whether a few kilobytes can be sent without waiting for the peer. Raises LinkError when closed."""
+        with self._use:
+            poll = select.poll()
+            poll.register(self._socket.fileno(), select.POLLOUT)
+            return bool(poll.poll(0))
+
+    def disown(self) -> None:
+        """In a fork: let go of the parent's connection, which goes on there as if nothing had happened."""
+        # Locks may have been held by threads that are not here.
+        self._state, self._send_lock = threading.Lock(), threading.Lock()
+        self._is_closed = True
+        self._socket.close()  # not shut down: that would end it for the parent too
 
     def _leave(self) -> None:
         with self._state:
@@ -473,6 +488,17 @@ class Connection:
                     self._incoming.write(self._cipher[:size])
                 else:
                     self._incoming.write_eof()
+
+
+_live: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for connection in list(_live):
+        connection.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)
 
 
 def _flat(buffer: Buffer) -> memoryview:
