@@ -296,8 +296,9 @@ class Link:
     def _release(self) -> None:
         self._closing = True
         self._connection.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        # Alive: it may never have been started.
+        if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
+            self._thread.join(_GOODBYE_S)
         wake, self.wake = self.wake, -1
         if wake >= 0:
             os.close(wake)

@@ -3,11 +3,11 @@
 What is sent and not yet acknowledged is bounded by the window. Nothing of it is kept but the numbers of its pages: if
 the link breaks, their present content goes full in the next checkpoint (specs/session.md §5).
 
-A signal handler may raise between any two instructions of the main thread. One rule keeps commits right all the same: a
-page is noted before the reference takes its new content, by the sender and then by a flight, and a flight goes only when
-the backup has acknowledged it or its pages are owed. Until a checkpoint's commit has been sent, its flight is `_coming`;
-a call that finds one there, or an unfinished sender, takes the link down, and the next session settles what the backup
-holds. Whatever takes several steps can be done again. Nothing here waits with a lock held.
+A signal handler may raise between any two instructions of the main thread. One rule keeps commits right all the same:
+a page is noted before the reference takes its new content, by the sender and then by a flight, and a flight goes only
+when the backup has acknowledged it or its pages are owed. Until a checkpoint's commit has been sent, its flight is
+`_coming`; a call that finds one there, or an unfinished sender, takes the link down, and the next session settles what
+the backup holds. Whatever takes several steps can be done again. There are no locks: none can be left held.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class _Flight:
 
 
 class _Bell:
-    """Wakes all who wait. It holds no lock, as a Condition does, that an interrupt could leave held."""
+    """Wakes all who wait. Unlike a Condition it has no lock of its own, which an interrupt could leave held."""
 
     def __init__(self) -> None:
         self._waiters: set[Any] = set()
@@ -182,8 +183,8 @@ class Primary:
         self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
         self._link: Link | None = None
         self._coming: _Flight | None = None  # the checkpoint that is being written, until its commit has been sent
-        self._flights: tuple[_Flight, ...] = ()  # sent and not acknowledged, the oldest first; at most the window
-        self._lock = threading.Lock()  # for who changes the flights
+        # Sent and not acknowledged, the oldest first; at most the window. We append, the link's thread takes away.
+        self._flights: deque[_Flight] = deque()
         self._bell = _Bell()  # rung when they, the link or `committed` have changed
         self._until = math.inf  # when the call that is under way must be over
         self._pid = os.getpid()
@@ -293,7 +294,7 @@ class Primary:
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all that was sent is committed. Raises LinkError if that does not come to pass."""
-        flights = self._flights
+        flights = tuple(self._flights)
         if flights and (newest := flights[-1].position) is not None:
             self._await(newest.epoch, timeout_s, is_patient=False)
 
@@ -528,8 +529,7 @@ class Primary:
         return True
 
     def _forget_flights(self) -> None:
-        with self._lock:
-            self._flights = ()
+        self._flights.clear()
         self._coming = None
 
     def _lost(self, error: LinkError) -> None:
@@ -601,8 +601,7 @@ class Primary:
         if self._link is None or flight is None or sent.position is None:
             raise LinkError("there is no link")
         flight.sent = sent
-        with self._lock:
-            self._flights = (*self._flights, flight)
+        self._flights.append(flight)
         self._link.commit(
             Commit(position=sent.position, before=sent.before, stream_bytes=sent.stream_bytes, pages=sent.pages)
         )
@@ -639,7 +638,7 @@ class Primary:
             return (
                 f"on_commit does not return: {self._release.waiting:,} commits wait for it, and checkpoints with them"
             )
-        flights = self._flights
+        flights = tuple(self._flights)
         oldest = flights[0].sent.epoch if flights and flights[0].sent else "that it has"
         return f"the backup has not committed epoch {oldest}: its disk may be slow, or hang"
 
@@ -665,23 +664,23 @@ class Primary:
     def _commit_up_to(self, position: Position) -> bool:
         """Take what the backup holds out of the flights; False if the position is none of theirs."""
         now = time.monotonic()
+        flights = tuple(self._flights)
+        place = next((place for place, flight in enumerate(flights) if flight.position == position), None)
+        if place is None:
+            return False
         done: list[Committed] = []
-        with self._lock:
-            for flight in self._flights:
-                if flight.sent is None or flight.sent.position is None:
-                    break
-                done.append(Committed(flight.sent.epoch, flight.sent.position, now - flight.began))
-                if flight.sent.position == position:
-                    break
-            if not done or done[-1].position != position:
-                return False
-            self.committed = self._anchor = position
-            self._backoff_s = 0.0
-            if self._release is not None:
-                self._release.put(done)
-            # The last step: up to here, whoever is interrupted may begin again.
-            self._flights = self._flights[len(done) :]
-            self._commits += len(done)
+        for flight in flights[: place + 1]:
+            assert flight.sent is not None and flight.sent.position is not None
+            done.append(Committed(flight.sent.epoch, flight.sent.position, now - flight.began))
+        self.committed = self._anchor = position
+        self._backoff_s = 0.0
+        if self._release is not None:
+            self._release.put(done)
+        # Last, and the one that was asked for last of all: whoever is interrupted before finds it still there.
+        for flight in flights[: place + 1]:
+            if self._flights and self._flights[0] is flight:
+                self._flights.popleft()
+        self._commits += len(done)
         self._bell.ring()
         for committed in done:
             self._metrics.committed(
