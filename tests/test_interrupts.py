@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +17,17 @@ import numpy as np
 import pytest
 
 import remus_ckpt
+from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import RemusError
+from remus_ckpt.files import StreamWriter
+from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.restorer import Restorer
+from remus_ckpt.sender import Sender
 from remus_ckpt.service import primary
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import arrays_of, protect
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Store
 
 LONG_S = 20.0
@@ -223,3 +229,80 @@ def test_a_checkpoint_that_is_interrupted_at_each_line(tmp_path: Path, scenario:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_checkpoint_that_is_interrupted_at_an_instruction(tmp_path: Path, scenario: Any) -> None:
     strike_at_each(tmp_path, scenario, "opcode", os.getpid() % 29, 29)
+
+
+def record(path: Path, at: int, kind: str) -> tuple[bool, list[bytes], list[bytes]]:
+    """A recording that goes on after an interrupt, where it can. Returns whether it was interrupted, and memory at each
+    checkpoint that was taken, and as its stream holds them."""
+    array = np.zeros((4, 4096), dtype=np.uint8)
+    source = OwnMemory({"array": array})
+    writer = StreamWriter(path)
+    loop = CheckpointLoop(source, Sender(source.pages, reference=Shadow(source.shadow)), writer)
+    images = []
+    with interrupted(at, kind=kind) as striking:
+        for step in range(3):
+            array[step % 4] = step + 1
+            images.append(array.tobytes())
+            loop.take()
+    if striking.has_struck:
+        array[3, 7] = 9
+        with suppress(ValueError):  # it refuses to go on where half a checkpoint has been written
+            loop.take()
+            images.append(array.tobytes())
+    writer.close()
+    source.close()
+    restorer = Restorer()
+    restorer.feed(path.read_bytes())
+    restorer.feed_eof()
+    return striking.has_struck, images, [restorer.memory.tobytes() for _ in restorer.checkpoints()]
+
+
+@pytest.mark.parametrize(("kind", "stride"), [("line", 3), ("opcode", 67)])
+def test_a_recording_that_is_interrupted(tmp_path: Path, kind: str, stride: int) -> None:
+    """The stream holds whole checkpoints and nothing else, each of them right."""
+    at = 0
+    while True:
+        has_struck, images, held = record(tmp_path / "stream", at, kind)
+        assert [image for image in images if image in held] == held, at
+        if not has_struck:
+            break
+        at += stride
+    assert held == images
+    assert at > 300
+
+
+class Keeping:
+    """An output that keeps all buffers until the checkpoint's end, as it may."""
+
+    def __init__(self) -> None:
+        self.stream = b""
+        self._kept: list[Any] = []
+
+    def write(self, buffers: list[Any]) -> None:
+        self._kept += buffers
+
+    def commit(self, sent: Any) -> None:
+        self.stream += b"".join(map(bytes, self._kept))
+        self._kept.clear()
+
+    def fds(self) -> tuple[int, ...]:
+        return ()
+
+    def check(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_buffers_do_not_change_before_the_commit(bounded: bool) -> None:
+    array = np.random.default_rng(1).integers(0, 256, (3000, 4096), dtype=np.uint8)
+    source, output = OwnMemory({"array": array}), Keeping()
+    sender = Sender(source.pages, reference=Shadow(source.shadow), buffer_pages=100)
+    loop = CheckpointLoop(source, sender, output, bounded=bounded)
+    restorer = Restorer()
+    for step in range(3):
+        array[step::2] ^= np.uint8(step + 1)
+        loop.take()
+        restorer.feed(output.stream)
+        output.stream = b""
+        assert [checkpoint.epoch for checkpoint in restorer.checkpoints()] == [step]
+        assert np.array_equal(restorer.memory, array)

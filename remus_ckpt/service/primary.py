@@ -331,14 +331,15 @@ class Primary:
         """
         if self._pid != os.getpid():
             return
-        self._until = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
+        self.hurry(timeout_s / 2)  # a backup that does not hang up leaves on_commit its half
         try:
             if self._link is not None:
                 self._link.close(self.ended or "closed")
                 self._link = None
         finally:
             if self._release is not None:
-                self._release.close(self.left_s(timeout_s))
+                self._release.close(deadline - time.monotonic())
 
     def left_s(self, seconds: float) -> float:
         """How many of so many seconds the call that is under way may still take."""
@@ -708,11 +709,11 @@ class _Release:
             self._queue.put(committed)
 
     def close(self, timeout_s: float) -> None:
-        """Deliver what is committed, and end. Raises RemusError where that takes longer."""
+        """Deliver what is committed, and end. Raises RemusError where that takes longer; a moment it always has."""
         self._queue.put(None)
         if self._thread is threading.current_thread():
             return
-        self._thread.join(timeout_s)
+        self._thread.join(max(timeout_s, _LOOK_S))
         if self._thread.is_alive():
             raise RemusError(f"on_commit does not return: it has not been told of {self.waiting - 1:,} commits")
 

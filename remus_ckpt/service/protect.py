@@ -190,8 +190,10 @@ class Protection:
                 self._let_go()
 
     def _raise(self) -> None:
-        if self._error is not None:
+        if isinstance(self._error, Exception):
             raise self._error
+        if self._error is not None:  # it wanted the thread to end, not whoever calls us
+            raise RemusError(f"the thread that takes checkpoints has ended: {self._error!r}") from self._error
 
     def __enter__(self) -> Self:
         return self
