@@ -64,11 +64,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.is_set = False
+        self._pid = os.getpid()
 
     def set(self) -> None:
-        """End the loop after the checkpoint that is being taken. May come after `close`."""
+        """End the loop after the checkpoint that is being taken. May come after `close`; in a fork it does nothing."""
         self.is_set = True
-        if self.fd >= 0:
+        if self.fd >= 0 and self._pid == os.getpid():
             os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:

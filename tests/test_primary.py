@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -18,14 +20,18 @@ import numpy as np
 import pytest
 from liars import Liar, Peer
 from services import make_keys
+from support import process_state, writer_process
 from test_service import LONG_S, Memory, backup_in, entries, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, SourceError
+from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import primary as primaries
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
+from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store
 from remus_ckpt.wire import session as wire
 
@@ -366,6 +372,7 @@ def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls
         subprocess.run([sys.executable, "-c", ""], check=True, close_fds=False)
         advance()
         assert protection._primary._connections == 1
+        assert not select.select([protection._stop.fd], [], [], 0)[0], "the thread no longer keeps to its interval"
         protection.close()
 
 
@@ -395,6 +402,36 @@ def test_a_fork_in_a_callback_lets_nobody_write(tmp_path: Path) -> None:
             raise
         assert held == [True]
         protection.close()
+
+
+DIES_IN_A_PAUSE = """
+import os, signal, sys, time
+from remus_ckpt.source.processes import Processes
+processes = Processes([int(sys.argv[1])])
+processes.stop()
+if os.fork() == 0:
+    os.close(1)
+    time.sleep(30)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_fork_does_not_keep_the_guard_waiting(tmp_path: Path) -> None:
+    """Its parent dies in a pause: the worker runs on although the fork lives."""
+    memory = Path(f"/dev/shm/remus-fork-{os.getpid()}")
+    memory.write_bytes(bytes(8 * PAGE_SIZE))
+    try:
+        with writer_process(memory) as worker:
+            dying = subprocess.Popen([sys.executable, "-c", DIES_IN_A_PAUSE, str(worker.pid)], process_group=0)
+            try:
+                assert dying.wait(LONG_S) == -signal.SIGKILL
+                until(lambda: process_state(worker.pid) not in "Tt")
+                Processes([worker.pid]).close()  # nobody claims it any longer
+            finally:
+                os.killpg(dying.pid, signal.SIGKILL)
+    finally:
+        memory.unlink()
 
 
 # What is acknowledged, and what is refused
@@ -444,26 +481,34 @@ def test_fenced_by_the_term_that_it_has(tmp_path: Path) -> None:
 
 
 def test_a_pause_that_somebody_else_ended_makes_no_checkpoint(tmp_path: Path) -> None:
-    lock = threading.Lock()
-    breaking = [False]
+    """A worker that is let run on in a pause may have written to what was copied."""
+    memory = Path(f"/dev/shm/remus-primary-{os.getpid()}")
+    memory.write_bytes(bytes(8 * PAGE_SIZE))
+    try:
+        with writer_process(memory) as worker, backup_in(tmp_path / "store") as backup, ExitStack() as stack:
+            interfering = [False]
 
-    def device_state() -> bytes:
-        if breaking[0]:
-            lock.release()
-        return b""
+            def device_state() -> bytes:
+                if interfering[0]:
+                    os.kill(worker.pid, signal.SIGCONT)
+                    until(lambda: process_state(worker.pid) not in "Tt")
+                return b""
 
-    with (
-        backup_in(tmp_path / "store") as backup,
-        Memory(backup.addresses[0], lock=lock, device_state=device_state) as memory,
-    ):
-        memory.step(1)
-        breaking[0] = True
-        with pytest.raises(SourceError):
-            memory.step(2)
-        breaking[0] = False
-        assert [entry.epoch for entry in entries(tmp_path / "store")] == [0]
-        memory.step(3)
-        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+            source = SharedFile(memory, Processes([worker.pid]))
+            stack.callback(source.close)
+            primary = Primary(
+                "orders", source, lambda: connect(Address.parse(backup.addresses[0])), device_state=device_state
+            )
+            stack.callback(primary.close)
+            primary.checkpoint(wait=True)
+            interfering[0] = True
+            with pytest.raises(SourceError):
+                primary.checkpoint(wait=True)
+            assert [entry.epoch for entry in entries(tmp_path / "store")] == [0]
+            interfering[0] = False
+            assert primary.checkpoint(wait=True) == 1
+    finally:
+        memory.unlink()
 
 
 def test_a_new_run_follows_what_the_backup_holds(tmp_path: Path) -> None:

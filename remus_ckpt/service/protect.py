@@ -105,8 +105,7 @@ class Protection:
         self._error: BaseException | None = None
         self._pid = os.getpid()
         self._is_closed = False
-        self._closing = threading.Lock()
-        self._is_left: bool | None = None  # the thread, to its own end and ours; None: not known yet
+        self._has_ended = not in_thread  # the thread
         self._thread: threading.Thread | None = None
         if in_thread:
             self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
@@ -174,7 +173,7 @@ class Protection:
 
     def _let_go(self) -> None:
         """Of the source and the signal: the last one who uses them does, here or the thread."""
-        if self._thread is None or self._thread is threading.current_thread() or not self._thread.is_alive():
+        if self._is_closed and self._has_ended:
             self._source.close()
             self._stop.close()
 
@@ -186,8 +185,8 @@ class Protection:
             self._error = error
             log("the protection has ended", level=logging.ERROR, name=self._primary.name, error=error)
         finally:
-            if self._is_closed:
-                self._let_go()
+            self._has_ended = True
+            self._let_go()
 
     def _raise(self) -> None:
         if isinstance(self._error, Exception):
