@@ -247,8 +247,8 @@ class StreamWriter:
         """Cut off what is no whole checkpoint, and close."""
         try:
             if self._is_file:
-                if self.written != self.committed:
-                    os.ftruncate(self._fd, self.committed)
+                # Always: a write may have been interrupted before it was counted.
+                os.ftruncate(self._fd, self.committed)
                 os.fsync(self._fd)
         finally:
             os.close(self._fd)

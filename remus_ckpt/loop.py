@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.errors import SourceError
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
@@ -45,7 +46,7 @@ class Output(Protocol):
     """Where checkpoints go: a file, or a link to a backup."""
 
     def write(self, buffers: list[Buffer]) -> None:
-        """Take all of the buffers; they may be written to when it returns."""
+        """Take all of the buffers. They may be kept, and do not change, until `commit` returns."""
 
     def commit(self, sent: Sent) -> None:
         """What was written since the last one is a whole checkpoint. May wait before it takes the next."""
@@ -63,11 +64,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.is_set = False
+        self._pid = os.getpid()
 
     def set(self) -> None:
-        """End the loop after the checkpoint that is being taken. May come after `close`."""
+        """End the loop after the checkpoint that is being taken. May come after `close`; in a fork it does nothing."""
         self.is_set = True
-        if self.fd >= 0:
+        if self.fd >= 0 and self._pid == os.getpid():
             os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
@@ -161,13 +163,16 @@ class CheckpointLoop:
         epoch = self._sender.next_epoch
         pause = _Pause(self._source, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
-            # Each group of buffers has been encoded and is written while the scan stands still.
-            for group in self._sender.checkpoint(
-                self._scan(pause), device_state=lambda: self._state, time_ns=time.time_ns()
-            ):
-                self._output.write(group)
+            try:
+                # Each group of buffers has been encoded and is written while the scan stands still.
+                for group in self._sender.checkpoint(
+                    self._scan(pause), device_state=lambda: self._state, time_ns=time.time_ns()
+                ):
+                    self._output.write(group)
+            finally:
+                pause.give_back()
         finally:
-            pause.end()
+            pause.give_back()  # again, for a signal's handler may have raised in the first
         assert self._sender.sent is not None
         self._output.commit(self._sender.sent)
         encode_s = time.monotonic() - pause.ended_at
@@ -328,16 +333,17 @@ class _Pause:
         self.ended_at = 0.0
 
     def begin(self) -> None:
+        """Stop the source. Whatever this raises, and wherever: `give_back` is to be called."""
+        self._is_on = True
         # Ctrl-Z in a pause would leave the source stopped with us.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         self._began = time.monotonic()
         try:
             with self.capturing():
                 self._source.pause()
-        except BaseException:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+        except SourceError:  # they run on
+            self._over()
             raise
-        self._is_on = True
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -346,9 +352,7 @@ class _Pause:
         self.capture_s += time.monotonic() - begin
 
     def end(self) -> None:
-        if not self._is_on:
-            return
-        self._is_on = False
+        """Look whether it has held, and let the source run on. Raises SourceError if it has not."""
         witness = time.monotonic()
         try:
             self._source.check_paused()
@@ -356,9 +360,21 @@ class _Pause:
             self._on_paused()
         finally:
             witness = time.monotonic() - witness
-            try:
-                self._source.resume()
-            finally:
-                self.ended_at = time.monotonic()
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-                self.seconds = self.ended_at - self._began - witness
+            self.give_back()
+            self.seconds = self.ended_at - self._began - witness
+
+    def give_back(self) -> None:
+        """Let the source run on, if it may be stopped. Called again where it was interrupted, it goes on."""
+        if not self._is_on:
+            return
+        try:
+            self._source.resume()
+        except SourceError:
+            self._over()
+            raise
+        self._over()
+
+    def _over(self) -> None:
+        self.ended_at = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+        self._is_on = False

@@ -100,7 +100,9 @@ class Sender:
         self._started = False
         self.unfinished = False
         """A checkpoint was begun and not taken to its end."""
-        self._carried: list[NDArray[np.int64]] = []
+        self.carried: list[NDArray[np.int64]] = []
+        """int64[n] each: the pages with data of the last checkpoint, or of the one that broke off, as they came. A page
+        is in it before the reference changes. Each checkpoint has a list of its own."""
 
     @property
     def next_epoch(self) -> int:
@@ -109,8 +111,8 @@ class Sender:
 
     @property
     def pfns(self) -> NDArray[np.int64]:
-        """int64[n]: the pages with data of the last checkpoint, or of the one that broke off, as they came."""
-        return np.concatenate([np.empty(0, dtype=np.int64), *self._carried])
+        """int64[n]: those of `carried` in one piece."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.carried])
 
     def rewind(self, position: Position, pfns: NDArray[np.int64]) -> None:
         """Go on from a checkpoint of this stream that the receiver holds, although others were sent behind it.
@@ -118,9 +120,11 @@ class Sender:
         position: that checkpoint's
         pfns: the pages of all checkpoints behind it, the one that broke off included. What the receiver holds of them
             is not what the reference says, so they are owed: the next checkpoint carries them, and carries them full.
+        May be called again where it was interrupted.
         """
         if self.sent is None:
             raise ValueError("no checkpoint was sent: begin a new stream with a new sender")
+        self.unfinished = True
         self._writer.abandon()
         self.position = position
         self.owed = np.union1d(self.owed, pfns)
@@ -155,7 +159,7 @@ class Sender:
                 raise ValueError(f"position {position} behind {self.position}")
             epoch = position.epoch
         self.unfinished = True
-        self._carried = []
+        self.carried = []
         sent = Sent(epoch, before=self.position)
         begin = self._writer.offset
         is_first = not self._started
@@ -203,7 +207,7 @@ class Sender:
                 continue
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
             seen[pfns] = True
-            self._carried.append(pfns)
+            self.carried.append(pfns)
             if len(self._reference.pages) == self.p2m_size:
                 expect(self._reference.pages, pfns)
             self._reference.sent_raw(pfns, batch.data)
@@ -236,7 +240,7 @@ class Sender:
     def _wait(self, waiting: _PageBuffer, pfns: NDArray[np.int64], tables: NDArray[np.bool_], data: Pages) -> None:
         # Page tables leave the reference when they are added, before any page of this buffer is looked up: as in Xen.
         self._reference.invalidate(pfns[tables])
-        self._carried.append(pfns)
+        self.carried.append(pfns)
         waiting.pieces.append((pfns, tables, data))
         waiting.count += len(data)
 

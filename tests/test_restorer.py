@@ -486,9 +486,15 @@ class SmallHome:
         self.has = wanted
 
 
-def test_a_home_that_is_full_stops_a_checkpoint_before_it_is_staged() -> None:
-    more = s.batch(8, [entry(0), entry(2)]) + s.compressed(8, b"\x80" + page(7) + b"\x80" + page(8)) + END
-    first = s.hvm_header(8, 4) + s.batch(8, [entry(0)], page(1)) + ENABLE_COMPRESSION + END + s.hvm_tail()
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_a_home_that_is_full_stops_a_checkpoint_before_it_is_staged(is_raw: bool) -> None:
+    entries, pages = [entry(0), entry(2)], [page(7), page(8)]
+    if is_raw:
+        more = s.batch(8, entries, *pages) + END
+    else:
+        more = s.batch(8, entries) + s.compressed(8, b"".join(b"\x80" + data for data in pages)) + END
+    switch = b"" if is_raw else ENABLE_COMPRESSION
+    first = s.hvm_header(8, 4) + s.batch(8, [entry(0)], page(1)) + switch + END + s.hvm_tail()
     home = SmallHome(1)
     restorer = Restorer(home=home)
     restorer.feed(first)

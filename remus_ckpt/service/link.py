@@ -43,6 +43,7 @@ class Link:
     on_ack: called for each acknowledgement, in the thread that hears it
     status: called for what goes with each heartbeat
     give_up: whether not to wait for the welcome any longer
+    left_s: how many of so many seconds there are for who calls; by default all of them
     Raises Refused or Fenced if the backup will not have us, LinkError if it is lost, Malformed if it talks nonsense.
     """
 
@@ -54,12 +55,14 @@ class Link:
         on_ack: Callable[[Ack], None],
         status: Callable[[], dict[str, Any]],
         give_up: Callable[[], bool] = lambda: False,
+        left_s: Callable[[float], float] = lambda seconds: seconds,
         compression: str = "auto",
     ) -> None:
         self._connection = connection
         self._session = Session("client")
         self._on_ack = on_ack
         self._status = status
+        self._left_s = left_s
         self._sending = threading.Lock()
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
@@ -108,7 +111,7 @@ class Link:
             elif time.monotonic() > deadline or give_up():
                 raise LinkError(f"{self.peer} took the connection and has not answered")
             else:
-                self._receive(_LOOK_S)
+                self._receive(self._left_s(_LOOK_S))
 
     def _check_welcome(self, hello: Hello) -> None:
         """What no backup says that works: it is tried again, later. Raises Malformed."""
@@ -132,7 +135,7 @@ class Link:
         self._thread.start()
 
     def write(self, buffers: list[Buffer]) -> None:
-        """Bytes of the save stream, of a checkpoint whose commit follows."""
+        """Bytes of the save stream, of a checkpoint whose commit follows. They are kept until then."""
         self._pending += buffers
         self._pending_bytes += sum(len(buffer) for buffer in buffers)
         if self._pending_bytes >= _FLUSH_BYTES:
@@ -173,16 +176,14 @@ class Link:
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
-            self._connection.send(frames, self._lease_s)
+            self._connection.send(frames, self._left_s(self._lease_s))
         except LinkError as error:
             raise self._reason(error) from error
-        except TimeoutError as error:
-            raise self._reason(LinkError(f"{self.peer} takes no more data")) from error
 
     def _reason(self, otherwise: LinkError) -> RemusError:
         """What the other side said before it closed, which is the better reason."""
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(1.0)
+            self._thread.join(self._left_s(1.0))
         return self._error or otherwise
 
     # What comes back
@@ -213,8 +214,8 @@ class Link:
                     raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
                 if now >= beat:
                     number += 1
-                    # Behind data that do not move, a heartbeat would wait; they are sign enough.
-                    if self._sending.acquire(blocking=False):
+                    # Behind data that do not move, a heartbeat would wait, and whoever wants to send wait for it.
+                    if self._connection.is_writable() and self._sending.acquire(blocking=False):
                         try:
                             if not self._session.ended:  # behind a goodbye nothing follows
                                 self._connection.send(
@@ -230,8 +231,6 @@ class Link:
             self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
         except RemusError as error:
             self._fail(error)
-        except TimeoutError:
-            self._fail(LinkError(f"{self.peer} takes no more data"))
         except Exception as error:
             if self._session.ended:  # a heartbeat was due when we had just said goodbye
                 self._fail(LinkError(f"{self.peer}: the session has ended"))
@@ -260,7 +259,7 @@ class Link:
         """Tell the backup what was wrong with its bytes, where no other data stand in the way."""
         if self._sending.acquire(blocking=False):
             try:
-                with suppress(RemusError, TimeoutError, ValueError):
+                with suppress(RemusError, ValueError):
                     message = Error(code="malformed", message=str(error), offset=error.offset)
                     self._connection.send(self._session.send(message), 1.0)
             finally:
@@ -272,26 +271,34 @@ class Link:
             os.eventfd_write(self.wake, 1)
         self._connection.close()
 
+    def hang_up(self) -> None:
+        """Break it: who waits for the other side, in whatever thread, gets a LinkError."""
+        self._connection.close()
+
     def check(self) -> None:
         """Raise what has ended the session, if anything has."""
         if self._error is not None:
             raise self._error
 
     def close(self, goodbye: str | None = None) -> None:
-        """End the session; with a reason, tell the backup that this is no accident."""
-        if goodbye is not None and self._error is None:
+        """End the session; with a reason, tell the backup that this is no accident. May be called again."""
+        if goodbye is not None and self._error is None and self._sending.acquire(timeout=self._left_s(_GOODBYE_S)):
             with suppress(RemusError, ValueError):  # it may be gone already
-                self._post(Goodbye(reason=goodbye))
+                try:
+                    self._connection.send(self._session.send(Goodbye(reason=goodbye)), self._left_s(_GOODBYE_S))
+                finally:
+                    self._sending.release()
                 # Until it hangs up (specs/session.md §4): bytes that nobody reads here could undo the goodbye.
                 if self._thread is not None and self._thread is not threading.current_thread():
-                    self._thread.join(_GOODBYE_S)
+                    self._thread.join(self._left_s(_GOODBYE_S))
         self._release()
 
     def _release(self) -> None:
         self._closing = True
         self._connection.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        if self.wake >= 0:
-            os.close(self.wake)
-            self.wake = -1
+        # Alive: it may never have been started.
+        if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
+            self._thread.join(_GOODBYE_S)
+        wake, self.wake = self.wake, -1
+        if wake >= 0:
+            os.close(wake)

@@ -2,6 +2,12 @@
 
 What is sent and not yet acknowledged is bounded by the window. Nothing of it is kept but the numbers of its pages: if
 the link breaks, their present content goes full in the next checkpoint (specs/session.md §5).
+
+A signal handler may raise between any two instructions of the main thread. One rule keeps commits right all the same:
+a page is noted before the reference takes its new content, by the sender and then by a flight, and a flight goes only
+when the backup has acknowledged it or its pages are owed. Until a checkpoint's commit has been sent, its flight is
+`_coming`; a call that finds one there, or an unfinished sender, takes the link down, and the next session settles what
+the backup holds. Whatever takes several steps can be done again. There are no locks: none can be left held.
 """
 
 from __future__ import annotations
@@ -14,8 +20,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -41,9 +48,12 @@ LASTING = frozenset({"version", "name", "limit", "fenced"})
 MAX_WINDOW = 1024
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
-_TRY_S = 1.0
-"""So long a backup has to answer, at least."""
+_LOOK_S = 0.1
+"""How often whoever waits looks for what nobody tells it."""
+_SAY_S = 10.0
+"""Checkpoints that wait for longer are worth a line in the log."""
 _MAX_UNRELEASED = 1000
+"""Commits that may wait for on_commit; then checkpoints wait too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +70,52 @@ class Committed:
 
 @dataclass(slots=True)
 class _Flight:
-    """A checkpoint that was sent and is not yet acknowledged."""
+    """A checkpoint on its way: being written, or sent and not yet acknowledged.
 
-    sent: Sent
-    pfns: NDArray[np.int64]
+    carried: its pages, as the sender adds to them
+    began: when its first byte was sent
+    sent: what it came to, once it has been written
+    """
+
+    carried: list[NDArray[np.int64]]
     began: float
+    sent: Sent | None = None
+
+    @property
+    def position(self) -> Position | None:
+        return None if self.sent is None else self.sent.position
+
+
+class _Bell:
+    """Wakes all who wait. Unlike a Condition it has no lock of its own, which an interrupt could leave held."""
+
+    def __init__(self) -> None:
+        self._waiters: set[Any] = set()
+
+    def ring(self) -> None:
+        """Let all who wait look again."""
+        for waiter in tuple(self._waiters):
+            with suppress(RuntimeError):  # it is awake already
+                waiter.release()
+
+    def wait(self, is_over: Callable[[], bool], deadline: float) -> bool:
+        """Until it is over, which is looked at after each ring and now and then; False when the time is."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        try:
+            self._waiters.add(waiter)
+            while not is_over():
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                waiter.acquire(timeout=min(left_s, _LOOK_S))
+            return True
+        finally:
+            self._waiters.discard(waiter)
 
 
 class Primary:
-    """Keeps one source protected by one backup.
+    """Keeps one source protected by one backup, from the process that made it: a fork has no part in it.
 
     name: under which the backup keeps it
     connect: gives a connection, shaken hands; called again whenever one is lost
@@ -76,11 +123,13 @@ class Primary:
     wait: what counts as committed: "received", "durable" or "applied"
     term: under which this side was promoted; None: whatever the backup's is, if it has not been promoted itself
     device_state: called in each pause, for what goes with the checkpoint
-    on_commit: called for each commit, in order, in a thread of its own
+    on_commit: called for each commit, in order, in a thread of its own. Whatever it raises is logged, and the commits
+        behind it are delivered all the same. While 1,000 wait for it, so do checkpoints
     on_paused: called with the epoch while the source is paused
     on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
         capture
     on_turn: called often while all is well, also while a link or the backup is waited for
+    What the other callbacks raise goes to the caller; the next checkpoint goes on right behind it.
     """
 
     def __init__(
@@ -133,9 +182,12 @@ class Primary:
         self._anchor: Position | None = None  # the newest committed one that this sender has made
         self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
         self._link: Link | None = None
-        self._flights: deque[_Flight] = deque()  # sent and not acknowledged, the oldest first; at most the window
-        self._changed = threading.Condition()
-        self._began = 0.0  # when the checkpoint that is being written sent its first byte; 0 before that
+        self._coming: _Flight | None = None  # the checkpoint that is being written, until its commit has been sent
+        # Sent and not acknowledged, the oldest first; at most the window. We append, the link's thread takes away.
+        self._flights: deque[_Flight] = deque()
+        self._bell = _Bell()  # rung when they, the link or `committed` have changed
+        self._until = math.inf  # when the call that is under way must be over
+        self._pid = os.getpid()
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
         self._commits = 0
@@ -152,6 +204,8 @@ class Primary:
         A lost link is made anew; meanwhile the source runs on, and nothing is committed.
         Raises Fenced when another has taken over, Refused where another try would not help, SourceError.
         """
+        self._check_process()
+        self._until = math.inf
         self._is_running = True
         try:
             yield from self._sessions()
@@ -179,16 +233,20 @@ class Primary:
     def checkpoint(self, timeout_s: float = 30.0, *, wait: bool = False) -> int:
         """Take one checkpoint now, in the calling thread; returns its epoch when it has been sent.
 
+        timeout_s: for all of it, a first copy included; math.inf for as long as it takes
         wait: return when it is committed, and take another if the link breaks before
-        Raises LinkError when that was not done in that time; the next call tries again.
+        Raises LinkError when that was not done in that time, and RemusError when it was on_commit that did not return;
+        the next call goes on from there.
         """
-        deadline = time.monotonic() + timeout_s
+        self._check_process()
+        self._until = deadline = time.monotonic() + timeout_s
         epoch = None
         lost: LinkError | None = None
         while True:
             try:
                 self._connect_patiently(deadline)
                 if epoch is None or self.committed is None or self.committed.epoch < epoch:
+                    self._await_room(stoppable=False)  # an earlier call may have given up on it
                     if self._one_by_one is None:
                         self._one_by_one = self._make_loop(None)
                     taken = self._one_by_one.take()
@@ -213,30 +271,32 @@ class Primary:
         Raises LinkError if the time is over, or if the link breaks and `run` is not there to make it anew: then it is
         not known to be. Fenced when another has taken over: then it will not be.
         """
+        self._check_process()
         return self._await(epoch, timeout_s, is_patient=self._is_running)
 
     def _await(self, epoch: int, timeout_s: float | None, *, is_patient: bool) -> Position:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
-            while self.committed is None or self.committed.epoch < epoch:
-                if self._fenced is not None:
-                    raise self._fenced
-                if not is_patient or self.ended:
-                    self.check()
-                    if self._link is None:
-                        raise LinkError("the link to the backup is lost; take another checkpoint")
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise LinkError(f"epoch {epoch} was not acknowledged in {timeout_s:g} s")
-                self._changed.wait(min(left, 0.5) if left is not None else 0.5)
-            return self.committed
+        def is_over() -> bool:
+            if self.committed is not None and self.committed.epoch >= epoch:
+                return True
+            if self._fenced is not None:
+                raise self._fenced
+            if not is_patient or self.ended:
+                self.check()
+                if self._link is None:
+                    raise LinkError("the link to the backup is lost; take another checkpoint")
+            return False
+
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        if not self._bell.wait(is_over, deadline):
+            raise LinkError(f"epoch {epoch} was not acknowledged in {timeout_s:g} s")
+        assert self.committed is not None
+        return self.committed
 
     def drain(self, timeout_s: float) -> None:
         """Wait until all that was sent is committed. Raises LinkError if that does not come to pass."""
-        with self._changed:  # in which the other thread empties it
-            newest = self._flights[-1].sent.epoch if self._flights else None
-        if newest is not None:
-            self._await(newest, timeout_s, is_patient=False)
+        flights = tuple(self._flights)
+        if flights and (newest := flights[-1].position) is not None:
+            self._await(newest.epoch, timeout_s, is_patient=False)
 
     def _drain_patiently(self) -> None:
         """For two leases: a link that is dead is found so after one, and made anew.
@@ -247,20 +307,50 @@ class Primary:
         if link is None:
             return
         try:
-            self.drain(2 * link.welcome.lease_s)
+            self.drain(self.left_s(2 * link.welcome.lease_s))
         except LinkError as error:
             if isinstance(error, Refused):
                 raise
             link.check()
             log("ended before all was committed", level=logging.WARNING, name=self.name, lag=len(self._flights))
 
-    def close(self) -> None:
-        """End the session in an orderly way; what is not committed stays so."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.close(self.ended or "closed")
-        if self._release is not None:
-            self._release.close()
+    def hurry(self, timeout_s: float) -> None:
+        """From another thread: give the call that is under way no more time than that."""
+        self._until = time.monotonic() + timeout_s
+
+    def hang_up(self) -> None:
+        """From another thread: break the link, so that nothing waits for the backup."""
+        if (link := self._link) is not None:
+            link.hang_up()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """End the session in an orderly way; what is not committed stays so. In a fork it does nothing.
+
+        timeout_s: for that, and for on_commit to take what is committed
+        Raises RemusError if on_commit has not returned by then.
+        """
+        if self._pid != os.getpid():
+            return
+        deadline = time.monotonic() + timeout_s
+        self.hurry(timeout_s / 2)  # a backup that does not hang up leaves on_commit its half
+        try:
+            if self._link is not None:
+                self._link.close(self.ended or "closed")
+                self._link = None
+        finally:
+            if self._release is not None:
+                self._release.close(deadline - time.monotonic())
+
+    def left_s(self, seconds: float) -> float:
+        """How many of so many seconds the call that is under way may still take."""
+        return max(min(seconds, self._until - time.monotonic()), 0.0)
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise ValueError(
+                f"{self.name!r} is protected by process {self._pid}, not by its fork {os.getpid()}: "
+                "to protect the fork's memory, protect it anew under another name"
+            )
 
     def status(self) -> dict[str, Any]:
         """What there is to say of this side, for the other and for users."""
@@ -283,7 +373,7 @@ class Primary:
         """
         if self._fenced is not None:
             raise self._fenced
-        if self._link is not None and self._sender is not None and self._sender.unfinished:
+        if self._link is not None and (self._coming is not None or (self._sender and self._sender.unfinished)):
             # Half a checkpoint has been sent: only another session takes that back.
             self._lost(LinkError("a checkpoint broke off"))
         said = ""
@@ -298,7 +388,7 @@ class Primary:
                 self.ended = "duration"
                 return
             try:
-                self._open(None if deadline is None else max(deadline, time.monotonic() + _TRY_S))
+                self._open()
                 return
             except Refused as error:
                 if error.code in LASTING:
@@ -322,9 +412,9 @@ class Primary:
         """
         self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S, self._lease_s / 4)
 
-    def _gives_up(self, deadline: float | None) -> bool:
+    def _gives_up(self) -> bool:
         is_stopped = self._stop is not None and self._stop.is_set
-        return is_stopped or not self._source.alive() or (deadline is not None and time.monotonic() > deadline)
+        return is_stopped or not self._source.alive() or time.monotonic() >= self._until
 
     def _sleep(self, seconds: float) -> None:
         self._turn()
@@ -339,7 +429,7 @@ class Primary:
         elif not self._source.alive():
             self.ended = "source gone"
 
-    def _open(self, deadline: float | None) -> None:
+    def _open(self) -> None:
         hello = Hello(
             program=f"remus_ckpt {__version__}",
             role="primary",
@@ -352,30 +442,32 @@ class Primary:
             word=self._word,
             compressions=COMPRESSIONS,
         )
-        connection = self._connect()
+        connection: Connection | None = None
+        link: Link | None = None
         try:
+            connection = self._connect()
             link = Link(
                 connection,
                 hello,
                 on_ack=self._acknowledged,
                 status=lambda: flatten(self.status()),
-                give_up=partial(self._gives_up, deadline),
+                give_up=self._gives_up,
+                left_s=self.left_s,
                 compression=self._compression,
             )
-        except BaseException:
-            connection.close()
-            raise
-        try:
             begin = self._agree(link)
             link.begin(begin)
+            self._lease_s = link.welcome.lease_s
+            self._connections += 1
+            self._commits_before = self._commits
+            self._link = link
         except BaseException:
-            link.close()
+            self._link = None
+            if link is not None:
+                link.close()
+            elif connection is not None:
+                connection.close()
             raise
-        self._link = link
-        self._lease_s = link.welcome.lease_s
-        self._began = 0.0  # of a checkpoint that the old link broke off
-        self._connections += 1
-        self._commits_before = self._commits
         if self._compression not in ("auto", "none", *link.welcome.compressions):
             log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
         self._metrics.set_connected(self.name, True)
@@ -408,8 +500,9 @@ class Primary:
         floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
         if newest is not None and newest.epoch < floor:
             newest = None  # what came behind it is lost, and nothing can follow it under a number that was used
-        with self._changed:
-            self._flights.clear()
+        # No sender before its reference is the source's shadow: interrupted here, the next call comes here again.
+        self._sender = self._one_by_one = self._anchor = None
+        self._forget_flights()
         self._source.shadow = zeros(self._source.pages)
         self._sender = Sender(
             self._source.pages,
@@ -419,8 +512,6 @@ class Primary:
             position=newest,
             first_epoch=floor + 1,
         )
-        self._anchor = None
-        self._one_by_one = None
         return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)
 
     def _rewind(self, held: Position) -> bool:
@@ -429,31 +520,30 @@ class Primary:
         assert sender is not None
         if sender.sent is None:
             return False
-        known = [flight.sent.position for flight in self._flights]
-        if held in known:
-            self._commit_up_to(held)
-        elif held != self._anchor:
+        if not self._commit_up_to(held) and held != self._anchor:
             return False
-        lost = [flight.pfns for flight in self._flights]
-        if sender.unfinished:
-            lost.append(sender.pfns)
+        lost = [*sender.carried] if sender.unfinished else []
+        for flight in (*self._flights, *([self._coming] if self._coming else [])):
+            lost += flight.carried
         sender.rewind(held, np.concatenate([np.empty(0, dtype=np.int64), *lost]))
-        with self._changed:
-            self._flights.clear()
+        self._forget_flights()
         return True
+
+    def _forget_flights(self) -> None:
+        self._flights.clear()
+        self._coming = None
 
     def _lost(self, error: LinkError) -> None:
         if isinstance(error, Fenced):
             self._fenced = error
-        link, self._link = self._link, None
-        self._began = 0.0
+        link = self._link
         if link is not None:
             link.close()
+            self._link = None
             if self._commits == self._commits_before:
                 self._back_off()
         self._metrics.set_connected(self.name, False)
-        with self._changed:
-            self._changed.notify_all()
+        self._bell.ring()
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
             self.ended = "fenced"
@@ -494,35 +584,69 @@ class Primary:
     def write(self, buffers: list[Buffer]) -> None:
         """Send bytes of a checkpoint."""
         self._turn()
-        if self._link is None:
+        if self._link is None or self._sender is None:
             raise LinkError("there is no link")
-        if not self._began:
-            self._began = time.monotonic()
-            self._phase("send", 0 if self._sender is None else self._sender.next_epoch)
+        if self._coming is None:
+            self._coming = _Flight(self._sender.carried, time.monotonic())
+            self._phase("send", self._sender.next_epoch)
+        if time.monotonic() >= self._until:
+            raise LinkError(
+                f"{self._link.peer}: the time was over in the middle of a checkpoint: memory of "
+                f"{self._source.pages * PAGE_SIZE:,} bytes may need a longer timeout_s"
+            )
         self._link.write(buffers)
 
     def commit(self, sent: Sent) -> None:
         """Send the end of a checkpoint, and wait while the window is full: the interval stretches, memory does not."""
-        if self._link is None or self._sender is None or sent.position is None:
+        flight = self._coming
+        if self._link is None or flight is None or sent.position is None:
             raise LinkError("there is no link")
-        with self._changed:
-            self._flights.append(_Flight(sent, self._sender.pfns, self._began))
-        self._began = 0.0
+        flight.sent = sent
+        self._flights.append(flight)
         self._link.commit(
             Commit(position=sent.position, before=sent.before, stream_bytes=sent.stream_bytes, pages=sent.pages)
         )
+        self._coming = None
         self._phase("sent", sent.epoch)
-        with self._changed:
-            while len(self._flights) >= self._window or (self._release and self._release.waiting > _MAX_UNRELEASED):
-                self.check()
-                if self._stop is not None and self._stop.is_set:
-                    return
-                self._turn()
-                self._changed.wait(0.1)
+        self._await_room()
+
+    def _await_room(self, *, stoppable: bool = True) -> None:
+        """Wait while the window is full, or too much of what is committed waits for on_commit."""
+
+        def is_over() -> bool:
+            if len(self._flights) < self._window and not self._is_held_up:
+                return True
+            self.check()
+            self._turn()
+            return stoppable and self._stop is not None and self._stop.is_set
+
+        if self._bell.wait(is_over, min(self._until, time.monotonic() + _SAY_S)):
+            return
+        if time.monotonic() < self._until:
+            log("checkpoints wait", level=logging.WARNING, name=self.name, reason=self._in_the_way())
+            if self._bell.wait(is_over, self._until):
+                return
+        if self._is_held_up:
+            raise RemusError(self._in_the_way())
+        raise LinkError(self._in_the_way())
+
+    @property
+    def _is_held_up(self) -> bool:
+        return self._release is not None and self._release.waiting > _MAX_UNRELEASED
+
+    def _in_the_way(self) -> str:
+        if self._release is not None and self._is_held_up:
+            return (
+                f"on_commit does not return: {self._release.waiting:,} commits wait for it, and checkpoints with them"
+            )
+        flights = tuple(self._flights)
+        oldest = flights[0].sent.epoch if flights and flights[0].sent else "that it has"
+        return f"the backup has not committed epoch {oldest}: its disk may be slow, or hang"
 
     def fds(self) -> Sequence[int]:
         """Becomes readable when the link is lost."""
-        return () if self._link is None else (self._link.wake,)
+        wake = -1 if self._link is None else self._link.wake
+        return () if wake < 0 else (wake,)
 
     def check(self) -> None:
         """Raise what has ended the link."""
@@ -533,33 +657,37 @@ class Primary:
     # What comes back, in the link's thread
 
     def _acknowledged(self, ack: Ack) -> None:
-        if LEVELS.index(ack.level) < LEVELS.index(self._wait):
+        if LEVELS.index(ack.level) < LEVELS.index(self._wait) or self._commit_up_to(ack.position):
             return
-        with self._changed:
-            known = any(flight.sent.position == ack.position for flight in self._flights)
-        if known:
-            self._commit_up_to(ack.position)
-        elif ack.level == self._wait and ack.position != self._anchor:
+        if ack.level == self._wait and ack.position != self._anchor:
             raise Malformed(f"the backup acknowledges {ack.position}, which was not sent", section="session.md §3")
 
-    def _commit_up_to(self, position: Position) -> None:
+    def _commit_up_to(self, position: Position) -> bool:
+        """Take what the backup holds out of the flights; False if the position is none of theirs."""
         now = time.monotonic()
-        with self._changed:
-            done: list[_Flight] = []
-            while self._flights and (not done or done[-1].sent.position != position):
-                done.append(self._flights.popleft())
-            self.committed = self._anchor = position
-            self._commits += len(done)
-            self._backoff_s = 0.0
-            self._changed.notify_all()
-        for flight in done:
-            assert flight.sent.position is not None
-            committed = Committed(flight.sent.epoch, flight.sent.position, now - flight.began)
+        flights = tuple(self._flights)
+        place = next((place for place, flight in enumerate(flights) if flight.position == position), None)
+        if place is None:
+            return False
+        done: list[Committed] = []
+        for flight in flights[: place + 1]:
+            assert flight.sent is not None and flight.sent.position is not None
+            done.append(Committed(flight.sent.epoch, flight.sent.position, now - flight.began))
+        self.committed = self._anchor = position
+        self._backoff_s = 0.0
+        if self._release is not None:
+            self._release.put(done)
+        # Last, and the one that was asked for last of all: whoever is interrupted before finds it still there.
+        for flight in flights[: place + 1]:
+            if self._flights and self._flights[0] is flight:
+                self._flights.popleft()
+        self._commits += len(done)
+        self._bell.ring()
+        for committed in done:
             self._metrics.committed(
                 self.name, committed.epoch, committed.latency_s, time.time(), committed.position.digest
             )
-            if self._release is not None:
-                self._release.put(committed)
+        return True
 
 
 class _Release:
@@ -567,36 +695,37 @@ class _Release:
 
     def __init__(self, call: Callable[[Committed], None]) -> None:
         self._call = call
-        self._queue: deque[Committed | None] = deque()
-        self._changed = threading.Condition()
+        self._queue: SimpleQueue[Committed | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._deliver, name="commits", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return self._queue.qsize()
 
-    def put(self, committed: Committed | None) -> None:
-        with self._changed:
-            self._queue.append(committed)
-            self._changed.notify()
+    def put(self, commits: Sequence[Committed]) -> None:
+        """Deliver them, in order. Those that come again are delivered once."""
+        for committed in commits:
+            self._queue.put(committed)
 
-    def close(self) -> None:
-        """Deliver what is committed, and end."""
-        self.put(None)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+    def close(self, timeout_s: float) -> None:
+        """Deliver what is committed, and end. Raises RemusError where that takes longer; a moment it always has."""
+        self._queue.put(None)
+        if self._thread is threading.current_thread():
+            return
+        self._thread.join(max(timeout_s, _LOOK_S))
+        if self._thread.is_alive():
+            raise RemusError(f"on_commit does not return: it has not been told of {self.waiting - 1:,} commits")
 
     def _deliver(self) -> None:
-        while True:
-            with self._changed:
-                while not self._queue:
-                    self._changed.wait()
-                committed = self._queue.popleft()
-            if committed is None:
-                return
+        newest = -1
+        while (committed := self._queue.get()) is not None:
+            if committed.epoch <= newest:
+                continue
+            newest = committed.epoch
             try:
                 self._call(committed)
-            except Exception as error:
-                # What is released is the user's; that it fails must not stop the commits behind it.
-                log("on_commit failed", level=logging.ERROR, error=error, epoch=committed.epoch)
+            except BaseException as error:
+                # What is released is the user's; that it fails, or wants to exit, must not stop the commits behind it.
+                with suppress(BaseException):
+                    log("on_commit failed", level=logging.ERROR, error=error, epoch=committed.epoch)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,10 +14,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import NoCheckpoint
+from remus_ckpt.errors import NoCheckpoint, RemusError
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.service.observe import Metrics
+from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.source.manifest import Manifest
@@ -23,6 +25,10 @@ from remus_ckpt.source.own_memory import Lock, OwnMemory
 from remus_ckpt.wire.dialect import StreamCodec
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import Level
+
+_CONNECT_S = 10.0
+_HANG_UP_S = 0.5
+"""Time for a thread that is late to see that the link has been taken from it."""
 
 
 def protect(
@@ -52,7 +58,9 @@ def protect(
     interval_s: take checkpoints in a thread, with so long between two; None: only when `checkpoint` is called
     lock: taken in each pause; whoever writes to the buffers must hold it. Needed with `interval_s`
     device_state: called in each pause, for bytes of yours that come back with the checkpoint
-    on_commit: called for each commit, in a thread of its own: what you hold back until then may go out
+    on_commit: called for each commit, in a thread of its own: what you hold back until then may go out. What it raises
+        is logged, and the commits behind it are delivered all the same. One that does not return holds up checkpoints
+        in the end, and `close`: they say so when their time is over
     window, wait, compression, codec, term: as for `Primary`
     insecure: allow plain tcp:// to another machine
 
@@ -60,6 +68,7 @@ def protect(
             orders[7] += 1
             protection.checkpoint(wait=True)
 
+    A fork of this process has no part in it: there, `checkpoint` is a ValueError and `close` does nothing.
     Raises TypeError or ValueError for buffers that cannot be taken.
     """
     if interval_s is not None and lock is None:
@@ -71,7 +80,7 @@ def protect(
     primary = Primary(
         name,
         source,
-        partial(connect, address, tls=tls, insecure=insecure),
+        lambda: connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S)),
         codec=codec,
         interval_s=interval_s or 0.0,
         window=window,
@@ -94,6 +103,9 @@ class Protection:
         self._source = source
         self._stop = stop
         self._error: BaseException | None = None
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._has_ended = not in_thread  # the thread
         self._thread: threading.Thread | None = None
         if in_thread:
             self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
@@ -108,11 +120,14 @@ class Protection:
         """Take a checkpoint now; returns its epoch. Not with an interval: then the thread takes them.
 
         wait: return only when it is committed; otherwise as soon as it is sent and the window has room
-        Raises LinkError when the backup cannot be reached in that time; Fenced when another has taken over.
+        timeout_s: for all of it, a first copy of all memory included; not for `lock`, which has 10 s, nor for what
+            `device_state` takes. math.inf for as long as it takes
+        Raises LinkError when that was not done in that time, RemusError when on_commit does not return, Fenced when
+        another has taken over. The next call goes on from there.
         """
         if self._thread is not None:
             raise ValueError("checkpoints are taken in a thread here; wait_for() waits for a commit")
-        if self._stop.fd < 0:
+        if self._is_closed:
             raise ValueError("the protection has been closed")
         return self._primary.checkpoint(timeout_s, wait=wait)
 
@@ -126,21 +141,39 @@ class Protection:
         return self._primary.status()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Wait for what was sent, and end. Raises what ended the thread, or LinkError if it is not known to be safe.
+        """Wait for what was sent and for on_commit, and end, in that time.
 
-        May be called again, and does nothing then.
+        Raises what ended the thread, LinkError if what was sent is not known to be safe, RemusError if a callback does
+        not return. It is closed then all the same. May be called again, and does nothing then; nor in a fork.
         """
-        if self._stop.fd < 0:
+        if self._is_closed or self._pid != os.getpid():
             return
+        deadline = time.monotonic() + timeout_s
         try:
             if self._thread is not None:
-                self._stop.set()
-                self._thread.join()
+                self._end_thread(self._thread, timeout_s)
                 self._raise()
-            else:
-                self._primary.drain(timeout_s)
+            self._primary.drain(max(deadline - time.monotonic(), 0.0))
         finally:
-            self._primary.close()
+            self._is_closed = True
+            try:
+                self._primary.close(max(deadline - time.monotonic(), 0.0))
+            finally:
+                self._let_go()
+
+    def _end_thread(self, thread: threading.Thread, timeout_s: float) -> None:
+        self._stop.set()
+        self._primary.hurry(timeout_s)
+        thread.join(timeout_s)
+        if thread.is_alive():
+            self._primary.hang_up()
+            thread.join(_HANG_UP_S)
+        if thread.is_alive():
+            raise RemusError("the thread that takes checkpoints does not end: does a callback return, and the lock?")
+
+    def _let_go(self) -> None:
+        """Of the source and the signal: the last one who uses them does, here or the thread."""
+        if self._is_closed and self._has_ended:
             self._source.close()
             self._stop.close()
 
@@ -150,10 +183,16 @@ class Protection:
                 pass
         except BaseException as error:
             self._error = error
+            log("the protection has ended", level=logging.ERROR, name=self._primary.name, error=error)
+        finally:
+            self._has_ended = True
+            self._let_go()
 
     def _raise(self) -> None:
-        if self._error is not None:
+        if isinstance(self._error, Exception):
             raise self._error
+        if self._error is not None:  # it wanted the thread to end, not whoever calls us
+            raise RemusError(f"the thread that takes checkpoints has ended: {self._error!r}") from self._error
 
     def __enter__(self) -> Self:
         return self

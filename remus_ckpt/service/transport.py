@@ -146,10 +146,11 @@ class _Use:
 
     def __enter__(self) -> None:
         connection = self._connection
-        with connection._state:
-            if connection._is_closed:
-                raise LinkError(f"{connection.peer}: the connection is closed")
-            connection._users += 1
+        connection._users.add(threading.get_ident())
+        # After that: `close` looks for users after it has said that it is closed, so that one sees the other.
+        if connection._is_closed:
+            connection._leave()
+            raise LinkError(f"{connection.peer}: the connection is closed")
 
     def __exit__(self, *_: object) -> None:
         self._connection._leave()
@@ -187,9 +188,9 @@ class Connection:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
+        _live.add(self)
         self._is_server = server_name is None
-        self._state = threading.Lock()
-        self._users = 0
+        self._users: set[int] = set()  # threads that use the descriptor
         self._use = _Use(self)
         self._is_closed = False
         self._send_lock = threading.Lock()
@@ -216,23 +217,33 @@ class Connection:
         """The descriptor, for a poll; -1 when closed. Readiness says nothing of bytes that TLS holds already."""
         return self._socket.fileno()
 
+    def is_writable(self) -> bool:
+        """Whether a few kilobytes can be sent without waiting for the peer. Raises LinkError when closed."""
+        with self._use:
+            poll = select.poll()
+            poll.register(self._socket.fileno(), select.POLLOUT)
+            return bool(poll.poll(0))
+
+    def disown(self) -> None:
+        """In a fork: let go of the parent's connection, which goes on there as if nothing had happened."""
+        self._is_closed = True
+        self._socket.close()  # not shut down: that would end it for the parent too
+
     def _leave(self) -> None:
-        with self._state:
-            self._users -= 1
-            is_last = self._is_closed and not self._users
-        if is_last:
-            self._socket.close()
+        self._users.discard(threading.get_ident())
+        if self._is_closed:
+            self._shut()
 
     def close(self) -> None:
         """Hang up. Who waits in another thread gets a LinkError. May be called twice, and from any thread."""
-        with self._state:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            is_last = not self._users
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-        if is_last:
+        self._is_closed = True
+        self._users.discard(threading.get_ident())  # it is still there where an interrupt cut a use short
+        self._shut()
+
+    def _shut(self) -> None:
+        with suppress(OSError):  # it may be closed, or the peer gone
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._users:
             self._socket.close()
 
     def finish(self, timeout_s: float) -> None:
@@ -473,6 +484,17 @@ class Connection:
                     self._incoming.write(self._cipher[:size])
                 else:
                     self._incoming.write_eof()
+
+
+_live: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for connection in list(_live):
+        connection.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)
 
 
 def _flat(buffer: Buffer) -> memoryview:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,18 @@ from remus_ckpt.errors import SourceError
 _GUARD = Path(__file__).with_name("guard.py")
 _CLAIM_S = 2.0
 _CLAIM_POLL_S = 0.01
+
+
+_ours: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    """In a fork: a guard must see our end and not the fork's, and a claim end with us."""
+    for held in list(_ours):
+        held.close()
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 def claim(name: str) -> socket.socket | None:
@@ -28,6 +42,7 @@ def claim(name: str) -> socket.socket | None:
     while True:
         try:
             claimed.bind(f"\0remus-ckpt {name}")
+            _ours.add(claimed)
             return claimed
         except OSError:
             if time.monotonic() > deadline:
@@ -47,6 +62,7 @@ class Guard:
     def __init__(self, *arguments: str, fds: Sequence[int] = (), timeout_s: float = 10.0) -> None:
         self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._words.settimeout(timeout_s)
+        _ours.add(self._words)
         try:
             with theirs:
                 self.process = subprocess.Popen(

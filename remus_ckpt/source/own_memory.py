@@ -7,9 +7,12 @@ writers take too; without one, the caller sees to it that nobody writes between 
 from __future__ import annotations
 
 import mmap
+import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import compress, islice, pairwise, starmap
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,7 +79,8 @@ class OwnMemory:
         self._lock = lock
         self._lock_timeout_s = lock_timeout_s
         self._is_open = True
-        self._is_paused = False
+        self._held: list[tuple[()]] = []  # one item while we hold the lock
+        self._pid = os.getpid()
         self._parts: list[_Part] = []
         self._files: list[tuple[str, mmap.mmap, int]] = []
         entries = []
@@ -112,25 +116,29 @@ class OwnMemory:
         self._parts.clear()
         self._files.clear()
         self._starts = np.empty(0, dtype=np.int64)
-        if self._is_paused:
-            self.resume()
+        self.resume()
 
     def pause(self) -> None:
         """Take the lock. Raises SourceError if nobody gives it back in time."""
-        if self._lock is not None and not self._lock.acquire(timeout=self._lock_timeout_s):
+        if self._lock is None:
+            return
+        # A signal's handler may raise wherever Python code runs, also between taking the lock and noting it: the lock
+        # would stay taken for ever. These iterators are C, so that `_held` changes with the lock; `resume` alike.
+        acquire = iter(partial(self._lock.acquire, timeout=self._lock_timeout_s), None)
+        self._held.extend(compress([()], acquire))
+        if not self._held:
             raise SourceError(
                 f"the lock was not given back in {self._lock_timeout_s:g} s: "
                 "does a writer hold it too long, or does this thread hold it itself?"
             )
-        self._is_paused = True
 
     def resume(self) -> None:
-        """Give the lock back. Raises SourceError if it is not ours to give."""
-        self._is_paused = False
-        if self._lock is None:
+        """Give the lock back if we hold it. Raises SourceError if it is not ours to give."""
+        # In a fork it is the parent that holds it.
+        if self._lock is None or not self._held or self._pid != os.getpid():
             return
         try:
-            self._lock.release()
+            deque(starmap(self._lock.release, islice(iter(self._held.pop, None), 1)), maxlen=0)
         except (RuntimeError, ValueError, AssertionError) as error:  # threading's, and multiprocessing's two
             raise SourceError(f"the lock cannot be given back: {error}") from None
 

@@ -108,9 +108,10 @@ class SharedFile:
             found.append(dirty_pages(self._memory[first:stop], self.shadow[first:stop]) + first)
         gone = np.flatnonzero(self._in_shadow & ~has_data)
         gone = gone[self.shadow[gone].any(axis=1)]
-        self._has_data, self._in_shadow = has_data, has_data.copy()
+        in_shadow = has_data.copy()
         # Until it was taken: a checkpoint may break off before it comes to them.
-        self._in_shadow[gone] = True
+        in_shadow[gone] = True
+        self._has_data, self._in_shadow = has_data, in_shadow
         if self.size % PAGE_SIZE and (self._tail() != self.shadow[-1]).any():
             found.append(np.array([self.pages - 1]))
         numbers = np.concatenate([np.empty(0, dtype=np.int64), *found])

@@ -1,0 +1,308 @@
+"""Ctrl-C at any instant of a checkpoint: what comes after it is right."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import remus_ckpt
+from remus_ckpt.codec.reference import Shadow
+from remus_ckpt.errors import RemusError
+from remus_ckpt.files import StreamWriter
+from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.restorer import Restorer
+from remus_ckpt.sender import Sender
+from remus_ckpt.service import primary
+from remus_ckpt.service.backup import Backup
+from remus_ckpt.service.primary import Committed
+from remus_ckpt.service.protect import arrays_of, protect
+from remus_ckpt.source.own_memory import OwnMemory
+from remus_ckpt.store import Store
+
+LONG_S = 20.0
+HERE = str(Path(remus_ckpt.__file__).parent)
+OURS = tuple(
+    f"{HERE}/{name}"
+    for name in (
+        "loop.py", "sender.py", "codec/reference.py", "source/own_memory.py", "wire/writer.py", "wire/session.py",
+        "service/primary.py", "service/link.py", "service/transport.py", "service/protect.py", "files.py",
+    )
+)  # fmt: skip
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at one event of this thread, as a signal handler would.
+
+    at: which, counted from 0
+    kind: "line" or "opcode"
+    files: whose code counts
+    """
+
+    def __init__(self, at: int, kind: str = "line", files: tuple[str, ...] = OURS) -> None:
+        self.at = at
+        self.seen = 0
+        self._kind = kind
+        self._files = files
+
+    def __enter__(self) -> Interrupter:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self._files):
+            return None
+        if self._kind == "opcode":
+            frame.f_trace_opcodes = True
+        if event == self._kind:
+            self.seen += 1
+            if self.seen == self.at + 1:
+                raise KeyboardInterrupt
+        return self._trace
+
+    @property
+    def has_struck(self) -> bool:
+        return self.seen > self.at
+
+
+@contextmanager
+def interrupted(at: int, **options: Any) -> Iterator[Interrupter]:
+    """A block that is interrupted, or not where it ends before."""
+    interrupter = Interrupter(at, **options)
+    try:
+        with interrupter:
+            yield interrupter
+    except KeyboardInterrupt:
+        assert interrupter.has_struck
+
+
+class Desk:
+    """An array under protection, and what is to hold of it whatever was interrupted."""
+
+    def __init__(self, backup: Backup, store: Path, name: str) -> None:
+        self.array = np.zeros((8, 4096), dtype=np.uint8)
+        self.lock = threading.Lock()
+        self.commits: list[Committed] = []
+        self._store = store
+        self._name = name
+        self._step = 0
+        self.protection = protect(
+            {"array": self.array}, to=backup.addresses[0], name=name, lock=self.lock, on_commit=self.commits.append
+        )
+
+    def write(self) -> None:
+        self._step += 1
+        with self.lock:
+            self.array[self._step % 8, self._step % 4096] += 1
+            self.array[(3 * self._step) % 5] = 0 if self._step % 3 else self._step % 251
+
+    def cut(self) -> None:
+        link = self.protection._primary._link
+        if link is not None:
+            link._connection.close()
+
+    def checkpoint(self, *, wait: bool = True) -> int:
+        return self.protection.checkpoint(wait=wait, timeout_s=LONG_S)
+
+    def check(self) -> None:
+        """Nothing is left as it must not be, and the next checkpoint holds what memory does."""
+        assert self.lock.acquire(blocking=False), "writers are stopped for ever"
+        self.lock.release()
+        assert signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self.write()
+        epoch = self.checkpoint()
+        arrays, _ = arrays_of(Store(self._store).history(self._name).restore(epoch))
+        assert np.argwhere(arrays["array"] != self.array).tolist() == []
+
+    def close(self) -> None:
+        self.protection.close(LONG_S)
+        epochs = [commit.epoch for commit in self.commits]
+        assert epochs == sorted(set(epochs))
+        assert epochs[-1] == self.protection.committed.epoch  # type: ignore[union-attr]
+
+
+def steady(desk: Desk, strike: Callable[[], None]) -> None:
+    """In a session that goes well."""
+    desk.write()
+    strike()
+
+
+def behind_a_lost_link(desk: Desk, strike: Callable[[], None]) -> None:
+    """While a link is made again; nobody knows what of two checkpoints the backup holds."""
+    desk.write()
+    desk.checkpoint(wait=False)
+    desk.cut()
+    desk.write()
+    strike()
+
+
+def strike_at_each(
+    tmp_path: Path, scenario: Callable[[Desk, Callable[[], None]], None], kind: str, first: int, stride: int,
+    files: tuple[str, ...] = OURS,
+) -> int:  # fmt: skip
+    """Interrupt the scenario's checkpoint at first, first + stride, … of its events. Returns how many it was."""
+    with Backup(tmp_path / "store", [f"unix:{tmp_path}/socket"]) as backup:
+        at, count, desk = first, 0, None
+        while True:
+            if desk is None or count % 40 == 0 or scenario is at_first:
+                if desk is not None:
+                    desk.close()
+                desk = Desk(backup, tmp_path / "store", f"desk-{count}")
+                if scenario is not at_first:
+                    desk.check()
+
+            def strike() -> None:
+                with interrupted(at, kind=kind, files=files) as striking:  # noqa: B023
+                    desk.checkpoint()  # noqa: B023
+                struck.append(striking.has_struck)  # noqa: B023
+
+            struck: list[bool] = []
+            try:
+                scenario(desk, strike)
+                if count % 2:
+                    desk.cut()
+                desk.check()
+            except (AssertionError, RemusError, ValueError, RuntimeError) as error:
+                raise AssertionError(f"interrupted at {kind} {at}: {error!r}") from error
+            if struck == [False]:
+                break
+            at, count = at + stride, count + 1
+        desk.close()
+    return count
+
+
+def at_first(desk: Desk, strike: Callable[[], None]) -> None:
+    """In the first copy of all memory."""
+    desk.write()
+    strike()
+
+
+SCENARIOS = [steady, behind_a_lost_link, at_first]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(primary, "_FIRST_BACKOFF_S", 0.001)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    gc.collect()
+    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    yield
+    gc.collect()
+    # An eventfd between two of its names is lost: one, not one for each interrupt.
+    assert len(os.listdir("/proc/self/fd")) <= fds + 3
+    assert threading.active_count() == threads
+
+
+# An interrupt between the making of a socket and its first name leaves it to the garbage collector, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.mark.parametrize(("scenario", "stride"), [(steady, 3), (behind_a_lost_link, 17), (at_first, 29)])
+def test_a_checkpoint_that_is_interrupted(tmp_path: Path, scenario: Any, stride: int) -> None:
+    """At every so many lines; where it begins changes from run to run."""
+    assert strike_at_each(tmp_path, scenario, "line", os.getpid() % stride, stride) * stride > 300
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_checkpoint_that_is_interrupted_at_each_line(tmp_path: Path, scenario: Any) -> None:
+    strike_at_each(tmp_path, scenario, "line", 0, 1)
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_checkpoint_that_is_interrupted_at_an_instruction(tmp_path: Path, scenario: Any) -> None:
+    strike_at_each(tmp_path, scenario, "opcode", os.getpid() % 29, 29)
+
+
+def record(path: Path, at: int, kind: str) -> tuple[bool, list[bytes], list[bytes]]:
+    """A recording that goes on after an interrupt, where it can. Returns whether it was interrupted, and memory at each
+    checkpoint that was taken, and as its stream holds them."""
+    array = np.zeros((4, 4096), dtype=np.uint8)
+    source = OwnMemory({"array": array})
+    writer = StreamWriter(path)
+    loop = CheckpointLoop(source, Sender(source.pages, reference=Shadow(source.shadow)), writer)
+    images = []
+    with interrupted(at, kind=kind) as striking:
+        for step in range(3):
+            array[step % 4] = step + 1
+            images.append(array.tobytes())
+            loop.take()
+    if striking.has_struck:
+        array[3, 7] = 9
+        with suppress(ValueError):  # it refuses to go on where half a checkpoint has been written
+            loop.take()
+            images.append(array.tobytes())
+    writer.close()
+    source.close()
+    restorer = Restorer()
+    restorer.feed(path.read_bytes())
+    restorer.feed_eof()
+    return striking.has_struck, images, [restorer.memory.tobytes() for _ in restorer.checkpoints()]
+
+
+@pytest.mark.parametrize(("kind", "stride"), [("line", 3), ("opcode", 67)])
+def test_a_recording_that_is_interrupted(tmp_path: Path, kind: str, stride: int) -> None:
+    """The stream holds whole checkpoints and nothing else, each of them right."""
+    at = 0
+    while True:
+        has_struck, images, held = record(tmp_path / "stream", at, kind)
+        assert [image for image in images if image in held] == held, at
+        if not has_struck:
+            break
+        at += stride
+    assert held == images
+    assert at > 300
+
+
+class Keeping:
+    """An output that keeps all buffers until the checkpoint's end, as it may."""
+
+    def __init__(self) -> None:
+        self.stream = b""
+        self._kept: list[Any] = []
+
+    def write(self, buffers: list[Any]) -> None:
+        self._kept += buffers
+
+    def commit(self, sent: Any) -> None:
+        self.stream += b"".join(map(bytes, self._kept))
+        self._kept.clear()
+
+    def fds(self) -> tuple[int, ...]:
+        return ()
+
+    def check(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_buffers_do_not_change_before_the_commit(bounded: bool) -> None:
+    array = np.random.default_rng(1).integers(0, 256, (3000, 4096), dtype=np.uint8)
+    source, output = OwnMemory({"array": array}), Keeping()
+    sender = Sender(source.pages, reference=Shadow(source.shadow), buffer_pages=100)
+    loop = CheckpointLoop(source, sender, output, bounded=bounded)
+    restorer = Restorer()
+    for step in range(3):
+        array[step::2] ^= np.uint8(step + 1)
+        loop.take()
+        restorer.feed(output.stream)
+        output.stream = b""
+        assert [checkpoint.epoch for checkpoint in restorer.checkpoints()] == [step]
+        assert np.array_equal(restorer.memory, array)

@@ -1,0 +1,524 @@
+"""What a primary keeps whatever its backup, its callbacks and its forks do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from liars import Liar, Peer
+from services import make_keys
+from support import process_state, writer_process
+from test_service import LONG_S, Memory, backup_in, entries, restored, until
+
+from remus_ckpt.errors import Fenced, LinkError, RemusError, SourceError
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service import primary as primaries
+from remus_ckpt.service.backup import Backup
+from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.protect import protect
+from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.source.processes import Processes
+from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.store import Store
+from remus_ckpt.wire import session as wire
+
+SLACK_S = 2.0
+"""A busy machine may add so much."""
+
+
+@contextmanager
+def within(timeout_s: float) -> Iterator[None]:
+    """What is in the block keeps its time."""
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < timeout_s + SLACK_S
+
+
+# Time-outs
+
+
+@contextmanager
+def hanging_disk(tmp_path: Path) -> Iterator[tuple[Backup, threading.Event]]:
+    """A backup whose disk hangs from epoch 1 on until the event is set; its heartbeats go on."""
+    go_on = threading.Event()
+
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "staged" and epoch >= 1:
+            go_on.wait(LONG_S)
+
+    with Backup(tmp_path / "store", [f"unix:{tmp_path}/socket"], on_phase=on_phase) as backup:
+        try:
+            yield backup, go_on
+        finally:
+            go_on.set()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_disk_that_hangs(tmp_path: Path, window: int, wait: bool) -> None:
+    with hanging_disk(tmp_path) as (backup, go_on):
+        memory = Memory(backup.addresses[0], window=window)
+        memory.step(0)
+        failed = 0
+        for row in range(5):
+            memory.array[row] += 1
+            with within(0.2):
+                try:
+                    memory.protection.checkpoint(timeout_s=0.2, wait=wait)
+                except LinkError:
+                    failed += 1
+        assert failed >= 5 - window
+        assert memory.protection.status()["lag_checkpoints"] <= window
+        go_on.set()
+        memory.step(7)
+        memory.protection.close()
+        assert [commit.epoch for commit in memory.commits] == [entry.epoch for entry in entries(tmp_path / "store")]
+    assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_closing_while_the_disk_hangs(tmp_path: Path, in_thread: bool) -> None:
+    options: dict[str, Any] = {"interval_s": 0.01, "lock": threading.Lock()} if in_thread else {}
+    with hanging_disk(tmp_path) as (backup, _):
+        memory = Memory(backup.addresses[0], **options)
+        if in_thread:
+            until(lambda: memory.protection.status()["lag_checkpoints"] > 0 and memory.protection.committed is not None)
+        else:
+            memory.step(0)
+            memory.step(1, wait=False)
+        with within(0.5), pytest.raises(LinkError):
+            memory.protection.close(0.5)
+        memory.protection.close()
+
+
+def beat(peer: Peer) -> None:
+    """Be there, and read nothing."""
+    number = 0
+    with suppress(OSError):
+        while True:
+            number += 1
+            peer.say(wire.Heartbeat(number=number, status={}))
+            time.sleep(0.05)
+
+
+def stops_reading(peer: Peer) -> None:
+    peer.welcome(lease_s=30.0)
+    beat(peer)
+
+
+def dribbles(peer: Peer) -> None:
+    hello = peer.hear()
+    welcome = wire.Welcome(program="liar", term=hello.term or 0, limits={}, lease_s=30.0)
+    with suppress(OSError):
+        for byte in b"".join(map(bytes, peer.session.send(welcome))):
+            peer.socket.sendall(bytes([byte]))
+            time.sleep(0.1)
+
+
+def says_nothing(peer: Peer) -> None:
+    while peer.socket.recv(1 << 16):
+        pass
+
+
+@pytest.mark.parametrize("serve", [stops_reading, dribbles, says_nothing])
+def test_a_peer_that_keeps_us_waiting(serve: Callable[[Peer], None]) -> None:
+    array = np.random.default_rng(1).integers(0, 256, 32 << 20, dtype=np.uint8)
+    with Liar(serve) as liar:
+        protection = protect({"array": array}, to=liar.address, name="orders")
+        for _ in range(3):
+            with within(0.4), pytest.raises(LinkError):
+                protection.checkpoint(timeout_s=0.4)
+        with within(0.4), suppress(RemusError):
+            protection.close(0.4)
+        threaded = protect({"array": array}, to=liar.address, name="t", interval_s=0.01, lock=threading.Lock())
+        until(lambda: liar.visits > 3)
+        time.sleep(0.2)
+        with within(0.4), suppress(RemusError):
+            threaded.close(0.4)
+
+
+def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path) -> None:
+    """The first peer takes nothing; the next one finds a primary that goes on right."""
+    array = np.random.default_rng(1).integers(0, 256, (4 << 20) // 8, dtype=np.int64)
+    with Liar(stops_reading) as liar, backup_in(tmp_path / "store") as backup:
+        memory = Memory(liar.address, array=array.reshape(-1, 512))
+        with within(0.3), pytest.raises(LinkError):
+            memory.protection.checkpoint(timeout_s=0.3)
+        memory.protection._primary._connect = lambda: connect(Address.parse(backup.addresses[0]))
+        memory.step(1)
+        memory.protection.close()
+    assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+def test_connecting_takes_no_longer_than_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resolver, a listener, a TLS handshake that hang."""
+    folder = make_keys(tmp_path)
+    wake = threading.Event()
+    found = socket.getaddrinfo
+
+    def slow(host: Any, *rest: Any, **options: Any) -> Any:
+        if host == "slow.invalid":
+            wake.wait(LONG_S)
+        return found(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with ExitStack() as stack:
+        stack.callback(wake.set)
+        full = stack.enter_context(socket.socket(socket.AF_UNIX))
+        full.bind(str(tmp_path / "full"))
+        full.listen(0)
+        for _ in range(3):
+            dialing = stack.enter_context(socket.socket(socket.AF_UNIX))
+            dialing.setblocking(False)
+            dialing.connect_ex(str(tmp_path / "full"))
+        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for address in (f"unix:{tmp_path}/full", f"tls://127.0.0.1:{deaf.getsockname()[1]}", "tls://slow.invalid:1"):
+            protection = protect({"a": np.zeros(9)}, to=address, name="orders", tls_dir=folder / "ca" / "primary")
+            with within(0.3), pytest.raises(LinkError):
+                protection.checkpoint(timeout_s=0.3)
+            with within(0.3):
+                protection.close(0.3)
+
+
+# Callbacks
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), ValueError("no"), BaseException()]
+)
+def test_whatever_on_commit_raises_the_commits_behind_it_are_delivered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    monkeypatch.setattr(primaries, "_MAX_UNRELEASED", 3)
+    told: list[int] = []
+
+    def on_commit(committed: Committed) -> None:
+        told.append(committed.epoch)
+        if committed.epoch in (1, 2):
+            raise error
+
+    with backup_in(tmp_path / "store") as backup:
+        protection = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="orders", on_commit=on_commit)
+        for _ in range(10):
+            protection.checkpoint(wait=True, timeout_s=LONG_S)
+        protection.close()
+    assert told == list(range(10))
+    assert [record.getMessage() for record in caplog.records].count("on_commit failed") == 2
+
+
+def test_an_on_commit_that_does_not_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(primaries, "_MAX_UNRELEASED", 3)
+    go_on = threading.Event()
+    told: list[int] = []
+
+    def on_commit(committed: Committed) -> None:
+        go_on.wait(LONG_S)
+        told.append(committed.epoch)
+
+    with backup_in(tmp_path / "store") as backup:
+        protection = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="orders", on_commit=on_commit)
+        other = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="other", on_commit=on_commit)
+        with pytest.raises(RemusError, match="on_commit"):
+            for _ in range(20):
+                with within(0.3):
+                    protection.checkpoint(timeout_s=0.3)
+        with within(0.3), pytest.raises(RemusError, match="on_commit"):
+            protection.checkpoint(timeout_s=0.3, wait=True)
+        other.checkpoint(wait=True)
+        with within(0.3), pytest.raises(RemusError, match="on_commit"):
+            other.close(0.3)
+        go_on.set()
+        epoch = protection.checkpoint(timeout_s=LONG_S, wait=True)
+        protection.close()
+        assert [number for number in told if number] == list(range(1, epoch + 1))
+
+
+def test_an_interval_whose_callback_raises_or_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    go_on = threading.Event()
+
+    def leave() -> bytes:
+        raise SystemExit(3)
+
+    def block() -> bytes:
+        go_on.wait(LONG_S)
+        return b""
+
+    with backup_in(tmp_path / "store") as backup:
+        options: dict[str, Any] = {"to": backup.addresses[0], "interval_s": 0.01, "lock": threading.Lock()}
+        left = protect({"a": np.zeros(9)}, name="left", device_state=leave, **options)
+        until(lambda: any(record.getMessage() == "the protection has ended" for record in caplog.records))
+        for call in (lambda: left.wait_for(0), left.close):
+            with pytest.raises(RemusError, match="SystemExit"):
+                call()
+        options["lock"] = threading.Lock()
+        blocked = protect({"a": np.zeros(9)}, name="blocked", device_state=block, **options)
+        until(options["lock"].locked)
+        with within(0.3), pytest.raises(RemusError, match="does not end"):
+            blocked.close(0.3)
+        go_on.set()
+        assert blocked._thread is not None
+        blocked._thread.join(LONG_S)
+        assert not options["lock"].locked()
+
+
+@pytest.mark.parametrize("hook", ["_device_state", "_on_paused", "_turn", "_phase", "_connect"])
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), OSError("no")])
+def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
+    tmp_path: Path, hook: str, error: BaseException
+) -> None:
+    lock = threading.Lock()
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], lock=lock) as memory:
+        primary = memory.protection._primary
+        for raising in (1, 2):
+            memory.step(raising)
+            calls: list[int] = []
+            before = getattr(primary, hook)
+
+            def strike(*arguments: Any, before: Any = before, calls: Any = calls, raising: int = raising) -> Any:
+                calls.append(1)
+                if len(calls) == raising:
+                    raise error
+                return before(*arguments) if before else None
+
+            setattr(primary, hook, strike)
+            primary._one_by_one = None
+            if hook == "_connect":
+                primary._link.hang_up()  # type: ignore[union-attr]
+                until(lambda: primary._link._error is not None)  # type: ignore[union-attr]
+            with suppress(SystemExit, GeneratorExit, OSError):
+                memory.step(raising + 10)
+            assert not lock.locked()
+            setattr(primary, hook, before)
+            primary._one_by_one = None
+            memory.step(raising + 20)
+            assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+# Forks
+
+
+def in_a_fork(work: Callable[[], None]) -> int:
+    """Do it in a child; its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*")
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls: bool) -> None:
+    options: dict[str, Any] = {"interval_s": 0.01, "lock": multiprocessing.Lock()} if in_thread else {}
+    listen, keys = "tcp://127.0.0.1:0", None
+    if is_tls:
+        folder = make_keys(tmp_path / "keys") / "ca"
+        listen, keys = "tls://127.0.0.1:0", folder / "backup"
+        options["tls_dir"] = folder / "primary"
+    with Backup(tmp_path / "store", [listen], tls_dir=keys) as backup:
+        memory = Memory(backup.addresses[0], **options)
+        protection = memory.protection
+
+        def advance() -> None:
+            if in_thread:
+                before = protection.committed
+                until(lambda: protection.committed != before)
+            else:
+                memory.step(1)
+
+        def close() -> None:
+            with protection:
+                pass
+            protection.close()
+            protection._primary.close()
+
+        def refused() -> None:
+            for call in (protection.checkpoint, protection._primary.checkpoint, lambda: protection.wait_for(1 << 40)):
+                with suppress(ValueError):
+                    call()  # type: ignore[operator]
+                    raise AssertionError("it was taken")
+
+        def hang_up() -> None:
+            link = protection._primary._link
+            assert link is not None
+            link.close("closed")
+
+        advance()
+        for work in (close, refused, hang_up, lambda: None):
+            assert in_a_fork(work) == 0, work
+            advance()
+        for method in ("fork", "spawn"):
+            child = multiprocessing.get_context(method).Process(target=os.getpid)
+            child.start()
+            child.join()
+            advance()
+        subprocess.run([sys.executable, "-c", ""], check=True, close_fds=False)
+        advance()
+        assert protection._primary._connections == 1
+        assert not select.select([protection._stop.fd], [], [], 0)[0], "the thread no longer keeps to its interval"
+        protection.close()
+
+
+def test_a_fork_in_a_callback_lets_nobody_write(tmp_path: Path) -> None:
+    """The lock belongs to both processes; that the child leaves must not give it back."""
+    lock = multiprocessing.Lock()
+    held: list[bool] = []
+
+    def device_state() -> bytes:
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(7)
+        os.waitpid(pid, 0)
+        held.append(not lock.acquire(block=False))
+        return b""
+
+    with backup_in(tmp_path / "store") as backup:
+        protection = protect(
+            {"a": np.zeros(9)}, to=backup.addresses[0], name="orders", lock=lock, device_state=device_state
+        )
+        parent = os.getpid()
+        try:
+            protection.checkpoint(wait=True)
+        except SystemExit:
+            if os.getpid() != parent:
+                os._exit(0)
+            raise
+        assert held == [True]
+        protection.close()
+
+
+DIES_IN_A_PAUSE = """
+import os, signal, sys, time
+from remus_ckpt.source.processes import Processes
+processes = Processes([int(sys.argv[1])])
+processes.stop()
+if os.fork() == 0:
+    os.close(1)
+    time.sleep(30)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_fork_does_not_keep_the_guard_waiting(tmp_path: Path) -> None:
+    """Its parent dies in a pause: the worker runs on although the fork lives."""
+    memory = Path(f"/dev/shm/remus-fork-{os.getpid()}")
+    memory.write_bytes(bytes(8 * PAGE_SIZE))
+    try:
+        with writer_process(memory) as worker:
+            dying = subprocess.Popen([sys.executable, "-c", DIES_IN_A_PAUSE, str(worker.pid)], process_group=0)
+            try:
+                assert dying.wait(LONG_S) == -signal.SIGKILL
+                until(lambda: process_state(worker.pid) not in "Tt")
+                Processes([worker.pid]).close()  # nobody claims it any longer
+            finally:
+                os.killpg(dying.pid, signal.SIGKILL)
+    finally:
+        memory.unlink()
+
+
+# What is acknowledged, and what is refused
+
+
+def acks_the_last_of_three(peer: Peer) -> None:
+    peer.welcome()
+    commits = []
+    while (event := peer.hear()) is not None:
+        if isinstance(event, wire.Commit):
+            commits.append(event)
+            if len(commits) == 3:
+                peer.say(wire.Ack(level="durable", position=event.position))
+
+
+def test_an_acknowledgement_stands_for_all_before_it() -> None:
+    commits: list[Committed] = []
+    with Liar(acks_the_last_of_three) as liar:
+        protection = protect({"a": np.zeros(9)}, to=liar.address, name="orders", window=4, on_commit=commits.append)
+        newest = [protection.checkpoint() for _ in range(3)][-1]
+        position = protection.wait_for(newest, LONG_S)
+        assert position.epoch == newest == 2
+        assert protection.committed == position
+        assert protection.wait_for(0, 0.0) == position
+        protection.close(1.0)
+    assert [commit.epoch for commit in commits] == [0, 1, 2]
+    assert commits[-1].position == position
+
+
+def says_fenced_by_its_own_term(peer: Peer) -> None:
+    peer.welcome(term=5)
+    peer.hear()
+    peer.say(wire.Error(code="fenced", message="stop", term=5))
+    peer.wait()
+
+
+def test_fenced_by_the_term_that_it_has(tmp_path: Path) -> None:
+    """As a backup says that was promoted under the term that this primary has."""
+    with Liar(says_fenced_by_its_own_term) as liar:
+        protection = protect({"a": np.zeros(9)}, to=liar.address, name="orders", term=5)
+        for _ in range(3):
+            with pytest.raises(Fenced):
+                protection.checkpoint(wait=True, timeout_s=LONG_S)
+        assert liar.visits == 1
+        with suppress(RemusError):
+            protection.close(0.1)
+
+
+def test_a_pause_that_somebody_else_ended_makes_no_checkpoint(tmp_path: Path) -> None:
+    """A worker that is let run on in a pause may have written to what was copied."""
+    memory = Path(f"/dev/shm/remus-primary-{os.getpid()}")
+    memory.write_bytes(bytes(8 * PAGE_SIZE))
+    try:
+        with writer_process(memory) as worker, backup_in(tmp_path / "store") as backup, ExitStack() as stack:
+            interfering = [False]
+
+            def device_state() -> bytes:
+                if interfering[0]:
+                    os.kill(worker.pid, signal.SIGCONT)
+                    until(lambda: process_state(worker.pid) not in "Tt")
+                return b""
+
+            source = SharedFile(memory, Processes([worker.pid]))
+            stack.callback(source.close)
+            primary = Primary(
+                "orders", source, lambda: connect(Address.parse(backup.addresses[0])), device_state=device_state
+            )
+            stack.callback(primary.close)
+            primary.checkpoint(wait=True)
+            interfering[0] = True
+            with pytest.raises(SourceError):
+                primary.checkpoint(wait=True)
+            assert [entry.epoch for entry in entries(tmp_path / "store")] == [0]
+            interfering[0] = False
+            assert primary.checkpoint(wait=True) == 1
+    finally:
+        memory.unlink()
+
+
+def test_a_new_run_follows_what_the_backup_holds(tmp_path: Path) -> None:
+    """The chain of positions goes from one run of the primary into the next."""
+    with backup_in(tmp_path / "store") as backup:
+        for _ in range(2):
+            with Memory(backup.addresses[0]) as memory:
+                memory.step(1)
+        history = Store(tmp_path / "store").history("orders")
+        held = [entry.position for entry in history.entries()]
+        record = history.restore().record
+        assert record is not None
+        assert record.before == held[0]
