@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-LONG = ("kill", "hostile")
+LONG = ("kill", "hostile", "slow")
 """Markers of suites that take minutes. They run with --all, by -m, or where a file or test is named."""
 _left_out = pytest.StashKey[int]()
 
@@ -22,7 +22,7 @@ settings.load_profile("same-every-time")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help=f"run the {' and '.join(LONG)} suites too")
+    parser.addoption("--all", action="store_true", help=f"run the {', '.join(LONG)} suites too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,4 +39,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
     yield
     if count := config.stash.get(_left_out, 0):
-        terminalreporter.write_line(f"{' and '.join(LONG)} suites: {count} tests not run; run them with --all")
+        terminalreporter.write_line(f"{', '.join(LONG)} suites: {count} tests not run; run them with --all")
