@@ -176,23 +176,25 @@ def scrape(port: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", ["commands", pytest.param("cgroup", marks=pytest.mark.root)])
-def test_other_ways_to_stop_the_writers(
-    served: Service, memory: Path, tmp_path: Path, kind: str, remus: Command
-) -> None:
+def test_other_ways_to_stop_the_writers(served: Service, memory: Path, tmp_path: Path, kind: str) -> None:
+    def protects(*how: object) -> None:
+        with command("protect", memory, *to(served), *how, "--json", log=tmp_path / "log") as protecting:
+            until(lambda: committed(served) > 1)
+            code, out = end(protecting)
+        assert (code, json.loads(out)["ended"]) == (0, "stopped"), (tmp_path / "log").read_text()
+        assert json.loads(out)["committed_epoch"] > 1
+
     with writer_process(memory) as worker:
-        run = ["protect", memory, *to(served), "--duration", "300ms", "--json"]
         if kind == "commands":
-            ran = remus(*run, "--pause", f"kill -STOP {worker.pid}", "--resume", f"kill -CONT {worker.pid}")
+            protects("--pause", f"kill -STOP {worker.pid}", "--resume", f"kill -CONT {worker.pid}")
         else:
             mount = cgroup_mount()
             if mount is None or os.geteuid():
                 pytest.skip("no cgroup can be made here")
             with own_cgroup(mount, f"remus-test-{os.getpid()}") as group:
                 (group / "cgroup.procs").write_text(str(worker.pid))
-                ran = remus(*run, "--cgroup", group)
+                protects("--cgroup", group)
                 (mount / "cgroup.procs").write_text(str(worker.pid))
-        assert (ran.code, json.loads(ran.out)["ended"]) == (0, "duration")
-        assert json.loads(ran.out)["committed_epoch"] > 1
         assert process_state(worker.pid) in "SR"
 
 

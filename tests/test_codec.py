@@ -583,6 +583,7 @@ def mutate(rng: np.random.Generator, data: bytes) -> bytes:
     return bytes(mutated)
 
 
+@pytest.mark.slow
 @every_codec
 def test_mutated_bytes_are_the_same_to_every_kernel(name: str) -> None:
     rng = np.random.default_rng(11)

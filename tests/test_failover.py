@@ -310,6 +310,7 @@ START = replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choices",
     [{"automatic": True}, {"automatic": True, "fence": None}, {"automatic": False}, {"takeover": None}],
@@ -337,6 +338,7 @@ def test_whatever_happens_it_is_lawful_and_goes_on(choices: dict[str, Any]) -> N
         assert end.seen.takeover_done == (end.has_fallen and seen.takeover is not None)
 
 
+@pytest.mark.slow
 def test_the_walk_meets_every_kind_of_interruption() -> None:
     """It would be worth nothing if it did not get there."""
     worlds = everything(World(START))

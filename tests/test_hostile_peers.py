@@ -40,6 +40,8 @@ from remus_ckpt.service.standby import Policy, Standby
 from remus_ckpt.wire import session as wire
 from remus_ckpt.wire.record import Position
 
+pytestmark = pytest.mark.hostile
+
 PAGES = 16
 
 

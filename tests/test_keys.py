@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from certificates import Made, put
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from support import Command
@@ -306,3 +307,93 @@ def test_the_command_says_what_expires(tmp_path: Path, command: Command) -> None
     assert ran.code == 0
     assert len(ran.out.splitlines()) == 2
     assert ran.err == ""
+
+
+# A CA in transition
+
+
+def changing(folder: Path, order: str = "old first") -> tuple[Path, Path]:
+    """The folders of an old CA, which has expired, and of a new one, whose ca.pem has both."""
+    now = datetime.now(UTC)
+    old, new = folder / "old", folder / "new"
+    keys.init(old, days=10, now=now - timedelta(days=20))
+    keys.issue(old, "backup", hosts=["127.0.0.1"], now=now - timedelta(days=20))
+    keys.init(new)
+    pems = [(one / "ca.pem").read_bytes() for one in (old, new)]
+    (new / "ca.pem").write_bytes(b"".join(pems if order == "old first" else pems[::-1]))
+    return old, new
+
+
+@pytest.mark.parametrize("order", ["old first", "new first"])
+def test_who_issues_is_who_has_the_key(tmp_path: Path, order: str) -> None:
+    _, new = changing(tmp_path, order)
+    issued = keys.issue(new, "me")
+    assert issued.issuer == next(one.name for one in keys.show(new) if one.in_use and one.is_ca)
+    assert issued.days_left(datetime.now(UTC)) > 800
+    assert (new / "me" / "ca.pem").read_bytes() == (new / "ca.pem").read_bytes()
+    assert TlsFiles(new / "me").expires() == issued.expires
+
+
+@pytest.mark.parametrize("order", ["old first", "new first"])
+def test_a_certificate_is_renewed_from_the_new_ca(tmp_path: Path, order: str) -> None:
+    old, new = changing(tmp_path, order)
+    folder = old / "backup"
+    with pytest.raises(LinkError):
+        TlsFiles(folder)
+    renewed = keys.issue(new, "backup", out=folder, renew=True)
+    assert renewed.hosts == ("127.0.0.1",)
+    assert TlsFiles(folder).expires() == renewed.expires
+    assert [one.in_use for one in keys.show(folder)] == [False, True, True]
+    # What its owner has put there by hand stays.
+    (folder / "ca.pem").write_bytes(Made("another").pem + (new / "ca.pem").read_bytes())
+    before = (folder / "ca.pem").read_bytes()
+    keys.issue(new, "backup", out=folder, renew=True)
+    assert (folder / "ca.pem").read_bytes() == before
+
+
+def test_a_stranger_is_not_renewed_by_a_new_ca(tmp_path: Path) -> None:
+    changing(tmp_path)
+    keys.init(tmp_path / "third")
+    before = contents(tmp_path)
+    with pytest.raises(LinkError):
+        keys.issue(tmp_path / "third", "backup", out=tmp_path / "old" / "backup", renew=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_ca_that_was_renewed_with_its_key(tmp_path: Path) -> None:
+    """Its certificates of both dates are in ca.pem: the one that lasts is the one to issue from."""
+    over = Made("root", days=(-20, -10))
+    good = Made("root", days=(-1, 100), key=over)
+    for number, both in enumerate(([over, good], [good, over])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "ca.pem").write_bytes(b"".join(one.pem for one in both))
+        (folder / "ca-key.pem").write_bytes(over.key_pem)
+        issued = keys.issue(folder, "me")
+        assert 99 < issued.days_left(datetime.now(UTC)) < 101
+        assert TlsFiles(folder / "me").expires() == issued.expires
+
+
+@pytest.mark.parametrize("order", ["old first", "new first"])
+def test_show_tells_a_spent_ca_from_one_in_use(tmp_path: Path, command: Command, order: str) -> None:
+    old, new = changing(tmp_path, order)
+    keys.issue(new, "me")
+    for folder, count in ((new, 3), (new / "me", 3)):
+        ran = command("keys", "show", folder)
+        assert ran.code == 0
+        assert len(ran.out.splitlines()) == count
+        assert len(ran.err.splitlines()) == 1
+        listed = json.loads(command("keys", "show", folder, "--json").out)
+        assert [row["days_left"] < 0 for row in listed] == [not row["in_use"] for row in listed]
+    for folder in (old, old / "backup"):
+        assert command("keys", "show", folder).code == 1
+
+
+def test_show_lists_intermediates(tmp_path: Path, command: Command) -> None:
+    root = Made("root")
+    between = Made("between", root, days=(-20, -10))
+    put(tmp_path, [root], [Made("own", between, is_ca=False), between])
+    ran = command("keys", "show", tmp_path)
+    assert ran.code == 1
+    assert len(ran.out.splitlines()) == 3
+    assert len(ran.err.splitlines()) == 1

@@ -33,3 +33,14 @@ def test_nothing_committed_is_lost_whoever_is_killed_and_wherever(tmp_path: Path
     }
     assert {phase for phase in phases if not found["kills"][phase]} == set()
     assert list(tmp_path.iterdir()) == [], "a run has left something"
+
+
+@pytest.mark.kill
+def test_and_over_tls(tmp_path: Path) -> None:
+    command = [sys.executable, TOOL, "--runs", "6", "--seed", "2", "--jobs", "2", "--tls", "--json", "--keep", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(done.stdout)
+    assert found["failed_runs"] == 0
+    assert found["commits"] > 6
+    assert found["checked"] > 6

@@ -308,6 +308,7 @@ def untitled(dtype: np.dtype[Any]) -> bool:
     return "((" not in repr(dtype)
 
 
+@pytest.mark.slow
 @given(entries(hn.nested_dtypes(SIMPLE).filter(untitled)), st.binary(max_size=20))
 def test_a_manifest_comes_back(rows: list[tuple[str, np.dtype[Any], Any, str]], state: bytes) -> None:
     manifest = manifest_of(rows)

@@ -268,6 +268,7 @@ def all_of(restorer: Restorer) -> list[tuple[int, int, int, bytes]]:
     return [(c.epoch, c.start, c.end, c.memory.tobytes()) for c in restorer.checkpoints()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_rewind_from_every_byte(in_place: bool) -> None:
     data, memories = own_stream()

@@ -27,7 +27,8 @@ CHILD = Path(__file__).with_name("crash_store.py")
 def run_child(directory: Path, seed: int, *more: object, kill_after_s: float | None = None) -> tuple[int, str]:
     """Returns the last epoch that the child called durable, −1 for none, and the last line that it wrote."""
     command = [sys.executable, str(CHILD), str(directory), str(seed), *map(str, more)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    # Unbuffered: `communicate` reads from the descriptor, and would lose the lines that came along with the first.
+    with subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stderr is not None
         opened = child.stdout.readline()
         if kill_after_s is not None:

@@ -49,6 +49,7 @@ def forget_index(directory: Path) -> None:
 # Power
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_index", [True, False])
 def test_the_last_segment_cut_anywhere(store: Store, tmp_path: Path, with_index: bool) -> None:
     """At every 512 bytes and around each border of a checkpoint.

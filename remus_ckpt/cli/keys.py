@@ -70,7 +70,9 @@ def show(
     directory: Annotated[Path, typer.Argument(help="The folder of an authority, or one that was issued.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the certificates in a folder and when they expire; exit code 1 where one has expired.
+    """List the certificates in a folder and when they expire; exit code 1 where one that is in use has expired.
+
+    A ca.pem with several CAs is one in transition: the CA that issues here, or that issued this certificate, is in use.
 
     Example: remus-ckpt keys show keys/
     """
@@ -86,8 +88,9 @@ def show(
     for certificate in found:
         left = certificate.days_left(now)
         if left < keys.SOON_DAYS:
-            complain(f"{certificate.path} {_say_left(left)}: {_advice(directory, certificate)}")
-    if any(certificate.days_left(now) < 0 for certificate in found):
+            what = certificate.path if certificate.in_use else f"{certificate.path}: {certificate.name}"
+            complain(f"{what} {_say_left(left)}: {_advice(directory, certificate)}")
+    if any(certificate.in_use and certificate.days_left(now) < 0 for certificate in found):
         raise typer.Exit(1)
 
 
@@ -103,6 +106,8 @@ def _count(days: float) -> str:
 
 
 def _advice(directory: Path, certificate: keys.Certificate) -> str:
+    if not certificate.in_use:
+        return "take it out of the file when nobody has a certificate of it any more"
     if certificate.is_ca:
         return RENEW_CA
     if not (directory / "ca-key.pem").is_file():

@@ -9,6 +9,9 @@
         key.pem      0600  its key
 
 Files that lie there already are never written over, but by a renewal, which replaces key.pem and cert.pem.
+
+A CA is changed in steps: put the certificates of the old and the new CA, in any order, into the ca.pem of everybody who
+connects and into that of the new CA's folder; renew each certificate from there; take the old CA out at last.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from remus_ckpt.errors import LinkError
-from remus_ckpt.service.tls import RENEW_CA
+from remus_ckpt.service.tls import RENEW_CA, chains, common_name, ends, load_certificates, was_issued_by
 
 CA_DAYS = 3650
 CERTIFICATE_DAYS = 825
@@ -58,6 +61,8 @@ class Certificate:
     starts: datetime
     expires: datetime
     is_ca: bool
+    in_use: bool = True
+    """Whether its folder depends on it. Other CAs in a ca.pem are there for peers whose certificates they issued."""
 
     def days_left(self, now: datetime) -> float:
         """Until it expires; negative when it has."""
@@ -108,34 +113,35 @@ def issue(
     hosts: DNS names and IP addresses under which it is reached; `name` alone where there are none
     out: the folder, directory/name where it is not given
     renew: replace certificate and key of that name in the folder; without `hosts`, the new one has those of the old.
-        Whoever uses the folder takes them up without a restart
+        Whoever uses the folder takes them up without a restart. The old one may be of any CA in this CA's ca.pem; where
+        the folder's ca.pem lacks the one that issues, it gets those of this CA's ca.pem added
+    Where the CA's ca.pem holds several, the one whose key is there issues, and the folder trusts them all.
     Its days are cut to those that the CA has left.
     Raises LinkError where there is no CA, or the folder holds a certificate already; where it is to be renewed, if it
-    holds none of that name and that CA.
+    holds none of that name and those CAs.
     """
     if not _NAME.fullmatch(name):
         raise LinkError(f"{name!r} is no name for a certificate: letters, digits, dots and dashes, 64 at most")
     directory = Path(directory)
     now = now or datetime.now(UTC)
     out = Path(out) if out is not None else directory / name
-    authority, authority_key = _load_authority(directory)
+    authority, authority_key, trusted = _load_authority(directory)
     if now > authority.not_valid_after_utc:
         raise LinkError(f"{directory / 'ca.pem'} has expired at {authority.not_valid_after_utc:%Y-%m-%d}: {RENEW_CA}")
-    certificate_path, key_path = out / "cert.pem", out / "key.pem"
+    certificate_path, key_path, trusted_path = out / "cert.pem", out / "key.pem", out / "ca.pem"
     if renew:
-        old = _find_renewable(certificate_path, name, authority)
+        old = _find_renewable(certificate_path, name, trusted)
         hosts = hosts or old.hosts
     names = [_general_name(host) for host in (hosts or [name])]
     if not renew:
         _refuse_to_replace(
             certificate_path,
             key_path,
-            out / "ca.pem",
+            trusted_path,
             advice="name another folder, or say --renew to replace certificate and key",
         )
         _make_private(out)
     key = ec.generate_private_key(ec.SECP256R1())
-    identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     certificate = (
         _builder(_subject(name), authority.subject, key.public_key(), x509.random_serial_number(), days, now, authority)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -145,14 +151,17 @@ def issue(
         )
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .add_extension(_identifier_of(authority), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
     files = {key_path: _key_pem(key), certificate_path: _pem(certificate)}
     if renew:
+        there = load_certificates(trusted_path) if trusted_path.is_file() else []
+        if authority not in there:  # first, so that at no instant the folder distrusts its own certificate
+            files = {trusted_path: _pem(*dict.fromkeys([*there, *trusted]))} | files
         _replace_all(files)
     else:
-        _write_all(files | {out / "ca.pem": _pem(authority)})
+        _write_all(files | {trusted_path: _pem(*trusted)})
     return _describe(certificate_path, certificate)
 
 
@@ -162,12 +171,22 @@ def show(directory: str | Path) -> list[Certificate]:
     Raises LinkError where there is none, or one cannot be read.
     """
     directory = Path(directory)
-    paths = [path for path in (directory / "ca.pem", directory / "cert.pem") if path.is_file()]
+    authority_path, certificate_path = directory / "ca.pem", directory / "cert.pem"
+    authorities = load_certificates(authority_path) if authority_path.is_file() else []
+    paths = [certificate_path] if certificate_path.is_file() else []
     if (directory / "ca-key.pem").is_file():
+        in_use = [_load_authority(directory)[0]] if authorities else []
         paths += sorted(directory.glob("*/cert.pem"))
-    if not paths:
+    elif paths and (found := list(chains(load_certificates(certificate_path), authorities))):
+        in_use = [max(found, key=ends)[-1]]
+    else:
+        in_use = authorities
+    if not authorities and not paths:
         raise LinkError(f"{directory} holds no certificates: make a CA there with `remus-ckpt keys init`")
-    return [_describe(path, _load(path)) for path in paths]
+    return [
+        *(_describe(authority_path, one, in_use=one in in_use) for one in authorities),
+        *(_describe(path, one) for path in paths for one in load_certificates(path)),
+    ]
 
 
 def _subject(name: str) -> x509.Name:
@@ -233,32 +252,40 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _load(path: Path) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise LinkError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise LinkError(f"{path} holds no certificate in PEM") from error
-
-
-def _load_authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def _load_authority(
+    directory: Path,
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, list[x509.Certificate]]:
+    """The certificate that issues, its key, and all that ca.pem holds."""
     certificate_path, key_path = directory / "ca.pem", directory / "ca-key.pem"
     if not certificate_path.is_file() or not key_path.is_file():
         raise LinkError(f"{directory} holds no CA: make one there with `remus-ckpt keys init {directory}`")
-    certificate = _load(certificate_path)
+    certificates = load_certificates(certificate_path)
     try:
         key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
     except OSError as error:
         raise LinkError(f"{key_path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise LinkError(f"{key_path} holds no key in PEM") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise LinkError(f"{key_path} is not the key of {certificate_path}")
-    return certificate, key
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise LinkError(f"{key_path} is no key of an elliptic curve: make a CA with `remus-ckpt keys init`")
+    # A CA that was renewed with its old key has several.
+    own = [one for one in certificates if one.public_key() == key.public_key()]
+    if not own:
+        raise LinkError(f"{key_path} is not the key of a certificate in {certificate_path}")
+    return max(own, key=lambda one: one.not_valid_after_utc), key, certificates
 
 
-def _describe(path: Path, certificate: x509.Certificate) -> Certificate:
+def _identifier_of(authority: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    try:
+        identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        key = authority.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(key)
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+
+
+def _describe(path: Path, certificate: x509.Certificate, *, in_use: bool = True) -> Certificate:
     try:
         alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         hosts = tuple(str(entry.value) for entry in alternatives if isinstance(entry, x509.DNSName | x509.IPAddress))
@@ -270,20 +297,16 @@ def _describe(path: Path, certificate: x509.Certificate) -> Certificate:
         is_ca = False
     return Certificate(
         path=path,
-        name=_common_name(certificate.subject),
+        name=common_name(certificate.subject),
         hosts=hosts,
-        issuer=_common_name(certificate.issuer),
+        issuer=common_name(certificate.issuer),
         serial=certificate.serial_number,
         sha256=certificate.fingerprint(hashes.SHA256()).hex(),
         starts=certificate.not_valid_before_utc,
         expires=certificate.not_valid_after_utc,
         is_ca=is_ca,
+        in_use=in_use,
     )
-
-
-def _common_name(name: x509.Name) -> str:
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(found[0].value) if found else name.rfc4514_string()
 
 
 def _refuse_to_replace(*paths: Path, advice: str = "name another folder") -> None:
@@ -292,18 +315,19 @@ def _refuse_to_replace(*paths: Path, advice: str = "name another folder") -> Non
             raise LinkError(f"{path} is there already, and is not written over: {advice}")
 
 
-def _find_renewable(path: Path, name: str, authority: x509.Certificate) -> Certificate:
-    """The certificate that a renewal replaces. Raises LinkError for one that is not of that name and CA."""
+def _find_renewable(path: Path, name: str, authorities: Sequence[x509.Certificate]) -> Certificate:
+    """The certificate that a renewal replaces. Raises LinkError for one of another name or CA."""
     if not path.is_file():
         raise LinkError(f"{path} is not there: there is nothing to renew; leave --renew away to issue it")
-    certificate = _load(path)
+    certificate = load_certificates(path)[0]
     found = _describe(path, certificate)
     if found.name != name:
         raise LinkError(f"{path} is the certificate of {found.name!r}, not of {name!r}")
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception:  # of several kinds, among them one for each kind of key
-        raise LinkError(f"{path} was not issued by this CA: take the CA that did, or another folder") from None
+    if not any(was_issued_by(certificate, authority) for authority in authorities):
+        raise LinkError(
+            f"{path} was not issued by this CA: take the CA that did, or another folder; to change the CA, add the"
+            " old one's certificate to the new one's ca.pem first"
+        )
     return found
 
 
@@ -315,8 +339,8 @@ def _make_private(directory: Path) -> None:
         raise LinkError(f"{directory}: {error.strerror}") from error
 
 
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
+def _pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
 
 
 def _write_all(files: dict[Path, bytes]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import NameOID
 
 from remus_ckpt.errors import LinkError
 
@@ -24,6 +26,9 @@ class TlsFiles:
 
     directory: the folder
     certificate_name: the name to expect in a server's certificate, where it is not the host of the address
+    ca.pem may hold several CAs, in any order: one that has expired does no harm while a
+    good one issued our certificate.
+    cert.pem may hold intermediate CAs behind our certificate.
     The files are read again when they have changed, so that a renewed certificate needs no restart; while what lies
     there cannot be used, the last good one serves.
     Raises LinkError where a file is missing, expired, or does not fit the others.
@@ -50,7 +55,7 @@ class TlsFiles:
         return self._current()[1]
 
     def expires(self) -> datetime:
-        """When the certificate that serves now, or its CA's, expires."""
+        """When the certificate that serves now expires, or the CA that it hangs on."""
         self._current()
         return self._expires
 
@@ -87,37 +92,29 @@ class TlsFiles:
                     f"{path} is missing: `remus-ckpt keys issue` makes a folder with ca.pem, cert.pem and key.pem"
                 )
         authority_path, certificate_path, key_path = self.paths
+        authorities, chain = load_certificates(authority_path), load_certificates(certificate_path)
         try:
-            authorities = x509.load_pem_x509_certificates(authority_path.read_bytes())
-            chain = x509.load_pem_x509_certificates(certificate_path.read_bytes())
             key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         except OSError as error:
-            raise LinkError(f"{error.filename}: {error.strerror}") from error
+            raise LinkError(f"{key_path}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
-            raise LinkError(f"{self.directory}: a file holds no PEM, or an encrypted key: {error}") from error
-        now = datetime.now(UTC)
-        for path, certificate in ((authority_path, authorities[0]), (certificate_path, chain[0])):
-            if now > certificate.not_valid_after_utc:
-                raise LinkError(
-                    f"{path} has expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: "
-                    + (RENEW_CA if path == authority_path else RENEW)
-                )
-            if now < certificate.not_valid_before_utc:
-                raise LinkError(
-                    f"{path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on:"
-                    " is the clock right?"
-                )
+            raise LinkError(f"{key_path} holds no key in PEM, or an encrypted one: {error}") from error
         if key.public_key() != chain[0].public_key():
-            raise LinkError(f"{key_path} is not the key of {certificate_path}: take both from one `keys issue`")
-        if not any(_is_issued_by(chain[-1], authority) for authority in authorities):
-            raise LinkError(f"{certificate_path} was not issued by {authority_path}: take both from one `keys issue`")
-        self._expires = min(certificate.not_valid_after_utc for certificate in (chain[0], authorities[0]))
+            raise LinkError(
+                f"{key_path} is not the key of the first certificate in {certificate_path}: take both from one"
+                " `keys issue`"
+            )
+        self._expires = self._check_times(list(chains(chain, authorities)))
         server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for context in (server, client):
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.verify_mode = ssl.CERT_REQUIRED
+            # Each CA in ca.pem is trusted as it stands, whoever issued it.
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             try:
-                context.load_verify_locations(cafile=authority_path)
+                context.load_verify_locations(
+                    cadata=b"".join(one.public_bytes(serialization.Encoding.DER) for one in authorities)
+                )
                 context.load_cert_chain(certificate_path, key_path)
             except OSError as error:
                 raise LinkError(f"{self.directory}: {error}: make it anew with `remus-ckpt keys issue`") from error
@@ -126,13 +123,89 @@ class TlsFiles:
         server.num_tickets = 0
         return server, client
 
+    def _check_times(self, found: list[tuple[x509.Certificate, ...]]) -> datetime:
+        """When the chain of those found that lasts longest expires. Raises LinkError where none is valid now."""
+        authority_path, certificate_path, _ = self.paths
+        if not found:
+            raise LinkError(
+                f"{certificate_path} was not issued by a CA in {authority_path}: take both from one `keys issue`"
+            )
+        now = datetime.now(UTC)
+        good = [ends(chain) for chain in found if starts(chain) <= now <= ends(chain)]
+        if good:
+            return max(good)
+        # What is said is about the chain that has most life in it, and about our own certificate before its CA's.
+        chain = max(found, key=ends)
+        for number, certificate in enumerate(chain):
+            where = str(authority_path if 0 < number == len(chain) - 1 else certificate_path)
+            if number:
+                where += f": the CA {common_name(certificate.subject)!r}, on which our certificate hangs,"
+            if now > certificate.not_valid_after_utc:
+                advice = RENEW if number == 0 else RENEW_CA
+                raise LinkError(
+                    f"{where} has expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: {advice}"
+                )
+            if now < certificate.not_valid_before_utc:
+                raise LinkError(
+                    f"{where} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on:"
+                    " is the clock right?"
+                )
+        raise AssertionError("a chain that is not valid holds a certificate that is not")
 
-def _is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+
+def load_certificates(path: Path) -> list[x509.Certificate]:
+    """All certificates of a PEM file, in its order. Raises LinkError where there is none, or one cannot be read."""
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except OSError as error:
+        raise LinkError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise LinkError(f"{path} holds no certificate in PEM: {error}") from error
+
+
+def chains(
+    presented: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
+) -> Iterator[tuple[x509.Certificate, ...]]:
+    """Every way from a certificate to one that is trusted, whatever the time is: (it, its issuer, …, the trusted one).
+
+    presented: the certificate, then those that may lie between, in any order
+    authorities: those that are trusted
+    """
+
+    def climb(below: tuple[x509.Certificate, ...]) -> Iterator[tuple[x509.Certificate, ...]]:
+        if below[-1] in authorities:
+            yield below
+            return
+        for issuer in dict.fromkeys([*authorities, *presented[1:]]):
+            if issuer not in below and was_issued_by(below[-1], issuer):
+                yield from climb((*below, issuer))
+
+    return climb((presented[0],))
+
+
+def starts(chain: Sequence[x509.Certificate]) -> datetime:
+    """From when on all of them are valid."""
+    return max(certificate.not_valid_before_utc for certificate in chain)
+
+
+def ends(chain: Sequence[x509.Certificate]) -> datetime:
+    """Until when all of them are valid."""
+    return min(certificate.not_valid_after_utc for certificate in chain)
+
+
+def was_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether its issuer's name and signature are those of that CA, whatever the time is."""
     try:
         certificate.verify_directly_issued_by(authority)
     except Exception:  # of several kinds, among them one for each kind of key
-        return certificate == authority
+        return False
     return True
+
+
+def common_name(name: x509.Name) -> str:
+    """The common name, or the whole name where it has none."""
+    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if found else name.rfc4514_string()
 
 
 _REASONS = {
@@ -164,7 +237,9 @@ def say_tls(error: ssl.SSLError) -> str:
                 "that it holds"
             )
         elif "expired" in error.verify_message:
-            advice = ": on that side, " + RENEW
+            advice = f": on that side, {RENEW}; where it is the CA that has expired, {RENEW_CA}"
+        elif "not yet valid" in error.verify_message:
+            advice = ": are the clocks of both sides right?"
         elif "issuer" in error.verify_message or "self-signed" in error.verify_message:
             advice = ": both sides need one from the same CA"
         return f"its certificate does not pass: {error.verify_message.rstrip('.')}{advice}"

@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Kills, freezes and cuts off primary and backup, and looks whether anything that was committed is lost or wrong.
 
-    killtest [--runs N] [--seed N] [--jobs N] [--only PHASE] [--run NUMBER] [--first] [--keep DIR] [--json]
+    killtest [--runs N] [--seed N] [--jobs N] [--only PHASE] [--run NUMBER] [--tls] [--first] [--keep DIR]
+             [--json]
 
 Each run has a worker, a primary and a backup, which are real processes, and this one between them: it forwards what
 they say, hashes memory in each pause, and remembers what was reported as committed. Then it ends them at random
 instants or, in every other run, in a phase that the processes show in shared memory; starts them again, and at last
 reads the store.
+
+With --tls the harness hears nothing: a flipped bit ends the connection before it reaches the session, and whether
+something is reported as committed before the backup said so is not checked. All else is checked as without.
 
 Exit codes: 0 all is well, 1 a run failed (how to replay it is printed, and its directory is kept), 2 a phase was never
 hit.
@@ -48,6 +52,7 @@ def main() -> int:
         "--only", choices=run.TARGETS, metavar="PHASE", help=f"aim all at one of {', '.join(run.TARGETS)}"
     )
     parser.add_argument("--run", type=int, help="this one alone")
+    parser.add_argument("--tls", action="store_true", help="over mutual TLS instead of plain TCP")
     parser.add_argument("--first", action="store_true", help="end with the first run that fails")
     parser.add_argument("--keep", type=Path, help="where the directories of runs lie; those that failed stay")
     parser.add_argument("--json", action="store_true", help="all results, for machines")
@@ -61,7 +66,7 @@ def main() -> int:
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=run.prepare
     ) as pool:
-        results = play(pool, seed, plan, options.keep, options.first)
+        results = play(pool, seed, plan, options)
         if (
             not (options.first and any(one["failures"] for one in results))
             and options.run is None
@@ -73,7 +78,7 @@ def main() -> int:
                 for _ in range(TRIES):
                     if hits(results)[aim]:
                         break
-                    results += play(pool, seed, [(number, aim)], options.keep, options.first)
+                    results += play(pool, seed, [(number, aim)], options)
                     number += 1
     seconds = time.monotonic() - begin
     failed = [one for one in results if one["failures"]]
@@ -94,15 +99,12 @@ def aim_of(number: int) -> str:
 
 
 def play(
-    pool: ProcessPoolExecutor, seed: int, plan: list[tuple[int, str]], keep: Path | None, first: bool
+    pool: ProcessPoolExecutor, seed: int, plan: list[tuple[int, str]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Run them; a failure is told at once.
-
-    first: begin no more when one has failed
-    """
-    directory = str(keep) if keep is not None else None
+    """Run them; a failure is told at once, and with --first no more begin."""
+    directory = str(options.keep) if options.keep is not None else None
     futures: list[Future[dict[str, Any]]] = [
-        pool.submit(run.run_one, seed, number, aim, directory) for number, aim in plan
+        pool.submit(run.run_one, seed, number, aim, directory, options.tls) for number, aim in plan
     ]
     results = []
     for done, future in enumerate(as_completed(futures), 1):
@@ -112,6 +114,7 @@ def play(
         results.append(result)
         if result["failures"]:
             only = f" --only {result['aim']}" if result["aim"] else ""
+            only += " --tls" if options.tls else ""
             print(
                 f"run {result['number']} failed: python tools/killtest --seed {seed} --run {result['number']}{only}; "
                 f"kept: {result['directory']}\n  {', '.join(result['faults'])}; {result['ending']}",
@@ -120,7 +123,7 @@ def play(
                 file=sys.stderr,
                 flush=True,
             )
-            if first:
+            if options.first:
                 for other in futures:
                     other.cancel()
         elif sys.stderr.isatty():
@@ -167,7 +170,11 @@ def text(table: dict[str, Any]) -> str:
         f"{table['runs']} runs, {table['failed_runs']} failed, {table['seconds']} s, seed {table['seed']}",
         f"{table['checkpoints']:,} checkpoints, {table['commits']:,} reported as committed, "
         f"{table['checked']:,} restored and hashed",
-        f"connected again: {table['continued']} with deltas, {table['full']} with a full copy",
+        *(
+            [f"connected again: {table['continued']} with deltas, {table['full']} with a full copy"]
+            if table["continued"] or table["full"]
+            else []
+        ),
         f"bits flipped: {table['flips_found']} found, {table['flips_apart']} on connections that ended before",
         "",
         f"{'fault':20} times    {'at the end':20} runs",

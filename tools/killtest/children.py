@@ -29,7 +29,7 @@ from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.observe import configure_logs
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import HistoryWriter, Retention, Store
@@ -167,8 +167,9 @@ def run_primary(args: dict[str, Any], board: Board, channel: socket.socket) -> i
 
     def dial() -> Any:
         board.report("connect", 0)
-        return connect(Address.parse(args["to"]), timeout_s=2.0)
+        return connect(Address.parse(args["to"]), tls=tls, timeout_s=2.0)
 
+    tls = TlsFiles(args["tls_dir"]) if args["tls_dir"] else None
     source = SharedFile(args["memory"], Processes([args["worker"]]))
     primary = Primary(
         args["name"],
@@ -216,7 +217,8 @@ def run_backup(args: dict[str, Any], board: Board, channel: socket.socket) -> in
     board.report("opening", 0)
     backup = Backup(
         _EagerStore(args["store"], args["compact_checkpoints"]),
-        ["tcp://127.0.0.1:0"],
+        ["tls://127.0.0.1:0" if args["tls_dir"] else "tcp://127.0.0.1:0"],
+        tls_dir=args["tls_dir"],
         policy=Policy(lease_s=args["lease_s"], retention=Retention(count=args["retain"])),
         warm_dir=args["warm"],
         on_phase=board.report,

@@ -101,10 +101,12 @@ class Proxy:
     """Listens for a primary and connects it to the backup, whose port may change when it is started again.
 
     wait: which level counts as committed
+    is_blind: what they say is encrypted, and not heard
     """
 
-    def __init__(self, wait: str, draw: random.Random) -> None:
+    def __init__(self, wait: str, draw: random.Random, *, is_blind: bool = False) -> None:
         self.wait = wait
+        self.is_blind = is_blind
         self.target = 0
         self.held: list[Held] = []
         """What reached the primary, wholly or in part, in order."""
@@ -145,7 +147,7 @@ class Proxy:
 
         heartbeat: to the next that ends with one: of all frames they are the ones that nothing else depends on
         """
-        self._armed[direction] = what, heartbeat
+        self._armed[direction] = what, heartbeat and not self.is_blind
 
     def is_armed(self, direction: Direction) -> bool:
         """Whether it waits for a piece."""
@@ -260,6 +262,8 @@ class Proxy:
 
     def _hear(self, pair: Pair, direction: Direction, data: bytes, forwarded: bool) -> list[int]:
         """The kinds of the control frames that end in this piece."""
+        if self.is_blind:
+            return []
         now = time.monotonic()
         heard = pair.frames[direction].feed(data)
         for kind, message in heard:

@@ -31,8 +31,9 @@ from killtest.children import (
 from killtest.proxy import Direction, Proxy
 from remus_ckpt.demo.ledger import BYTES, Ledger
 from remus_ckpt.restorer import Restorer
+from remus_ckpt.service import keys
 from remus_ckpt.service.control import ask
-from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.store import History, Store
 from remus_ckpt.store.segments import replay
 
@@ -180,9 +181,12 @@ class Run:
     """One run.
 
     aim: a phase of `TARGETS` that the first kill is aimed at; "" for none
+    tls: over TLS, with keys of its own
     """
 
-    def __init__(self, nursery: Nursery, seed: int, number: int, aim: str, directory: Path | None) -> None:
+    def __init__(
+        self, nursery: Nursery, seed: int, number: int, aim: str, directory: Path | None, *, tls: bool = False
+    ) -> None:
         self._draw = draw = random.Random(f"{seed} {number} {aim}")
         self._nursery = nursery
         self._aim = aim
@@ -192,6 +196,11 @@ class Run:
         self._shared = Path(tempfile.mkdtemp(prefix="remus-kill-", dir=shared))
         self._memory = self._shared / "memory"
         self._store = self.directory / "store"
+        self._keys = self.directory / "keys" if tls else None
+        if self._keys is not None:
+            keys.init(self._keys)
+            for name in ("primary", "backup"):
+                keys.issue(self._keys, name, hosts=["127.0.0.1"])
         self._mark = self.directory.name
         self._lease_s = draw.uniform(0.3, 0.6)
         self._retain = draw.choice([None, 8, 30]) if aim != "pruning" else 8
@@ -213,7 +222,7 @@ class Run:
         self._worker: Child
         self._truth: Truth
         # Draws of its own: its threads take theirs whenever they come to it, and the plan must not hang on that.
-        self._proxy = Proxy(self._options["wait"], random.Random(f"{seed} {number} proxy"))
+        self._proxy = Proxy(self._options["wait"], random.Random(f"{seed} {number} proxy"), is_blind=tls)
 
     def play(self) -> Result:
         """All of it, from the first process to the last look at what is left."""
@@ -255,6 +264,9 @@ class Run:
         self._children.append(child)
         return child
 
+    def _tls_dir(self, name: str) -> str | None:
+        return str(self._keys / name) if self._keys is not None else None
+
     def _start_worker(self) -> None:
         seed = self._draw.getrandbits(32)
         image = bytearray(BYTES)
@@ -276,6 +288,7 @@ class Run:
             lease_s=self._lease_s,
             retain=self._retain,
             compact_checkpoints=self._compact_checkpoints,
+            tls_dir=self._tls_dir("backup"),
         )
         if wait:
             self._await_backup()
@@ -295,7 +308,8 @@ class Run:
             "primary",
             memory=str(self._memory),
             worker=self._worker.pid,
-            to=f"tcp://127.0.0.1:{self._proxy.port}",
+            to=f"{'tls' if self._keys else 'tcp'}://127.0.0.1:{self._proxy.port}",
+            tls_dir=self._tls_dir("primary"),
             name=NAME,
             **self._options,
         )
@@ -530,8 +544,10 @@ class Run:
     def _check_takeover(self) -> int:
         """Promote the backup by hand, as a user does, and look at what it hands out; returns its epoch."""
         committed = self._truth.newest_commit
-        address = Address("tcp", "127.0.0.1", self._proxy.target)
-        given = ask(connect(address), "failover", {"name": NAME}, timeout_s=_PATIENCE_S)
+        tls_dir = self._tls_dir("primary")
+        address = Address("tls" if tls_dir else "tcp", "127.0.0.1", self._proxy.target)
+        tls = TlsFiles(tls_dir) if tls_dir else None
+        given = ask(connect(address, tls=tls), "failover", {"name": NAME}, timeout_s=_PATIENCE_S)
         token = Path(given["device_state"]).read_bytes().hex()
         where = f"taken over at epoch {given['epoch']}"
         if given["epoch"] < committed:
@@ -580,6 +596,8 @@ class Run:
 
     def _check_reports(self) -> None:
         """Nothing is reported as committed that the backup had not said to hold before."""
+        if self._proxy.is_blind:
+            return
         held = self._proxy.held
         digests = {(one.epoch, one.digest) for one in held}
         epochs = {one.epoch for one in held}
@@ -678,6 +696,6 @@ def prepare() -> None:
     _nurseries.append(Nursery())
 
 
-def run_one(seed: int, number: int, aim: str, directory: str | None) -> dict[str, Any]:
+def run_one(seed: int, number: int, aim: str, directory: str | None, tls: bool = False) -> dict[str, Any]:
     """One run in this job, as plain data."""
-    return asdict(Run(_nurseries[0], seed, number, aim, Path(directory) if directory else None).play())
+    return asdict(Run(_nurseries[0], seed, number, aim, Path(directory) if directory else None, tls=tls).play())
