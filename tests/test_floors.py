@@ -12,7 +12,7 @@ import remus_ckpt
 PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "pages", "limits"},
+    {"errors", "pages", "limits", "version"},
     {"codec", "wire"},
     {"sender", "restorer", "memory"},
     {"source", "store", "files"},

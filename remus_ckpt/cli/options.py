@@ -16,17 +16,8 @@ from remus_ckpt.errors import RemusError
 from remus_ckpt.files import create_private
 from remus_ckpt.wire.dialect import Dialect
 
-app = typer.Typer(
-    name="remus-ckpt",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
-
-    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format, 22 fenced: another has
-    taken over.""",
-)
+app = typer.Typer()
+"""The commands hang on it; `remus_ckpt.cli` lists them for the help."""
 
 
 class CodecName(StrEnum):

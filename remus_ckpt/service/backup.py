@@ -20,7 +20,6 @@ from typing import Any, Self
 
 import msgpack
 
-from remus_ckpt import __version__
 from remus_ckpt.errors import (
     LimitExceeded,
     LinkError,
@@ -39,6 +38,7 @@ from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
 from remus_ckpt.store import HistoryWriter, Store
+from remus_ckpt.version import __version__
 from remus_ckpt.wire import session as wire
 from remus_ckpt.wire.session import Session
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from remus_ckpt import __version__
 from remus_ckpt.errors import LinkError, Refused, RemusError
 from remus_ckpt.service.transport import Connection
+from remus_ckpt.version import __version__
 from remus_ckpt.wire.session import Error, Goodbye, Hello, Reply, Request, Session, Welcome
 
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from remus_ckpt import __version__
 from remus_ckpt.errors import NoCheckpoint, RemusError, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
@@ -24,6 +23,7 @@ from remus_ckpt.service import failover
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.service.observe import Metrics, log, unflatten
 from remus_ckpt.store import HistoryWriter, Retention, State
+from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
 
