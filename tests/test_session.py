@@ -22,40 +22,39 @@ from remus_ckpt import Position, Restorer, Sender, batches
 from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import KIB, MIB
 from remus_ckpt.pages import PAGE_SIZE, Buffer
-from remus_ckpt.wire import session as wire
-from remus_ckpt.wire.reader import Reader
-from remus_ckpt.wire.session import (
+from remus_ckpt.session import frames
+from remus_ckpt.session.frames import (
     COMPRESSIONS,
     CONTROL_BYTES,
     DATA_BYTES,
-    FIELDS,
     FLAGS,
     HEADER_BYTES,
     MESSAGES,
     PREFACE,
     REQUEST_BYTES,
-    TRANSITIONS,
     TYPES,
+    FrameType,
+    negotiate,
+)
+from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Session, State
+from remus_ckpt.session.messages import (
+    FIELDS,
     Ack,
     Begin,
     Commit,
-    DataReceived,
     Error,
     ErrorCode,
-    FrameType,
     Goodbye,
     Heartbeat,
     Hello,
     Message,
     Reply,
     Request,
-    Session,
-    State,
     StreamShape,
     Welcome,
     check_name,
-    negotiate,
 )
+from remus_ckpt.wire.reader import Reader
 
 SPEC = (Path(__file__).resolve().parents[1] / "specs" / "session.md").read_text()
 FIRST = Position(0, b"\x11" * 32)
@@ -1096,4 +1095,4 @@ def test_the_tables_of_limits_flags_and_codes():
 
 def test_the_checksum_is_the_one_that_the_text_names():
     assert "e3069283" in SPEC
-    assert wire._extend(wire._extend(0, b"1234"), memoryview(bytearray(b"56789"))) == 0xE3069283
+    assert frames.extend(frames.extend(0, b"1234"), memoryview(bytearray(b"56789"))) == 0xE3069283

@@ -45,13 +45,13 @@ from remus_ckpt.service.observe import Metrics, configure_logs, log, metrics_add
 from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles, check_options, connect
+from remus_ckpt.session.messages import check_name
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.commands import PauseCommands
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Retention
 from remus_ckpt.walk import complain, errors, out
-from remus_ckpt.wire.session import check_name
 
 _LAST_WORDS_S = 10.0
 
