@@ -21,12 +21,6 @@ class Ear:
     def get_buffer(self) -> memoryview:
         return self._room
 
-    def buffer_updated(self, size: int) -> None:
-        pass
-
-    def feed(self, data: Any) -> None:
-        pass
-
 
 class Peer:
     """One primary that has come."""
@@ -34,7 +28,7 @@ class Peer:
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self.session = machine.Session("server")
-        self.session.sink = Ear()
+        self.session.lender = Ear()
 
     def hear(self) -> Any:
         """What it says next; data and heartbeats are passed over. None when it has hung up."""

@@ -516,7 +516,7 @@ class _Visit:
                 match event:
                     case messages.Begin():
                         writer.begin(full=event.mode == "full")
-                        self.session.sink = writer
+                        self.session.lender = writer
                         log(
                             "receiving",
                             name=hello.name,
@@ -524,7 +524,11 @@ class _Visit:
                             mode=event.mode,
                             position=event.position and str(event.position),
                         )
-                    case machine.DataReceived():
+                    case machine.DataReceived(size, data):
+                        if data is None:
+                            writer.buffer_updated(size)
+                        else:
+                            writer.feed(data)
                         self.backup.report_phase("receiving", 0)
                     case messages.Commit():
                         self._commit(standby, writer, event)

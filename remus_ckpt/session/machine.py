@@ -2,7 +2,8 @@
 
 Bytes come in by `get_buffer` and `buffer_updated`, messages go out by `next_event`; `send` and `send_data` make the
 bytes for the other side. One table says who may say what when, in both directions. The save stream that travels in
-DATA frames is not read here: it goes to the sink, uncopied where it is long.
+DATA frames is not read here, nor is it moved: the session lends room for it, uncopied where it is long, and says what
+has come.
 """
 
 from __future__ import annotations
@@ -12,21 +13,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Protocol, cast
 
-import numpy as np
-
 from remus_ckpt.errors import LinkError, UnknownFormat
 from remus_ckpt.limits import KIB
 from remus_ckpt.pages import Buffer
 from remus_ckpt.session import frames
 from remus_ckpt.session.frames import Compression, FrameType
 from remus_ckpt.session.messages import Ack, Begin, Commit, Error, Goodbye, Hello, Message, Welcome
+from remus_ckpt.wire.inbox import End, Inbox
 from remus_ckpt.wire.record import Position
 
 NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further message."""
 
 DIRECT_BYTES = 64 * KIB
-"""From here on a payload is received straight into the sink's buffer."""
+"""From here on a payload is received straight into the lender's buffer."""
 
 ACKABLE = 4096
 """So many commits back an acknowledgement may reach."""
@@ -37,9 +37,13 @@ Side = Literal["client", "server"]
 
 @dataclass(frozen=True, slots=True)
 class DataReceived:
-    """`size` bytes of the stream went to the sink: let it read them before the next event is taken."""
+    """Bytes of the stream have come: take them in before the next event is asked for.
+
+    data: the bytes; None: the first `size` bytes of what the lender's `get_buffer` gave last
+    """
 
     size: int
+    data: bytes | None = None
 
 
 class State(Enum):
@@ -82,24 +86,14 @@ TRANSITIONS: dict[tuple[State, Side, FrameType], State] = {
 cross on the way mean the same to both."""
 
 
-class Sink(Protocol):
-    """Where the stream goes: a `wire.reader.Reader`, or what wraps one."""
+class Lender(Protocol):
+    """Where the stream's bytes are to be received: a reader, or what wraps one."""
 
     def get_buffer(self) -> memoryview:
         """A writable buffer of one byte or more."""
 
-    def buffer_updated(self, size: int) -> None:
-        """`size` bytes were received into what `get_buffer` returned."""
-
-    def feed(self, data: Buffer) -> None:
-        """Bytes that are there already, to be kept without a copy."""
-
 
 Parser = Generator["Message | DataReceived | None", None, Any]
-
-
-class _End(Exception):
-    """The bytes end within something."""
 
 
 class Session:
@@ -112,14 +106,14 @@ class Session:
     and nobody has ended the session, and the same again from then on. An Error can still be sent then. When this side
     has sent one, what still comes is counted and not read.
 
-    A DATA frame's checksum stands for the whole frame, and the sink has its bytes before all of them are there: after
-    an error the sink must give up the checkpoint that it is in. One whose Commit came out of `next_event` is whole.
+    A DATA frame's checksum stands for the whole frame, and its bytes come out before all of them are there: after an
+    error the checkpoint that they belong to must be given up. One whose Commit came out of `next_event` is whole.
     """
 
     def __init__(self, side: Side) -> None:
         self.side: Side = side
         self.peer: Side = "server" if side == "client" else "client"
-        self.sink: Sink | None = None
+        self.lender: Lender | None = None
         """To be set before the first DATA comes: when Begin came out of `next_event`, at the latest."""
         self.state = State.START
         self.hello: Hello | None = None
@@ -136,14 +130,10 @@ class Session:
         self._made: dict[Position, None] = {}  # the newest positions of this session, which an ack may name
         self._prefaced = False
         self._packing = frames.Packing()
-        self._small = bytearray(_BUFFER_BYTES)
-        self._begin = self._stop = 0  # what of it is received and not yet consumed
-        self._base = 0  # where in what was received _small[0] stands
-        self._target: memoryview | None = None  # the rest of a payload that is being collected
-        self._rest = 0  # of a payload that may go straight to the sink
-        self._lent: memoryview | None = None  # the sink's own buffer, while it is being received into
+        self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_BUFFER_BYTES * 4)
+        self._rest = 0  # of a payload that may be received into the lender's buffer
+        self._lent: memoryview | None = None  # that buffer, while it is being received into
         self._crc = 0
-        self._eof = False
         self._error: BaseException | None = None
         self._parser = self._session()
 
@@ -155,7 +145,7 @@ class Session:
     @property
     def received_bytes(self) -> int:
         """Bytes received so far, but for those that `next_event` has not come to."""
-        return self._base + self._begin
+        return self._inbox.offset
 
     # Bytes in
 
@@ -163,101 +153,44 @@ class Session:
         """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
         self._lent = None
         self._give_up()
-        if self._target is not None:
-            return self._target
-        if self._rest >= DIRECT_BYTES and self._begin == self._stop and self.sink is not None:
-            theirs = self.sink.get_buffer()[: self._rest]
+        if self._rest >= DIRECT_BYTES and not self._inbox.buffered and self.lender is not None:
+            theirs = self.lender.get_buffer()[: self._rest]
             if len(theirs) >= DIRECT_BYTES:
                 self._lent = theirs
                 return theirs
-        if self._stop == len(self._small):
-            self._compact()
-            if self._stop == len(self._small):
-                raise BufferError("the buffer is full: call next_event until it returns NEED_DATA")
-        return memoryview(self._small)[self._stop :]
+        return self._inbox.get_buffer()
 
     def buffer_updated(self, size: int) -> None:
         """`size` bytes were received into what `get_buffer` returned. Then `next_event` until it says NEED_DATA."""
-        if self._lent is not None:
-            self._crc = frames.extend(self._crc, self._lent[:size])
-            self._lent = None
-            self._rest -= size
-            if size:
-                assert self.sink is not None
-                self.sink.buffer_updated(size)
-        elif self._target is not None:
-            self._target = self._target[size:]
-        else:
-            self._stop += size
+        if self._lent is None:
+            self._inbox.buffer_updated(size)
+            return
+        self._crc = frames.extend(self._crc, self._lent[:size])
+        self._lent = None
+        self._rest -= size
+        self._inbox.received(size)
 
     def feed_eof(self) -> None:
         """No more bytes will come."""
-        self._eof = True
+        self._inbox.feed_eof()
 
     # Events out
 
     def next_event(self) -> Message | DataReceived | None:
-        """The next message, or NEED_DATA. After DataReceived let the sink read what it has before the next is taken."""
+        """The next message, or NEED_DATA."""
         if self._error is not None:
             raise self._error
         self._give_up()
         try:
             return next(self._parser)
-        except _End:
+        except End:
             if self.ended:
-                self._parser = self._drain()
+                self._parser = self._inbox.drain()
                 return NEED_DATA
             self._error = LinkError("the connection ended without a goodbye")
         except Exception as error:
             self._error = error
         raise self._error
-
-    # The buffer
-
-    def _compact(self) -> None:
-        left = self._small[self._begin : self._stop]
-        self._small[: len(left)] = left
-        self._base += self._begin
-        self._begin, self._stop = 0, len(left)
-
-    def _have(self, size: int) -> Parser:
-        """Wait until `size` bytes can be consumed; at most what the buffer holds."""
-        while self._stop - self._begin < size:
-            if self._begin + size > len(self._small):
-                self._compact()
-            if self._eof:
-                raise _End
-            yield NEED_DATA
-
-    def _payload(self, size: int) -> Generator[Message | DataReceived | None, None, memoryview]:
-        """A payload, whole. A long one is taken in steps, so that a length alone costs no memory."""
-        if size <= len(self._small):
-            yield from self._have(size)
-            self._begin += size
-            return memoryview(self._small)[self._begin - size : self._begin]
-        data = np.empty(min(size, _BUFFER_BYTES * 4), dtype=np.uint8)
-        filled = 0
-        while True:
-            yield from self._into(memoryview(data)[filled:])
-            filled = len(data)
-            if filled == size:
-                return memoryview(data)
-            larger = np.empty(min(size, filled * 4), dtype=np.uint8)
-            larger[:filled] = data
-            data = larger
-
-    def _into(self, target: memoryview) -> Parser:
-        take = min(len(target), self._stop - self._begin)
-        target[:take] = memoryview(self._small)[self._begin : self._begin + take]
-        self._begin += take
-        self._target = target[take:] if take < len(target) else None
-        while self._target is not None and len(self._target):
-            if self._eof:
-                self._target = None
-                raise _End
-            yield NEED_DATA
-        self._target = None
-        self._base += len(target) - take
 
     # The grammar
 
@@ -268,34 +201,30 @@ class Session:
 
     def _give_up(self) -> None:
         if isinstance(self.last_sent, Error):
-            # What was under way when this side ended it is of no use any longer: not to the sink either.
-            self._target, self._rest, self._parser = None, 0, self._drain()
-
-    def _drain(self) -> Parser:
-        """Behind the end, what comes is counted and not read."""
-        while True:
-            self._begin = self._stop
-            yield NEED_DATA
+            # What was under way when this side ended it is of no use any longer.
+            self._rest = 0
+            self._parser.close()
+            self._parser = self._inbox.drain()
 
     def _preface(self) -> Parser:
         """§1.1"""
         for size in range(1, len(frames.PREFACE) + 1):
-            yield from self._have(size)
-            if not frames.PREFACE.startswith(self._small[self._begin : self._begin + size]):
+            yield from self._inbox.have(size)
+            if not frames.PREFACE.startswith(self._inbox.front(size)):
                 raise UnknownFormat(
                     "the other side does not speak the session protocol of remus-ckpt: is it the right address, and "
                     "is TLS used on both sides or on none?",
                     offset=size - 1,
                     section="session.md §1.1",
                 )
-        self._begin += len(frames.PREFACE)
+        self._inbox.skip(len(frames.PREFACE))
 
     def _frame(self) -> Parser:
         """§2"""
-        yield from self._have(frames.HEADER_BYTES)
+        yield from self._inbox.have(frames.HEADER_BYTES)
         offset = self.received_bytes
         number, flags, length, crc = self._header(offset)
-        self._begin += frames.HEADER_BYTES
+        self._inbox.skip(frames.HEADER_BYTES)
         if number is FrameType.DATA:
             self._move(self.peer, number, None, offset)
             if flags == frames.FLAGS["none"]:
@@ -303,7 +232,7 @@ class Session:
             else:
                 yield from self._packed_data(flags, length, crc, offset)
             return None
-        payload = yield from self._payload(length)
+        payload = memoryview((yield from self._inbox.array(length)))
         if frames.extend(0, payload) != crc:
             frames.refuse("the payload's checksum is wrong", offset, "§2.1", number)
         message = frames.unpack(number, payload, offset + frames.HEADER_BYTES)
@@ -313,7 +242,7 @@ class Session:
 
     def _header(self, offset: int) -> frames.Header:
         """§2.1"""
-        header = frames.parse_head(bytes(self._small[self._begin : self._begin + frames.HEADER_BYTES]), offset)
+        header = frames.parse_head(bytes(self._inbox.front(frames.HEADER_BYTES)), offset)
         if self.last_received is not None:
             frames.refuse("a frame behind the end of the session", offset, "§4")
         if (self.state, self.peer, header.number) not in TRANSITIONS:
@@ -322,30 +251,26 @@ class Session:
         return header
 
     def _plain_data(self, length: int, crc: int, offset: int) -> Parser:
-        """§2.3. What is in the buffer is copied on; when nothing is, the sink's own may be received into."""
-        sink = self.sink
-        assert sink is not None, "DATA, and no sink has been set"
+        """§2.3. What is in the buffer is copied on; when nothing is, the lender's may be received into."""
+        lender = self.lender
+        assert lender is not None, "DATA, and nobody who lends a buffer"
         self._rest = length
         self._crc = 0
         while self._rest:
             before = self._rest
-            take = min(before, self._stop - self._begin)
-            if take:
-                room = sink.get_buffer()
-                take = min(take, len(room))
-                part = memoryview(self._small)[self._begin : self._begin + take]
-                self._crc = frames.extend(self._crc, part)
-                room[:take] = part
-                self._begin += take
+            if here := self._inbox.front(before):
+                room = lender.get_buffer()
+                take = min(len(here), len(room))
+                self._crc = frames.extend(self._crc, here[:take])
+                room[:take] = here[:take]
+                self._inbox.skip(take)
                 self._rest -= take
-                sink.buffer_updated(take)
             else:
-                if self._eof:
+                if self._inbox.is_over:
                     self._rest = 0
-                    raise _End
+                    raise End
                 yield NEED_DATA
                 take = before - self._rest
-                self._base += take
             if take:
                 self._stream_bytes += take
                 if not self._rest and self._crc != crc:
@@ -357,14 +282,12 @@ class Session:
         name = next(name for name, value in frames.FLAGS.items() if value == flags)
         if self.welcome is None or name not in self.welcome.compressions:
             frames.refuse(f"{name} has not been agreed on", offset, "§2.3", FrameType.DATA)
-        payload = yield from self._payload(length)
+        payload = memoryview((yield from self._inbox.array(length)))
         if frames.extend(0, payload) != crc:
             frames.refuse("the payload's checksum is wrong", offset, "§2.1", FrameType.DATA)
         raw = self._packing.unpack(name, payload, offset)
-        assert self.sink is not None, "DATA, and no sink has been set"
-        self.sink.feed(raw)
         self._stream_bytes += len(raw)
-        yield DataReceived(len(raw))
+        yield DataReceived(len(raw), raw)
 
     # The rules, for both directions
 
