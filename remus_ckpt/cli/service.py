@@ -28,7 +28,6 @@ from remus_ckpt.cli.options import (
     CodecName,
     MaxMemory,
     app,
-    parse_age,
     parse_bytes,
     parse_duration,
     print_json,
@@ -210,7 +209,7 @@ def backup(
         on_failover=on_failover,
         retention=Retention(
             count=keep_count,
-            age_s=parse_age(keep_age) if keep_age else None,
+            age_s=parse_duration(keep_age) if keep_age else None,
             bytes=parse_bytes(keep_size) if keep_size else None,
         ),
         names=frozenset(map(_name, name)) if name else None,
@@ -593,13 +592,16 @@ def demo(
     Example: remus-ckpt demo --seconds 5
     """
     # As Ctrl-C does: those who were started are ended.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = run_demo(
-        seconds=seconds,
-        interval_s=parse_duration(interval),
-        directory=directory,
-        seed=seed,
-        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
-    )
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        report = run_demo(
+            seconds=seconds,
+            interval_s=parse_duration(interval),
+            directory=directory,
+            seed=seed,
+            say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if as_json:
         print_json(report)
