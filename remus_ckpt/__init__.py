@@ -1,78 +1,93 @@
 """Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-    Sender      page batches to a stream
-    Restorer    a stream to memory, always at the last complete checkpoint
-    get_codec   the page codecs
-    protect     named arrays and mmaps of one's own, kept on a backup
-    Backup      keeps the checkpoints of primaries, and takes over
-    Store       checkpoints on disk: list, restore, verify
+Arrays and mmaps of one's own:
 
-The command is `remus-ckpt`; the format is described in `specs/`.
+    protect, Protection     keeps named arrays on a backup while the program changes them
+    Committed               what `on_commit` is told
+    arrays_of               the arrays of a checkpoint
+
+Memory that others write:
+
+    SharedFile              a file that they have mapped, as a source
+    Processes, CgroupFreezer, PauseCommands     how they are stopped
+
+The backup and its store:
+
+    Backup, Policy          keeps the checkpoints of primaries, and takes over
+    Store, History, Retention       checkpoints on disk: list, restore, verify
+
+Streams:
+
+    Sender, PageBatch, PageType, batches        pages to a stream
+    Restorer, Checkpoint, Position, Limits      a stream to memory, always at the last complete checkpoint
+    read_checkpoints, Dialect                   the checkpoints of a file
+
+Errors are in `remus_ckpt.errors`, codecs in `remus_ckpt.codec`. The command is `remus-ckpt`; `specs/` has the formats.
+Names are loaded when they are first used, so that importing this package costs next to nothing.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
 
-from remus_ckpt.codec import get_codec
-from remus_ckpt.codec.reference import Lru, Shadow
-from remus_ckpt.errors import (
-    Fenced,
-    KernelUnavailable,
-    LimitExceeded,
-    LinkError,
-    Malformed,
-    NoCheckpoint,
-    Refused,
-    RemusError,
-    SourceError,
-    StoreError,
-    StreamError,
-    UnknownFormat,
-)
-from remus_ckpt.files import read_checkpoints
-from remus_ckpt.limits import Limits
-from remus_ckpt.pages import PageBatch, PageType, batches
-from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.sender import Sender
-from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
-from remus_ckpt.service.protect import Protection, arrays_of, protect
-from remus_ckpt.service.standby import Policy
-from remus_ckpt.store import Retention, Store
-from remus_ckpt.wire.dialect import Dialect
-from remus_ckpt.wire.record import Position
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Backup",
-    "Checkpoint",
-    "Committed",
-    "Dialect",
-    "Fenced",
-    "KernelUnavailable",
-    "LimitExceeded",
-    "Limits",
-    "LinkError",
-    "Lru",
-    "Malformed",
-    "NoCheckpoint",
-    "PageBatch",
-    "PageType",
-    "Policy",
-    "Position",
-    "Protection",
-    "Refused",
-    "RemusError",
-    "Restorer",
-    "Retention",
-    "Sender",
-    "Shadow",
-    "SourceError",
-    "Store",
-    "StoreError",
-    "StreamError",
-    "UnknownFormat",
-    "arrays_of",
-    "batches",
-    "get_codec",
-    "protect",
-    "read_checkpoints",
-]
+from remus_ckpt.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from remus_ckpt.files import read_checkpoints as read_checkpoints
+    from remus_ckpt.limits import Limits as Limits
+    from remus_ckpt.pages import PageBatch as PageBatch
+    from remus_ckpt.pages import PageType as PageType
+    from remus_ckpt.pages import batches as batches
+    from remus_ckpt.restorer import Checkpoint as Checkpoint
+    from remus_ckpt.restorer import Restorer as Restorer
+    from remus_ckpt.sender import Sender as Sender
+    from remus_ckpt.service.backup import Backup as Backup
+    from remus_ckpt.service.primary import Committed as Committed
+    from remus_ckpt.service.protect import Protection as Protection
+    from remus_ckpt.service.protect import arrays_of as arrays_of
+    from remus_ckpt.service.protect import protect as protect
+    from remus_ckpt.service.standby import Policy as Policy
+    from remus_ckpt.source.cgroup import CgroupFreezer as CgroupFreezer
+    from remus_ckpt.source.commands import PauseCommands as PauseCommands
+    from remus_ckpt.source.processes import Processes as Processes
+    from remus_ckpt.source.shared_file import SharedFile as SharedFile
+    from remus_ckpt.store import History as History
+    from remus_ckpt.store import Retention as Retention
+    from remus_ckpt.store import Store as Store
+    from remus_ckpt.wire.dialect import Dialect as Dialect
+    from remus_ckpt.wire.record import Position as Position
+
+_HOMES = {
+    "files": ("read_checkpoints",),
+    "limits": ("Limits",),
+    "pages": ("PageBatch", "PageType", "batches"),
+    "restorer": ("Checkpoint", "Restorer"),
+    "sender": ("Sender",),
+    "service.backup": ("Backup",),
+    "service.primary": ("Committed",),
+    "service.protect": ("Protection", "arrays_of", "protect"),
+    "service.standby": ("Policy",),
+    "source.cgroup": ("CgroupFreezer",),
+    "source.commands": ("PauseCommands",),
+    "source.processes": ("Processes",),
+    "source.shared_file": ("SharedFile",),
+    "store": ("History", "Retention", "Store"),
+    "wire.dialect": ("Dialect",),
+    "wire.record": ("Position",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

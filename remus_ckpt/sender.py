@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec import get_codec
+from remus_ckpt.codec.kernels import CODINGS
 from remus_ckpt.codec.reference import Reference, Shadow
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, Buffer, PageBatch, Pages
@@ -21,8 +22,8 @@ from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.writer import Writer
 
-PAGE_BUFFER_PAGES: dict[str, int] = {"delta": 8196, "rle": 8192}
-"""How many pages are compressed at a time: as the June-2011 thread says, and as Xen shipped it."""
+PAGE_BUFFER_PAGES = {coding.name: coding.page_buffer_pages for coding in CODINGS if coding.page_buffer_pages}
+"""How many pages are compressed at a time."""
 
 MAX_BUFFER_PAGES = 16_000
 """A chunk of so many full pages still meets the limit that a reader has by default, `compressed_chunk_bytes`."""

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from remus_ckpt.errors import RemusError
-from remus_ckpt.wire import session as wire
+from remus_ckpt.session import machine, messages
 
 
 class Ear:
@@ -21,20 +21,14 @@ class Ear:
     def get_buffer(self) -> memoryview:
         return self._room
 
-    def buffer_updated(self, size: int) -> None:
-        pass
-
-    def feed(self, data: Any) -> None:
-        pass
-
 
 class Peer:
     """One primary that has come."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
-        self.session = wire.Session("server")
-        self.session.sink = Ear()
+        self.session = machine.Session("server")
+        self.session.lender = Ear()
 
     def hear(self) -> Any:
         """What it says next; data and heartbeats are passed over. None when it has hung up."""
@@ -45,20 +39,20 @@ class Peer:
                 if not size:
                     return None
                 self.session.buffer_updated(size)
-            elif not isinstance(event, wire.DataReceived | wire.Heartbeat):
+            elif not isinstance(event, machine.DataReceived | messages.Heartbeat):
                 return event
 
-    def say(self, message: wire.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         self.socket.sendall(b"".join(map(bytes, self.session.send(message))))
 
     def force(self, data: bytes) -> None:
         """Bytes that no session would send."""
         self.socket.sendall(data)
 
-    def welcome(self, **changes: Any) -> wire.Hello:
+    def welcome(self, **changes: Any) -> messages.Hello:
         hello = self.hear()
         fields: dict[str, Any] = {"program": "liar", "term": hello.term or 0, "limits": {}, "lease_s": 1.0}
-        self.say(wire.Welcome(**fields | changes))
+        self.say(messages.Welcome(**fields | changes))
         return hello
 
     def wait(self) -> None:

@@ -18,7 +18,8 @@ import zstandard
 from support import Command
 
 from remus_ckpt import Sender, batches
-from remus_ckpt.cli.options import parse_duration
+from remus_ckpt.cli.options import parse_bytes, parse_duration
+from remus_ckpt.limits import GIB, MIB
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE
 
@@ -340,9 +341,23 @@ def test_help_has_examples(command: Command) -> None:
 
 
 def test_durations() -> None:
-    assert [parse_duration(text) for text in ("25ms", "2s", "0.5s", "3m", "1h", "500us")] == [
-        0.025, 2.0, 0.5, 180.0, 3600.0, 0.0005,
+    assert [parse_duration(text) for text in ("25ms", "2s", "0.5s", "3m", "1h", "500us", "7d")] == [
+        0.025, 2.0, 0.5, 180.0, 3600.0, 0.0005, 604_800.0,
     ]  # fmt: skip
+
+
+def test_sizes() -> None:
+    assert [parse_bytes(text) for text in ("4096", "500M", "20G", "20GiB", "1.5 K", "1TiB")] == [
+        4096, 500 * MIB, 20 * GIB, 20 * GIB, 1536, 1 << 40,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("take", [["backup", "--listen", "unix:s", "--store", "s"], ["prune", "store:s/n"]])
+@pytest.mark.parametrize(("option", "bad"), [("--keep-size", "20 pounds"), ("--keep-age", "100"), ("--keep-age", "1w")])
+def test_one_grammar_for_sizes_and_times(take: list[str], option: str, bad: str, command: Command) -> None:
+    ran = command(*take, option, bad)
+    assert ran.code == 2
+    assert repr(bad) in ran.err
 
 
 def test_check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

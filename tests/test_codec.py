@@ -19,6 +19,8 @@ from shared import page_pairs as shared_pairs
 from remus_ckpt.codec import CODECS, Codec, get_codec, kernels, xbzrle
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PAGE_WORDS
+from remus_ckpt.sender import PAGE_BUFFER_PAGES
+from remus_ckpt.wire.dialect import STREAM_CODECS
 
 EVERY = [(name, kernel) for name, row in kernels.TABLE.items() for kernel in row]
 BASE = noise(1)[0]
@@ -734,3 +736,8 @@ def test_what_has_been_checked_is_not_walked_again(name: str, kernel: str) -> No
     assert (target[index] == new).all()
     with pytest.raises(ValueError):
         codec.apply(data, target, index=index, checked=len(data) + 1)
+
+
+def test_what_a_stream_may_hold_has_a_page_buffer() -> None:
+    """The wire and the codecs do not know each other; this is where their lists meet."""
+    assert set(PAGE_BUFFER_PAGES) == set(STREAM_CODECS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from remus_ckpt.service import compression
+from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
+from remus_ckpt.session.frames import Compression, Packing
 
 MIB = 1 << 20
 TEXT = np.frombuffer(b"orders of the day, once more; " * 40_000, dtype=np.uint8)
@@ -93,8 +94,13 @@ def test_what_was_asked_for() -> None:
 
 def test_samples_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    compress = compression.compress
-    monkeypatch.setattr(compression, "compress", lambda data, name: taken.append(len(data)) or compress(data, name))
+    compress = Packing.compress
+
+    def counted(packing: Packing, data: Buffer, name: Compression) -> bytes:
+        taken.append(len(data))
+        return compress(packing, data, name)
+
+    monkeypatch.setattr(Packing, "compress", counted)
     chosen = chooser()
     for _ in range(64):
         chosen.look([TEXT[:MIB]])

@@ -12,9 +12,9 @@ import remus_ckpt
 PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "pages", "limits"},
+    {"errors", "pages", "limits", "version"},
     {"codec", "wire"},
-    {"sender", "restorer", "memory"},
+    {"session", "sender", "restorer", "memory"},
     {"source", "store", "files"},
     {"loop", "service"},
     {"cli", "walk", "demo", "conformance", "__main__"},

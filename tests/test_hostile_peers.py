@@ -37,7 +37,7 @@ from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Standby
-from remus_ckpt.wire import session as wire
+from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.wire.record import Position
 
 pytestmark = pytest.mark.hostile
@@ -60,7 +60,7 @@ def served(tmp_path: Path, folder: Path) -> Iterator[Service]:
 # What bad peers say
 
 
-def frame(kind: wire.FrameType, payload: bytes, *, length: int | None = None, flags: int = 0) -> bytes:
+def frame(kind: frames.FrameType, payload: bytes, *, length: int | None = None, flags: int = 0) -> bytes:
     """A frame whose checksums are right, whatever else is not."""
     length = len(payload) if length is None else length
     head = struct.pack("<BBHII", kind, flags, 0, length, google_crc32c.value(payload))
@@ -76,16 +76,17 @@ def hello(**changes: Any) -> dict[str, Any]:
 
 
 def hello_frame(**changes: Any) -> bytes:
-    return wire.PREFACE + frame(wire.FrameType.HELLO, msgpack.packb(hello(**changes)))
+    return frames.PREFACE + frame(frames.FrameType.HELLO, msgpack.packb(hello(**changes)))
 
 
 def data_frame(payload: bytes, **changes: Any) -> bytes:
-    return frame(wire.FrameType.DATA, payload, **changes)
+    return frame(frames.FrameType.DATA, payload, **changes)
 
 
 def begin_frame(**changes: Any) -> bytes:
     return frame(
-        wire.FrameType.BEGIN, msgpack.packb({"mode": "full", "term": 0, "position": None, "wait": "durable"} | changes)
+        frames.FrameType.BEGIN,
+        msgpack.packb({"mode": "full", "term": 0, "position": None, "wait": "durable"} | changes),
     )
 
 
@@ -107,7 +108,7 @@ def commit_frame(sender: Sender, size: int, **changes: Any) -> bytes:
     fields = {
         "position": pack(sent.position), "before": pack(sent.before), "stream_bytes": size, "pages": sent.pages,
     }  # fmt: skip
-    return frame(wire.FrameType.COMMIT, msgpack.packb(fields | changes))
+    return frame(frames.FrameType.COMMIT, msgpack.packb(fields | changes))
 
 
 def drain(peer: socket.socket) -> bytes:
@@ -187,7 +188,7 @@ def control(*frames: bytes) -> bytes:
 
 
 def asking(payload: bytes) -> bytes:
-    return frame(wire.FrameType.REQUEST, payload)
+    return frame(frames.FrameType.REQUEST, payload)
 
 
 FULL = Sender(PAGES)
@@ -212,23 +213,23 @@ BAD: dict[str, Callable[[Service], int]] = {
     # Frames
     "garbage": shaken(random.bytes(100_000)),
     "silence": shaken(),
-    "half a preface": shaken(wire.PREFACE[:5]),
-    "a header of ones": shaken(wire.PREFACE + b"\xff" * 64),
-    "the greatest length": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"", length=HUGE)),
-    "one more than a control frame": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"", length=65537)),
-    "a hello that never ends": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"x" * 1000, length=65536)),
-    "a byte now and then in the hello": dripping(wire.PREFACE + frame(wire.FrameType.HELLO, bytes(1000)), tls=True),
-    "data before a hello": shaken(wire.PREFACE + data_frame(b"x")),
+    "half a preface": shaken(frames.PREFACE[:5]),
+    "a header of ones": shaken(frames.PREFACE + b"\xff" * 64),
+    "the greatest length": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, b"", length=HUGE)),
+    "one more than a control frame": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, b"", length=65537)),
+    "a hello that never ends": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, b"x" * 1000, length=65536)),
+    "a byte now and then in the hello": dripping(frames.PREFACE + frame(frames.FrameType.HELLO, bytes(1000)), tls=True),
+    "data before a hello": shaken(frames.PREFACE + data_frame(b"x")),
     **{
-        f"msgpack {code:02x} of the greatest length": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, start))
+        f"msgpack {code:02x} of the greatest length": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, start))
         for code, start in {
             code: bytes([code]) + b"\xff" * (4 if code not in (0xC7, 0xD9) else 1) + b"\x01" * 100
             for code in (0xC6, 0xC7, 0xC9, 0xD9, 0xDB, 0xDD, 0xDF)
         }.items()
     },
-    "msgpack 60,000 deep": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"\x91" * 60_000 + b"\x01")),
-    "a list in each list": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"\xdd\x00\x00\xff\xff" * 12_000)),
-    "a hello of nothing": shaken(wire.PREFACE + frame(wire.FrameType.HELLO, b"\x80")),
+    "msgpack 60,000 deep": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, b"\x91" * 60_000 + b"\x01")),
+    "a list in each list": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, b"\xdd\x00\x00\xff\xff" * 12_000)),
+    "a hello of nothing": shaken(frames.PREFACE + frame(frames.FrameType.HELLO, b"\x80")),
     "another version": shaken(hello_frame(versions=[9])),
     "a name that climbs": shaken(hello_frame(name="../../etc")),
     "memory without end": shaken(hello_frame(memory_pages=(1 << 63) - 1)),
@@ -292,11 +293,11 @@ BAD: dict[str, Callable[[Service], int]] = {
         "changed", data_frame(FULL_BYTES[:9000] + b"x" + FULL_BYTES[9001:]), commit_frame(FULL, len(FULL_BYTES))
     ),
     "an acknowledgement of its own": streaming(
-        "ack", frame(wire.FrameType.ACK, msgpack.packb({"level": "durable", "position": [0, bytes(32)]}))
+        "ack", frame(frames.FrameType.ACK, msgpack.packb({"level": "durable", "position": [0, bytes(32)]}))
     ),
     "checkpoints and no commit": streaming("no-commit", data_frame(FULL_BYTES), data_frame(FULL_BYTES)),
     # Orders
-    "a request of the greatest length": shaken(control(frame(wire.FrameType.REQUEST, b"", length=HUGE))),
+    "a request of the greatest length": shaken(control(frame(frames.FrameType.REQUEST, b"", length=HUGE))),
     "a request of lists in lists": shaken(control(asking(b"\xdd\x00\x0f\xff\xff" * 200_000))),
     "an order in the wrong role": shaken(hello_frame(name="orders") + asking(b"\x80")),
     "a stream in the wrong role": shaken(control(begin_frame())),
@@ -429,20 +430,20 @@ def test_a_flood_does_not_crowd_out_the_others(served: Service) -> None:
 # Who may come in, and takes too much
 
 
-def tls_session(served: Service, **changes: Any) -> tuple[ssl.SSLSocket, wire.Session]:
+def tls_session(served: Service, **changes: Any) -> tuple[ssl.SSLSocket, machine.Session]:
     """A peer with a good certificate that has said hello."""
     peer = served.dial_tls()
     peer.sendall(hello_frame(**changes))
-    session = wire.Session("client")
+    session = machine.Session("client")
     fields = hello(**changes)
-    session.send(wire.Hello(**fields | {"versions": tuple(fields["versions"])}))
+    session.send(messages.Hello(**fields | {"versions": tuple(fields["versions"])}))
     return peer, session
 
 
 CONTROL = {"role": "control", "name": "", "codec": "", "word": 0, "memory_pages": 0, "page_size": 0, "run": bytes(16)}
 
 
-def hear(peer: socket.socket, session: wire.Session) -> Any:
+def hear(peer: socket.socket, session: machine.Session) -> Any:
     """The next message that is no heartbeat."""
     while True:
         event = session.next_event()
@@ -451,16 +452,16 @@ def hear(peer: socket.socket, session: wire.Session) -> Any:
             session.buffer_updated(size)
             if not size:
                 session.feed_eof()
-        elif not isinstance(event, wire.Heartbeat):
+        elif not isinstance(event, messages.Heartbeat):
             return event
 
 
-def commit_full(peer: ssl.SSLSocket, session: wire.Session) -> None:
+def commit_full(peer: ssl.SSLSocket, session: machine.Session) -> None:
     sent = FULL.sent
     assert sent is not None and sent.position is not None
-    out = session.send(wire.Begin(mode="full", term=0))
+    out = session.send(messages.Begin(mode="full", term=0))
     out += session.send_data([FULL_BYTES])
-    out += session.send(wire.Commit(position=sent.position, before=None, stream_bytes=len(FULL_BYTES), pages=PAGES))
+    out += session.send(messages.Commit(position=sent.position, before=None, stream_bytes=len(FULL_BYTES), pages=PAGES))
     peer.sendall(b"".join(map(bytes, out)))
 
 
@@ -471,7 +472,7 @@ def test_names_without_end(tmp_path: Path, folder: Path) -> None:
         before = served.figures()
         for number in range(20):
             peer, session = tls_session(served, name=f"empty-{number}")
-            assert isinstance(hear(peer, session), wire.Welcome)
+            assert isinstance(hear(peer, session), messages.Welcome)
             peer.close()
         until(lambda: served.figures().threads == before.threads)
         assert served.figures().fds <= before.fds
@@ -484,7 +485,7 @@ def test_names_without_end(tmp_path: Path, folder: Path) -> None:
                 peer, session = tls_session(served, name=f"full-{kept}")
                 stack.enter_context(peer)
                 answer = hear(peer, session)
-                if isinstance(answer, wire.Error):
+                if isinstance(answer, messages.Error):
                     code = answer.code
                     break
                 commit_full(peer, session)
@@ -515,14 +516,14 @@ def ask_without_end(served: Service) -> None:
     array, protection = served.protecting("good")
     with ThreadPoolExecutor() as pool, protection, peer, deaf:
         asking_on = pool.submit(ask_on)
-        assert isinstance(hear(peer, session), wire.Welcome)
+        assert isinstance(hear(peer, session), messages.Welcome)
         # So many at a time that neither side waits for the other.
         for _ in range(200):
             for number in range(50):
-                session.send(wire.Request(number=number, method="status", arguments={}))
+                session.send(messages.Request(number=number, method="status", arguments={}))
             peer.sendall(question * 50)
             for _ in range(50):
-                assert isinstance(hear(peer, session), wire.Reply)
+                assert isinstance(hear(peer, session), messages.Reply)
             array[1] += 1
         protection.checkpoint(wait=True, timeout_s=LONG_S)
         assert served.figures().rss - before.rss < 50 << 20
@@ -562,12 +563,12 @@ def test_a_second_primary_tries_again_and_again(served: Service) -> None:
 def test_what_a_primary_says_of_itself_does_not_crowd_out_the_others(served: Service) -> None:
     """A status may be long; all of them together must fit into one reply."""
     long = {f"{number:064}": "x" * 190 for number in range(250)}
-    beat = frame(wire.FrameType.HEARTBEAT, msgpack.packb({"number": 1, "status": long}))
+    beat = frame(frames.FrameType.HEARTBEAT, msgpack.packb({"number": 1, "status": long}))
     with ExitStack() as stack:
         for number in range(20):
             peer, session = tls_session(served, name=f"talker-{number}")
             stack.enter_context(peer)
-            assert isinstance(hear(peer, session), wire.Welcome)
+            assert isinstance(hear(peer, session), messages.Welcome)
             peer.sendall(beat)
         _, protection = served.protecting("good")
         with protection:
@@ -582,14 +583,14 @@ def test_what_a_primary_says_of_itself_does_not_crowd_out_the_others(served: Ser
 def acks_another_digest(peer: Peer) -> None:
     peer.welcome()
     while (event := peer.hear()) is not None:
-        if isinstance(event, wire.Commit):
+        if isinstance(event, messages.Commit):
             ack(peer, Position(event.position.epoch, b"x" * 32))
 
 
 def acks_another_epoch(peer: Peer) -> None:
     peer.welcome()
     while (event := peer.hear()) is not None:
-        if isinstance(event, wire.Commit):
+        if isinstance(event, messages.Commit):
             ack(peer, Position(event.position.epoch + 1, event.position.digest))
 
 
@@ -612,14 +613,14 @@ def acks_what_it_had_itself(peer: Peer) -> None:
 def acks_receipt_only(peer: Peer) -> None:
     peer.welcome()
     while (event := peer.hear()) is not None:
-        if isinstance(event, wire.Commit):
+        if isinstance(event, messages.Commit):
             ack(peer, event.position, "received")
 
 
 def ack(peer: Peer, position: Position, level: str = "durable") -> None:
     """Whether or not a session would."""
     payload = msgpack.packb({"level": level, "position": [position.epoch, position.digest]})
-    peer.force(frame(wire.FrameType.ACK, payload))
+    peer.force(frame(frames.FrameType.ACK, payload))
 
 
 def says_garbage(peer: Peer) -> None:
@@ -655,7 +656,7 @@ def hangs_up(peer: Peer) -> None:
 
 def hangs_up_at_the_commit(peer: Peer) -> None:
     peer.welcome()
-    while not isinstance(peer.hear(), wire.Commit):
+    while not isinstance(peer.hear(), messages.Commit):
         pass
 
 
@@ -666,26 +667,26 @@ def boasts(peer: Peer) -> None:
     with suppress(TimeoutError):
         peer.socket.settimeout(3.0)
         for number in range(1000):
-            peer.say(wire.Heartbeat(number=number, status=status))
+            peer.say(messages.Heartbeat(number=number, status=status))
     peer.wait()
 
 
 def says_fenced_without_a_term(peer: Peer) -> None:
     peer.hear()
-    peer.say(wire.Error(code="fenced", message="stop", term=None))
+    peer.say(messages.Error(code="fenced", message="stop", term=None))
     peer.wait()
 
 
 def says_fenced_by_a_lower_term(peer: Peer) -> None:
     peer.hear()
-    peer.say(wire.Error(code="fenced", message="stop", term=3))
+    peer.say(messages.Error(code="fenced", message="stop", term=3))
     peer.wait()
 
 
 def says_fenced_by_a_lower_term_later(peer: Peer) -> None:
     peer.welcome()
     peer.hear()
-    peer.say(wire.Error(code="fenced", message="stop", term=3))
+    peer.say(messages.Error(code="fenced", message="stop", term=3))
     peer.wait()
 
 
@@ -696,7 +697,7 @@ def welcomes_under_a_lower_term(peer: Peer) -> None:
 
 def acknowledge_all(peer: Peer) -> None:
     while (event := peer.hear()) is not None:
-        if isinstance(event, wire.Commit):
+        if isinstance(event, messages.Commit):
             ack(peer, event.position)
 
 
@@ -727,7 +728,7 @@ LIARS: dict[str, Callable[[Peer], None]] = {
     "a lease of a nanosecond": welcomes(lease_s=1e-9),
     "a lease of thirty years": welcomes(lease_s=1e9),
     "a stream that is not ours": welcomes(
-        position=Position(4, bytes(32)), highest_epoch=4, stream=wire.StreamShape("delta", 8, 1 << 40)
+        position=Position(4, bytes(32)), highest_epoch=4, stream=messages.StreamShape("delta", 8, 1 << 40)
     ),
     "the last term": welcomes(term=MOST),
 }  # fmt: skip

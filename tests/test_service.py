@@ -25,8 +25,8 @@ from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import Protection, arrays_of, protect
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.session import machine, messages
 from remus_ckpt.store import Entry, Store
-from remus_ckpt.wire import session as wire
 from remus_ckpt.wire.record import Position
 
 LONG_S = 20.0
@@ -363,15 +363,15 @@ class SlowToTell(Link):
     may_tell = threading.Event()
 
     def _take(self, event: object) -> None:
-        if isinstance(event, wire.Error):
+        if isinstance(event, messages.Error):
             self.has_read.set()
             assert self.may_tell.wait(LONG_S)
         super()._take(event)
 
 
 def test_what_ended_a_session_is_said_to_who_is_sending(tmp_path: Path) -> None:
-    def hello(**fields: Any) -> wire.Hello:
-        return wire.Hello(
+    def hello(**fields: Any) -> messages.Hello:
+        return messages.Hello(
             role="primary", name="orders", memory_pages=4, page_size=4096, codec="delta", word=8, program="", **fields
         )
 
@@ -379,14 +379,14 @@ def test_what_ended_a_session_is_said_to_who_is_sending(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store") as backup:
         address = Address.parse(backup.addresses[0])
         link = SlowToTell(connect(address), hello(run=bytes(16)), **ignored)
-        link.begin(wire.Begin(mode="full", term=0))
+        link.begin(messages.Begin(mode="full", term=0))
         other = Link(connect(address), hello(run=bytes(15) + b"2", term=5), **ignored)
         assert link.has_read.wait(LONG_S)
         link.write([b"some of a stream"])
         timer = threading.Timer(0.1, link.may_tell.set)
         timer.start()
         with pytest.raises(Fenced):
-            link.commit(wire.Commit(position=Position(0, bytes(32)), before=None, stream_bytes=16, pages=0))
+            link.commit(messages.Commit(position=Position(0, bytes(32)), before=None, stream_bytes=16, pages=0))
         timer.join()
         link.close()
         other.close()
@@ -518,22 +518,22 @@ def test_status_and_failover_from_elsewhere(tmp_path: Path) -> None:
 # Hostile peers
 
 
-def greet(backup: Backup, **changes: Any) -> tuple[socket.socket, wire.Session]:
+def greet(backup: Backup, **changes: Any) -> tuple[socket.socket, machine.Session]:
     host, port = backup.addresses[0].removeprefix("tcp://").rsplit(":", 1)
     peer = socket.create_connection((host, int(port)), timeout=LONG_S)
-    session = wire.Session("client")
+    session = machine.Session("client")
     hello: dict[str, Any] = {
         "program": "test", "role": "primary", "name": "orders", "run": bytes(16), "memory_pages": 4,
         "page_size": 4096, "codec": "delta", "word": 8,
     }  # fmt: skip
-    peer.sendall(b"".join(map(bytes, session.send(wire.Hello(**hello | changes)))))
+    peer.sendall(b"".join(map(bytes, session.send(messages.Hello(**hello | changes)))))
     return peer, session
 
 
-def hear(peer: socket.socket, session: wire.Session) -> Any:
+def hear(peer: socket.socket, session: machine.Session) -> Any:
     while True:
         event = session.next_event()
-        if event is not None and not isinstance(event, wire.Heartbeat):
+        if event is not None and not isinstance(event, messages.Heartbeat):
             return event
         if event is None:
             data = peer.recv(4096)
@@ -559,7 +559,7 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         peer, session = greet(backup)
         with peer:
             welcome = hear(peer, session)
-            begin = wire.Begin(mode="full", term=welcome.term, position=welcome.position)
+            begin = messages.Begin(mode="full", term=welcome.term, position=welcome.position)
             good = (4).to_bytes(8, "little") + (1).to_bytes(4, "little") + bytes(8) + bytes(4096)
             too_many = (1025).to_bytes(4, "little")
             out = session.send(begin) + session.send_data([good, too_many])

@@ -23,9 +23,9 @@ from remus_ckpt.service.observe import Metrics
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.service.transport import Address, Connection, connect
+from remus_ckpt.session import messages
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Store
-from remus_ckpt.wire import session as wire
 
 
 def cut(proxy: Proxy, memory: Memory) -> None:
@@ -179,8 +179,8 @@ class Guest:
         self.ends.append(code)
         self._on_end()
 
-    def hello(self, term: int | None = None) -> wire.Hello:
-        return wire.Hello(
+    def hello(self, term: int | None = None) -> messages.Hello:
+        return messages.Hello(
             role="primary", name="orders", memory_pages=4, page_size=4096, codec="delta", word=8, program="test",
             run=self.run_id, term=term,
         )  # fmt: skip

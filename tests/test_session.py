@@ -22,40 +22,39 @@ from remus_ckpt import Position, Restorer, Sender, batches
 from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import KIB, MIB
 from remus_ckpt.pages import PAGE_SIZE, Buffer
-from remus_ckpt.wire import session as wire
-from remus_ckpt.wire.reader import Reader
-from remus_ckpt.wire.session import (
+from remus_ckpt.session import frames
+from remus_ckpt.session.frames import (
     COMPRESSIONS,
     CONTROL_BYTES,
     DATA_BYTES,
-    FIELDS,
     FLAGS,
     HEADER_BYTES,
     MESSAGES,
     PREFACE,
     REQUEST_BYTES,
-    TRANSITIONS,
     TYPES,
+    FrameType,
+    negotiate,
+)
+from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Session, State
+from remus_ckpt.session.messages import (
+    FIELDS,
     Ack,
     Begin,
     Commit,
-    DataReceived,
     Error,
     ErrorCode,
-    FrameType,
     Goodbye,
     Heartbeat,
     Hello,
     Message,
     Reply,
     Request,
-    Session,
-    State,
     StreamShape,
     Welcome,
     check_name,
-    negotiate,
 )
+from remus_ckpt.wire.reader import Reader
 
 SPEC = (Path(__file__).resolve().parents[1] / "specs" / "session.md").read_text()
 FIRST = Position(0, b"\x11" * 32)
@@ -97,7 +96,7 @@ SAMPLES: dict[FrameType, Message | None] = {
 
 
 class Heap:
-    """A sink that keeps what it gets. room: of its buffer."""
+    """Lends a buffer, and keeps what it gets. room: of that buffer."""
 
     def __init__(self, room: int = 1 << 20) -> None:
         self.buffer = bytearray(room)
@@ -111,6 +110,15 @@ class Heap:
 
     def feed(self, data: Buffer) -> None:
         self.got += data
+
+
+def take_in(session: Session, event: Any) -> None:
+    """What the owner of a session does with the bytes that have come."""
+    if isinstance(event, DataReceived):
+        if event.data is None:
+            session.lender.buffer_updated(event.size)  # type: ignore[union-attr]
+        else:
+            session.lender.feed(event.data)  # type: ignore[union-attr]
 
 
 def joined(buffers: Iterable[Buffer]) -> bytes:
@@ -127,6 +135,7 @@ def push(session: Session, data: bytes, steps: Iterable[int] = ()) -> list[Any]:
         session.buffer_updated(size)
         view = view[size:]
         while (event := session.next_event()) is not None:
+            take_in(session, event)
             found.append(event)
     return found
 
@@ -171,7 +180,7 @@ PATHS: dict[State, list[Message | None]] = {
 def reach(state: State) -> dict[str, Session]:
     """Both sides, in the state, their prefaces said."""
     client, server = Session("client"), Session("server")
-    server.sink = Heap()
+    server.lender = Heap()
     assert push(server, PREFACE) == push(client, PREFACE) == []
     for message in PATHS[state]:
         if message is None:
@@ -322,10 +331,10 @@ def test_who_has_sent_an_error_reads_no_further():
     both = reach(State.WITHIN)
     data = joined(both["client"].send_data([bytes(300_000)]))
     push(both["server"], data[:100_000])
-    got = len(both["server"].sink.got)
+    got = len(both["server"].lender.got)
     both["server"].send(Error(code="store", message="no space"))
     assert push(both["server"], data[100_000:] + b"anything" * 100_000) == []
-    assert len(both["server"].sink.got) == got
+    assert len(both["server"].lender.got) == got
 
 
 @pytest.mark.parametrize("state", State)
@@ -690,7 +699,7 @@ def pages(seed: int, count: int) -> np.ndarray:
 def conversation(compression: Any, stream: list[bytes]) -> tuple[bytes, bytes]:
     """All bytes of a session from both sides; each of `stream` is a checkpoint."""
     client, server = Session("client"), Session("server")
-    server.sink = Heap()
+    server.lender = Heap()
     up, down = bytearray(), bytearray()
 
     def tell(sender: Session, buffers: list[Buffer]) -> None:
@@ -722,8 +731,8 @@ MIXED = conversation("lz4", [b"ab" * 5000, b"short", bytes(90_000)])[0]
 
 def receive(side: Any, data: bytes, steps: Iterable[int] = (), room: int = 1 << 20) -> tuple[list[Any], bytes]:
     """What one side makes of the other's bytes, its own answers taken as given."""
-    session, sink = Session(side), Heap(room)
-    session.sink = sink
+    session, lender = Session(side), Heap(room)
+    session.lender = lender
     if side == "client":
         session.send(HELLO)
     found: list[Any] = []
@@ -735,9 +744,10 @@ def receive(side: Any, data: bytes, steps: Iterable[int] = (), room: int = 1 << 
         session.buffer_updated(size)
         view = view[size:]
         while (event := session.next_event()) is not None:
+            take_in(session, event)
             answer(session, event)
             found.append(event)
-    return found, bytes(sink.got)
+    return found, bytes(lender.got)
 
 
 def answer(session: Session, event: Any) -> None:
@@ -777,7 +787,7 @@ def test_every_flipped_bit_is_found(side: str, compression: str):
         changed[bit // 8] ^= 1 << bit % 8
         found: list[Any] = []
         session = Session(side)  # type: ignore[arg-type]
-        session.sink = Heap(100)
+        session.lender = Heap(100)
         if side == "client":
             session.send(HELLO)
         with pytest.raises(StreamError):
@@ -790,11 +800,12 @@ def feed(session: Session, data: bytes, found: list[Any]) -> None:
     room[: len(data)] = data
     session.buffer_updated(len(data))
     while (event := session.next_event()) is not None:
+        take_in(session, event)
         answer(session, event)
         found.append(event)
 
 
-def test_a_flipped_bit_in_what_went_straight_to_the_sink():
+def test_a_flipped_bit_in_what_went_straight_to_the_lender():
     both = reach(State.BETWEEN)
     data = bytearray(joined(both["client"].send_data([bytes(3 * MIB)])))
     data[2_000_000] ^= 4
@@ -852,7 +863,7 @@ def test_streams_of_all_sizes_arrive(compression: Any):
     begin = both["server"].received_bytes
     buffers = both["client"].send_data(parts, compression)
     events = push(both["server"], joined(buffers))
-    assert bytes(both["server"].sink.got) == joined(parts)
+    assert bytes(both["server"].lender.got) == joined(parts)
     assert sum(event.size for event in events) == len(joined(parts))
     assert both["server"].received_bytes - begin == sum(map(len, buffers))
     assert sum(map(len, buffers)) <= len(joined(parts)) + 2 * HEADER_BYTES
@@ -873,14 +884,14 @@ def test_buffers_travel_uncopied():
     assert sum(map(len, parts)) - memory.nbytes == 4 + 2 * HEADER_BYTES
 
 
-def test_long_payloads_are_received_into_the_sink():
+def test_long_payloads_are_received_into_the_lender():
     both = reach(State.BETWEEN)
     data = joined(both["client"].send_data([bytes(200_000)]))
-    server, sink = both["server"], Heap()
-    server.sink = sink
+    server, lender = both["server"], Heap()
+    server.lender = lender
     push(server, data[:HEADER_BYTES])
     room = server.get_buffer()
-    assert np.shares_memory(np.frombuffer(room, np.uint8), np.frombuffer(sink.buffer, np.uint8))
+    assert np.shares_memory(np.frombuffer(room, np.uint8), np.frombuffer(lender.buffer, np.uint8))
     assert len(room) == 200_000
     room[:150_000] = data[HEADER_BYTES : HEADER_BYTES + 150_000]
     server.buffer_updated(150_000)
@@ -888,22 +899,23 @@ def test_long_payloads_are_received_into_the_sink():
     assert server.next_event() is None
     # What is left is short: it comes through the session's own buffer, and what is behind it with it.
     assert len(server.get_buffer()) > 50_000
-    assert not np.shares_memory(np.frombuffer(server.get_buffer(), np.uint8), np.frombuffer(sink.buffer, np.uint8))
+    assert not np.shares_memory(np.frombuffer(server.get_buffer(), np.uint8), np.frombuffer(lender.buffer, np.uint8))
 
 
 def test_more_may_be_received_before_all_events_are_taken():
     both = reach(State.BETWEEN)
     data = joined(both["client"].send_data([np.arange(200_000, dtype=np.uint8)]))
-    server, sink = both["server"], Heap(10)
-    server.sink = sink
+    server, lender = both["server"], Heap(10)
+    server.lender = lender
     server.get_buffer()[:30_000] = data[:30_000]
     server.buffer_updated(30_000)
     assert server.next_event() == DataReceived(10)
-    sink.buffer = bytearray(1 << 20)
+    lender.buffer_updated(10)
+    lender.buffer = bytearray(1 << 20)
     server.get_buffer()[:1000] = data[30_000:31_000]
     server.buffer_updated(1000)
     push(server, data[31_000:])
-    assert bytes(sink.got) == data[HEADER_BYTES:]
+    assert bytes(lender.got) == data[HEADER_BYTES:]
 
 
 def compressed(name: str, content: bytes, size: int | None = None) -> bytes:
@@ -923,7 +935,7 @@ def test_a_size_that_is_not_what_comes_out(name: str, size: int):
         tracemalloc.stop()
     assert error.section == f"session.md §2.{4 if size > DATA_BYTES else 3}"
     assert isinstance(error, LimitExceeded) == (size > DATA_BYTES)
-    assert not both["server"].sink.got
+    assert not both["server"].lender.got
 
 
 def _zstd_frames(*, content_size: bool = True) -> bytes:
@@ -964,7 +976,7 @@ def test_what_grows_by_compression_goes_as_it_is():
 
 def test_a_compression_that_was_not_agreed_on():
     client, server = Session("client"), Session("server")
-    server.sink = Heap()
+    server.lender = Heap()
     push(server, joined(client.send(HELLO)))
     push(client, joined(server.send(Welcome(program="b", term=3, compressions=("zstd",), limits={}, lease_s=1))))
     push(server, joined(client.send(BEGIN)))
@@ -980,7 +992,7 @@ def test_a_stream_travels_into_a_reader(compression: Any):
     client, server = Session("client"), Session("server")
     restorer = Restorer()
     assert isinstance(restorer.reader, Reader)
-    server.sink = restorer.reader
+    server.lender = restorer.reader
     push(server, joined(client.send(HELLO)))
     push(client, joined(server.send(Welcome(program="b", term=1, compressions=COMPRESSIONS, limits={}, lease_s=1))))
     push(server, joined(client.send(Begin(mode="full", term=1))))
@@ -1013,6 +1025,7 @@ def deliver(data: bytes, server: Session, restorer: Restorer) -> list[Any]:
         server.buffer_updated(size)
         view = view[size:]
         while (event := server.next_event()) is not None:
+            take_in(server, event)
             if isinstance(event, DataReceived):
                 while restorer.staged is None and restorer.next_event() is not None:
                     pass
@@ -1054,7 +1067,7 @@ def test_the_examples():
         compressions=("lz4",),
     )
     client, server = Session("client"), Session("server")
-    server.sink = Heap()
+    server.lender = Heap()
     assert joined(client.send(hello)) == example("hello")
     assert push(server, example("hello")) == [hello]
     before, after = Position(6, b"\x11" * 32), Position(7, b"\x22" * 32)
@@ -1096,4 +1109,4 @@ def test_the_tables_of_limits_flags_and_codes():
 
 def test_the_checksum_is_the_one_that_the_text_names():
     assert "e3069283" in SPEC
-    assert wire._extend(wire._extend(0, b"1234"), memoryview(bytearray(b"56789"))) == 0xE3069283
+    assert frames.extend(frames.extend(0, b"1234"), memoryview(bytearray(b"56789"))) == 0xE3069283

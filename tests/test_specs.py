@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from remus_ckpt import Limits, Malformed, PageBatch, Position, Restorer, Sender, batches, errors, get_codec
+from remus_ckpt import Limits, PageBatch, Position, Restorer, Sender, batches, errors
+from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.kernels import KERNELS
+from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PageType
 from remus_ckpt.wire.chunks import CHUNKS
 from remus_ckpt.wire.reader import Reader

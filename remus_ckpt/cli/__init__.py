@@ -1,20 +1,77 @@
-"""The command `remus-ckpt`."""
+"""The command `remus-ckpt`. A module of this package is loaded when one of its commands is run."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, NamedTuple, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from remus_ckpt import __version__
-from remus_ckpt.cli import keys, live, service, store, streams
-from remus_ckpt.cli.options import app
 from remus_ckpt.errors import RemusError
-from remus_ckpt.walk import complain
+from remus_ckpt.version import __version__
 
-__all__ = ["app", "keys", "live", "main", "service", "store", "streams"]
+
+class _Entry(NamedTuple):
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "protect": _Entry("service", "Protect live shared memory on a backup."),
+    "backup": _Entry("service", "Keep the checkpoints of primaries, and take over."),
+    "status": _Entry("service", "Show the status of a backup and its primaries."),
+    "failover": _Entry("service", "Promote a backup by hand."),
+    "keys": _Entry("keys", "Make and show the keys for tls://."),
+    "demo": _Entry("service", "Protect a worker, kill its side, and see the backup go on."),
+    "record": _Entry("live", "Take checkpoints of live shared memory."),
+    "list": _Entry("store", "Print what a store holds."),
+    "prune": _Entry("store", "Remove old checkpoints from a store."),
+    "compact": _Entry("store", "Shorten the chain of a store's newest checkpoint."),
+    "export": _Entry("store", "Write a store's checkpoint as a stream."),
+    "restore": _Entry("streams", "Write a checkpoint's memory as an image."),
+    "verify": _Entry("streams", "Walk and decode all of a stream."),
+    "inspect": _Entry("streams", "Print what a stream holds."),
+    "diff": _Entry("streams", "Print where two checkpoints differ."),
+    "extract": _Entry("streams", "Print pages of a checkpoint."),
+    "encode": _Entry("streams", "Write a stream from memory images."),
+    "events": _Entry("streams", "Print a stream as lines of JSON."),
+    "conformance": _Entry("streams", "Test an implementation of the format."),
+    "check": _Entry("streams", "Show which kernels run, and why."),
+}
+
+
+class _Commands(TyperGroup):
+    """The commands of `COMMANDS`, each loaded when it is run: the help of all needs none of them."""
+
+    def list_commands(self, ctx):  # type: ignore[no-untyped-def]
+        return list(COMMANDS)
+
+    def get_command(self, ctx, cmd_name):  # type: ignore[no-untyped-def]
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"remus_ckpt.cli.{COMMANDS[cmd_name].module}")
+        return typer.main.get_group(module.app).get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx, formatter):  # type: ignore[no-untyped-def]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+app = typer.Typer(
+    name="remus-ckpt",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
+
+    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format, 22 fenced: another has
+    taken over.""",
+)
 
 
 def main() -> NoReturn:
@@ -25,7 +82,7 @@ def main() -> NoReturn:
         app()
         sys.exit(0)
     except RemusError as error:
-        complain(str(error))
+        _complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output is gone; that is no error of theirs or ours.
@@ -33,8 +90,14 @@ def main() -> NoReturn:
         sys.exit(1)
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
-        complain(f"{named}{error.strerror or error}")
+        _complain(f"{named}{error.strerror or error}")
         sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    from remus_ckpt.walk import complain
+
+    complain(text)
 
 
 def _version(wanted: bool) -> None:

@@ -14,19 +14,11 @@ import typer
 
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import create_private
+from remus_ckpt.limits import GIB, KIB, MIB
 from remus_ckpt.wire.dialect import Dialect
 
-app = typer.Typer(
-    name="remus-ckpt",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
-
-    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format, 22 fenced: another has
-    taken over.""",
-)
+app = typer.Typer()
+"""The commands hang on it; `remus_ckpt.cli` lists them for the help."""
 
 
 class CodecName(StrEnum):
@@ -98,24 +90,24 @@ def write_out(output: str, data: bytes) -> None:
         file.write(data)
 
 
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
+
+
 def parse_duration(text: str) -> float:
-    """Seconds, from a number with its unit."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)", text.strip())
+    """Seconds, from a number with its unit: us, ms, s, m, h or d. The one grammar of all options that take a time."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|d)", text.strip())
     if not match:
-        raise typer.BadParameter(f"{text!r} is no duration: write it with its unit, such as 25ms, 2s or 5m")
-    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
-
-
-def parse_age(text: str) -> float:
-    """Seconds, from a number with its unit, up to days."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*d", text.strip()):
-        return float(match[1]) * 86400
-    return parse_duration(text)
+        raise typer.BadParameter(f"{text!r} is no time: write a number with its unit, such as 25ms, 12h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes, from a number with its unit."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text.strip())
+    """Bytes, from a number with its unit: 512M, 20G or 20GiB; units are powers of 1,024.
+
+    The one grammar of all options that take a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip())
     if not match:
-        raise typer.BadParameter(f"{text!r} is no size: write it with its unit, such as 512MiB or 20GiB")
-    return int(float(match[1]) * 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(match[2])))
+        raise typer.BadParameter(f"{text!r} is no size: write a number with its unit, such as 512M or 20G")
+    return int(float(match[1]) * _BYTES[match[2]])

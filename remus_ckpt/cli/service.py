@@ -28,7 +28,6 @@ from remus_ckpt.cli.options import (
     CodecName,
     MaxMemory,
     app,
-    parse_age,
     parse_bytes,
     parse_duration,
     print_json,
@@ -45,13 +44,13 @@ from remus_ckpt.service.observe import Metrics, configure_logs, log, metrics_add
 from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles, check_options, connect
+from remus_ckpt.session.messages import check_name
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.commands import PauseCommands
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Retention
 from remus_ckpt.walk import complain, errors, out
-from remus_ckpt.wire.session import check_name
 
 _LAST_WORDS_S = 10.0
 
@@ -210,7 +209,7 @@ def backup(
         on_failover=on_failover,
         retention=Retention(
             count=keep_count,
-            age_s=parse_age(keep_age) if keep_age else None,
+            age_s=parse_duration(keep_age) if keep_age else None,
             bytes=parse_bytes(keep_size) if keep_size else None,
         ),
         names=frozenset(map(_name, name)) if name else None,
@@ -593,13 +592,16 @@ def demo(
     Example: remus-ckpt demo --seconds 5
     """
     # As Ctrl-C does: those who were started are ended.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = run_demo(
-        seconds=seconds,
-        interval_s=parse_duration(interval),
-        directory=directory,
-        seed=seed,
-        say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
-    )
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        report = run_demo(
+            seconds=seconds,
+            interval_s=parse_duration(interval),
+            directory=directory,
+            seed=seed,
+            say=(lambda text: None) if as_json else (lambda text: out.print(Text(text))),
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if as_json:
         print_json(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -12,7 +11,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.text import Text
 
-from remus_ckpt.cli.options import AsJson, Overwrite, app, keep_what_is_there, print_json, write_out
+from remus_ckpt.cli.options import (
+    AsJson,
+    Overwrite,
+    app,
+    keep_what_is_there,
+    parse_bytes,
+    parse_duration,
+    print_json,
+    write_out,
+)
 from remus_ckpt.errors import BadCheckpoint, StoreError
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.memory import save_image
@@ -25,8 +33,6 @@ from remus_ckpt.walk import complain, out, progress
 
 T = TypeVar("T")
 PREFIX = "store:"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="The checkpoints of one name.")]
 At = Annotated[
@@ -260,8 +266,8 @@ def prune(
         raise typer.BadParameter("say what is to be kept: --keep-count, --keep-age or --keep-size")
     retention = Retention(
         count=keep_count,
-        age_s=None if keep_age is None else _age(keep_age),
-        bytes=None if keep_size is None else _size(keep_size),
+        age_s=None if keep_age is None else parse_duration(keep_age),
+        bytes=None if keep_size is None else parse_bytes(keep_size),
     )
     with _writer(store) as writer:
         _say_warnings(store, writer)
@@ -438,17 +444,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
-def _age(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
-    if not match:
-        raise typer.BadParameter(f"{text!r} is no age: write it with its unit, such as 90m, 12h or 7d")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip())
-    if not match:
-        raise typer.BadParameter(f"{text!r} is no size: write it such as 500M or 20G")
-    return int(float(match[1]) * _UNITS[match[2]])

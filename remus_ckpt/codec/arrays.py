@@ -16,6 +16,9 @@ SPAN_PAGES = 256
 Bytes = NDArray[np.uint8]
 Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Encode = Callable[[Pages, Index | None, Pages, Index | None, Flags | None, bool, Bytes], int]
+Check = Callable[[Bytes, int], int]
+Apply = Callable[[Bytes, Pages, Index | None, int | None], int]
 Emit = Callable[[Pages, Pages, Flags, Bytes], int]
 
 

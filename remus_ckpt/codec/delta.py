@@ -12,7 +12,8 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec import arrays
+from remus_ckpt.codec import arrays, oracle
+from remus_ckpt.codec.coding import Coding
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PAGE_WORDS, Pages
 
@@ -246,3 +247,7 @@ def _full_markers(data: arrays.Bytes) -> NDArray[np.int64]:
             return candidates[chain]
         chain = np.concatenate([chain, more])
         hop = hop[hop]
+
+
+# The thread of June 2011 says 8,196.
+CODING = Coding("delta", MAX_PAGE_BYTES, encode, check, apply, oracle.Delta(), page_buffer_pages=8_196)

@@ -20,13 +20,13 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec import delta, oracle, rle, xbzrle
+from remus_ckpt.codec.arrays import Apply, Check, Encode, Index
 from remus_ckpt.errors import KernelUnavailable
 from remus_ckpt.pages import Pages
 
@@ -41,11 +41,8 @@ except ImportError as error:
 else:
     _NATIVE, _FEATURES = _native.KERNELS, _native.FEATURES
 
-Index = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-Encode = Callable[[Pages, Index | None, Pages, Index | None, Flags | None, bool, NDArray[np.uint8]], int]
-Check = Callable[[NDArray[np.uint8], int], int]
-Apply = Callable[[NDArray[np.uint8], Pages, Index | None, int | None], int]
+CODINGS = (delta.CODING, rle.CODING, xbzrle.CODING, xbzrle.FOLDING)
+"""All page codings. A new one is added here, and to `remus_kernels` in the C extension if it is to be fast."""
 
 ENVIRONMENT = "REMUS_CKPT_KERNEL"
 
@@ -109,28 +106,15 @@ def _refuse(numpy: Kernel, encoded: NDArray[np.uint8], n: int, offset: int) -> N
 
 
 def _table() -> dict[str, dict[str, Kernel]]:
-    numpy = {
-        "delta": Kernel("numpy", delta.MAX_PAGE_BYTES, delta.encode, delta.check, delta.apply),
-        "rle": Kernel("numpy", rle.MAX_PAGE_BYTES, rle.encode, rle.check, rle.apply),
-        "xbzrle": Kernel("numpy", xbzrle.MAX_PAGE_BYTES, xbzrle.encode, xbzrle.check, xbzrle.apply),
-        "xbzrle-fold": Kernel(
-            "numpy", xbzrle.MAX_PAGE_BYTES, partial(xbzrle.encode, fold=True), xbzrle.check, xbzrle.apply
-        ),
-    }
-    slow: dict[str, oracle.PageCodec] = {
-        "delta": oracle.Delta(),
-        "rle": oracle.Rle(),
-        "xbzrle": oracle.Xbzrle(fold=False),
-        "xbzrle-fold": oracle.Xbzrle(fold=True),
-    }
-    return {
-        codec: {
-            **{name: _native_kernel(name, codec, kernel) for name in NATIVE if _runs(name)},
-            "numpy": kernel,
-            "oracle": Kernel("oracle", kernel.max_page_bytes, *oracle.kernel(slow[codec])),
+    table = {}
+    for coding in CODINGS:
+        numpy = Kernel("numpy", coding.max_page_bytes, coding.encode, coding.check, coding.apply)
+        table[coding.name] = {
+            **{name: _native_kernel(name, coding.name, numpy) for name in NATIVE if _runs(name)},
+            "numpy": numpy,
+            "oracle": Kernel("oracle", coding.max_page_bytes, *oracle.kernel(coding.oracle)),
         }
-        for codec, kernel in numpy.items()
-    }
+    return table
 
 
 def _runs(name: str) -> bool:

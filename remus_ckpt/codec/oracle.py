@@ -6,12 +6,12 @@ Nothing here is shared with the kernels but the names of the errors.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.codec.arrays import Apply, Check, Encode
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import Pages
 
@@ -221,9 +221,6 @@ class Xbzrle:
 
 
 Index = NDArray[np.int64]
-Encode = Callable[[Pages, Index | None, Pages, Index | None, NDArray[np.bool_] | None, bool, NDArray[np.uint8]], int]
-Check = Callable[[NDArray[np.uint8], int], int]
-Apply = Callable[[NDArray[np.uint8], Pages, Index | None, int | None], int]
 
 
 def kernel(codec: PageCodec) -> tuple[Encode, Check, Apply]:

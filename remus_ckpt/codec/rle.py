@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec import arrays
+from remus_ckpt.codec import arrays, oracle
+from remus_ckpt.codec.coding import Coding
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PAGE_WORDS, Pages
 
@@ -170,3 +171,7 @@ def _parse_span(encoded: arrays.Bytes, data: memoryview, at: int, first_page: in
             section="rle.md §4.3",
         )
     return _Span(first_page, n, places, markers, page_of, word, at)
+
+
+# As Xen shipped it.
+CODING = Coding("rle", MAX_PAGE_BYTES, encode, check, apply, oracle.Rle(), page_buffer_pages=8_192)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec import arrays
+from remus_ckpt.codec import arrays, oracle
+from remus_ckpt.codec.coding import Coding
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, Pages
 
@@ -279,3 +281,7 @@ def _length(data: memoryview, at: int, end: int) -> tuple[int, int]:
     if high >= 0x80:
         raise Malformed("a length of more than two bytes", offset=at, section="xbzrle.md §4.1")
     return low & 0x7F | high << 7, at + 2
+
+
+CODING = Coding("xbzrle", MAX_PAGE_BYTES, encode, check, apply, oracle.Xbzrle(fold=False))
+FOLDING = Coding("xbzrle-fold", MAX_PAGE_BYTES, partial(encode, fold=True), check, apply, oracle.Xbzrle(fold=True))

@@ -20,7 +20,6 @@ from typing import Any, Self
 
 import msgpack
 
-from remus_ckpt import __version__
 from remus_ckpt.errors import (
     LimitExceeded,
     LinkError,
@@ -38,9 +37,10 @@ from remus_ckpt.service.failover import MAX_EPOCH
 from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
+from remus_ckpt.session import frames, machine, messages
+from remus_ckpt.session.machine import Session
 from remus_ckpt.store import HistoryWriter, Store
-from remus_ckpt.wire import session as wire
-from remus_ckpt.wire.session import Session
+from remus_ckpt.version import __version__
 
 _HELLO_S = 5.0
 _FRAME_S = 60.0
@@ -254,7 +254,7 @@ class Backup:
     def standby(self, name: str) -> Standby:
         """That under a name, made if it is new; `release` is due. Raises Refusal for one that is not taken here."""
         try:
-            wire.check_name(name)
+            messages.check_name(name)
         except ValueError as error:
             raise Refusal("name", str(error)) from None
         if self.policy.names is not None and name not in self.policy.names:
@@ -308,7 +308,7 @@ def _code_of(error: StreamError) -> str:
 
 def _shortened(status: dict[str, Any]) -> dict[str, Any]:
     """A status that fits into one reply, whatever primaries say of themselves and however many they are."""
-    room = wire.REQUEST_BYTES // 2
+    room = frames.REQUEST_BYTES // 2
     names = status["names"]
     sizes = {name: len(msgpack.packb(found["primary"])) for name, found in names.items()}
     if sum(sizes.values()) > room:
@@ -371,7 +371,7 @@ class _Visit:
             return
         try:
             self._numbers += 1
-            message = wire.Heartbeat(number=self._numbers, status={})
+            message = messages.Heartbeat(number=self._numbers, status={})
             # The thread that accepts must not wait for a peer: one that takes not even this is not there.
             self.connection.send(self.session.send(message), _BEAT_S)
         except (LinkError, TimeoutError):
@@ -384,7 +384,7 @@ class _Visit:
     def end(self, code: str, message: str, term: int | None = None) -> None:
         """Tell the peer that it is over, and why; its thread ends."""
         self._ended_with = code
-        self._try_say(wire.Error(code=code, message=message, term=term))
+        self._try_say(messages.Error(code=code, message=message, term=term))
         self.connection.close()
 
     # The thread
@@ -400,19 +400,19 @@ class _Visit:
             else:
                 self._serve_primary(hello)
         except Refusal as error:
-            self._say_goodbye(wire.Error(code=error.code, message=str(error), term=error.term))
+            self._say_goodbye(messages.Error(code=error.code, message=str(error), term=error.term))
             log("refused", level=logging.WARNING, **self._who, code=error.code, reason=str(error))
         except StreamError as error:
             code = _code_of(error)
-            self._say_goodbye(wire.Error(code=code, message=str(error), offset=error.offset))
+            self._say_goodbye(messages.Error(code=code, message=str(error), offset=error.offset))
             # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
             error.__traceback__ = None
             log("refused", level=logging.WARNING, **self._who, code=code, reason=str(error))
         except StoreError as error:
-            self._say_goodbye(wire.Error(code="store", message=str(error)))
+            self._say_goodbye(messages.Error(code="store", message=str(error)))
             log("store failed", level=logging.ERROR, **self._who, reason=str(error))
         except _Silent as error:
-            self._say_goodbye(wire.Error(code="timeout", message=str(error)))
+            self._say_goodbye(messages.Error(code="timeout", message=str(error)))
             log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
         except (LinkError, TimeoutError) as error:
             if self._ended_with is not None:
@@ -420,17 +420,17 @@ class _Visit:
             else:
                 log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
         except Exception as error:
-            self._try_say(wire.Error(code="internal", message=f"{type(error).__name__}: {error}"))
+            self._try_say(messages.Error(code="internal", message=f"{type(error).__name__}: {error}"))
             log("connection failed", level=logging.ERROR, error=error, **self._who)
         finally:
             self.connection.close()
 
-    def _await_hello(self) -> wire.Hello:
+    def _await_hello(self) -> messages.Hello:
         deadline = time.monotonic() + _HELLO_S
         while True:
             match self.session.next_event():
-                case wire.Hello() as hello:
-                    wire.negotiate(hello)
+                case messages.Hello() as hello:
+                    frames.negotiate(hello)
                     return hello
                 case None:
                     self._receive(deadline - time.monotonic(), f"no hello in {_HELLO_S:g} s")
@@ -446,38 +446,38 @@ class _Visit:
         self._is_listening = False
         self.session.buffer_updated(size)
 
-    def say(self, message: wire.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         """Send one message. Raises LinkError too where the peer has been told that it is over."""
         with self._sending:
             if self.session.last_sent is not None:
                 raise LinkError("the session was ended here")
             self.connection.send(self.session.send(message), self.backup.policy.lease_s)
 
-    def _try_say(self, message: wire.Message) -> None:
+    def _try_say(self, message: messages.Message) -> None:
         with suppress(LinkError, TimeoutError, ValueError):  # if it cannot be told, it cannot be told
             self.say(message)
 
-    def _say_goodbye(self, message: wire.Message) -> None:
+    def _say_goodbye(self, message: messages.Message) -> None:
         self._try_say(message)
         # Closed at once, what it still sends would destroy what it has not yet read of ours.
         self.connection.finish(1.0)
 
     def _serve_control(self) -> None:
         self.say(
-            wire.Welcome(program=f"remus_ckpt {__version__}", term=0, limits={}, lease_s=self.backup.policy.lease_s)
+            messages.Welcome(program=f"remus_ckpt {__version__}", term=0, limits={}, lease_s=self.backup.policy.lease_s)
         )
         while True:
             match self.session.next_event():
-                case wire.Request() as request:
-                    self.say(wire.Reply(number=request.number, result=self._answer(request)))
-                case wire.Goodbye():
+                case messages.Request() as request:
+                    self.say(messages.Reply(number=request.number, result=self._answer(request)))
+                case messages.Goodbye():
                     return
-                case wire.Error() as error:
+                case messages.Error() as error:
                     raise LinkError(error.message)
                 case None:
                     self._receive(_FRAME_S, f"nothing was asked in {_FRAME_S:g} s")
 
-    def _answer(self, request: wire.Request) -> dict[str, Any]:
+    def _answer(self, request: messages.Request) -> dict[str, Any]:
         try:
             match request.method:
                 case "status":
@@ -490,7 +490,7 @@ class _Visit:
             return {"error": str(error)}
         return {"error": f"there is no method {request.method!r} here"}
 
-    def _serve_primary(self, hello: wire.Hello) -> None:
+    def _serve_primary(self, hello: messages.Hello) -> None:
         if hello.page_size != PAGE_SIZE:
             raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
         most = self.backup.limits.memory_bytes
@@ -505,7 +505,7 @@ class _Visit:
         finally:
             self.backup.release(standby)
 
-    def _host(self, standby: Standby, hello: wire.Hello) -> None:
+    def _host(self, standby: Standby, hello: messages.Hello) -> None:
         with standby.hosting(self, hello) as writer:
             self.say(standby.welcome(hello, self.backup.limits))
             last_frame = time.monotonic()
@@ -514,9 +514,9 @@ class _Visit:
                 if event is not None:
                     last_frame = time.monotonic()
                 match event:
-                    case wire.Begin():
+                    case messages.Begin():
                         writer.begin(full=event.mode == "full")
-                        self.session.sink = writer
+                        self.session.lender = writer
                         log(
                             "receiving",
                             name=hello.name,
@@ -524,16 +524,20 @@ class _Visit:
                             mode=event.mode,
                             position=event.position and str(event.position),
                         )
-                    case wire.DataReceived():
+                    case machine.DataReceived(size, data):
+                        if data is None:
+                            writer.buffer_updated(size)
+                        else:
+                            writer.feed(data)
                         self.backup.report_phase("receiving", 0)
-                    case wire.Commit():
+                    case messages.Commit():
                         self._commit(standby, writer, event)
-                    case wire.Heartbeat():
+                    case messages.Heartbeat():
                         self.status = event.status
-                    case wire.Goodbye():
+                    case messages.Goodbye():
                         standby.said_goodbye(event.reason)
                         return
-                    case wire.Error():
+                    case messages.Error():
                         raise LinkError(f"it ended the session: {event.message}")
                     case None:
                         if time.monotonic() - last_frame > _FRAME_S:
@@ -541,7 +545,7 @@ class _Visit:
                         silence_s = 2 * self.backup.policy.lease_s
                         self._receive(silence_s, f"silent for {silence_s:g} s")
 
-    def _commit(self, standby: Standby, writer: HistoryWriter, commit: wire.Commit) -> None:
+    def _commit(self, standby: Standby, writer: HistoryWriter, commit: messages.Commit) -> None:
         begin = time.monotonic()
         if commit.position.epoch > MAX_EPOCH:
             raise Refusal("limit", f"epoch {commit.position.epoch}; there are {MAX_EPOCH}")
@@ -559,9 +563,9 @@ class _Visit:
         # An acknowledgement wakes the primary, which takes time here while it is wanted for the disk: where `durable`
         # says the same a little later, `received` is said now and then, for those who measure the link by it.
         if wait == "received" or commit.position.epoch % _RECEIVED_EVERY == 0:
-            self.say(wire.Ack(level="received", position=commit.position))
+            self.say(messages.Ack(level="received", position=commit.position))
         writer.store()
-        self.say(wire.Ack(level="durable", position=commit.position))
+        self.say(messages.Ack(level="durable", position=commit.position))
         self.backup.report_phase("acknowledged", commit.position.epoch)
         standby.stored(commit.position, time.monotonic() - begin)
         before, self._counted = self._counted, self.connection.bytes_received
@@ -573,4 +577,4 @@ class _Visit:
         )
         writer.apply()
         if wait == "applied":
-            self.say(wire.Ack(level="applied", position=commit.position))
+            self.say(messages.Ack(level="applied", position=commit.position))

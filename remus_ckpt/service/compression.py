@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from remus_ckpt.pages import Buffer
-from remus_ckpt.wire.session import Compression, compress
+from remus_ckpt.session.frames import Compression, Packing
 
 _SAMPLE_BYTES = 1 << 18
 _SAMPLE_EVERY_BYTES = 32 << 20
@@ -35,6 +35,7 @@ class Chooser:
             self._candidates = [name for name in ("lz4", "zstd") if name in offered]
         elif wanted in offered:
             self.choice = wanted  # type: ignore[assignment]
+        self._packing = Packing()
         self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
         self._round_trip_s = float("inf")
         self._gains: dict[Compression, tuple[float, float]] = {}  # bytes/s in, bytes out per byte in
@@ -52,7 +53,7 @@ class Chooser:
         sample = memoryview(largest).cast("B")[:_SAMPLE_BYTES]
         for name in self._candidates:
             begin = time.perf_counter()
-            size = len(compress(sample, name))
+            size = len(self._packing.compress(sample, name))
             seconds = time.perf_counter() - begin
             self._gains[name] = len(sample) / max(seconds, 1e-9), size / len(sample)
         self._choose()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from remus_ckpt import __version__
 from remus_ckpt.errors import LinkError, Refused, RemusError
 from remus_ckpt.service.transport import Connection
-from remus_ckpt.wire.session import Error, Goodbye, Hello, Reply, Request, Session, Welcome
+from remus_ckpt.session.machine import Session
+from remus_ckpt.session.messages import Error, Goodbye, Hello, Reply, Request, Welcome
+from remus_ckpt.version import __version__
 
 
 def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeout_s: float = 90.0) -> dict[str, Any]:

@@ -14,19 +14,9 @@ from remus_ckpt.pages import Buffer
 from remus_ckpt.service.compression import Chooser
 from remus_ckpt.service.failover import MAX_EPOCH, MAX_LEASE_S, MIN_LEASE_S
 from remus_ckpt.service.transport import Connection
+from remus_ckpt.session.machine import Session
+from remus_ckpt.session.messages import Ack, Begin, Commit, Error, Goodbye, Heartbeat, Hello, Message, Welcome
 from remus_ckpt.wire.record import Position
-from remus_ckpt.wire.session import (
-    Ack,
-    Begin,
-    Commit,
-    Error,
-    Goodbye,
-    Heartbeat,
-    Hello,
-    Message,
-    Session,
-    Welcome,
-)
 
 _FLUSH_BYTES = 1 << 20
 _WELCOME_S = 30.0

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt import __version__
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError, UnknownFormat
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
@@ -38,10 +37,12 @@ from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.service.link import Link
 from remus_ckpt.service.observe import Metrics, flatten, log
 from remus_ckpt.service.transport import Connection
+from remus_ckpt.session.frames import COMPRESSIONS
+from remus_ckpt.session.messages import LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
 from remus_ckpt.source import Source
+from remus_ckpt.version import __version__
 from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import Position
-from remus_ckpt.wire.session import COMPRESSIONS, LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
 
 LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""

@@ -20,11 +20,11 @@ from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.transport import Address, TlsFiles, connect
+from remus_ckpt.session.messages import Level
 from remus_ckpt.source.manifest import Manifest
 from remus_ckpt.source.own_memory import Lock, OwnMemory
 from remus_ckpt.wire.dialect import StreamCodec
 from remus_ckpt.wire.record import Position
-from remus_ckpt.wire.session import Level
 
 _CONNECT_S = 10.0
 _HANG_UP_S = 0.5

@@ -16,16 +16,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from remus_ckpt import __version__
 from remus_ckpt.errors import NoCheckpoint, RemusError, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.service.observe import Metrics, log, unflatten
+from remus_ckpt.session.frames import COMPRESSIONS
+from remus_ckpt.session.messages import Hello, StreamShape, Welcome
 from remus_ckpt.store import HistoryWriter, Retention, State
+from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
-from remus_ckpt.wire.session import COMPRESSIONS, Hello, StreamShape, Welcome
 
 _RETRY_S = 1.0
 _BUSY_S = 0.02

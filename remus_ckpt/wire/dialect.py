@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from remus_ckpt.errors import UnknownFormat
 from remus_ckpt.pages import MAX_BATCH_ENTRIES
@@ -12,6 +12,7 @@ from remus_ckpt.wire.chunks import LOWEST_CHUNK_ID, MAX_P2M_SIZE
 Word = Literal[4, 8]
 Guest = Literal["hvm", "pv"]
 StreamCodec = Literal["delta", "rle"]
+STREAM_CODECS: tuple[StreamCodec, ...] = get_args(StreamCodec)
 
 V2_MAGIC = b"\xff" * 8 + b"XENF"
 XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
@@ -46,7 +47,7 @@ class Dialect:
     codec: StreamCodec | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("word", (8, 4)), ("guest", ("hvm", "pv")), ("codec", ("delta", "rle"))):
+        for name, allowed in (("word", (8, 4)), ("guest", ("hvm", "pv")), ("codec", STREAM_CODECS)):
             if getattr(self, name) not in (None, *allowed):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {allowed}, or None to detect it")
 

@@ -9,10 +9,10 @@ from typing import Any
 import msgpack
 
 from remus_ckpt.errors import Malformed, UnknownFormat
+from remus_ckpt.wire.dialect import STREAM_CODECS
 
 RECORD_MAGIC = b"\x89REMUSck"
 RECORD_VERSION = 1
-RECORD_CODECS = ("delta", "rle")
 DIGEST_BYTES = 32
 RECORD_SECTION = "stream.md §9.2"
 
@@ -120,7 +120,7 @@ class CheckpointRecord:
             raise Malformed(
                 f"the checkpoint's record cannot be read ({reason})", offset=offset, section=RECORD_SECTION
             ) from error
-        if record.codec not in RECORD_CODECS:
+        if record.codec not in STREAM_CODECS:
             raise Malformed(f"the record names the codec {record.codec!r}", offset=offset, section=RECORD_SECTION)
         if record.after.epoch != record.epoch:
             raise Malformed(

@@ -1,0 +1,28 @@
+"""What a page coding is: one registration, at the end of the file that holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from remus_ckpt.codec.arrays import Apply, Check, Encode
+from remus_ckpt.codec.oracle import PageCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """One page coding.
+
+    name: what `get_codec` and the native kernels call it
+    max_page_bytes: no encoder of this coding writes more than this for one page
+    encode, check, apply: the numpy kernel; `kernels` has the arguments
+    oracle: the same a page at a time, slow and plain
+    page_buffer_pages: pages that a save stream compresses at a time, None for a coding that no save stream holds
+    """
+
+    name: str
+    max_page_bytes: int
+    encode: Encode
+    check: Check
+    apply: Apply
+    oracle: PageCodec
+    page_buffer_pages: int | None = None

@@ -1,0 +1,61 @@
+"""The package's front: what it offers, and what it costs to come in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import remus_ckpt
+from remus_ckpt import cli
+
+
+@pytest.mark.parametrize("name", remus_ckpt.__all__)
+def test_a_public_name_is_there_and_documented(name: str) -> None:
+    assert getattr(remus_ckpt, name).__doc__
+    assert name in (remus_ckpt.__doc__ or ""), "the module's docstring lists what it offers"
+
+
+def test_type_checkers_see_what_python_sees() -> None:
+    tree = ast.parse(Path(remus_ckpt.__file__).read_text())
+    checking = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module for node in checking.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == {name: f"remus_ckpt.{home}" for name, home in remus_ckpt._HOME_OF.items()}
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing_of_ours"):
+        remus_ckpt.nothing_of_ours  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("line", "kept_out"),
+    [
+        ("import remus_ckpt", "numpy typer cryptography prometheus_client sqlite3 ssl"),
+        ("from remus_ckpt import Sender, Restorer", "typer cryptography prometheus_client sqlite3 ssl"),
+        ("from remus_ckpt.cli import app", "numpy cryptography prometheus_client sqlite3 ssl"),
+    ],
+)
+def test_nothing_is_loaded_before_it_is_used(line: str, kept_out: str) -> None:
+    code = f"{line}\nimport sys\nprint(*[name for name in {kept_out.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_help_lists_every_command() -> None:
+    """The list stands apart from the commands, so that it can be shown without loading them."""
+    group = typer.main.get_command(cli.app)
+    context = typer.Context(group)
+    registered = set()
+    for module in {entry.module for entry in cli.COMMANDS.values()}:
+        loaded = __import__(f"remus_ckpt.cli.{module}", fromlist=["app"])
+        registered |= set(typer.main.get_group(loaded.app).commands)
+    assert registered == set(cli.COMMANDS)
+    for name in cli.COMMANDS:
+        assert group.get_command(context, name) is not None  # type: ignore[attr-defined]
