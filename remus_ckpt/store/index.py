@@ -238,6 +238,7 @@ class Index:
         self._waiting: list[_Statement] = []
         self._behind: set[str] = set()  # segments whose rows are not all there, and are not written for now
         self._database: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
         self._is_over = False
@@ -316,6 +317,8 @@ class Index:
         with self._lock:
             self.known[segment].size = size
             self._wait(segment, "UPDATE segments SET size = ? WHERE name = ?", size, segment)
+            if self._database is not None and self._identity != _identity_of(self._path):
+                self._replace()  # somebody has taken the file away
             self.flush()
             self._catch_up()
 
@@ -342,7 +345,8 @@ class Index:
                     self._close_database()
                     if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
                         self._replace()
-                    self._not_before = time.monotonic() + _RETRY_FACTOR * (time.monotonic() - begin)
+                    else:
+                        self._not_before = time.monotonic() + _RETRY_FACTOR * (time.monotonic() - begin)
             if len(self._waiting) > _MAX_WAITING:
                 self._behind |= {name for name, *_ in self._waiting if name}
                 self._waiting.clear()
@@ -359,6 +363,7 @@ class Index:
     def _write(self) -> None:
         if self._database is None:
             self._database = _open(self._path)
+            self._identity = _identity_of(self._path)
         if self._waiting:
             with self._database:
                 self._database.execute("BEGIN")
@@ -454,6 +459,14 @@ def _said(one: Contents | None) -> tuple[object, ...] | None:
 def _row(entry: Entry) -> tuple[object, ...]:
     position = entry.position
     return (entry.segment, entry.start, entry.end, position.epoch, position.digest, entry.time_ns, entry.pages)
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _make_private(path: Path) -> None:
