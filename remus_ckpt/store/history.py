@@ -264,7 +264,9 @@ class History:
         if named:
             # What is pruned has left them before: it may have been while the segments were looked at.
             still = {*(index.read_index(self._index) or {}), *self.state.damaged}
-            named = {name for name in named if name in still and not self._path(name).exists()}
+            now = list_segments(self.directory)
+            oldest = sequence_of(now[0]) if now else 0
+            named = {name for name in named & still if name not in now and sequence_of(name) > oldest}
         return sorted(named, key=sequence_of)
 
     def _missing(
