@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -240,10 +241,18 @@ def test_compact_and_prune(store: Path, command: Command) -> None:
     assert ran.code == 0 and len(json.loads(ran.out)["removed"]) == 1
     history = Store(store).history("orders")
     assert [entry.epoch for entry in history.entries()] == [3, 4, 5, 6]
-    assert command("prune", f"store:{store}/orders", "--keep-age", "1d").code == 0
-    assert [entry.epoch for entry in history.entries()] == [6]
+    with Store(store).writer("orders") as writer:
+        writer.begin(full=True)
+        fill(writer, 1, Source(position=writer.position))
+    # The times in these checkpoints are of 1970, and not believed: those of the files stand in.
+    for age_days, path in enumerate(sorted((store / "orders" / "segments").iterdir(), reverse=True)):
+        os.utime(path, times=(0, time.time() - age_days * 86_400))
+    assert command("prune", f"store:{store}/orders", "--keep-age", "50d").code == 0
+    assert [entry.epoch for entry in history.entries()] == [3, 4, 5, 6, 7]
+    assert command("prune", f"store:{store}/orders", "--keep-age", "12h").code == 0
+    assert [entry.epoch for entry in history.entries()] == [7]
     assert command("prune", f"store:{store}/orders", "--keep-size", "1.5K").code == 0
-    assert memory_sha256(history.restore().memory) == sha(6)
+    assert memory_sha256(history.restore().memory) == sha(7)
 
 
 def test_export(store: Path, command: Command, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import streams as s
 from store_support import Source, commit, cuts, fill, memory_at, sha
 
-from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError
+from remus_ckpt.errors import BadCheckpoint, Malformed, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
@@ -257,7 +257,7 @@ def test_a_bad_checkpoint_in_the_newest_segment(store: Store, with_index: bool) 
                 assert (bad.segment, bad.epoch, bad.good) == (new.name, epoch, good), at
                 assert entries[epoch].start <= bad.byte <= size
                 if with_index:
-                    assert bad.unreachable == tuple(range(max(epoch, 3), 7))
+                    assert bad.unreachable == range(max(epoch, 3), 7)
             with store.writer("orders") as writer:
                 assert writer.position is not None and writer.position.epoch == good
                 assert writer.memory is not None and memory_sha256(writer.memory) == sha(good)
@@ -289,7 +289,7 @@ def test_going_on_after_damage(store: Store) -> None:
         assert epochs(writer.history) == [0, 1, 2, 3, 7, 8, 9]
         for epoch in (0, 3, 7, 9):
             assert memory_sha256(writer.history.restore(epoch).memory) == sha(epoch)
-        with pytest.raises(NoCheckpoint):
+        with pytest.raises(BadCheckpoint):
             writer.history.restore(5)
         (bad,) = writer.history.verify().bad
         assert (bad.epoch, bad.good) == (4, 3)
@@ -340,7 +340,7 @@ def test_a_bad_old_segment(store: Store, with_index: bool) -> None:
         fill(writer, 1, source)
         (bad,) = writer.history.verify().bad
         assert (bad.segment, bad.epoch, bad.good) == (old.name, 1, 0)
-        assert bad.unreachable == ((1,) if with_index else ())
+        assert bad.unreachable == range(1, 2)
 
 
 def test_the_newest_segment_gone(store: Store) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -33,6 +35,7 @@ from remus_ckpt.walk import complain, out, progress
 
 T = TypeVar("T")
 PREFIX = "store:"
+_TABLE_ROWS = _LISTED = 1_000
 
 HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="The checkpoints of one name.")]
 At = Annotated[
@@ -72,7 +75,7 @@ def parse_at(text: str | None) -> int | datetime | None:
         return int(text)
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         raise typer.BadParameter(
             f"--at {text!r} is neither a number of a checkpoint nor a time such as 2026-01-31T12:00:05"
         ) from None
@@ -148,7 +151,7 @@ def verify_store(text: str, max_memory: int, as_json: bool) -> None:
         where = f"{bad.segment}: checkpoint {bad.epoch}, at byte {bad.byte}: {bad.reason}"
         section = f" ({bad.section})" if bad.section else ""
         good = "no good one before it" if bad.good is None else f"the newest good one before it is {bad.good}"
-        lost = f"; unreachable: {_ranges(list(bad.unreachable))}" if bad.unreachable else ""
+        lost = f"; unreachable: {_numbers(bad.unreachable)}" if bad.unreachable else ""
         complain(f"{where}{section}; {good}{lost}")
     if report.bad:
         raise typer.Exit(BadCheckpoint.exit_code)
@@ -200,34 +203,33 @@ def list_store(
 def _list_history(history: History, last: int | None, as_json: bool) -> None:
     """last: so many checkpoints too; None: all of them."""
     state, survey = history.state, history.survey()
-    entries = survey.entries[-last:] if last else survey.entries if last is None else ()
     summary = _summary(state, survey)
     segments: list[dict[str, Any]] = [
         {
             "segment": one.name,
-            "first": one.entries[0].epoch if one.entries else None,
-            "last": one.entries[-1].epoch if one.entries else None,
-            "checkpoints": len(one.entries),
+            "first": one.first.epoch if one.first else None,
+            "last": one.last.epoch if one.last else None,
+            "checkpoints": len(one.epochs),
             "bytes": one.end,
-            "base_bytes": one.entries[0].end if one.entries else None,
-            "first_time_ns": one.entries[0].time_ns if one.entries else None,
-            "last_time_ns": one.entries[-1].time_ns if one.entries else None,
+            "base_bytes": one.first.end if one.first else None,
+            "first_time_ns": one.first.time_ns if one.first else None,
+            "last_time_ns": one.last.time_ns if one.last else None,
             "damaged": state.damaged.get(one.name),
         }
         for one in survey.contents
     ]
     if as_json:
-        print_json(
-            summary | {"segments": segments} | ({} if last == 0 else {"entries": [_row(one) for one in entries]})
-        )
+        if last == 0:
+            print_json(summary | {"segments": segments})
+        else:
+            _print_json_list(summary | {"segments": segments}, "entries", map(_row, _listed(history, last)))
         return
     table = [["segment", "first", "last", "checkpoints", "bytes", "base", "taken from", "to"]]
     for row in segments:
         numbers = [row[key] for key in ("first", "last", "checkpoints", "bytes", "base_bytes")]
         table.append([row["segment"], *map(_cell, numbers), _time(row["first_time_ns"]), _time(row["last_time_ns"])])
     _print_table(table)
-    if survey.entries:
-        newest = survey.entries[-1]
+    if newest := survey.newest:
         out.print(Text(f"the newest is {newest.epoch}, taken {_time(newest.time_ns)}, position {newest.position}"))
     for name, reason in state.damaged.items():
         if all(name != lost.segment for lost in survey.lost):
@@ -236,11 +238,36 @@ def _list_history(history: History, last: int | None, as_json: bool) -> None:
         complain(_loss(lost))
     if last == 0:
         return
-    table = [["epoch", "taken", "pages", "bytes", "segment", "position"]]
-    for entry in entries:
-        cells = [_cell(entry.epoch), _time(entry.time_ns), _cell(entry.pages), _cell(entry.end - entry.start)]
-        table.append([*cells, entry.segment.partition("-")[2].partition(".")[0], str(entry.position)])
-    _print_table(table)
+    head = ["epoch", "taken", "pages", "bytes", "segment", "position"]
+    # As wide as the first of them: a table of all may be longer than memory.
+    rows = (_cells(entry) for entry in _listed(history, last))
+    widths: list[int] = []
+    while block := [*([] if widths else [head]), *itertools.islice(rows, _TABLE_ROWS)]:
+        widths = _print_table(block, widths)
+
+
+def _listed(history: History, last: int | None) -> Iterator[Entry]:
+    """The last so many checkpoints, or all of them, as they are drawn."""
+    if last is None:
+        return history.checkpoints()
+    newest_first = itertools.islice(history.checkpoints(newest_first=True), last)
+    return reversed(list(newest_first))
+
+
+def _cells(entry: Entry) -> list[str]:
+    sequence = entry.segment.partition("-")[2].partition(".")[0]
+    size = _cell(entry.end - entry.start)
+    return [_cell(entry.epoch), _time(entry.time_ns), _cell(entry.pages), size, sequence, str(entry.position)]
+
+
+def _print_json_list(fields: dict[str, Any], name: str, rows: Iterator[dict[str, Any]]) -> None:
+    """One object, with a list in it that is written as it is drawn."""
+    head = json.dumps(fields | {name: []})
+    sys.stdout.write(head.removesuffix("]}"))
+    for number, row in enumerate(rows):
+        sys.stdout.write((", " if number else "") + json.dumps(row))
+    sys.stdout.write("]}\n")
+    sys.stdout.flush()
 
 
 def _loss(lost: dict[str, Any]) -> str:
@@ -252,7 +279,9 @@ def _loss(lost: dict[str, Any]) -> str:
 def prune(
     store: HistoryName,
     keep_count: Annotated[int | None, typer.Option(min=1, help="Keep so many checkpoints.")] = None,
-    keep_age: Annotated[str | None, typer.Option(help="Keep those of this time, such as 12h or 7d.")] = None,
+    keep_age: Annotated[
+        str | None, typer.Option(help="Keep those of this time before the newest, such as 12h or 7d.")
+    ] = None,
     keep_size: Annotated[str | None, typer.Option(help="Keep no more bytes than this, such as 500M or 20G.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -272,7 +301,7 @@ def prune(
     with _writer(store) as writer:
         _say_warnings(store, writer)
         removed = writer.prune(retention)
-        left = len(writer.history.entries())
+        left = writer.history.survey().count
     if as_json:
         print_json({"store": store, "removed": removed, "checkpoints": left})
     else:
@@ -351,14 +380,14 @@ def _say_warnings(text: str, writer: HistoryWriter) -> None:
 
 
 def _summary(state: State, survey: Survey) -> dict[str, Any]:
-    newest = survey.entries[-1] if survey.entries else None
+    newest = survey.newest
     return {
         "name": state.name,
         "newest": None if newest is None else newest.epoch,
         "position": None if newest is None else str(newest.position),
         "time_ns": None if newest is None else newest.time_ns,
-        "checkpoints": len(survey.entries),
-        "bytes": sum(one.end for one in survey.contents),
+        "checkpoints": survey.count,
+        "bytes": survey.bytes,
         "term": state.term,
         "role": state.role,
         "damaged": state.damaged,
@@ -368,7 +397,7 @@ def _summary(state: State, survey: Survey) -> dict[str, Any]:
                 "byte": one.byte,
                 "reason": one.reason,
                 "checkpoints": len(one.epochs),
-                "epochs": _ranges(list(one.epochs)),
+                "epochs": _numbers(one.epochs),
             }
             for one in survey.lost
         ],
@@ -406,21 +435,26 @@ def _report(text: str, report: Report) -> dict[str, Any]:
                 "reason": bad.reason,
                 "section": bad.section,
                 "good": bad.good,
-                "unreachable": list(bad.unreachable),
+                "unreachable": list(bad.unreachable[:_LISTED]),
+                "unreachable_count": len(bad.unreachable),
             }
             for bad in report.bad
         ],
     }
 
 
-def _print_table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def _print_table(rows: list[list[str]], widths: Sequence[int] = ()) -> list[int]:
+    """Returns how wide the columns were: at least as wide as told."""
+    columns = zip(*rows, strict=True)
+    least = widths or [0] * len(rows[0])
+    found = [max(width, *map(len, column)) for width, column in zip(least, columns, strict=True)]
     for row in rows:
         cells = [
             cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for number, (cell, width) in enumerate(zip(row, found, strict=True))
         ]
         out.print(Text("  ".join(cells).rstrip()))
+    return found
 
 
 def _cell(value: object) -> str:
@@ -436,11 +470,5 @@ def _time(time_ns: int | None) -> str:
         return str(time_ns)
 
 
-def _ranges(numbers: list[int]) -> str:
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+def _numbers(epochs: range) -> str:
+    return "" if not epochs else str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"

@@ -16,9 +16,10 @@ from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.store.disk import guarding, make_directory
 from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
+from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
-from remus_ckpt.store.writer import HistoryWriter, Retention
+from remus_ckpt.store.writer import HistoryWriter
 
 __all__ = [
     "Bad",

@@ -1,17 +1,24 @@
 """The index of a history: a table of what its segments hold, so that they need not be read (specs/store.md §5).
 
-It is never the truth: where it is missing, behind or unreadable, the segments say it again.
+It is never the truth: where it is missing, behind or unreadable, the segments say it again. Nobody holds all of its
+rows: a segment is summed up by its first and its last, and the others are asked for when they are needed.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
-from collections.abc import Iterable
-from contextlib import closing, suppress
+import threading
+import time
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from remus_ckpt.store.segments import Contents, Entry, Shape, is_segment
+from remus_ckpt.limits import Limits
+from remus_ckpt.store.segments import Contents, Entry, Shape, is_segment, sequence_of, walk
+from remus_ckpt.wire.chunks import MAX_P2M_SIZE
 from remus_ckpt.wire.record import Position
 
 FILE = "index.sqlite"
@@ -29,109 +36,397 @@ PRAGMA user_version = {_VERSION};
 COMMIT;
 """
 _INSERT = "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?)"
+_INSERT_SEGMENT = "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?)"
+_SELECT = 'SELECT segment, start, "end", epoch, digest, time_ns, pages FROM checkpoints WHERE segment = ?'
+_ROWS = 1_000
+"""Read or written at a time."""
+_LATEST = 4
+_MAX_WAITING = 512
+_RETRY_FACTOR = 10
+"""An index that cannot be written takes no more than a tenth of the time."""
+_BUSY_S = 0.1
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA)
+"""What SQLite says of a file that will never be written again; SQLITE_ERROR: it has other tables than ours."""
+
+_Statement = tuple[str, str, tuple[object, ...]]
+"""The segment whose rows are not all there without it, "" for none; and what to do."""
+
+
+class Unreadable(Exception):
+    """The index does not say it, or not in a way that can be believed."""
+
+
+class Rows:
+    """An index that is open to be read. Each question is answered by itself: no writer waits meanwhile."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def segments(self) -> dict[str, Contents]:
+        """What it knows segments to hold, oldest first; not those whose rows cannot be. Raises Unreadable."""
+        found: list[Contents] = []
+        with _believing():
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version != _VERSION:
+                raise ValueError(f"the index has version {version}")
+            self._database.execute("BEGIN")
+            try:
+                rows = self._database.execute("SELECT name, size, codec, word, p2m_size FROM segments")
+                for name, size, codec, word, p2m_size in rows:
+                    if not is_segment(name) or codec not in ("delta", "rle") or word not in (4, 8):
+                        raise ValueError(f"segment {name!r}: codec {codec!r}, word {word!r}")
+                    if not 0 < p2m_size <= MAX_P2M_SIZE or not (size is None or size >= 0):
+                        raise ValueError(f"segment {name!r}: {p2m_size} pages, {size} bytes")
+                    one = Contents(name, shape=Shape(codec, word, p2m_size), size=size)
+                    edges = [self._row(name, f"ORDER BY start {order}") for order in ("ASC", "DESC")]
+                    with suppress(ValueError, TypeError):
+                        one.first, one.last = (None if row is None else _entry_of(row) for row in edges)
+                        if _is_sound(one):
+                            found.append(one)
+            finally:
+                self._database.execute("ROLLBACK")
+        return {one.name: one for one in sorted(found, key=lambda one: sequence_of(one.name))}
+
+    def find(self, contents: Contents, epoch: int) -> Entry:
+        """One checkpoint of a segment. Raises Unreadable."""
+        if (entry := self._one(contents.name, "AND epoch = ?", epoch)) is None:
+            raise Unreadable
+        return entry
+
+    def newest_until(self, contents: Contents, time_ns: int) -> Entry | None:
+        """The newest of a segment that was not taken later. Raises Unreadable."""
+        return self._one(contents.name, "AND time_ns <= ? ORDER BY start DESC", time_ns)
+
+    def entries(self, contents: Contents, *, backward: bool = False) -> Iterator[Entry]:
+        """The checkpoints of a segment, each beginning where the one before ends. Raises Unreadable."""
+        edge = contents.last if backward else contents.first
+        done = contents.first if backward else contents.last
+        while edge is not None and done is not None:
+            with _believing():
+                rows = self._database.execute(
+                    f"{_SELECT} AND start <= ? ORDER BY start DESC LIMIT ?"
+                    if backward
+                    else f"{_SELECT} AND start >= ? ORDER BY start LIMIT ?",
+                    (contents.name, edge.start, _ROWS),
+                ).fetchall()
+                page = [_entry_of(row) for row in rows]
+                if not page or page[0] != edge:
+                    raise ValueError("a row is missing")
+                for one, other in itertools.pairwise(page):
+                    low, high = (other, one) if backward else (one, other)
+                    if low.end != high.start or low.epoch + 1 != high.epoch:
+                        raise ValueError("a row is missing")
+            for entry in page if page[-1] == done or len(page) == 1 else page[:-1]:
+                yield entry
+                if entry == done:
+                    return
+            if len(page) == 1:
+                raise Unreadable
+            edge = page[-1]
+
+    def is_whole(self, contents: Contents) -> bool:
+        """Whether all rows of a segment are there. Raises Unreadable."""
+        with _believing():
+            query = "SELECT count(*) FROM checkpoints WHERE segment = ?"
+            (count,) = self._database.execute(query, (contents.name,)).fetchone()
+            return bool(count == len(contents.epochs))
+
+    def _one(self, segment: str, clause: str, *values: int) -> Entry | None:
+        with _believing():
+            row = self._row(segment, clause, *values)
+            return None if row is None else _entry_of(row)
+
+    def _row(self, segment: str, clause: str, *values: int) -> tuple[object, ...] | None:
+        """Raises sqlite3.Error."""
+        row: tuple[object, ...] | None
+        row = self._database.execute(f"{_SELECT} {clause} LIMIT 1", (segment, *values)).fetchone()
+        return row
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Rows | None]:
+    """An index to be read; None where there is none. Writes nothing."""
+    database = _open_to_read(path)
+    try:
+        yield None if database is None else Rows(database)
+    finally:
+        if database is not None:
+            database.close()
 
 
 def read_index(path: Path) -> dict[str, Contents] | None:
-    """What an index says, segment by segment; None where none can be read. Writes nothing."""
+    """What an index knows segments to hold, oldest first; None where it cannot be read. Writes nothing."""
+    with reading(path) as rows:
+        try:
+            return None if rows is None else rows.segments()
+        except Unreadable:
+            return None
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection | None:
     if not path.is_file():
         return None
     # The second way is for file systems that are not to be written: it does not look at the log beside the index.
     for options in ("mode=ro", "immutable=1"):
+        database = None
         try:
-            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True, timeout=5)) as database:
-                return _load(database)
-        except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError):
-            continue
+            database = sqlite3.connect(
+                f"{path.absolute().as_uri()}?{options}",
+                uri=True,
+                timeout=5,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            return database
+        except (sqlite3.Error, ValueError):
+            if database is not None:
+                database.close()
     return None
 
 
-def _load(database: sqlite3.Connection) -> dict[str, Contents]:
-    """Raises sqlite3.Error, ValueError, TypeError or KeyError."""
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version != _VERSION:
-        raise ValueError(f"the index has version {version}")
-    found: dict[str, Contents] = {}
-    database.execute("BEGIN")
-    for name, size, codec, word, p2m_size in database.execute("SELECT name, size, codec, word, p2m_size FROM segments"):
-        if not is_segment(name) or codec not in ("delta", "rle") or word not in (4, 8):
-            raise ValueError(f"segment {name!r}: codec {codec!r}, word {word!r}")
-        found[name] = Contents(name, shape=Shape(codec, word, p2m_size), size=size)
-    rows = database.execute(
-        'SELECT segment, start, "end", epoch, digest, time_ns, pages FROM checkpoints ORDER BY segment, start'
+@contextmanager
+def _believing() -> Iterator[None]:
+    """What SQLite, or what stands in its rows, makes impossible as Unreadable."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise Unreadable(str(error)) from error
+
+
+def _entry_of(row: tuple[object, ...]) -> Entry:
+    """Raises ValueError, TypeError."""
+    segment, start, end, epoch, digest, time_ns, pages = row
+    numbers = (start, end, epoch, pages, 0 if time_ns is None else time_ns)
+    if not all(type(number) is int for number in numbers) or not 0 <= start < end or pages < 0:  # type: ignore[operator]
+        raise ValueError(f"a checkpoint from {start!r:.40} to {end!r:.40}")
+    return Entry(Position(epoch, digest), time_ns, segment, start, end, pages, start == 0)  # type: ignore[arg-type]
+
+
+def _is_sound(one: Contents) -> bool:
+    """Whether the first and the last row can stand in one segment, and its size is that of a file with them."""
+    first, last = one.first, one.last
+    if first is None or last is None:
+        return first is last
+    gap = last.epoch - first.epoch
+    return (
+        first.start == 0
+        and (last == first if gap == 0 else gap > 0 and last.start >= first.end)
+        and (one.size is None or one.end <= one.size)
     )
-    for segment, start, end, epoch, digest, time_ns, pages in rows:
-        contents = found[segment]
-        if start != contents.end or end <= start:
-            raise ValueError(f"segment {segment}: a checkpoint from {start} to {end} behind {contents.end}")
-        contents.entries.append(Entry(Position(epoch, digest), time_ns, segment, start, end, pages, start == 0))
-    return found
 
 
 class Index:
-    """The writing side. What cannot be written now is written with what comes next; `warning` says so meanwhile.
+    """The writing side, and what all segments hold, summed up.
 
+    path: of the database; segments: the directory of the files; limits: what their streams may claim
+
+    A database that cannot be written is tried again now and then; what waits for it is bounded. Of a segment whose rows
+    had to be dropped none are written until it has come to its end: then a thread reads them back from the file. A
+    database that is damaged is put aside for a new one, in the same way. `warning` says so meanwhile.
     The log needs no sync: after a loss of power the index is behind or gone, and is made again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._waiting: list[tuple[str, tuple[object, ...]]] = []
-        self._database: sqlite3.Connection | None = None
+    def __init__(self, path: Path, segments: Path, limits: Limits | None = None) -> None:
+        self.known: dict[str, Contents] = {}
+        """What the segments hold, oldest first, whatever the database says."""
         self.warning: str | None = None
+        self._path = path
+        self._segments = segments
+        self._limits = limits
+        self._lock = threading.RLock()
+        self._waiting: list[_Statement] = []
+        self._behind: set[str] = set()  # segments whose rows are not all there, and are not written for now
+        self._database: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._not_before = 0.0
+        self._thread: threading.Thread | None = None
+        self._is_over = False
 
-    def rebuild(self, contents: Iterable[Contents]) -> None:
-        """Put these in the place of all that it said."""
-        self.close()
-        for path in (
-            self._path,
-            *(self._path.with_name(self._path.name + end) for end in ("-wal", "-shm", "-journal")),
-        ):
+    def load(self) -> dict[str, Contents]:
+        """What the database says of the segments. One that cannot be read is removed, and the next begun."""
+        with reading(self._path) as rows, suppress(Unreadable):
+            if rows is not None:
+                found = rows.segments()
+                # What was written just before a loss of power may be there in part.
+                for name in list(found)[-_LATEST:]:
+                    if not rows.is_whole(found[name]):
+                        del found[name]
+                return found
+        self._remove()
+        return {}
+
+    def fill(self, contents: Contents, *, end: int, advance: Callable[[int], None] | None = None) -> None:
+        """Read a segment behind what is known of it, and write its rows as they come. Raises OSError.
+
+        contents: what is known, and has its rows; becomes what it holds
+        end: where to stop
+        """
+        name = contents.name
+        path = self._segments / name
+        with self._lock:
+            self._wait(name, "DELETE FROM segments WHERE name = ?", name)
+            if contents.last is None:
+                self._wait(name, "DELETE FROM checkpoints WHERE segment = ?", name)
+        for number, entry in enumerate(walk(path, contents, end=end, limits=self._limits, advance=advance), 1):
+            with self._lock:
+                self._wait(name, _INSERT, *_row(entry))
+                if number % _ROWS == 0:
+                    self.flush()
+        with self._lock:
+            self._wait_for_segment(contents)
+            self.flush()
+
+    def is_filled(self, segment: str) -> bool:
+        """Whether all of its rows could be written, or wait for that."""
+        return segment not in self._behind
+
+    def begin(self, known: Iterable[Contents], on_disk: dict[str, Contents]) -> None:
+        """Say what the segments hold, oldest first, and make the database say the same. Raises OSError.
+
+        on_disk: what it says now
+        """
+        self.known = {one.name: one for one in known}
+        for name in on_disk:
+            if name not in self.known:
+                self._delete(name)
+        for name, one in self.known.items():
+            said = on_disk.get(name)
+            if _said(said) == _said(one):
+                continue
+            is_longer = said is not None and said.end < one.end and said.first == one.first and said.shape == one.shape
+            if one.last is not None and (said is None or said.last != one.last or said.first != one.first):
+                held = replace(said, size=None) if is_longer and said is not None else Contents(name)
+                self.fill(held, end=one.end)
+            self._wait_for_segment(one)
+        self.flush()
+        self._catch_up()
+
+    def add(self, entry: Entry, new_segment: Contents | None = None) -> None:
+        """A checkpoint has become durable; with the base of a segment, what there is to say of that."""
+        with self._lock:
+            if new_segment is not None:
+                self.known[new_segment.name] = new_segment
+                self._wait_for_segment(new_segment)
+            self.known[entry.segment].add(entry)
+            self._wait(entry.segment, _INSERT, *_row(entry))
+            self.flush()
+
+    def seal(self, segment: str, size: int) -> None:
+        """A segment will not grow any more."""
+        with self._lock:
+            self.known[segment].size = size
+            self._wait(segment, "UPDATE segments SET size = ? WHERE name = ?", size, segment)
+            if self._database is not None and self._identity != _identity_of(self._path):
+                self._replace()  # somebody has taken the file away
+            self.flush()
+            self._catch_up()
+
+    def drop(self, segment: str) -> None:
+        """A segment is about to go."""
+        with self._lock:
+            self.known.pop(segment, None)
+            self._behind.discard(segment)
+            self._delete(segment)
+            self.flush()
+
+    def flush(self, *, now: bool = False) -> None:
+        """Write what waits, unless that failed a moment ago.
+
+        now: even then
+        """
+        with self._lock:
+            begin = time.monotonic()
+            if now or begin >= self._not_before:
+                try:
+                    self._write()
+                except (sqlite3.Error, OSError) as error:
+                    self.warning = f"{self._path} is behind: {error}"
+                    self._close_database()
+                    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
+                        self._replace()
+                    else:
+                        self._not_before = time.monotonic() + _RETRY_FACTOR * (time.monotonic() - begin)
+            if len(self._waiting) > _MAX_WAITING:
+                self._behind |= {name for name, *_ in self._waiting if name}
+                self._waiting.clear()
+
+    def close(self) -> None:
+        """Write what can be written, and close it."""
+        self._is_over = True
+        if (thread := self._thread) is not None:
+            thread.join()
+        if self._database is not None or self._waiting:
+            self.flush(now=True)
+        self._close_database()
+
+    def _write(self) -> None:
+        if self._database is None:
+            self._database = _open(self._path)
+            self._identity = _identity_of(self._path)
+        if self._waiting:
+            with self._database:
+                self._database.execute("BEGIN")
+                for _, statement, values in self._waiting:
+                    self._database.execute(statement, values)
+        self._waiting.clear()
+        if not self._behind:
+            self.warning = None
+
+    def _replace(self) -> None:
+        """Another database in the place of one that is damaged; what stood there is read back from the segments."""
+        self.warning = f"{self._path} was damaged, and is made again"
+        self._remove()
+        self._waiting.clear()
+        self._behind = set(self.known)
+        self._catch_up()
+
+    def _remove(self) -> None:
+        self._close_database()
+        for end in ("", "-wal", "-shm", "-journal"):
+            path = self._path.with_name(self._path.name + end)
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 self.warning = f"{path}: {error.strerror}"
-        self._waiting.clear()
-        for one in contents:
-            self._queue_segment(one)
-            self._waiting += [(_INSERT, _row(entry)) for entry in one.entries]
-        self.flush()
 
-    def add(self, entry: Entry, new_segment: Contents | None = None) -> None:
-        """A checkpoint has become durable; with the base of a segment, what there is to say of that."""
-        if new_segment is not None:
-            self._queue_segment(new_segment)
-        self._waiting.append((_INSERT, _row(entry)))
-        self.flush()
+    def _catch_up(self) -> None:
+        """Begin to read back what had to be dropped."""
+        if self._next_behind() is not None and self._thread is None and not self._is_over:
+            self._thread = threading.Thread(target=self._read_back, name="index", daemon=True)
+            self._thread.start()
 
-    def seal(self, segment: str, size: int) -> None:
-        """A segment will not grow any more."""
-        self._waiting.append(("UPDATE segments SET size = ? WHERE name = ?", (size, segment)))
-        self.flush()
+    def _next_behind(self, but: Container[str] = ()) -> str | None:
+        ended = (name for name, one in self.known.items() if one.size is not None)
+        return next((name for name in ended if name in self._behind and name not in but), None)
 
-    def drop(self, segment: str) -> None:
-        """A segment is about to go."""
-        self._waiting.append(("DELETE FROM checkpoints WHERE segment = ?", (segment,)))
-        self._waiting.append(("DELETE FROM segments WHERE name = ?", (segment,)))
-        self.flush()
+    def _read_back(self) -> None:
+        tried: set[str] = set()
+        while True:
+            with self._lock:
+                self.flush(now=True)
+                name = None if self._database is None or self._is_over else self._next_behind(tried)
+                if name is None:
+                    self._thread = None
+                    return
+                tried.add(name)
+                self._behind.discard(name)
+                one = self.known[name]
+            found = Contents(name)
 
-    def flush(self) -> None:
-        """Write what waits."""
-        try:
-            if self._database is None:
-                self._database = _open(self._path)
-            if self._waiting:
-                with self._database:
-                    self._database.execute("BEGIN")
-                    for statement, values in self._waiting:
-                        self._database.execute(statement, values)
-            self._waiting.clear()
-            self.warning = None
-        except (sqlite3.Error, OSError) as error:
-            self.warning = f"{self._path} is behind: {error}"
-            self.close()
+            def stop(_: int, name: str = name) -> None:
+                if self._is_over or name in self._behind or name not in self.known:
+                    raise _Stopped
 
-    def close(self) -> None:
-        """Close it."""
+            with suppress(OSError, _Stopped):
+                self.fill(found, end=one.end, advance=stop)
+            with self._lock:
+                if name in self.known and found.last == one.last:
+                    self._wait_for_segment(one)
+                else:  # gone meanwhile, or not what it was: it is read where it is asked for
+                    self._delete(name)
+
+    def _close_database(self) -> None:
         if self._database is not None:
             try:
                 self._database.close()
@@ -139,15 +434,39 @@ class Index:
                 self.warning = f"{self._path}: {error}"
             self._database = None
 
-    def _queue_segment(self, one: Contents) -> None:
+    def _wait(self, segment: str, statement: str, *values: object) -> None:
+        if segment not in self._behind:
+            self._waiting.append((segment, statement, values))
+
+    def _wait_for_segment(self, one: Contents) -> None:
         if one.shape is not None:
-            values = (one.name, one.size, one.shape.codec, one.shape.word, one.shape.p2m_size)
-            self._waiting.append(("INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?)", values))
+            shape = one.shape
+            self._wait(one.name, _INSERT_SEGMENT, one.name, one.size, shape.codec, shape.word, shape.p2m_size)
+
+    def _delete(self, segment: str) -> None:
+        self._waiting.append(("", "DELETE FROM segments WHERE name = ?", (segment,)))
+        self._waiting.append(("", "DELETE FROM checkpoints WHERE segment = ?", (segment,)))
+
+
+class _Stopped(Exception):
+    """What is being read back is of no use any more."""
+
+
+def _said(one: Contents | None) -> tuple[object, ...] | None:
+    return None if one is None else (one.size, one.shape, one.first, one.last)
 
 
 def _row(entry: Entry) -> tuple[object, ...]:
     position = entry.position
     return (entry.segment, entry.start, entry.end, position.epoch, position.digest, entry.time_ns, entry.pages)
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _make_private(path: Path) -> None:
@@ -166,7 +485,7 @@ def _make_private(path: Path) -> None:
 def _open(path: Path) -> sqlite3.Connection:
     """Raises sqlite3.Error, OSError."""
     _make_private(path)
-    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = OFF")

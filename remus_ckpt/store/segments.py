@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import Malformed, StreamError, UnknownFormat
+from remus_ckpt.errors import Malformed, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -27,14 +27,17 @@ DIRECTORY = "segments"
 PARTIAL = ".partial"
 _NAME = re.compile(r"(\d{20})-(\d{6,12})\.remus")
 _EPOCHS = 1 << 63
+_MAX_SEQUENCE = 10**12
 _SEARCH_BYTES = 1 << 20
+_TIMES_NS = range(-(1 << 63), 1 << 63)
+"""What the index can hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One whole checkpoint.
 
-    position, time_ns: as its record says
+    position, time_ns: as its record says; no time where that is none that can be kept
     segment, start, end: its bytes in that file; to restore it, the file is read from its beginning to `end`
     pages: how many it carries
     is_base: it carries all of memory that is not zeros
@@ -64,27 +67,49 @@ class Shape(NamedTuple):
 
 @dataclass(slots=True)
 class Contents:
-    """What a segment holds.
+    """What a segment holds, summed up: its epochs are consecutive, and each checkpoint begins where the last one ends.
 
+    first, last: of its checkpoints; None where it has none
     size: of the file, where it will not grow any more
     fault: what ended the reading, where that was not the end of the file
     """
 
     name: str
-    entries: list[Entry] = field(default_factory=list)
+    first: Entry | None = None
+    last: Entry | None = None
     shape: Shape | None = None
     size: int | None = None
     fault: StreamError | None = None
 
+    def add(self, entry: Entry) -> None:
+        """The checkpoint behind the last one."""
+        self.first = self.first or entry
+        self.last = entry
+
     @property
     def end(self) -> int:
         """The first byte behind the last whole checkpoint."""
-        return self.entries[-1].end if self.entries else 0
+        return self.last.end if self.last else 0
+
+    @property
+    def epochs(self) -> range:
+        """Of its checkpoints."""
+        return range(self.first.epoch, self.last.epoch + 1) if self.first and self.last else range(0)
 
 
 def segment_name(first_epoch: int, sequence: int) -> str:
-    """The name of a segment whose base is that checkpoint; the sequence number says which is newer."""
+    """The name of a segment whose base is that checkpoint; the sequence number says which is newer.
+
+    Raises StoreError where the numbers are used up.
+    """
+    if sequence >= _MAX_SEQUENCE:
+        raise StoreError(f"no segment can follow number {sequence - 1}: continue in a new store")
     return f"{first_epoch:020}-{sequence:06}.remus"
+
+
+def first_epoch_of(name: str) -> int:
+    """The epoch in a segment's name: of its base."""
+    return int(name.partition("-")[0])
 
 
 def sequence_of(name: str) -> int:
@@ -143,13 +168,18 @@ def entry_of(checkpoint: Checkpoint, segment: str, shift: int = 0) -> Entry:
     record = record_of(checkpoint)
     return Entry(
         position=record.after,
-        time_ns=record.time_ns,
+        time_ns=record.time_ns if can_keep(record.time_ns) else None,
         segment=segment,
         start=checkpoint.start + shift,
         end=checkpoint.end + shift,
         pages=checkpoint.page_count,
         is_base=checkpoint.start + shift == 0,
     )
+
+
+def can_keep(time_ns: int | None) -> bool:
+    """Whether a store can keep a checkpoint's time: none, or a signed integer of 64 bits."""
+    return time_ns is None or time_ns in _TIMES_NS
 
 
 def record_of(checkpoint: Checkpoint) -> CheckpointRecord:
@@ -178,6 +208,41 @@ class Nowhere:
         """Nothing will be written."""
 
 
+def walk(
+    path: Path,
+    contents: Contents,
+    *,
+    end: int | None = None,
+    limits: Limits | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[Entry]:
+    """Read a segment behind what is known of it, check all that is there, and yield its checkpoints one by one.
+
+    contents: what is known, which each checkpoint is added to before it is yielded, and at the end the fault
+    end: where to stop; None: at the end of the file
+    advance: as of `replay`
+    Raises OSError where it cannot be read.
+    """
+    start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
+    hashing = HashThread()
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            restorer = Restorer(limits=limits, home=Nowhere(), new_digest=hashing.new, start=start)
+            for checkpoint in replay(fd, restorer, start=contents.end if start else 0, end=end, advance=advance):
+                entry = entry_of(checkpoint, path.name)
+                restorer.skip()
+                contents.shape = shape_of(restorer)
+                contents.add(entry)
+                yield entry
+        finally:
+            os.close(fd)
+    except StreamError as error:
+        contents.fault = error
+    finally:
+        hashing.close()
+
+
 def scan(
     path: Path,
     *,
@@ -186,30 +251,10 @@ def scan(
     limits: Limits | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Contents:
-    """Read a segment, or the rest of it, check all that is in it, and say what that is.
-
-    known: what is in it as far as that is known; reading goes on from there
-    end: where to stop; None: at the end of the file
-    advance: as of `replay`
-    Raises OSError where it cannot be read.
-    """
-    found = Contents(path.name)
-    start = None
-    if known is not None and known.entries:
-        found.entries, found.shape, start = list(known.entries), known.shape, boundary_behind(known)
-    hashing = HashThread()
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        restorer = Restorer(limits=limits, home=Nowhere(), new_digest=hashing.new, start=start)
-        for checkpoint in replay(fd, restorer, start=found.end, end=end, advance=advance):
-            found.entries.append(entry_of(checkpoint, path.name))
-            restorer.skip()
-            found.shape = shape_of(restorer)
-    except StreamError as error:
-        found.fault = error
-    finally:
-        os.close(fd)
-        hashing.close()
+    """`walk` to the end, from the beginning or behind what is `known`. Raises OSError where it cannot be read."""
+    found = Contents(path.name) if known is None else replace(known, fault=None)
+    for _ in walk(path, found, end=end, limits=limits, advance=advance):
+        pass
     return found
 
 
@@ -222,11 +267,11 @@ def shape_of(restorer: Restorer) -> Shape:
 
 def boundary_behind(contents: Contents) -> Boundary:
     """Where reading goes on behind the last entry."""
-    assert contents.shape is not None and contents.entries
-    last, shape = contents.entries[-1], contents.shape
+    last, shape = contents.last, contents.shape
+    assert last is not None and shape is not None
     return Boundary.of_ours(
         offset=last.end,
-        epoch=len(contents.entries),
+        epoch=len(contents.epochs),
         word=shape.word,
         codec=shape.codec,
         p2m_size=shape.p2m_size,

@@ -72,6 +72,7 @@ def load_state(directory: Path) -> State:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         fields = json.loads(data, parse_constant=_not_json, parse_float=_finite)
+        json.dumps(fields, ensure_ascii=False).encode()  # a lone surrogate could be printed nowhere
         if type(fields["format"]) is int and fields["format"] > FORMAT:
             raise StoreError(
                 f"{path}: the store has format {fields['format']}, this program knows {FORMAT}: use a later one"

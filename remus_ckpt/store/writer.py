@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,20 @@ from remus_ckpt.store.disk import (
     write_all,
 )
 from remus_ckpt.store.history import History, hashing
+from remus_ckpt.store.retention import Retention, count_over, times_taken
 from remus_ckpt.store.segments import (
     PARTIAL,
     Contents,
     Entry,
     Shape,
+    can_keep,
     entry_of,
+    first_epoch_of,
     holds_a_record,
     is_segment,
     list_segments,
     record_of,
     replay,
-    scan,
     segment_name,
     sequence_of,
     shape_of,
@@ -77,18 +80,8 @@ _NOT_OURS = (
 """What no stream of our own has, and a compaction would lose."""
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What is kept; None: no matter. Whole segments go, oldest first, never the one that holds the newest checkpoint.
-
-    count: a segment goes when so many checkpoints are left without it
-    age_s: a segment goes when its newest checkpoint is older than so many seconds
-    bytes: the oldest segments go until what is left has no more bytes
-    """
-
-    count: int | None = None
-    age_s: float | None = None
-    bytes: int | None = None
+_MAX_WARNINGS = _MAX_DAMAGED = 1_000
+_MAX_REASON = 300
 
 
 @dataclass(slots=True)
@@ -193,7 +186,7 @@ class HistoryWriter:
             self.state = self._load_or_create_state(name)
             """What store.json says: after an exception too, this is what whoever opens the history would read."""
             self._is_settled = True  # a loss of power would not change that
-            self._index = index.Index(self.directory / index.FILE)
+            self._index = index.Index(self.directory / index.FILE, self._segments, limits)
             with guarding(self.directory):
                 self._recover()
             self.history = History(self.directory, limits=limits)
@@ -234,8 +227,7 @@ class HistoryWriter:
         # Whoever renamed or removed what is there may have died before this.
         sync_directory(self._segments)
         names = list_segments(self.directory)
-        on_disk = index.read_index(self.directory / index.FILE)
-        indexed = on_disk or {}
+        indexed = self._index.load()
         self._highest = -1 if self.state.highest_epoch is None else self.state.highest_epoch
         # One that is gone stays named until those beside it have been pruned.
         oldest = sequence_of(names[0]) if names else -1
@@ -246,8 +238,8 @@ class HistoryWriter:
         }
         known: dict[str, Contents] = {}
         for name in reversed(names):
-            expected = indexed.get(name, Contents(name)).entries
-            self._highest = max([self._highest, int(name[:20]), *(entry.epoch for entry in expected)])
+            expected = indexed.get(name, Contents(name)).epochs
+            self._highest = max([self._highest, first_epoch_of(name), *expected[-1:]])
             if self._chain is None:
                 damaged.pop(name, None)  # it is looked at anew
                 contents, reason = self._open_segment(name, indexed.get(name))
@@ -255,20 +247,26 @@ class HistoryWriter:
                 contents, reason = self._glance(name, indexed.get(name))
                 if name not in indexed:
                     damaged.pop(name, None)  # read anew
+                if name not in indexed or contents.end != indexed[name].end:
+                    indexed[name] = replace(contents)  # it has been put in
             known[name] = contents
-            self._highest = max([self._highest, *(entry.epoch for entry in contents.entries)])
+            self._highest = max([self._highest, *contents.epochs[-1:]])
             if reason is not None:
                 damaged[name] = reason
         gone = sorted((name for name in indexed if name not in names), key=sequence_of)
         if names:
             # The oldest are gone because they were pruned.
             gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
-        self.warnings += [f"{name}: the index names it, and it is not there" for name in gone]
         for name in gone:
-            lost = [entry.epoch for entry in indexed[name].entries]
-            self._highest = max([self._highest, *lost])
+            self._note(f"{name}: the index names it, and it is not there")
+            lost = indexed[name].epochs
+            self._highest = max([self._highest, *lost[-1:]])
             damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
-        self.warnings += [f"{name}: {damaged[name]}" for name in names if name in damaged]
+        damaged = _bounded(damaged)
+        self._note_gaps([known[name] for name in names], damaged)
+        for name in names:
+            if name in damaged:
+                self._note(f"{name}: {damaged[name]}")
         if damaged != self.state.damaged or gone:
             self._save(replace(self.state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None))
         if gone and self._chain is not None and sequence_of(gone[-1]) > sequence_of(self._chain.path.name):
@@ -280,13 +278,19 @@ class HistoryWriter:
             if (self.state.more.get("handed_out") or {}).get("position") == str(self.position):
                 self._chain.is_sealed = True  # somebody goes on from here
             self._keep_room(held)
-        if on_disk is None or {name: _said(known[name]) for name in names} != {
-            name: _said(one) for name, one in indexed.items()
-        }:
-            self._index.rebuild(known[name] for name in names)
-        else:
-            self._index.flush()
+        self._index.begin([known[name] for name in names], indexed)
         self._note(self._index.warning)
+
+    def _note_gaps(self, contents: list[Contents], damaged: dict[str, str]) -> None:
+        """Epochs that are missing between two segments, where nothing else says why."""
+        explained = {sequence_of(name) for name in damaged if is_segment(name)}
+        reached = -1
+        for before, one in pairwise(contents):
+            reached = max([reached, *before.epochs[-1:]])
+            between = range(sequence_of(before.name), sequence_of(one.name))
+            gap = range(reached + 1, one.first.epoch) if one.first is not None and reached >= 0 else range(0)
+            if gap and not any(number in between for number in explained):
+                self._note(f"{one.name}: checkpoints {gap[0]} to {gap[-1]} before it are missing")
 
     def _open_segment(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
         """Replay what may be the newest segment; returns what it holds and, where it is damaged, how."""
@@ -296,7 +300,7 @@ class HistoryWriter:
                 f"{self.directory}: memory of {known.shape.p2m_size * PAGE_SIZE} bytes is over the limit memory_bytes "
                 f"of {limits.memory_bytes}"
             )
-        expected = [] if known is None else known.entries
+        expected = Contents(name) if known is None else known
         path = self._segments / name
         contents = Contents(name)
         home = self._new_home()
@@ -307,7 +311,7 @@ class HistoryWriter:
                 restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
                 try:
                     for staged in replay(fd, restorer):
-                        contents.entries.append(entry_of(staged, name))
+                        contents.add(entry_of(staged, name))
                         restorer.commit()
                 except StreamError as error:
                     if isinstance(error, UnknownFormat) and error.section == RECORD_SECTION:
@@ -317,26 +321,31 @@ class HistoryWriter:
                     reason = str(error)
             size = os.fstat(fd).st_size
             end = contents.end
-            lost = [entry.epoch for entry in expected if entry.end > end]
+            lost = expected.epochs[len(contents.epochs) :] if expected.end > end else range(0)
             if reason is None and lost:
                 reason = f"whole checkpoints end at byte {end} of {size}"
-            elif reason is None and not contents.entries:
+            elif reason is None and contents.last is None:
                 reason = "it holds no whole checkpoint"
-            elif reason is None and size > end and holds_a_record(fd, contents.entries[-1].position, end, size):
+            elif (
+                reason is None
+                and contents.last is not None
+                and size > end
+                and holds_a_record(fd, contents.last.position, end, size)
+            ):
                 reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
             if reason is not None and lost:
                 reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
             if reason is None and size > end:
                 os.ftruncate(fd, end)
-            if contents.entries:
+            if contents.first is not None:
                 # The index names what was synced. What is whole behind that, nobody may have synced, or it has failed.
                 write_again(fd, 0 if known is None else min(known.end, end), end)
                 restorer.reader.new_digest = hashlib.sha256
                 restorer.rewind()
                 contents.shape = shape_of(restorer)
                 chain = _Chain(restorer, home, path, fd, contents.shape, end, end)
-                chain.checkpoints = len(contents.entries)
-                chain.count_base(contents.entries[0].end)
+                chain.checkpoints = len(contents.epochs)
+                chain.count_base(contents.first.end)
                 chain.is_sealed = reason is not None or self._chain_is_old(name) or not restorer.reader.compressing
                 self._chain = chain
                 os.lseek(fd, end, os.SEEK_SET)
@@ -357,21 +366,18 @@ class HistoryWriter:
         return list_segments(self.directory)[-1] != name
 
     def _glance(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
-        """An older segment: the index is believed where the size is right."""
-        path = self._segments / name
-        size = path.stat().st_size
-        if known is not None and known.entries and known.end <= size and known.size in (size, None):
-            if known.size is None and known.end == size:
-                known.size = size
-            if known.size == size:
-                return known, None
-        contents = scan(path, limits=self._limits)
-        contents.size = size
-        sync_file(path)  # the index will name what it holds
+        """An older segment: the index is believed where the size is right, and what is missing there is put in."""
+        size = (self._segments / name).stat().st_size
+        if known is not None and known.last is not None:
+            is_explained = known.end == size or (known.size == size and name in self.state.damaged)
+            if is_explained and known.size in (size, None):
+                return replace(known, size=size), None
+        sync_file(self._segments / name)  # the index will name what it holds
+        contents = Contents(name, size=size)
+        self._index.fill(contents, end=size)
         if contents.fault is not None:
             return contents, str(contents.fault)
-        lost = [] if known is None else [entry.epoch for entry in known.entries if entry.end > contents.end]
-        if lost or contents.end < size:
+        if contents.end < size or (known is not None and known.end > contents.end):
             return contents, f"its whole checkpoints end at byte {contents.end} of {size}"
         return contents, None
 
@@ -622,6 +628,8 @@ class HistoryWriter:
             raise Malformed(
                 f"the codec changes from {chain.shape.codec} to {record.codec}", offset=at, section="store.md §4.1"
             )
+        if not can_keep(record.time_ns):
+            raise Malformed(f"its time is {record.time_ns} ns", offset=at, section="store.md §4.2")
         if record.epoch <= self._highest:
             raise Malformed(
                 f"epoch {record.epoch} behind epoch {self._highest}, which the store has seen",
@@ -882,56 +890,56 @@ class HistoryWriter:
         with self._changing():
             return self._prune(retention, time.time_ns() if now_ns is None else now_ns)
 
-    def _prune(self, retention: Retention, now: int) -> list[str]:
+    def _prune(self, retention: Retention, now_ns: int) -> list[str]:
         with self._lock:
             if self._chain is None or retention == Retention():
                 return []
-            contents = History(self.directory, limits=self._limits).contents()
-            removed = []
             current = sequence_of(self._chain.path.name)
-            while len(contents) > 1 and sequence_of(contents[0].name) < current:
-                oldest = contents[0]
-                path = self._segments / oldest.name
+            older = [one for one in self._index.known.values() if sequence_of(one.name) <= current]
+            newer = [one for one in self._index.known.values() if sequence_of(one.name) > current]
+            times_ns: list[int | None] = [None] * len(older)
+            if retention.age_s is not None:
+                floor_ns = self.state.more.get("pruned_ns")
+                times_ns = times_taken(older, self._written_ns, now_ns, floor_ns if type(floor_ns) is int else None)
+            with guarding(self._segments):
+                sizes = [self._size_of(one) for one in [*older, *newer]]
+            # Newer ones are there where they are damaged: they count for the size.
+            sizes[len(older) - 1 :] = [sum(sizes[len(older) - 1 :])]
+            over = older[: count_over(older, sizes, retention, times_ns)]
+            for one in over:
+                path = self._segments / one.name
+                self._on_phase("pruning", one.last.epoch if one.last else self._epoch)
                 with guarding(path):
-                    is_over = self._is_over(contents, retention, now)
-                    if not is_over:
-                        break
-                    self._on_phase("pruning", oldest.entries[-1].epoch if oldest.entries else self._epoch)
                     # First out of the index: a segment that it does not name is found again if we die here.
-                    self._index.drop(oldest.name)
-                    path.unlink()
+                    self._index.drop(one.name)
+                    path.unlink(missing_ok=True)
                     sync_directory(self._segments)
-                removed.append(contents.pop(0).name)
-            oldest_left = sequence_of(contents[0].name) if contents else -1
-            damaged = {
-                name: why
-                for name, why in self.state.damaged.items()
-                if is_segment(name) and sequence_of(name) >= oldest_left
-            }
-            if damaged != self.state.damaged:
-                self._save(replace(self.state, damaged=damaged))
-            return removed
+            if over:
+                self._forget_pruned(sequence_of(older[len(over)].name), times_ns[len(over) - 1])
+            return [one.name for one in over]
 
-    def _is_over(self, contents: list[Contents], retention: Retention, now_ns: int) -> bool:
-        """Whether the oldest may go. Raises OSError."""
-        oldest, newer = contents[0], contents[1:]
-        if retention.count is not None:
-            left = {entry.epoch for one in newer for entry in one.entries}
-            if len(left) >= retention.count:
-                return True
-        if retention.age_s is not None:
-            taken = oldest.entries[-1].time_ns if oldest.entries else None
-            if taken is None:
-                taken = (self._segments / oldest.name).stat().st_mtime_ns
-            if now_ns - taken > retention.age_s * 1e9:
-                return True
-        if retention.bytes is not None:
-            size = sum((self._segments / one.name).stat().st_size for one in contents)
-            return size > retention.bytes
-        return False
+    def _forget_pruned(self, oldest_left: int, taken_ns: int | None) -> None:
+        """Nothing in store.json names what was pruned, but the time that it was from."""
+        damaged = {
+            name: why
+            for name, why in self.state.damaged.items()
+            if is_segment(name) and sequence_of(name) >= oldest_left
+        }
+        more = self.state.more if taken_ns is None else {**self.state.more, "pruned_ns": taken_ns}
+        if damaged != self.state.damaged or more != self.state.more:
+            self._save(replace(self.state, damaged=damaged, more=more))
+
+    def _written_ns(self, name: str) -> int | None:
+        with suppress(OSError):
+            return (self._segments / name).stat().st_mtime_ns
+        return None
+
+    def _size_of(self, one: Contents) -> int:
+        """Raises OSError."""
+        return (self._segments / one.name).stat().st_size if one.size is None else one.size
 
     def _note(self, warning: str | None) -> None:
-        if warning is not None and warning not in self.warnings:
+        if warning is not None and warning not in self.warnings and len(self.warnings) < _MAX_WARNINGS:
             self.warnings.append(warning)
 
     # Takeover
@@ -1011,5 +1019,7 @@ def _boot_id() -> str:
         return file.read().strip()
 
 
-def _said(contents: Contents) -> tuple[object, ...]:
-    return contents.size, contents.shape, contents.entries
+def _bounded(damaged: dict[str, str]) -> dict[str, str]:
+    """As much of it as store.json has room for: what is not named there is found when the store is verified."""
+    newest_first = sorted(damaged, key=lambda name: sequence_of(name) if is_segment(name) else -1, reverse=True)
+    return {name: str(damaged[name])[:_MAX_REASON] for name in reversed(newest_first[:_MAX_DAMAGED])}
