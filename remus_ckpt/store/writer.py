@@ -690,7 +690,7 @@ class HistoryWriter:
                 self._compaction = Compaction(
                     self._lock,
                     chain.restorer.memory,
-                    chain.home.has_room,
+                    chain.home,
                     chain.shape,
                     path,
                     on_ready=self._on_ready,
