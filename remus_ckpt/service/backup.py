@@ -51,6 +51,8 @@ _END_S = 1.0
 _CLOSE_S = 10.0
 """For all sessions and stores to end; what then still hangs is left to hang."""
 _OPEN_S = 10.0
+_MOST_EVICTED = 8
+"""Whose threads have not ended yet."""
 _MOST_OPENED = 8
 """Names that are tried again at a time."""
 _LOCK = ".lock"
@@ -258,7 +260,7 @@ class Backup:
             staying = [visit for visit in visits if not visit.is_evicted]
             least = next((visit for visit in staying if not visit.is_known), None)
             least = least or next((visit for visit in staying if not visit.run_id), None)
-            if least is None:
+            if least is None or len(visits) - len(staying) > _MOST_EVICTED:
                 log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()
                 return
