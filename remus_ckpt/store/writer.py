@@ -585,12 +585,16 @@ class HistoryWriter:
             return entry
 
     def apply(self) -> None:
-        """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction."""
+        """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction.
+
+        But raises WarmCopyDamaged where somebody has cut the warm copy: the history has to be opened anew.
+        """
         with self._lock:
             chain, entry = self._coming, self._stored
             if chain is None or entry is None:
                 raise StoreError(f"{self.directory}: no checkpoint has been stored")
             self._on_phase("applying", entry.epoch)
+            chain.home.check()
             self._stored = None
             is_new = chain is not self._chain
             checkpoint = chain.restorer.commit()
