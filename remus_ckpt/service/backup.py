@@ -231,10 +231,17 @@ class Backup:
     def _status_of_names(self) -> dict[str, dict[str, Any]]:
         with self._names:
             refused = {name: one.reason for name, one in self._refused.items()}
-        return {
+        found = {}
+        for standby in self._all_standbys():
+            try:
+                found[standby.name] = standby.status()
+                msgpack.packb(found[standby.name])
+            except Exception as error:  # what is wrong with one hides no other
+                refused[standby.name] = f"its status cannot be said: {type(error).__name__}: {error}"
+        return found | {
             name: _STATUS_OF_REFUSED | self.metrics.backup_status(name) | {"trouble": reason}
             for name, reason in refused.items()
-        } | {standby.name: standby.status() for standby in self._all_standbys()}
+        }
 
     def _all_standbys(self) -> list[Standby]:
         with self._names:
