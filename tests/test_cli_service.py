@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import subprocess
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -17,9 +19,13 @@ from services import LONG_S, Service, command, make_keys, service, until
 from support import Command, Ran, process_state, writer_process
 from writers import cgroup_mount, own_cgroup
 
+from remus_ckpt.cli import service as cli_service
 from remus_ckpt.cli.service import _tell
+from remus_ckpt.loop import StopSignal
 from remus_ckpt.service import keys
+from remus_ckpt.service.primary import Committed
 from remus_ckpt.store import Store
+from remus_ckpt.wire.record import Position
 
 PAGES = 16
 
@@ -215,6 +221,47 @@ def test_a_command_that_dies_ends_the_protection(
         assert "Traceback" not in ran.err
         assert ran.err.count("--on-commit") <= 3
         assert process_state(worker.pid) in "SR"
+
+
+@pytest.mark.parametrize("does", ["cat > /dev/null; {lasting}", "setsid {lasting} & {lasting}", "{lasting} | cat"])
+def test_a_command_that_does_not_end_is_killed_whole(
+    served: Service, memory: Path, remus: Command, does: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_service, "_LAST_WORDS_S", 0.5)
+    lasting = f"sleep 99.{os.getpid()}"
+    with writer_process(memory) as worker:
+        ran = remus(
+            "protect", memory, "--pid", worker.pid, *to(served), "--duration", "200ms",
+            "--on-commit", does.format(lasting=lasting),
+        )  # fmt: skip
+    assert ran.code == 1
+    assert "it is killed" in ran.err
+    lines = [path.read_bytes().replace(b"\0", b" ").strip() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert lasting.encode() not in lines
+
+
+def test_a_command_that_reads_nothing_holds_nothing_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_service, "_LAST_WORDS_S", 0.3)
+    stop = StopSignal()
+    released = cli_service._Released("orders", "sleep 60", stop)
+    calls: list[int] = []
+
+    def release() -> None:
+        for epoch in range(5000):
+            released(Committed(epoch=epoch, position=Position(epoch, bytes(32)), latency_s=0.0))
+            calls.append(epoch)
+
+    working = threading.Thread(target=release, daemon=True)
+    working.start()
+    until(lambda: len(calls) > 100)
+    time.sleep(0.5)
+    assert working.is_alive(), "checkpoints wait for it"
+    stop.set()
+    working.join(LONG_S)
+    assert not working.is_alive()
+    released.close()
+    assert released.has_failed
+    stop.close()
 
 
 def test_both_sides_report_in_the_same_words(served: Service, memory: Path, remus: Command) -> None:

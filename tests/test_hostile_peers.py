@@ -280,6 +280,12 @@ BAD: dict[str, Callable[[Service], int]] = {
     "commit of too much": streaming(
         "much", data_frame(FULL_BYTES + FULL_BYTES), commit_frame(FULL, 2 * len(FULL_BYTES))
     ),
+    "commit of fewer pages": streaming(
+        "fewer-pages", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES), pages=PAGES - 1)
+    ),
+    "commit of more pages": streaming(
+        "more-pages", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES), pages=PAGES + 1)
+    ),
     "commit of another position": streaming(
         "position", data_frame(FULL_BYTES), commit_frame(FULL, len(FULL_BYTES), position=[0, b"x" * 32])
     ),
@@ -368,8 +374,13 @@ def hold(sockets: list[socket.socket], served: Service, count: int, say: bytes =
 HALF_A_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100)
 
 
-def test_a_thousand_connections(served: Service) -> None:
+def test_a_thousand_connections(tmp_path: Path, folder: Path) -> None:
     """Half of them silent, half in the middle of a handshake."""
+    with service(tmp_path, folder, "--lease", f"{LONG_S:g}s") as served:  # a busy machine is no dead link
+        crowd(served)
+
+
+def crowd(served: Service) -> None:
     before = served.figures()
     sockets: list[socket.socket] = []
     try:
@@ -388,12 +399,13 @@ def test_a_thousand_connections(served: Service) -> None:
             assert protection.status()["reconnects"] == 0
         print(f"{len(sockets)} connections: {before} {most}, first commit after {first_s:.2f} s")
         assert most.rss - before.rss < 80 << 20
-        assert most.threads <= 260
+        assert most.threads <= 270
         assert most.fds <= before.fds + 280
         until(lambda: served.figures().threads == before.threads)
-        ports = [peer.getsockname()[1] for peer in sockets]
-        until(lambda: sum(served.complaints().values()) >= len(ports))
-        assert served.complaints() == Counter(ports), "one line for each"
+        ports = {peer.getsockname()[1] for peer in sockets}
+        until(lambda: ports <= served.complaints().keys())
+        # The good one may have lost its place too before it could say who it is; it came again.
+        assert all(served.complaints()[port] == 1 for port in ports), "one line for each"
     finally:
         for peer in sockets:
             peer.close()

@@ -30,10 +30,10 @@ from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.session import messages
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store
-from remus_ckpt.wire import session as wire
 
 SLACK_S = 2.0
 """A busy machine may add so much."""
@@ -110,7 +110,7 @@ def beat(peer: Peer) -> None:
     with suppress(OSError):
         while True:
             number += 1
-            peer.say(wire.Heartbeat(number=number, status={}))
+            peer.say(messages.Heartbeat(number=number, status={}))
             time.sleep(0.05)
 
 
@@ -121,7 +121,7 @@ def stops_reading(peer: Peer) -> None:
 
 def dribbles(peer: Peer) -> None:
     hello = peer.hear()
-    welcome = wire.Welcome(program="liar", term=hello.term or 0, limits={}, lease_s=30.0)
+    welcome = messages.Welcome(program="liar", term=hello.term or 0, limits={}, lease_s=30.0)
     with suppress(OSError):
         for byte in b"".join(map(bytes, peer.session.send(welcome))):
             peer.socket.sendall(bytes([byte]))
@@ -441,10 +441,10 @@ def acks_the_last_of_three(peer: Peer) -> None:
     peer.welcome()
     commits = []
     while (event := peer.hear()) is not None:
-        if isinstance(event, wire.Commit):
+        if isinstance(event, messages.Commit):
             commits.append(event)
             if len(commits) == 3:
-                peer.say(wire.Ack(level="durable", position=event.position))
+                peer.say(messages.Ack(level="durable", position=event.position))
 
 
 def test_an_acknowledgement_stands_for_all_before_it() -> None:
@@ -464,7 +464,7 @@ def test_an_acknowledgement_stands_for_all_before_it() -> None:
 def says_fenced_by_its_own_term(peer: Peer) -> None:
     peer.welcome(term=5)
     peer.hear()
-    peer.say(wire.Error(code="fenced", message="stop", term=5))
+    peer.say(messages.Error(code="fenced", message="stop", term=5))
     peer.wait()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from proxy import Proxy
+from store_support import Source
 
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
 from remus_ckpt.service.backup import Backup
@@ -570,6 +571,26 @@ def test_a_bad_checkpoint_is_named_and_changes_nothing(tmp_path: Path) -> None:
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
         with Memory(backup.addresses[0]) as memory:
             memory.step(2)
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_commit_of_pages_that_did_not_come(tmp_path: Path, off: int) -> None:
+    with backup_in(tmp_path / "store") as backup:
+        source = Source()
+        data = source.checkpoint()
+        sent = source.sender.sent
+        assert sent is not None
+        peer, session = greet(backup)
+        with peer:
+            begin = messages.Begin(mode="full", term=hear(peer, session).term)
+            commit = messages.Commit(
+                position=source.position, before=None, stream_bytes=len(data), pages=sent.pages + off
+            )
+            out = session.send(begin) + session.send_data([data]) + session.send(commit)
+            peer.sendall(b"".join(map(bytes, out)))
+            event = hear(peer, session)
+            assert (type(event), event.code) == (messages.Error, "malformed")
+        until(lambda: "orders" not in backup.status()["names"])  # nothing was stored
 
 
 # A disk that is full

@@ -186,29 +186,33 @@ class Guest:
         )  # fmt: skip
 
 
-def test_promoted_while_a_primary_of_that_very_term_waits_to_be_let_in(tmp_path: Path) -> None:
-    """Both want term 1. The store was promoted under it first, so the primary is turned away."""
+def turned_away(standby: Standby, guest: Guest, term: int | None = None) -> str:
+    """The code that it is told."""
+    with pytest.raises(Refusal) as caught, standby.hosting(guest, guest.hello(term)):
+        pass
+    return caught.value.code
+
+
+def test_a_primary_of_the_term_that_a_promotion_is_to_have_is_not_let_in(tmp_path: Path) -> None:
+    """Both want term 1, and the promotion was asked for first."""
     with Store(tmp_path).writer("orders") as filled:
         fill(filled, 1)
     standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), lambda: None)
 
-    def on_end() -> None:
-        if len(old.ends) == 1:  # the new one's: before it has waited for that, the promotion begins
-            standby.turn(time.monotonic())
-        else:  # the promotion's
-            leave.close()
-
-    old, new = Guest(1, on_end), Guest(2)
+    leave = ExitStack()
+    old, new = Guest(1, leave.close), Guest(2)
     given: list[Any] = []
     asking = threading.Thread(target=lambda: given.append(standby.take_over(fence=False)), daemon=True)
-    with ExitStack() as leave:
+    with leave:
         leave.enter_context(standby.hosting(old, old.hello()))
         asking.start()
         until(lambda: standby._by_hand is not None)
-        with pytest.raises(Refusal) as caught, standby.hosting(new, new.hello(term=1)):
-            pass
-    assert caught.value.code == "fenced"
-    asking.join()
+        assert turned_away(standby, new, 1) == "busy"
+        assert not old.ends, "nothing has happened yet"
+        standby.turn(time.monotonic())
+        asking.join(LONG_S)
+    assert old.ends == ["busy"]
+    assert turned_away(standby, new, 1) == "fenced"
     assert given[0]["term"] == 1
     assert standby.status()["role"] == "promoted"
     standby.close()

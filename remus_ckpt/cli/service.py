@@ -38,6 +38,7 @@ from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import StopSignal, Totals
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.backup import Backup
+from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.service.control import ask
 from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
 from remus_ckpt.service.observe import Metrics, configure_logs, log, metrics_address, notify, watchdog_interval_s
@@ -407,16 +408,17 @@ def _stopper(
 class _Released:
     """The user's command, which reads a line for each commit.
 
-    It may be slow: checkpoints wait for it then. Once the end has come it has ten seconds for what it has not read.
+    It may be slow: checkpoints wait for it then, and after a while that is said. Once the end has come it has ten
+    seconds for what it has not read; then it is killed, with all that it started.
     stop: set when it reads no more: what is held back for a commit can be released by nobody else
     """
 
     def __init__(self, name: str, command: str, stop: StopSignal) -> None:
         self._name = name
         self._stop = stop
-        self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, start_new_session=True)
-        assert self._process.stdin is not None
-        self._pipe = self._process.stdin
+        self._shell = ShellCommand(command, stdin=subprocess.PIPE, stdout=None, grace_s=_LAST_WORDS_S)
+        assert self._shell.stdin is not None
+        self._pipe = self._shell.stdin
         os.set_blocking(self._pipe.fileno(), False)
         self._deadline = math.inf
         self._lost: int | None = None
@@ -430,6 +432,7 @@ class _Released:
     def _watch(self) -> None:
         poll = select.poll()
         poll.register(self._pipe.fileno(), 0)  # POLLERR, which need not be asked for: nobody has the other end
+        poll.register(self._shell.fileno(), 0)  # POLLHUP: it has ended, even if what it left behind still has it
         poll.register(self._is_over.fd, select.POLLIN)
         poll.poll()
         if not self._is_over.is_set:
@@ -444,11 +447,17 @@ class _Released:
     def _write(self, line: bytes) -> bool:
         poll = select.poll()
         poll.register(self._pipe.fileno(), select.POLLOUT)
-        while time.monotonic() < self._deadline:
+        say_at = time.monotonic() + _LAST_WORDS_S
+        while not self.is_gone and (now := time.monotonic()) < self._deadline:
             try:
                 os.write(self._pipe.fileno(), line)  # a line is less than PIPE_BUF: all of it or nothing
                 return True
             except BlockingIOError:
+                if now >= say_at:
+                    say_at = math.inf
+                    log("the command of --on-commit does not read; checkpoints wait", level=ERROR, name=self._name)
+                if self._stop.is_set:
+                    self.hurry()
                 poll.poll(100)
             except BrokenPipeError:
                 return False
@@ -456,27 +465,27 @@ class _Released:
 
     def hurry(self) -> None:
         """The end has come."""
-        self._deadline = time.monotonic() + _LAST_WORDS_S
+        self._deadline = min(self._deadline, time.monotonic() + _LAST_WORDS_S)
 
     def close(self) -> None:
         """No more comes; wait for it to end."""
+        self.hurry()
         self._is_over.set()
         self._watcher.join()
         self._is_over.close()
         self._pipe.close()
-        try:
-            status = self._process.wait(max(self._deadline - time.monotonic(), 1.0))
-        except subprocess.TimeoutExpired:
+        status = self._shell.wait(max(self._deadline - time.monotonic(), 1.0))
+        if status is None:
             complain("the command of --on-commit does not end: it is killed")
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            status = self._process.wait()
-        self.has_failed = bool(status) or self.is_gone or self._lost is not None
+            self._shell.kill()
+            status = self._shell.wait(_LAST_WORDS_S)
+        self.has_failed = status != 0 or self.is_gone or self._lost is not None
         if self.has_failed:
             lost = f"; commits from epoch {self._lost} on were not given to it" if self._lost is not None else ""
             held = "; what is held back will not be released by it" if self.is_gone else ""
             early = " before the end" if self.is_gone else ""
-            complain(f"the command of --on-commit ended{early} with status {status}{lost}{held}")
+            ended = "cannot be killed" if status is None else f"ended{early} with status {status}"
+            complain(f"the command of --on-commit {ended}{lost}{held}")
 
 
 @app.command(short_help="Say how a backup and its primaries are.")

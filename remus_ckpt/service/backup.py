@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import resource
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +35,7 @@ from remus_ckpt.errors import (
 from remus_ckpt.limits import Limits
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service.failover import MAX_EPOCH
+from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S, MAX_EPOCH
 from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
@@ -45,6 +47,14 @@ from remus_ckpt.version import __version__
 _HELLO_S = 5.0
 _FRAME_S = 60.0
 _BEAT_S = 0.1
+_END_S = 1.0
+_CLOSE_S = 10.0
+"""For all sessions and stores to end; what then still hangs is left to hang."""
+_OPEN_S = 10.0
+_MOST_EVICTED = 8
+"""Whose threads have not ended yet."""
+_MOST_OPENED = 8
+"""Names that are tried again at a time."""
 _LOCK = ".lock"
 """In the store; no name begins with a dot."""
 _NAME_DESCRIPTORS = 8
@@ -52,6 +62,15 @@ _NAME_DESCRIPTORS = 8
 _OWN_DESCRIPTORS = 64
 _BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
 """What is said of a name where there are too many to say all."""
+_STATUS_OF_REFUSED: dict[str, Any] = {
+    "role": "unknown",
+    **dict.fromkeys(("term", "epoch", "position", "memory_bytes", "peer", "silent_s"), None),
+    "connected": False,
+    **dict.fromkeys(("fence", "fence_retry_s", "takeover", "takeover_retry_s", "image"), None),
+    "warnings": [],
+    "primary": {},
+}
+"""Of a name whose store cannot be opened."""
 _RECEIVED_EVERY = 8
 
 
@@ -67,6 +86,7 @@ class Backup:
     on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
 
     `run` serves in the calling thread; used in a `with`, it serves in a thread of its own.
+    A name whose store cannot be opened is refused, with the reason, until it can be; the others are served.
     Raises StoreError or LinkError where it cannot begin.
     """
 
@@ -93,6 +113,10 @@ class Backup:
         self._warm_dir = warm_dir
         self._lock = threading.Lock()
         self._visits: list[_Visit] = []
+        self._names = threading.Condition()  # guards the next three; nobody waits for a disk with it held
+        self._standbys: dict[str, Standby] = {}
+        self._refused: dict[str, _Refused] = {}
+        self._in_work: set[str] = set()  # names that a thread is opening, or letting go of
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._wake_lock = threading.Lock()
@@ -103,10 +127,10 @@ class Backup:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(self._close_wake)
             stack.callback(os.close, self._lock_store())
-            self._standbys: dict[str, Standby] = {}
             stack.callback(self._close_standbys)
             for name in self._store.names():
-                self._standbys[name] = self._open(name)
+                with suppress(RemusError):
+                    self._open(name)
             tls = TlsFiles(tls_dir) if tls_dir is not None else None
             self._listeners = [
                 stack.enter_context(
@@ -135,6 +159,7 @@ class Backup:
         """Serve until stopped.
 
         on_turn: called at least every quarter of the lease, while all is well
+        Nothing here waits for a disk, or for a peer for more than a moment.
         """
         poll = select.poll()
         for fd in (self._stop.fd, self._wake, *(listener.fileno() for listener in self._listeners)):
@@ -149,7 +174,8 @@ class Backup:
                     visit.beat()
                 if on_turn is not None:
                     on_turn()
-            due = min([beat, *(standby.turn(now) for standby in list(self._standbys.values()))])
+            self._drop_broken()
+            due = min([beat, self._try_refused(now), *(standby.turn(now) for standby in self._all_standbys())])
             ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
@@ -158,26 +184,37 @@ class Backup:
                     self._receive_visit(connection)
 
     def close(self) -> None:
-        """End all sessions and let go of the store. What is committed stays. May be called again."""
+        """End all sessions and let go of the store, within seconds even if a disk hangs. What is committed stays.
+
+        May be called again.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self._stop.set()
+        deadline = time.monotonic() + _CLOSE_S
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
         for visit in self._visiting():
-            visit.end("shutdown", "the backup is being stopped")
+            if time.monotonic() < deadline:
+                visit.end("shutdown", "the backup is being stopped")
+            else:
+                visit.connection.close()
         for visit in self._visiting():
-            visit.thread.join()
+            visit.thread.join(max(deadline - time.monotonic(), 0.0))
         self._closing.close()
 
     def failover(self, name: str, *, fence: bool = False) -> dict[str, Any]:
         """Promote by hand, at once; returns what the survivor goes on from.
 
         fence: run the fencing command first
-        Raises NoCheckpoint if nothing is committed under that name, RemusError if the fencing fails.
+        Returns or raises within a minute. Raises NoCheckpoint if nothing is committed under that name, StoreError if
+        its store cannot be opened, RemusError if the fencing fails.
         """
-        standby = self._standbys.get(name)
+        with self._names:
+            standby, refused = self._standbys.get(name), self._refused.get(name)
+        if refused is not None:
+            raise StoreError(refused.reason)
         if standby is None:
             raise NoCheckpoint(f"nothing is protected under the name {name!r} here")
         return standby.take_over(fence=fence)
@@ -188,8 +225,27 @@ class Backup:
             "program": f"remus_ckpt {__version__}",
             "lease_s": self.policy.lease_s,
             "automatic": self.policy.automatic,
-            "names": {name: standby.status() for name, standby in sorted(self._standbys.items())},
+            "names": dict(sorted(self._status_of_names().items())),
         }
+
+    def _status_of_names(self) -> dict[str, dict[str, Any]]:
+        with self._names:
+            refused = {name: one.reason for name, one in self._refused.items()}
+        found = {}
+        for standby in self._all_standbys():
+            try:
+                found[standby.name] = standby.status()
+                msgpack.packb(found[standby.name])
+            except Exception as error:  # what is wrong with one hides no other
+                refused[standby.name] = f"its status cannot be said: {type(error).__name__}: {error}"
+        return found | {
+            name: _STATUS_OF_REFUSED | self.metrics.backup_status(name) | {"trouble": reason}
+            for name, reason in refused.items()
+        }
+
+    def _all_standbys(self) -> list[Standby]:
+        with self._names:
+            return list(self._standbys.values())
 
     def _turn_soon(self) -> None:
         """Something has changed that a decision hangs on."""
@@ -208,14 +264,16 @@ class Backup:
         visits = self._visiting()
         if len(visits) >= self.policy.max_connections:
             # Those who have not said who they are make room, the oldest first; then those who only ask.
-            least = next((visit for visit in visits if not visit.is_known), None)
-            least = least or next((visit for visit in visits if not visit.run_id), None)
-            if least is None:
+            staying = [visit for visit in visits if not visit.is_evicted]
+            least = next((visit for visit in staying if not visit.is_known), None)
+            least = least or next((visit for visit in staying if not visit.run_id), None)
+            if least is None or len(visits) - len(staying) > _MOST_EVICTED:
                 log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()
                 return
+            least.is_evicted = True
             least.connection.close()
-            least.thread.join(1.0)
+            least.thread.join(_BEAT_S)
         visit = _Visit(self, connection)
         try:
             visit.thread.start()
@@ -248,24 +306,57 @@ class Backup:
             self._wake = -1
 
     def _close_standbys(self) -> None:
-        for standby in self._standbys.values():
-            standby.close()
+        deadline = time.monotonic() + _CLOSE_S
+        for standby in self._all_standbys():
+            standby.stop()
+        for standby in self._all_standbys():
+            standby.close(deadline)
+
+    # Names
 
     def standby(self, name: str) -> Standby:
-        """That under a name, made if it is new; `release` is due. Raises Refusal for one that is not taken here."""
+        """That under a name, made if it is new; `release` is due.
+
+        Raises Refusal for one that is not taken here, StoreError for one whose store cannot be opened.
+        """
         try:
             messages.check_name(name)
         except ValueError as error:
             raise Refusal("name", str(error)) from None
         if self.policy.names is not None and name not in self.policy.names:
             raise Refusal("name", f"{name!r} is not among the names that this backup was started for (--name)")
-        with self._lock:
+        with self._names:
+            self._wait_until_free(name)
+            if (refused := self._refused.get(name)) is not None and time.monotonic() < refused.retry_at:
+                raise StoreError(refused.reason)
             if name not in self._standbys:
-                if len(self._standbys) >= min(self.policy.max_names, self._room_for_names()):
-                    raise Refusal("limit", f"this backup keeps {len(self._standbys)} names already")
-                self._standbys[name] = self._open(name)
-            self._standbys[name].guests += 1
-            return self._standbys[name]
+                count = len({*self._standbys, *self._refused, *self._in_work} - {name})
+                if count >= min(self.policy.max_names, self._room_for_names()):
+                    raise Refusal("limit", f"this backup keeps {count} names already")
+        standby = self._open(name, is_asked_for=True)
+        with self._names:
+            standby.guests += 1
+            if self._standbys.get(name) is standby:
+                return standby
+            standby.guests -= 1
+        raise Refusal("busy", f"the store of {name!r} has just been let go of: try again")
+
+    def _wait_until_free(self, name: str) -> None:
+        if not self._names.wait_for(lambda: name not in self._in_work, _OPEN_S):
+            raise Refusal("busy", f"the store of {name!r} is being opened, or its disk hangs: try again")
+
+    @contextmanager
+    def _working_on(self, name: str) -> Iterator[None]:
+        """One thread at a time opens the store of a name, or lets go of it."""
+        with self._names:
+            self._wait_until_free(name)
+            self._in_work.add(name)
+        try:
+            yield
+        finally:
+            with self._names:
+                self._in_work.discard(name)
+                self._names.notify_all()
 
     def _room_for_names(self) -> int:
         """How many names there are descriptors for, when all connections are in use."""
@@ -276,13 +367,50 @@ class Backup:
 
     def release(self, standby: Standby) -> None:
         """A name under which nothing was ever committed must not keep its place from others."""
-        with self._lock:
+        name = standby.name
+        with self._names:
             standby.guests -= 1
-            if not standby.guests and standby.close_if_empty():
-                del self._standbys[standby.name]
-                self.metrics.forget(standby.name)
+            if standby.guests or not standby.looks_empty():
+                return
+        with suppress(Refusal), self._working_on(name):
+            with self._names:
+                if standby.guests or self._standbys.get(name) is not standby:
+                    return
+                del self._standbys[name]
+            if standby.close_if_empty():
+                self.metrics.forget(name)
+            else:
+                with self._names:
+                    self._standbys[name] = standby
 
-    def _open(self, name: str) -> Standby:
+    def _open(self, name: str, *, is_asked_for: bool = False) -> Standby:
+        """That under a name. What keeps one from being opened is said, and is no fault of the others; those that a
+        store holds are tried again. Raises StoreError, Refusal."""
+        with self._working_on(name):
+            with self._names:
+                if (found := self._standbys.get(name)) is not None:
+                    return found
+                refused = self._refused.get(name)
+            try:
+                standby = self._make(name)
+            except Exception as error:
+                reason = str(error) if isinstance(error, RemusError) else f"{type(error).__name__}: {error}"
+                reason = f"the store of {name!r} cannot be opened: {reason}"
+                if refused is None or refused.reason != reason:
+                    log("store refused", level=logging.ERROR, name=name, reason=reason)
+                if refused is not None or not is_asked_for:
+                    with self._names:
+                        self._refused[name] = _Refused.after(refused, reason)
+                    self.metrics.store_refused(name)
+                raise StoreError(reason) from error
+            with self._names:
+                self._standbys[name] = standby
+                self._refused.pop(name, None)
+            if refused is not None:
+                log("store opened", name=name)
+            return standby
+
+    def _make(self, name: str) -> Standby:
         writer = self._store.writer(
             name,
             limits=self.limits,
@@ -290,7 +418,68 @@ class Backup:
             on_phase=self.report_phase,
             retention=self.policy.retention,
         )
-        return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
+        try:
+            return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
+        except BaseException:
+            writer.close()
+            raise
+
+    def _drop_broken(self) -> None:
+        """Close the stores that have to be opened anew; they are refused meanwhile."""
+        with self._names:
+            broken = [
+                standby
+                for name, standby in self._standbys.items()
+                if standby.broken is not None and name not in self._in_work
+            ]
+            for standby in broken:
+                self._in_work.add(standby.name)
+                self._refused[standby.name] = _Refused.after(None, f"the store is opened anew: {standby.broken}")
+                del self._standbys[standby.name]
+        for standby in broken:
+            log("store refused", level=logging.ERROR, name=standby.name, reason=standby.broken)
+            self.metrics.store_refused(standby.name)
+            threading.Thread(target=self._close_broken, args=[standby], name=f"closing {standby.name}").start()
+
+    def _close_broken(self, standby: Standby) -> None:
+        try:
+            standby.close()
+        finally:
+            with self._names:
+                self._in_work.discard(standby.name)
+                self._names.notify_all()
+            self._turn_soon()
+
+    def _try_refused(self, now: float) -> float:
+        """Open those that could not be opened, each in a thread of its own; returns when to ask again."""
+        with self._names:
+            if not self._refused:
+                return math.inf
+            waiting = {name: one for name, one in self._refused.items() if name not in self._in_work}
+            due = [name for name, one in waiting.items() if now >= one.retry_at][:_MOST_OPENED]
+        for name in due:
+            threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True).start()
+        return min([now + FIRST_RETRY_S, *(one.retry_at for name, one in waiting.items() if name not in due)])
+
+    def _try_again(self, name: str) -> None:
+        with suppress(RemusError):
+            self._open(name)
+        self._turn_soon()
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A name whose store cannot be opened. tries: how often that was tried"""
+
+    reason: str
+    tries: int
+    retry_at: float
+
+    @staticmethod
+    def after(before: _Refused | None, reason: str) -> _Refused:
+        tries = 1 if before is None else before.tries + 1
+        pause_s = min(FIRST_RETRY_S * 2.0 ** min(tries - 1, 10), LONGEST_RETRY_S)
+        return _Refused(reason, tries, time.monotonic() + pause_s)
 
 
 class _Silent(LinkError):
@@ -329,6 +518,8 @@ class _Visit:
         self.connection = connection
         self._session: Session | None = None
         self.is_known = False
+        self.is_evicted = False
+        """Its place has been given to another."""
         self.run_id = b""
         self.name = ""
         self.thread = threading.Thread(target=self._serve, name=f"visit of {connection.peer}", daemon=True)
@@ -382,9 +573,9 @@ class _Visit:
             self._sending.release()
 
     def end(self, code: str, message: str, term: int | None = None) -> None:
-        """Tell the peer that it is over, and why; its thread ends."""
+        """Tell the peer that it is over, and why; its thread ends. Takes a moment at most."""
         self._ended_with = code
-        self._try_say(messages.Error(code=code, message=message, term=term))
+        self._try_say(messages.Error(code=code, message=message, term=term), _END_S)
         self.connection.close()
 
     # The thread
@@ -446,16 +637,22 @@ class _Visit:
         self._is_listening = False
         self.session.buffer_updated(size)
 
-    def say(self, message: messages.Message) -> None:
-        """Send one message. Raises LinkError too where the peer has been told that it is over."""
-        with self._sending:
+    def say(self, message: messages.Message, timeout_s: float | None = None) -> None:
+        """Send one message, within a lease by default. Raises TimeoutError, and LinkError too where the peer has been
+        told that it is over."""
+        timeout_s = self.backup.policy.lease_s if timeout_s is None else timeout_s
+        if not self._sending.acquire(timeout=timeout_s):
+            raise TimeoutError("the peer takes nothing")
+        try:
             if self.session.last_sent is not None:
                 raise LinkError("the session was ended here")
-            self.connection.send(self.session.send(message), self.backup.policy.lease_s)
+            self.connection.send(self.session.send(message), timeout_s)
+        finally:
+            self._sending.release()
 
-    def _try_say(self, message: messages.Message) -> None:
+    def _try_say(self, message: messages.Message, timeout_s: float | None = None) -> None:
         with suppress(LinkError, TimeoutError, ValueError):  # if it cannot be told, it cannot be told
-            self.say(message)
+            self.say(message, timeout_s)
 
     def _say_goodbye(self, message: messages.Message) -> None:
         self._try_say(message)

@@ -12,7 +12,7 @@ What must hold, whatever is interrupted:
 
 - Automatic failover happens only where it was asked for, with a fence command, after a committed checkpoint, when a
   primary that has not said goodbye was silent for a whole lease, and when a fence that began after that lease has
-  succeeded. A sign of life before the promotion cancels it, and makes what the fence said worthless.
+  succeeded. A sign of life before the promotion cancels it, ends the fence, and makes what that said worthless.
 - The takeover command runs only when the promotion is durable. It runs until it has once succeeded: a backup killed
   while it ran runs it again.
 - Promoted is for good: only a primary of a higher term makes a standby of it again (`admit`).
@@ -20,7 +20,7 @@ What must hold, whatever is interrupted:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
 FIRST_RETRY_S = 1.0
@@ -126,9 +126,11 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class RunFence:
-    """Start the fence command: it makes sure that the old primary acts no more, and succeeds only then.
+    """End the session of a silent primary; then start the fence command: it makes sure that the old primary acts no
+    more, and succeeds only then.
 
-    It may be run more than once, and on a primary that is gone already.
+    It may be run more than once, and on a primary that is gone already. It is killed when its reason is gone
+    (`needs_fence`), and before a primary is let in.
     """
 
     attempt: int
@@ -186,6 +188,11 @@ def _fence_and_promote(situation: Situation, since: float, now: float) -> list[A
     if fence.phase is Phase.SUCCEEDED:
         return [Promote(situation.term + 1)]
     return [WaitUntil(fence.retry_at())] if now < fence.retry_at() else [RunFence(fence.attempt + 1)]
+
+
+def needs_fence(situation: Situation, now: float) -> bool:
+    """Whether a fence that runs now still has a reason: one that has none must not go on to stop a primary."""
+    return decide(replace(situation, fence=Command()), now) == [RunFence(1)]
 
 
 def _take_over(situation: Situation, now: float) -> list[Action]:

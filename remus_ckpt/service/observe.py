@@ -197,6 +197,9 @@ class Metrics:
         self.promoted = self._gauge("remus_promoted", "1 where this backup has taken over, 0 while it stands by")
         self.store_bytes = self._gauge("remus_store_bytes", "Bytes of the segments that the backup holds")
         self.store_free_bytes = self._gauge("remus_store_free_bytes", "Bytes that are free where they lie")
+        self.store_open = self._gauge(
+            "remus_store_open", "1 where the backup serves a name, 0 where its store is refused"
+        )
         self.store_errors = self._counter("remus_store_errors", "Times that the backup could not store something")
         self.command_failures = self._counter(
             "remus_command_failures", "Runs of the fencing or takeover command that failed", "command"
@@ -341,6 +344,7 @@ class Metrics:
             self.store_bytes.labels(name).set_function(lambda: _bytes_in(segments))
             self.store_free_bytes.labels(name).set_function(lambda: _free_bytes(segments))
             self.store_errors.labels(name)
+            self.store_open.labels(name).set(1)
             for command in _COMMANDS:
                 self.command_failures.labels(name, command)
 
@@ -349,6 +353,13 @@ class Metrics:
         with self._lock:
             self._of(name)
             self.promoted.labels(name).set(promoted)
+
+    def store_refused(self, name: str) -> None:
+        """The store of a name cannot be opened; `watch_store` says that it could be."""
+        with self._lock:
+            self._of(name)
+            self.store_errors.labels(name).inc()
+            self.store_open.labels(name).set(0)
 
     def store_failed(self, name: str) -> None:
         """Something could not be stored."""
@@ -376,7 +387,7 @@ class Metrics:
             for metric in (
                 self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
                 self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted, self.store_bytes,
-                self.store_free_bytes, self.store_errors,
+                self.store_free_bytes, self.store_errors, self.store_open,
             ):  # fmt: skip
                 metric.remove(name)
 

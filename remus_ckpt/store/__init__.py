@@ -19,6 +19,7 @@ from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
+from remus_ckpt.store.warm import WarmCopyDamaged
 from remus_ckpt.store.writer import HistoryWriter
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "State",
     "Store",
     "Survey",
+    "WarmCopyDamaged",
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -58,7 +60,7 @@ class Store:
             raise StoreError(f"{self.directory}: there is no such directory") from None
         except OSError as error:
             raise StoreError(f"{self.directory}: {error.strerror}") from error
-        return sorted(name for name in found if _NAME.fullmatch(name) and is_history(self.directory / name))
+        return sorted(name for name in found if _NAME.fullmatch(name) and _may_be_history(self.directory / name))
 
     def history(self, name: str, *, limits: Limits | None = None) -> History:
         """One of them, to be read. Raises StoreError."""
@@ -78,3 +80,11 @@ class Store:
                 "the first a letter or a digit"
             )
         return self.directory / name
+
+
+def _may_be_history(directory: Path) -> bool:
+    """One that we may not look into is listed too: whoever opens it is told why that fails."""
+    try:
+        return is_history(directory)
+    except (OSError, StoreError):
+        return True

@@ -15,6 +15,7 @@ from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import Pages
 from remus_ckpt.store.disk import guarding, write_all
 from remus_ckpt.store.segments import Shape
+from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire import events
 from remus_ckpt.wire.chunks import Signature
 from remus_ckpt.wire.record import CheckpointRecord
@@ -31,7 +32,7 @@ class Compaction:
     """One new segment on its way, written by a thread of its own.
 
     lock: held by whoever changes memory; the thread takes it for a copy of 1 MiB at a time
-    memory, has_room: the warm copy, and which of its pages are no holes
+    memory, home: the warm copy, and its file
     path: of the new file
     on_ready: called with the lock held when but a few pages are left; it may call `close`
     on_failed: called with the lock held when the file could not be written
@@ -41,7 +42,7 @@ class Compaction:
         self,
         lock: threading.RLock,
         memory: Pages,
-        has_room: NDArray[np.bool_],
+        home: MappedFile,
         shape: Shape,
         path: Path,
         *,
@@ -56,7 +57,7 @@ class Compaction:
         self.fd = -1
         self._lock = lock
         self._memory = memory
-        self._has_room = has_room
+        self._home = home
         self._touched = np.zeros(len(memory), dtype=bool)
         self._sent = np.zeros(len(memory), dtype=bool)
         self._shape = shape
@@ -165,8 +166,9 @@ class Compaction:
 
     def _take(self, numbers: NDArray[np.int64]) -> events.Batch | None:
         """A copy of these pages, without zeros that nobody has seen otherwise. The lock is held."""
+        self._home.check()
         self._touched[numbers] = False
-        numbers = numbers[self._has_room[numbers]]
+        numbers = numbers[self._home.has_room[numbers]]
         data = self._memory[numbers]
         keep = data.view(np.uint64).any(axis=1) | self._sent[numbers]
         if not keep.all():

@@ -20,9 +20,14 @@ _GAP_PAGES = 8
 """Pages that lie so near to each other are given room with one call, and those between them too."""
 
 
+class WarmCopyDamaged(StoreError):
+    """The file is not what was mapped: to open the history anew makes another from the segments."""
+
+
 class MappedFile:
     """A restorer's home: a sparse file of mode 0600. A store into a mapping that finds no room on the disk would end
-    the process with SIGBUS; so pages get their room by `write` and `reserve`, which can say no.
+    the process with SIGBUS; so pages get their room by `write` and `reserve`, which can say no. `reserve` also finds
+    that somebody has cut the file.
 
     path: created, or emptied
     """
@@ -59,7 +64,8 @@ class MappedFile:
         self.has_room[pfns] = True
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:
-        """Room on the disk for these pages. Raises StoreError."""
+        """Room on the disk for these pages. Raises StoreError, as `check` too."""
+        self.check()
         has_room = self.has_room[pfns]
         if has_room.all():
             return
@@ -70,6 +76,15 @@ class MappedFile:
                 start, end = int(missing[first]), int(missing[stop - 1]) + 1
                 os.posix_fallocate(self.fd, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
                 self.has_room[start:end] = True
+
+    def check(self) -> None:
+        """Raise WarmCopyDamaged if the file has become shorter: to touch what is missing ends the process."""
+        size, whole = os.fstat(self.fd).st_size, len(self.has_room) * PAGE_SIZE
+        if size < whole:
+            raise WarmCopyDamaged(
+                f"{self.path}: the warm copy has {size} bytes of {whole}: somebody has cut it; it is made anew from "
+                "the segments"
+            )
 
     def copy(self, path: Path) -> None:
         """Copy it to a file that appears when it is whole and durable. Raises StoreError."""
@@ -87,8 +102,12 @@ class MappedFile:
             os.fsync(self.fd)
 
     def hand_out(self, path: Path) -> None:
-        """Give the file to somebody else, under another name: it is not removed with this. Raises StoreError."""
+        """Give the file to somebody else, under another name: it is not removed with this.
+
+        Raises StoreError, as `check` too.
+        """
         assert self.path is not None, "it has been handed out before"
+        self.check()
         own, self.path = self.path, None  # before the other has it: from then on nobody here may believe what it holds
         try:
             with guarding(own):

@@ -682,7 +682,10 @@ class HistoryWriter:
             raise
 
     def apply(self) -> None:
-        """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction."""
+        """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction.
+
+        But raises WarmCopyDamaged where somebody has cut the warm copy: the history has to be opened anew.
+        """
         with self._changing():
             self._apply()
 
@@ -691,6 +694,7 @@ class HistoryWriter:
         if chain is None or entry is None:
             raise StoreError(f"{self.directory}: no checkpoint has been stored")
         self._on_phase("applying", entry.epoch)
+        chain.home.check()
         self._stored = None
         is_new = chain is not self._chain
         checkpoint = chain.restorer.commit()
@@ -809,7 +813,7 @@ class HistoryWriter:
             self._compaction = Compaction(
                 self._lock,
                 chain.restorer.memory,
-                chain.home.has_room,
+                chain.home,
                 chain.shape,
                 path,
                 on_ready=self._on_ready,

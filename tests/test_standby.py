@@ -1,0 +1,473 @@
+"""A backup whose disk fails, fills up or hangs, and what it has promised all the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from proxy import Proxy
+from store_support import fill
+from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
+from test_service_races import Guest
+
+from remus_ckpt.errors import Fenced, NoCheckpoint, Refused, RemusError, StoreError
+from remus_ckpt.service import standby as standby_module
+from remus_ckpt.service.backup import Backup
+from remus_ckpt.service.control import ask
+from remus_ckpt.service.observe import Metrics
+from remus_ckpt.service.protect import protect
+from remus_ckpt.service.standby import Policy, Standby
+from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.store import Store, state
+
+
+class Disk:
+    """store.json's: `full` takes nothing, `failing` takes it and does not say that it is durable, `hanging` waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full = self.failing = False
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.waiting = 0
+        real, real_fsync = state.replace_file, os.fsync
+
+        def replace_file(*arguments: Any) -> None:
+            if not self.may_go_on.is_set():
+                self.waiting += 1
+                assert self.may_go_on.wait(LONG_S)
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(*arguments)
+
+        def fsync(fd: int) -> None:
+            if self.failing and stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(errno.EIO, "Input/output error")
+            real_fsync(fd)
+
+        monkeypatch.setattr(state, "replace_file", replace_file)
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.may_go_on.set()
+
+
+def of(backup: Backup, name: str = "orders") -> dict[str, Any]:
+    found: dict[str, Any] = backup.status()["names"][name]
+    return found
+
+
+def standing_by(folder: Path, **policy: Any) -> Standby:
+    """One that holds a checkpoint, and whose clock is turned by the test."""
+    with Store(folder).writer("orders") as filled:
+        fill(filled, 1)
+    policy.setdefault("lease_s", LONG_S)
+    return Standby("orders", Store(folder).writer("orders"), Policy(**policy), Metrics(), lambda: None)
+
+
+def settled(standby: Standby) -> None:
+    until(lambda: not standby._is_settling)
+
+
+def turn(standby: Standby, at: float | None = None) -> None:
+    standby.turn(time.monotonic() if at is None else at)
+    settled(standby)
+
+
+# Disks that fail
+
+
+@pytest.mark.parametrize("fault", ["full", "failing"])
+def test_a_promotion_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk, fault: str
+) -> None:
+    """Whatever becomes of it, nobody commits under a state that a restart would contradict."""
+    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
+    mark = tmp_path / "taken-over"
+    with backup_in(tmp_path / "store", on_failover=f"touch {mark}") as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            setattr(disk, fault, True)
+            with pytest.raises(RemusError) as caught:
+                backup.failover("orders")
+            assert "certain" in str(caught.value), "it does not say that nothing was promoted"
+            with pytest.raises(Refused) as refused:
+                memory.protection.checkpoint(wait=True, timeout_s=0.5)
+            assert refused.value.code == "store"
+            setattr(disk, fault, False)
+            with suppress(Fenced):
+                memory.step(2)
+            role = of(backup)["role"]
+            committed = memory.protection.committed
+            assert committed is not None
+            assert committed.epoch == (1 if role == "standby" else 0)
+        backup.close()
+        with backup_in(tmp_path / "store", on_failover=f"touch {mark}") as again:
+            assert of(again)["role"] == role
+            time.sleep(0.3)
+            assert role == "promoted" or not mark.exists()
+
+
+def test_a_promotion_goes_on_when_there_is_room(tmp_path: Path, disk: Disk) -> None:
+    with backup_in(tmp_path / "store", on_failover="true") as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+        disk.full = True
+        given: list[Any] = []
+        asking = threading.Thread(target=lambda: given.append(backup.failover("orders")), daemon=True)
+        asking.start()
+        until(lambda: of(backup)["trouble"])
+        disk.full = False
+        asking.join(LONG_S)
+        assert given[0]["term"] == 1
+        until(lambda: of(backup)["takeover"] == "succeeded")
+        assert of(backup)["trouble"] is None
+
+
+def test_a_goodbye_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
+    fenced = tmp_path / "fenced"
+    with backup_in(tmp_path / "store", lease_s=0.3, automatic=True, fence=f"touch {fenced}") as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            disk.full = True
+        assert "space" in of(backup)["trouble"]
+        time.sleep(0.8)
+        disk.full = False
+        until(lambda: of(backup)["trouble"] is None)
+    assert Store(tmp_path / "store").history("orders").state.more["expects_primary"] is False
+    assert not fenced.exists()
+
+
+def test_a_takeover_that_was_done_on_a_full_disk_is_not_done_again(tmp_path: Path, disk: Disk) -> None:
+    runs, may_end = tmp_path / "runs", tmp_path / "may-end"
+    takeover = f"echo >> {runs}; while ! test -e {may_end}; do sleep 0.02; done"
+    with backup_in(tmp_path / "store", on_failover=takeover) as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+        backup.failover("orders")
+        until(runs.exists)
+        disk.full = True
+        may_end.touch()
+        until(lambda: of(backup)["takeover"] == "succeeded")
+        time.sleep(0.3)
+        disk.full = False
+        until(lambda: of(backup)["trouble"] is None)
+    assert runs.read_text().count("\n") == 1
+    assert Store(tmp_path / "store").history("orders").state.more["takeover_done"] is True
+
+
+def test_fenced_is_not_said_before_the_new_term_is_durable(tmp_path: Path, disk: Disk) -> None:
+    standby = standing_by(tmp_path)
+    leave = ExitStack()
+    old, new = Guest(1, leave.close), Guest(2)
+    with leave:
+        leave.enter_context(standby.hosting(old, old.hello()))
+        disk.full = True
+        with pytest.raises(StoreError), standby.hosting(new, new.hello(5)):
+            pass
+        assert not old.ends
+        disk.full = False
+        with standby.hosting(new, new.hello(5)):
+            assert old.ends == ["fenced"]
+            assert standby.status()["term"] == 5
+    standby.close()
+
+
+def test_one_that_is_dismissed_and_says_goodbye_does_not_speak_for_the_next(tmp_path: Path) -> None:
+    standby = standing_by(tmp_path)
+    leave = ExitStack()
+
+    def on_end() -> None:
+        standby.said_goodbye("in the very moment")
+        leave.close()
+
+    old, new = Guest(1, on_end), Guest(2)
+    with leave:
+        leave.enter_context(standby.hosting(old, old.hello()))
+        with standby.hosting(new, new.hello(5)):
+            turn(standby)
+            assert Store(tmp_path).history("orders").state.more["expects_primary"] is True
+    standby.close()
+
+
+# Disks that hang
+
+
+def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
+    """A promotion hangs: others are served, it is said how things are, and who waits for it is told in time."""
+    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
+    monkeypatch.setattr(standby_module, "_LEAVE_S", 0.5)
+    monkeypatch.setattr("remus_ckpt.service.backup._CLOSE_S", 1.0)
+    with backup_in(tmp_path / "store", lease_s=1.0) as backup:
+        with Memory(backup.addresses[0]) as memory, Backup(tmp_path / "x", [ANY]):
+            memory.step(1)
+            other = np.zeros(4096, dtype=np.uint8)
+            with protect({"a": other}, to=backup.addresses[0], name="other") as protection:
+                protection.checkpoint(wait=True)
+                disk.may_go_on.clear()
+                begin = time.monotonic()
+                with pytest.raises(RemusError) as caught:
+                    backup.failover("orders")
+                assert "certain" in str(caught.value)
+                assert disk.waiting
+                for _ in range(5):
+                    protection.checkpoint(wait=True, timeout_s=LONG_S)
+                    assert (
+                        ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]["orders"]["term"] == 0
+                    )
+                time.sleep(2.0)  # two leases
+                assert protection.status()["reconnects"] == 0, "it has heard our heartbeats"
+                with pytest.raises(RemusError):
+                    backup.failover("orders")
+                assert time.monotonic() - begin < 10
+        begin = time.monotonic()
+        backup.close()
+        assert time.monotonic() - begin < 10
+        disk.may_go_on.set()
+
+
+def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be ended, so nothing is promoted; once it can be, it is."""
+    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
+    monkeypatch.setattr(standby_module, "_LEAVE_S", 0.3)
+    hangs, may_go_on = threading.Event(), threading.Event()
+
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "staged" and epoch == 1:
+            hangs.set()
+            may_go_on.wait(LONG_S)
+
+    with Backup(tmp_path / "store", [ANY], on_phase=on_phase) as backup, Memory(backup.addresses[0]) as memory:
+        memory.step(1)
+        memory.step(2, wait=False)
+        assert hangs.wait(LONG_S)
+        with pytest.raises(RemusError) as caught:
+            backup.failover("orders")
+        assert "not promoted" in str(caught.value)
+        assert of(backup)["role"] == "standby"
+        may_go_on.set()
+        assert backup.failover("orders")["term"] == 1
+
+
+# Stores that are bad
+
+
+def spoil_json(folder: Path) -> None:
+    (folder / "store.json").write_text("{")
+
+
+def spoil_kind(folder: Path) -> None:
+    (folder / "segments").rename(folder / "elsewhere")
+    (folder / "segments").write_text("a file")
+
+
+def spoil_number(folder: Path) -> None:
+    text = (folder / "store.json").read_text()
+    (folder / "store.json").write_text(text.replace('"term": 0', '"term": -1'))
+
+
+def raise_overflow(folder: Path) -> None:
+    (folder / "overflow").touch()
+
+
+@pytest.mark.parametrize("spoil", [spoil_json, spoil_kind, spoil_number, raise_overflow])
+def test_a_store_that_cannot_be_opened_is_no_fault_of_the_others(
+    tmp_path: Path, spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    for name in ("bad", "orders"):
+        with Store(store).writer(name) as writer:
+            fill(writer, 2)
+    keep = tmp_path / "keep"
+    shutil.copytree(store / "bad", keep)
+    spoil(store / "bad")
+    real = Store.writer
+
+    def writer_of(self: Store, name: str, **options: Any) -> Any:
+        if (store / name / "overflow").exists():
+            raise OverflowError("int too big to convert")
+        return real(self, name, **options)
+
+    monkeypatch.setattr(Store, "writer", writer_of)
+    with backup_in(store) as backup:
+        assert of(backup)["epoch"] == 1
+        found = ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]["bad"]
+        assert "cannot be opened" in found["trouble"]
+        assert (found["role"], found["epoch"]) == ("unknown", None)
+        with pytest.raises(RemusError) as caught:
+            backup.failover("bad")
+        assert not isinstance(caught.value, NoCheckpoint)
+        with pytest.raises(RemusError):
+            ask(connect(Address.parse(backup.addresses[0])), "failover", {"name": "bad"})
+        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
+        assert backup.metrics.registry.get_sample_value("remus_store_errors_total", {"name": "bad"}) >= 1
+        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "orders"}) == 1
+        guest = np.zeros(4096, dtype=np.uint8)
+        protection = protect({"a": guest}, to=backup.addresses[0], name="bad")
+        with pytest.raises(Refused) as refused:
+            protection.checkpoint(wait=True, timeout_s=0.3)
+        assert refused.value.code == "store"
+        shutil.rmtree(store / "bad")
+        keep.rename(store / "bad")
+        until(lambda: of(backup, "bad")["epoch"] == 1)  # nobody has to start the backup anew
+        assert of(backup, "bad")["trouble"] is None
+        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
+        assert protection.checkpoint(wait=True, timeout_s=LONG_S) == 2
+        protection.close()
+
+
+def test_a_warm_copy_that_somebody_has_cut(tmp_path: Path) -> None:
+    """To apply a checkpoint to what is not there would end the backup for all."""
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], wait="applied") as memory:
+        memory.step(1)
+        memory.step(2)
+        os.truncate(backup._standbys["orders"]._writer.image or "", 0)
+        memory.step(1)
+        memory.step(3)
+        assert of(backup)["warnings"] == []
+        backup.close()
+    assert np.array_equal(restored(tmp_path / "store"), memory.array)
+    assert [entry.epoch for entry in entries(tmp_path / "store")] == [0, 1, 2, 3]
+
+
+def test_a_warm_copy_that_was_cut_is_not_handed_out(tmp_path: Path) -> None:
+    with backup_in(tmp_path / "store") as backup:
+        with Memory(backup.addresses[0], wait="applied") as memory:
+            memory.step(1)
+        os.truncate(backup._standbys["orders"]._writer.image or "", 4096)
+        with suppress(RemusError):  # the store is being opened anew
+            backup.failover("orders")
+
+        def image() -> bytes:
+            with suppress(RemusError):
+                return Path(backup.failover("orders")["image"]).read_bytes()
+            return b""
+
+        until(lambda: image()[: memory.array.nbytes] == memory.array.tobytes())
+
+
+# Fences
+
+
+def test_a_fence_is_dead_before_the_primary_is_let_in(tmp_path: Path) -> None:
+    """Its reason is gone: nothing of it may shoot what is back, and it was no failure."""
+    shot, begun = tmp_path / "shot", tmp_path / "begun"
+    fence = f"touch {begun}; (setsid sh -c 'sleep 2; touch {shot}' &); sleep 30 | cat"
+    with (
+        backup_in(tmp_path / "store", lease_s=0.4, automatic=True, fence=fence) as backup,
+        Proxy(backup.addresses[0]) as proxy,
+        Memory(proxy.address) as memory,
+    ):
+        memory.step(1)
+        proxy.silent.set()
+        until(begun.exists)
+        proxy.silent.clear()
+        memory.step(2)
+        found = of(backup)
+        assert (found["role"], found["fence"]) == ("standby", "not run")
+        time.sleep(2.2)
+        memory.step(3)
+        assert not shot.exists()
+        assert (
+            backup.metrics.registry.get_sample_value(
+                "remus_command_failures_total", {"name": "orders", "command": "fence"}
+            )
+            == 0
+        )
+
+
+def test_a_fence_that_takes_too_long_or_is_not_wanted_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shot, begun = tmp_path / "shot", tmp_path / "begun"
+    fence = f"touch {begun}; (sleep 1.5; touch {shot}) 2>&1 | cat"
+    for promotion_s, fence_s in ((60.0, 0.3), (0.3, 60.0)):
+        monkeypatch.setattr(standby_module, "_PROMOTION_S", promotion_s)
+        with (
+            backup_in(tmp_path / "store", fence=fence, fence_timeout_s=fence_s) as backup,
+            Memory(backup.addresses[0]) as memory,
+        ):
+            memory.step(1)
+            with pytest.raises(RemusError):
+                backup.failover("orders", fence=True)
+            assert begun.exists()
+            while of(backup)["fence"] == "running":
+                time.sleep(0.01)
+            time.sleep(1.6)
+            assert not shot.exists()
+            memory.step(2)
+
+
+def test_the_end_of_the_backup_is_the_end_of_its_commands(tmp_path: Path) -> None:
+    acted, begun = tmp_path / "acted", tmp_path / "begun"
+    takeover = f"touch {begun}; (setsid sh -c 'sleep 1; touch {acted}' &); sleep 30"
+    with backup_in(tmp_path / "store", on_failover=takeover) as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+        backup.failover("orders")
+        until(begun.exists)
+    time.sleep(1.2)
+    assert not acted.exists()
+
+
+def test_a_fence_that_cannot_be_started_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOO_LONG", "x")
+    with backup_in(tmp_path / "store", fence="true " + "x" * (1 << 18)) as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+        with pytest.raises(RemusError) as caught:
+            backup.failover("orders", fence=True)
+        assert "cannot be started" in str(caught.value)
+        found = of(backup)
+        assert (found["role"], found["fence"]) == ("standby", "failed")
+
+
+# What was decided, and what has changed since
+
+
+def test_a_sign_of_life_behind_the_decision_to_promote(tmp_path: Path) -> None:
+    standby = standing_by(tmp_path, lease_s=0.2, automatic=True, fence="true")
+    guest = Guest(1)
+    with standby.hosting(guest, guest.hello()):
+        pass
+    later = time.monotonic() + 0.4
+    while standby.status()["fence"] != "succeeded":
+        standby._looked_at = time.monotonic()
+        standby.turn(max(time.monotonic(), later))
+        time.sleep(0.02)
+        assert time.monotonic() < later + LONG_S
+    with standby._settling():
+        standby._looked_at = time.monotonic()
+        standby.turn(time.monotonic())
+        assert standby._is_settling, "it is about to be promoted"
+        standby._heard = time.monotonic() + 1.0
+    settled(standby)
+    assert standby.status()["role"] == "standby"
+    standby.close()
+
+
+def test_a_takeover_that_was_done_says_nothing_of_the_next_term(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with Store(tmp_path / "store").writer("orders") as filled:
+        fill(filled, 1)
+        filled.set_state(takeover_done=True)  # from whatever it may be left
+    with backup_in(tmp_path / "store", on_failover=f"echo $REMUS_TERM >> {runs}") as backup:
+        backup.failover("orders")
+        until(lambda: of(backup)["takeover"] == "succeeded")
+        assert runs.read_text() == "1\n"
+        history = Store(tmp_path / "store").history("orders")
+        until(lambda: history.state.more["takeover_done"] is True)
+        with Memory(backup.addresses[0], term=2) as survivor:
+            survivor.step(1)
+            assert history.state.more["takeover_done"] is False
