@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,24 +18,25 @@ from remus_ckpt.errors import SourceError
 _GUARD = Path(__file__).with_name("guard.py")
 _CLAIM_S = 2.0
 _CLAIM_POLL_S = 0.01
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_MAX_FDS = 253
+"""What one message carries (SCM_MAX_FD)."""
 
 
-def claim(name: str) -> socket.socket | None:
-    """A name that nobody else has while this socket is open, here or in a guard; None if somebody has it.
+def claim(fd: int) -> bool:
+    """Lock an open file that only those can open for writing who may stop what it stands for.
 
-    Given to a guard, it stays taken until the guard is done with what we had stopped. That of one who died may need a
-    moment, so it is waited for.
+    False if somebody else has it. Given to a guard, it stays locked until the guard is done with what we had stopped.
+    That of one who died may need a moment, so it is waited for.
     """
-    claimed = socket.socket(socket.AF_UNIX)
     deadline = time.monotonic() + _CLAIM_S
     while True:
         try:
-            claimed.bind(f"\0remus-ckpt {name}")
-            return claimed
-        except OSError:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            return True
+        except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
-                claimed.close()
-                return None
+                return False
             time.sleep(_CLAIM_POLL_S)
 
 
@@ -40,7 +44,7 @@ class Guard:
     """A process that lets those run on who were stopped, if we die before we do.
 
     arguments: what it guards, as guard.py takes it
-    fds: descriptors among the arguments, and of claims
+    fds: descriptors among the arguments, and claims
     timeout_s: how long it may take to take a word, or to answer one
     """
 
@@ -65,10 +69,14 @@ class Guard:
         self._words.close()
         self.process.wait()
 
-    def stopping(self) -> None:
-        """Say that they are about to be stopped. Raises SourceError if the guard is gone: then nothing may be."""
+    def stopping(self, pidfds: Sequence[int] = ()) -> None:
+        """Say that they are about to be stopped. Raises SourceError if the guard is gone: then nothing may be.
+
+        pidfds: of the processes, where it guards processes
+        """
         try:
-            self._words.send(b"S")
+            for start in range(0, max(len(pidfds), 1), _MAX_FDS):
+                socket.send_fds(self._words, [b"+" if start else b"S"], pidfds[start : start + _MAX_FDS])
         except OSError:
             raise SourceError("the guard process is gone: nothing was stopped") from None
 
