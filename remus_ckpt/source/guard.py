@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 
-_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_FDS = 253
 _KILL_S = 5.0
@@ -32,8 +32,9 @@ _KILL_S = 5.0
 
 def main() -> None:
     """Guard what the command line names."""
-    for number in _IGNORED:
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     words = socket.socket(fileno=int(sys.argv[1]))
     words.set_inheritable(False)
     how, *what = sys.argv[2:]
@@ -102,7 +103,7 @@ def _run(command: str, timeout_s: float) -> str:
             os.environ,
             file_actions=[(os.POSIX_SPAWN_DUP2, *fds) for fds in ((null, 0), (null, 1), (output, 2))],
             setsid=True,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, *_IGNORED],  # Python ignores the first two
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, *IGNORED],  # Python ignores the first two
         )
         pidfd = os.pidfd_open(pid)
         try:

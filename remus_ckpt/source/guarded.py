@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remus_ckpt.errors import SourceError
+from remus_ckpt.source.guard import IGNORED
 
 _GUARD = Path(__file__).with_name("guard.py")
 _CLAIM_S = 2.0
@@ -51,6 +53,8 @@ class Guard:
     def __init__(self, *arguments: str, fds: Sequence[int] = (), timeout_s: float = 10.0) -> None:
         self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._words.settimeout(timeout_s)
+        # Until it ignores them itself: a service manager may send them to all that it has just started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             with theirs:
                 self.process = subprocess.Popen(
@@ -63,6 +67,8 @@ class Guard:
         except BaseException:
             self._words.close()
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """End it; it lets them run on if they are stopped still."""

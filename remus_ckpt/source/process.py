@@ -105,18 +105,19 @@ class Process:
         return self._look() and self._count() == len(self._states) == len(self._runs)
 
     def ran(self) -> list[str]:
-        """Threads that were given a CPU since `is_stopped`: none if the stop has held.
+        """Threads that were given a CPU since `is_stopped`, or will be at once: none if the stop has held.
 
-        A new thread needs one that starts it, and one thread alone dies only by its own doing.
+        A new thread needs one that starts it, and one thread alone dies only by its own doing. SIGCONT wakes all.
         """
         moved = [thread for thread, runs in self._runs.items() if self._times_run(thread) != runs]
+        moved = moved or [thread for thread in self._first_living() if self._state(thread) not in _STOPPED]
         return moved if not moved or self.is_alive() else []
 
     def is_stopped_by_job_control(self) -> bool:
         """Whether it is stopped before we stop it, by a look at one thread that lives."""
         for thread in self._list():
             self._states[thread] = _UNKNOWN
-        return next((state for thread in self._states if (state := self._state(thread)) not in "ZXx"), "") == "T"
+        return any(self._state(thread) == "T" for thread in self._first_living())
 
     def trouble(self) -> str:
         """Why it is not stopped as it should be, and what to do; or nothing."""
@@ -170,6 +171,10 @@ class Process:
         While it is stopped: no more come then.
         """
         return {int(number) for thread in self._states for number in self._read(thread, "children", 1 << 20).split()}
+
+    def _first_living(self) -> list[str]:
+        """One thread that is not dead, if there is any."""
+        return next(([thread] for thread in self._states if self._state(thread) not in "ZXx"), [])
 
     def _count(self) -> int:
         """How many threads there are: the kernel counts them as links of the directory."""
