@@ -25,6 +25,7 @@ from remus_ckpt.files import StreamWriter, read_checkpoints
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.sender import Sender
+from remus_ckpt.source import cgroup as cgroup_module
 from remus_ckpt.source import processes as processes_module
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.processes import Processes
@@ -643,6 +644,42 @@ def test_a_process_that_cannot_write_to_the_memory_is_refused(memory: Path, how:
         pytest.raises(SourceError, match=how.split(",", maxsplit=1)[0].rsplit(maxsplit=1)[-1]),
     ):
         SharedFile(memory, Processes([worker.pid]))
+
+
+@pytest.mark.root
+def test_a_group_that_cannot_write_to_the_memory_is_refused(memory: Path, group: Path) -> None:
+    code = """
+    import mmap, sys, time
+    file = open(sys.argv[1], "r+b")
+    area = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    print("ready", flush=True)
+    time.sleep(1000)
+    """
+    with python(code, memory) as worker:
+        (group / "cgroup.procs").write_text(str(worker.pid))
+        with pytest.raises(SourceError, match="private"):
+            SharedFile(memory, CgroupFreezer(group))
+
+
+@pytest.mark.root
+def test_a_group_that_no_longer_has_the_memory_ends_it(
+    memory: Path, group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while one of its processes has it, whichever that is."""
+    monkeypatch.setattr(cgroup_module, "_LOOK_S", 0.0)
+    with python(WORKER + REMAPS, memory) as one, python(WORKER + REMAPS, memory) as two:
+        for worker in (one, two):
+            (group / "cgroup.procs").write_text(str(worker.pid))
+        source = SharedFile(memory, CgroupFreezer(group))
+        for worker in (one, two):
+            for _ in range(3):
+                one_pause(source)
+            tell(worker, "lose")
+            said(worker)
+        with pytest.raises(SourceError, match="any longer"):
+            for _ in range(3):
+                one_pause(source)
+        source.close()
 
 
 def test_a_process_that_reads_by_a_mapping_and_writes_by_a_descriptor_is_taken(memory: Path) -> None:

@@ -5,7 +5,6 @@ Source: Linux, Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze" and "cgr
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import select
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
-from remus_ckpt.source.mappings import WRITES, Memory
+from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
 from remus_ckpt.source.process import Process
 
 _POLL_S = 50e-6
@@ -96,29 +95,34 @@ class CgroupFreezer:
     def check_memory(self, memory: Memory) -> None:
         """Raise SourceError if there are processes, and none of them can be seen to write to the memory."""
         self._memory = memory
-        if any(True for _ in self._pids()) and not self._find_writer(memory):
-            raise SourceError(
-                f"no process in {self.path} is seen to have {memory.path} mapped shared and writable, or open for "
-                "writing: name the cgroup that writes to it, and run as its user or as root"
-            )
+        faults = self._find_writer(memory)
+        if self._writer is None and faults:
+            raise SourceError(f"no process in {self.path} writes to {memory.path}; {'; '.join(sorted(faults)[:3])}")
 
-    def _find_writer(self, memory: Memory) -> bool:
-        """Look for a process that can write to the memory, through all."""
+    def _find_writer(self, memory: Memory) -> set[str]:
+        """Look through all for a process that can write to the memory. Returns what was wrong with others."""
+        self._forget_writer()
         self._looked_at = time.monotonic()
+        faults = set()
         for pid in self._pids():
+            process = None
             try:
                 process = Process(pid)
-            except SourceError:  # dead
-                continue
-            with contextlib.suppress(PermissionError):
                 found = process.look(memory)
-                # Its number may have been another's when the cgroup named it.
+                # The number may have been another's when the cgroup named it.
                 if found is not None and found.how == WRITES and pid in self._pids() and process.is_alive():
-                    self._forget_writer()
-                    self._writer = process
-                    return True
-            process.close()
-        return False
+                    self._writer, process = process, None
+                    break
+                if found is not None and found.how != WRITES:
+                    faults.add(f"one {FAULTS[found.how].format(path=memory.path)}")
+            except PermissionError:
+                faults.add("what one has mapped cannot be read: run as its user or as root")
+            except SourceError as error:  # dead, or another user's
+                faults.add(str(error))
+            finally:
+                if process is not None:
+                    process.close()
+        return faults
 
     def _forget_writer(self) -> None:
         if self._writer is not None:
@@ -131,7 +135,8 @@ class CgroupFreezer:
         if self._writer is not None and self._writer.is_alive() and self._writer.has(memory):
             self._held_at = now
         elif now - self._looked_at > _LOOK_S and self.alive():
-            if self._find_writer(memory):
+            self._find_writer(memory)
+            if self._writer is not None:
                 self._held_at = now
             elif now - self._held_at > _LOOK_S:
                 raise SourceError(

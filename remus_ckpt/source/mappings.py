@@ -5,13 +5,14 @@ Source: Linux, Documentation/filesystems/proc.rst: /proc/PID/maps, and PROCMAP_Q
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
+
+import numpy as np
 
 from remus_ckpt.errors import SourceError
 
@@ -22,6 +23,14 @@ _SHARED = 8
 
 WRITES, PRIVATE, READ_ONLY, NONE = "writes", "private", "read-only", "none"
 """How a process has a file: it can write to it, its writes stay its own, it can only read it, not at all."""
+
+FAULTS = {
+    PRIVATE: "has {path} mapped private (MAP_PRIVATE), so that nothing it writes there reaches the file: "
+    "let it map the file shared",
+    READ_ONLY: "has {path} mapped or open read-only, and cannot write to it: name those that do",
+    NONE: "has {path} neither mapped nor open: name those that write to it",
+}
+"""What is wrong with one that cannot write to it, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +50,14 @@ class Memory:
     @classmethod
     def of(cls, path: str, fd: int) -> Memory:
         """That of an open file, which must not be empty. Raises OSError if it cannot be mapped."""
-        with mmap.mmap(fd, 1, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as area:
-            first = ctypes.c_char.from_buffer(area)
-            address = ctypes.addressof(first)
-            del first
+        status = os.fstat(fd)
+        with mmap.mmap(fd, status.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as area:
+            address = np.frombuffer(area, dtype=np.uint8).ctypes.data
             with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
                 for line in maps:
                     start, _, device, inode = _row(line)
                     if start == address:
-                        return cls(path, os.fstat(fd), device, inode)
+                        return cls(path, status, device, inode)
         raise SourceError(f"{path}: its mapping is not in /proc/self/maps")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
-from remus_ckpt.source.mappings import NONE, PRIVATE, READ_ONLY, WRITES, Memory
+from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
 from remus_ckpt.source.process import Process, counts_runs
 
 _POLL_S = 50e-6
@@ -98,7 +98,7 @@ class Processes:
                     f"what process {process.pid} has mapped cannot be read: run as its user or as root"
                 ) from None
             if found is not None and found.how != WRITES:
-                raise SourceError(f"process {process.pid} {_FAULTS[found.how].format(path=memory.path)}")
+                raise SourceError(f"process {process.pid} {FAULTS[found.how].format(path=memory.path)}")
 
     def death_fds(self) -> Sequence[int]:
         """A descriptor for each process that lives, of those that were named if any; readable when that one dies."""
@@ -240,12 +240,3 @@ class Processes:
         self._stopped.clear()
         if self._guard is not None:
             self._guard.running()
-
-
-_FAULTS = {
-    PRIVATE: "has {path} mapped private (MAP_PRIVATE), so that nothing it writes there reaches the file: "
-    "let it map the file shared",
-    READ_ONLY: "has {path} mapped or open read-only, and cannot write to it: name those that do",
-    NONE: "has {path} neither mapped nor open: name those that write to it",
-}
-"""What is wrong with one that cannot write to the memory."""
