@@ -228,7 +228,10 @@ def test_a_traced_process_is_refused_by_name_of_its_tracer(memory: Path) -> None
 
 
 @pytest.mark.usefixtures("may_trace")
-def test_a_tracer_that_comes_later_ends_the_pauses_and_not_the_process(memory: Path) -> None:
+def test_a_tracer_that_comes_later_ends_the_pauses_and_not_the_process(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes_module, "_PATIENCE_S", 0.1)
     with python(THREADS + "print('ready', flush=True)\nwrite(0)\n", memory, 3) as worker:
         processes = Processes([worker.pid])
         processes.stop()
@@ -258,7 +261,8 @@ def group() -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_frozen_process_is_told_of(memory: Path, group: Path) -> None:
+def test_a_frozen_process_is_told_of(memory: Path, group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes_module, "_PATIENCE_S", 0.1)
     with python(BUSY, memory) as worker:
         (group / "cgroup.procs").write_text(str(worker.pid))
         processes = Processes([worker.pid])

@@ -168,9 +168,16 @@ class Process:
     def children(self) -> set[int]:
         """The processes that it has started and that have it as a parent still, by their numbers here.
 
-        While it is stopped: no more come then.
+        While it is stopped: no more come then. The kernel may pass over one while another dies: it is asked until it
+        says the same twice.
         """
-        return {int(number) for thread in self._states for number in self._read(thread, "children", 1 << 20).split()}
+        found = set()
+        for thread in self._states:
+            numbers = self._read(thread, "children", 1 << 20)
+            while numbers and numbers != (numbers := self._read(thread, "children", 1 << 20)):
+                pass
+            found.update(map(int, numbers.split()))
+        return found
 
     def _first_living(self) -> list[str]:
         """One thread that is not dead, if there is any."""

@@ -14,7 +14,7 @@ from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
 from remus_ckpt.source.process import Process, counts_runs
 
 _POLL_S = 50e-6
-_PATIENCE_S = 0.5
+_PATIENCE_S = 2.0
 """How long a tracer or a freezer, which may be gone in a moment, keeps the processes waiting before the pause fails."""
 _LEAVING_S = 1.0
 """How long a process may live on without the memory: one that ends unmaps it first."""
