@@ -10,6 +10,7 @@ import resource
 import select
 import signal
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,9 +81,13 @@ class Process:
         return not poll.poll(0)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal. Nobody gets it if it is dead."""
-        with suppress(ProcessLookupError):
+        """Send a signal. Nobody gets it if it is dead. Raises SourceError if it is another user's by now."""
+        try:
             signal.pidfd_send_signal(self.fd, number)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            raise SourceError(f"process {self.pid} may not be stopped any longer: run as its user or as root") from None
 
     def open(self, name: str, flags: int = _FLAGS) -> int:
         """Open a file of /proc/PID. Raises OSError."""
@@ -126,13 +131,13 @@ class Process:
         running = {thread: state for thread in self._states if (state := self._state(thread)) not in _STOPPED}
         if running:
             thread, state = next(iter(running.items()))
-            return f"threads {', '.join(running)} of process {self.pid} do not stop (thread {thread}: state {state})"
+            return f"threads {some(running)} of process {self.pid} do not stop (thread {thread}: state {state})"
         return ""
 
     def tracer(self) -> str | None:
         """Who traces one of its threads, and what to do; None if nobody does."""
         for thread in list(self._list()):
-            status = self._read(thread, "status", 65536).decode(errors="replace")
+            status = self._read(thread, "status", 65536, keep=False).decode(errors="replace")
             number = next((line.split()[1] for line in status.splitlines() if line.startswith("TracerPid:")), "0")
             if number != "0":
                 name = "of another PID namespace"
@@ -171,7 +176,7 @@ class Process:
         While it is stopped: no more come then. The kernel may pass over one while another dies: it is asked until it
         says the same twice.
         """
-        found = set()
+        found: set[int] = set()
         for thread in self._states:
             numbers = self._read(thread, "children", 1 << 20)
             while numbers and numbers != (numbers := self._read(thread, "children", 1 << 20)):
@@ -231,14 +236,14 @@ class Process:
         for path in [path for path in self._files if path.startswith(f"{thread}/")]:
             os.close(self._files.pop(path))
 
-    def _read(self, thread: str, name: str, size: int = 512) -> bytes:
-        """A small file of a thread; nothing for one that is gone. It stays open if there are descriptors to spare."""
+    def _read(self, thread: str, name: str, size: int = 512, *, keep: bool = True) -> bytes:
+        """A small file of a thread; nothing for one that is gone. Kept open if there are descriptors to spare."""
         path = f"{thread}/{name}"
         try:
             if (fd := self._files.get(path)) is not None:
                 return os.pread(fd, size, 0)
             fd = os.open(path, _FLAGS, dir_fd=self._task)
-            if fd < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            if keep and fd < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
                 self._files[path] = fd
                 return os.pread(fd, size, 0)
             try:
@@ -290,6 +295,11 @@ class Process:
         except PermissionError:  # it has executed another user's program
             return False
         return found is not None and found.how == WRITES
+
+
+def some(threads: Collection[str]) -> str:
+    """Thread numbers for a message."""
+    return ", ".join([*threads][:8]) + (f" and {len(threads) - 8} more" if len(threads) > 8 else "")
 
 
 def counts_runs() -> bool:

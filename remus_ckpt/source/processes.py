@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
 from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
-from remus_ckpt.source.process import Process, counts_runs
+from remus_ckpt.source.process import Process, counts_runs, some
 
 _POLL_S = 50e-6
 _PATIENCE_S = 2.0
@@ -229,7 +229,7 @@ class Processes:
         for process in (*self._named, *self._heirs):
             if threads := process.ran():
                 raise PauseBroken(
-                    f"somebody else has let process {process.pid} run in a pause (threads {', '.join(threads)}), "
+                    f"somebody else has let process {process.pid} run in a pause (threads {some(threads)}), "
                     "by SIGCONT or by tracing it"
                 )
 
