@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remus_ckpt.codec.scan import dirty_pages, gather
-from remus_ckpt.errors import SourceError
+from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source
 
 _LOOK_PAGES = 64
+_PAUSES = 3
+"""How many pauses are tried for one checkpoint before one that is broken is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,18 +188,10 @@ class CheckpointLoop:
             yield from self._first_copy()
         if self._on_capture is not None:
             self._on_capture(self._sender.next_epoch)
-        pause.begin()
-        with pause.capturing():
-            dirty = self._source.dirty()
-            if len(self._sender.owed):
-                dirty = np.union1d(dirty, self._sender.owed)
-            self._state = self._device_state()
-        pause.dirty_pages = len(dirty)
         if not self._bounded:
-            captured = self._source.read(dirty, self._room(len(dirty)))
-            pause.end()
-            yield from batches(dirty, captured)
+            yield from batches(*self._capture_whole(pause))
             return
+        dirty = self._pause_and_find(pause)
         for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
             part = dirty[start : start + MAX_BATCH_ENTRIES]
             with pause.capturing():
@@ -204,6 +199,30 @@ class CheckpointLoop:
             yield from batches(part, captured)
         # Nothing more is drawn: what the last buffer still costs falls outside the pause.
         pause.end()
+
+    def _capture_whole(self, pause: _Pause) -> tuple[NDArray[np.int64], Pages]:
+        """The dirty pages of one pause. One that was broken is taken again: nothing of it has been used."""
+        for left in reversed(range(_PAUSES)):
+            dirty = self._pause_and_find(pause)
+            captured = self._source.read(dirty, self._room(len(dirty)))
+            try:
+                pause.end()
+                break
+            except PauseBroken:
+                if not left:
+                    raise
+        return dirty, captured
+
+    def _pause_and_find(self, pause: _Pause) -> NDArray[np.int64]:
+        """Pause the source; the pages to be taken."""
+        pause.begin()
+        with pause.capturing():
+            dirty = self._source.dirty()
+            if len(self._sender.owed):
+                dirty = np.union1d(dirty, self._sender.owed)
+            self._state = self._device_state()
+        pause.dirty_pages = len(dirty)
+        return dirty
 
     def _first_copy(self) -> Iterator[PageBatch]:
         """All of memory while the source runs on, perhaps torn.
@@ -361,7 +380,7 @@ class _Pause:
         finally:
             witness = time.monotonic() - witness
             self.give_back()
-            self.seconds = self.ended_at - self._began - witness
+            self.seconds += self.ended_at - self._began - witness
 
     def give_back(self) -> None:
         """Let the source run on, if it may be stopped. Called again where it was interrupted, it goes on."""

@@ -224,6 +224,64 @@ def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_pa
     assert said.read_text().split() == ["resume"]
 
 
+@pytest.mark.parametrize("how", ["setsid sh -c", "sh -mc", "setsid setsid sh -c"])
+def test_it_is_killed_with_what_has_left_its_session(tmp_path: Path, how: str) -> None:
+    said = tmp_path / "said"
+    late = f"{how} 'echo up >> {said}; sleep 0.5; {log(said, 'late')}; sleep 60' &"
+    them = PauseCommands(f"{late} while ! test -e {said}; do sleep 0.01; done; sleep 60", "true", timeout_s=1.0)
+    with pytest.raises(SourceError):
+        them.stop()
+    before = said.read_text()
+    time.sleep(0.6)
+    assert said.read_text() == before
+    assert not left_by(them)
+    them.close()
+
+
+def left_by(them: PauseCommands) -> list[str]:
+    """The processes that the commands have left behind."""
+    assert them._guard is not None
+    guard = them._guard.process.pid
+    return Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
+
+
+def test_what_an_earlier_command_left_behind_is_not_killed_with_a_later_one(tmp_path: Path) -> None:
+    them = PauseCommands("setsid sleep 60 & sleep 0.05", "exec sleep 60", timeout_s=0.5)
+    them.stop()
+    daemons = left_by(them)
+    assert daemons
+    with pytest.raises(SourceError):
+        them.resume()
+    assert left_by(them) == daemons
+    them.close()
+    for daemon in daemons:
+        os.kill(int(daemon), 9)
+
+
+def test_a_resume_command_that_hangs_does_not_hang_the_end() -> None:
+    them = PauseCommands("true", "sleep 60", timeout_s=0.1)
+    them.stop()
+    with pytest.raises(SourceError):
+        them.resume()
+    begin = time.monotonic()
+    them.close()
+    assert time.monotonic() - begin < 30
+
+
+def test_a_daemon_that_holds_the_error_output_is_not_waited_for_and_takes_no_memory(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    daemon = f"(trap '' PIPE; sleep 0.2; yes too much | head -c 1000000 >&2; echo $? > {told}; exec sleep 60)"
+    them = PauseCommands(f"{daemon} & echo machine $((40 + 2)) >&2; false", "true", timeout_s=5.0)
+    with pytest.raises(SourceError, match="machine 42"):
+        them.stop()
+    while not told.exists() or not told.read_text():
+        time.sleep(0.01)
+    assert told.read_text() != "0\n"
+    for left in left_by(them):
+        os.kill(int(left), 9)
+    them.close()
+
+
 def test_a_command_that_leaves_a_daemon_behind_is_not_waited_for(tmp_path: Path) -> None:
     them = PauseCommands("sleep 60 & echo $! > " + str(tmp_path / "pid"), "true")
     begin = time.monotonic()

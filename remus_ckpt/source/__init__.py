@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.pages import Pages
+
+if TYPE_CHECKING:
+    from remus_ckpt.source.mappings import Memory
 
 
 class Source(Protocol):
@@ -36,7 +38,7 @@ class Source(Protocol):
         """Copy pages into `out`. While paused."""
 
     def check_paused(self) -> None:
-        """Raise SourceError if the pause has been broken from outside: what was copied is not of one instant then."""
+        """Raise PauseBroken if somebody has run in the pause: what was copied is not of one instant then."""
 
     def resume(self) -> None:
         """Let them run on."""
@@ -54,14 +56,17 @@ class Writers(Protocol):
     If this process dies in between, a guard process lets them run on.
     """
 
-    def check_maps(self, path: str, file: os.stat_result) -> None:
-        """Raise SourceError if they are seen not to have that file: somebody else writes to it then."""
+    def check_memory(self, memory: Memory) -> None:
+        """Raise SourceError if they are seen not to write to that memory: somebody else does then.
+
+        Called once; `stop` looks whether they still do.
+        """
 
     def stop(self) -> None:
         """Stop them all; return when they have stopped. Raises SourceError; they run on then."""
 
     def check_stopped(self) -> None:
-        """Raise SourceError if they have been let run on since `stop` by somebody else."""
+        """Raise PauseBroken if one of them has run since `stop`."""
 
     def resume(self) -> None:
         """Let them run on. Raises SourceError where that fails."""

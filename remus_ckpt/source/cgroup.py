@@ -5,18 +5,21 @@ Source: Linux, Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze" and "cgr
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from remus_ckpt.errors import SourceError
+from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
-from remus_ckpt.source.processes import has_file
+from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
+from remus_ckpt.source.process import Process
 
 _POLL_S = 50e-6
+_LOOK_S = 1.0
+_IN_MODIFY = 2
 
 
 class CgroupFreezer:
@@ -32,9 +35,11 @@ class CgroupFreezer:
     def __init__(self, path: str | Path, *, freeze_timeout_s: float = 10.0) -> None:
         self.path = Path(os.path.realpath(path))
         self._freeze_timeout_s = freeze_timeout_s
-        self._events = self._freeze = self._witness = -1
+        self._events = self._freeze = self._witness = self._watch = -1
         self._guard: Guard | None = None
-        self._claim: socket.socket | None = None
+        self._memory: Memory | None = None
+        self._writer: Process | None = None  # one that was seen to have the memory
+        self._held_at = self._looked_at = 0.0
         try:
             self._open()
         except BaseException:
@@ -54,14 +59,13 @@ class CgroupFreezer:
         if os.getpid() in self._pids():
             raise SourceError(f"this process is in {self.path} itself: run it in another cgroup")
         # Two who freeze the same cgroup would each end the other's pauses.
-        status = os.stat(self.path)
-        self._claim = claim(f"freezes {status.st_dev}:{status.st_ino}")
-        if self._claim is None:
+        if not claim(self._freeze):
             raise SourceError(f"{self.path} is being recorded by somebody else")
         if self._event("frozen") or self._asked():
             # Whoever froze it wants it so; our pauses would end with it running.
             raise SourceError(f"{self.path} is frozen already: thaw it first (echo 0 > {self.path}/cgroup.freeze)")
-        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze, self._claim.fileno()])
+        self._watch = _watch(self.path / "cgroup.freeze")
+        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze])
 
     def _check_kind(self) -> None:
         if not self.path.is_dir():
@@ -82,18 +86,63 @@ class CgroupFreezer:
         if self._guard is not None:
             self._guard.close()
             self._guard = None
-        if self._claim is not None:
-            self._claim.close()
-        for fd in (self._events, self._freeze, self._witness):
+        self._forget_writer()
+        for fd in (self._events, self._freeze, self._witness, self._watch):
             if fd >= 0:
                 os.close(fd)
-        self._events = self._freeze = self._witness = -1
+        self._events = self._freeze = self._witness = self._watch = -1
 
-    def check_maps(self, path: str, file: os.stat_result) -> None:
-        """Raise SourceError if processes let us look and none of them has the file mapped or open."""
-        looked = [found for pid in self._pids() if (found := has_file(pid, path, file)) is not None]
-        if looked and not any(looked):
-            raise SourceError(f"no process in {self.path} has {path} mapped or open: name the cgroup that writes to it")
+    def check_memory(self, memory: Memory) -> None:
+        """Raise SourceError if there are processes, and none of them can be seen to write to the memory."""
+        self._memory = memory
+        faults = self._find_writer(memory)
+        if self._writer is None and faults:
+            raise SourceError(f"no process in {self.path} writes to {memory.path}; {'; '.join(sorted(faults)[:3])}")
+
+    def _find_writer(self, memory: Memory) -> set[str]:
+        """Look through all for a process that can write to the memory. Returns what was wrong with others."""
+        self._forget_writer()
+        self._looked_at = time.monotonic()
+        faults = set()
+        for pid in self._pids():
+            process = None
+            try:
+                process = Process(pid)
+                found = process.look(memory)
+                # The number may have been another's when the cgroup named it.
+                if found is not None and found.how == WRITES and pid in self._pids() and process.is_alive():
+                    self._writer, process = process, None
+                    break
+                if found is not None and found.how != WRITES:
+                    faults.add(f"one {FAULTS[found.how].format(path=memory.path)}")
+            except PermissionError:
+                faults.add("what one has mapped cannot be read: run as its user or as root")
+            except SourceError as error:  # dead, or another user's
+                faults.add(str(error))
+            finally:
+                if process is not None:
+                    process.close()
+        return faults
+
+    def _forget_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _check_held(self, memory: Memory) -> None:
+        """Raise SourceError if there are processes, and for a while none of them has written to the memory."""
+        now = time.monotonic()
+        if self._writer is not None and self._writer.is_alive() and self._writer.has(memory):
+            self._held_at = now
+        elif now - self._looked_at > _LOOK_S and self.alive():
+            self._find_writer(memory)
+            if self._writer is not None:
+                self._held_at = now
+            elif now - self._held_at > _LOOK_S:
+                raise SourceError(
+                    f"no process in {self.path} has {memory.path} mapped any longer: what they work on now is not what "
+                    "is recorded; begin anew with their new file"
+                )
 
     def death_fds(self) -> Sequence[int]:
         """A descriptor that becomes readable when one of the processes dies, which is not the last one for sure.
@@ -127,20 +176,23 @@ class CgroupFreezer:
         self._guard.stopping()
         try:
             self._write(b"1")
+            self._was_written()  # by us
             deadline = time.monotonic() + self._freeze_timeout_s
             while self.alive() and not self._event("frozen"):
                 if time.monotonic() > deadline:
                     raise SourceError(f"{self.path} was not frozen in {self._freeze_timeout_s:g} s")
                 # The kernel tells of changes too, but at most every 10 ms.
                 time.sleep(_POLL_S)
+            if self._memory is not None:
+                self._check_held(self._memory)
         except BaseException:
             self.resume()
             raise
 
     def check_stopped(self) -> None:
-        """Raise SourceError if somebody else has thawed it since `stop`."""
-        if self.alive() and not (self._asked() and self._event("frozen")):
-            raise SourceError(f"{self.path} was thawed by somebody else in a pause")
+        """Raise PauseBroken if somebody else has thawed it since `stop`, even if it is frozen again."""
+        if self.alive() and (self._was_written() or not (self._asked() and self._event("frozen"))):
+            raise PauseBroken(f"{self.path} was thawed by somebody else in a pause")
 
     def resume(self) -> None:
         """Thaw it."""
@@ -154,6 +206,13 @@ class CgroupFreezer:
         except OSError as error:
             if self.alive():
                 raise SourceError(f"{self.path}/cgroup.freeze: {error.strerror}") from None
+
+    def _was_written(self) -> bool:
+        """Whether anybody has written to cgroup.freeze since the last call."""
+        try:
+            return bool(os.read(self._watch, 65536))
+        except BlockingIOError:
+            return False
 
     def _asked(self) -> bool:
         """Whether it has been told to be frozen."""
@@ -181,6 +240,17 @@ class CgroupFreezer:
                 continue  # removed, or of single threads, whose processes the cgroup above names
             # One of another PID namespace has the number 0.
             yield from (number for number in numbers if number)
+
+
+def _watch(path: Path) -> int:
+    """A descriptor that can be read when a file has been written to."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(path), _IN_MODIFY) < 0:
+        if fd >= 0:
+            os.close(fd)
+        raise SourceError(f"{path} cannot be watched: {os.strerror(ctypes.get_errno())} (fs.inotify in sysctl)")
+    return fd
 
 
 def _is_readable(fd: int) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.source.guarded import Guard
+from remus_ckpt.source.mappings import Memory
 
 _SLACK_S = 10.0
 """What a command that was killed, and the guard, may take on top of the time-out."""
@@ -18,7 +18,7 @@ class PauseCommands:
     pause, resume: run by `/bin/sh -c`, in the environment of this process, with no input; what they print is thrown
         away, what they complain of comes with the error. `resume` is run too where `pause` has failed, and once more
         where it has failed itself or this process has died in a pause: it must bear that.
-    timeout_s: how long either may take; it is killed then, with all that it started
+    timeout_s: how long either may take; it is killed then, with all that it has started
     Raises SourceError if one is empty.
     """
 
@@ -35,7 +35,7 @@ class PauseCommands:
             self._guard.close()
             self._guard = None
 
-    def check_maps(self, path: str, file: os.stat_result) -> None:
+    def check_memory(self, memory: Memory) -> None:
         """Nothing: who writes is not known here."""
 
     def death_fds(self) -> Sequence[int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -13,17 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remus_ckpt.errors import SourceError
+from remus_ckpt.source.guard import IGNORED
 
 _GUARD = Path(__file__).with_name("guard.py")
 _CLAIM_S = 2.0
 _CLAIM_POLL_S = 0.01
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_MAX_FDS = 253
+"""What one message carries (SCM_MAX_FD)."""
 
 
 _ours: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _disown() -> None:
-    """In a fork: a guard must see our end and not the fork's, and a claim end with us."""
+    """In a fork: a guard must see our end and not the fork's."""
     for held in list(_ours):
         held.close()
 
@@ -31,23 +38,20 @@ def _disown() -> None:
 os.register_at_fork(after_in_child=_disown)
 
 
-def claim(name: str) -> socket.socket | None:
-    """A name that nobody else has while this socket is open, here or in a guard; None if somebody has it.
+def claim(fd: int) -> bool:
+    """Lock an open file that only those can open for writing who may stop what it stands for.
 
-    Given to a guard, it stays taken until the guard is done with what we had stopped. That of one who died may need a
-    moment, so it is waited for.
+    False if somebody else has it. Given to a guard, it stays locked until the guard is done with what we had stopped.
+    That of one who died may need a moment, so it is waited for.
     """
-    claimed = socket.socket(socket.AF_UNIX)
     deadline = time.monotonic() + _CLAIM_S
     while True:
         try:
-            claimed.bind(f"\0remus-ckpt {name}")
-            _ours.add(claimed)
-            return claimed
-        except OSError:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            return True
+        except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
-                claimed.close()
-                return None
+                return False
             time.sleep(_CLAIM_POLL_S)
 
 
@@ -55,7 +59,7 @@ class Guard:
     """A process that lets those run on who were stopped, if we die before we do.
 
     arguments: what it guards, as guard.py takes it
-    fds: descriptors among the arguments, and of claims
+    fds: descriptors among the arguments, and claims
     timeout_s: how long it may take to take a word, or to answer one
     """
 
@@ -63,6 +67,8 @@ class Guard:
         self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._words.settimeout(timeout_s)
         _ours.add(self._words)
+        # Until it ignores them itself: a service manager may send them to all that it has just started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             with theirs:
                 self.process = subprocess.Popen(
@@ -75,16 +81,22 @@ class Guard:
         except BaseException:
             self._words.close()
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         """End it; it lets them run on if they are stopped still."""
         self._words.close()
         self.process.wait()
 
-    def stopping(self) -> None:
-        """Say that they are about to be stopped. Raises SourceError if the guard is gone: then nothing may be."""
+    def stopping(self, pidfds: Sequence[int] = ()) -> None:
+        """Say that they are about to be stopped. Raises SourceError if the guard is gone: then nothing may be.
+
+        pidfds: of the processes, where it guards processes
+        """
         try:
-            self._words.send(b"S")
+            for start in range(0, max(len(pidfds), 1), _MAX_FDS):
+                socket.send_fds(self._words, [b"+" if start else b"S"], pidfds[start : start + _MAX_FDS])
         except OSError:
             raise SourceError("the guard process is gone: nothing was stopped") from None
 

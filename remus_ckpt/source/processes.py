@@ -5,36 +5,48 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import time
+from collections.abc import Sequence
 
-from remus_ckpt.errors import SourceError
+from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
+from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
+from remus_ckpt.source.process import Process, counts_runs, some
 
 _POLL_S = 50e-6
-_STOPPED = frozenset("TtZXx")
-"""States of a thread that does not run: stopped, traced, dead."""
+_PATIENCE_S = 2.0
+"""How long a tracer or a freezer, which may be gone in a moment, keeps the processes waiting before the pause fails."""
+_LEAVING_S = 1.0
+"""How long a process may live on without the memory: one that ends unmaps it first."""
 
 
 class Processes:
-    """Some processes that are stopped and continued together.
+    """Some processes that are stopped and continued together, and those that they fork.
+
+    A child that inherits the memory is stopped with its parent from the next pause on, until it has the memory no more.
 
     pids: of processes that we may send signals to
     stop_timeout_s: how long a thread may take to stop (one in an uninterruptible wait does not)
-    Raises SourceError if one of them does not exist or is not ours.
+    Raises SourceError if one of them does not exist, is not ours, or is stopped, frozen or traced by somebody else.
     """
 
     def __init__(self, pids: list[int], *, stop_timeout_s: float = 10.0) -> None:
         self._stop_timeout_s = stop_timeout_s
-        self._pidfds: dict[int, int] = {}
+        self._memory: Memory | None = None
+        self._named: list[Process] = []
+        self._heirs: list[Process] = []
+        self._others: dict[int, int] = {}  # children without the memory: number → pidfd
+        self._stopped: list[Process] = []  # by us
+        self._lost: dict[Process, float] = {}  # named ones that have the memory no more, and since when
         self._guard: Guard | None = None
-        self._claims: list[socket.socket] = []
+        self._claims: list[int] = []
+        self._deaths = select.epoll()
         try:
+            if not counts_runs():
+                raise SourceError("this kernel does not count runs (CONFIG_SCHED_INFO), by which a pause is proven")
             for pid in dict.fromkeys(pids):
                 self._open(pid)
-            pidfds = list(self._pidfds.values())
-            claims = [claimed.fileno() for claimed in self._claims]
-            self._guard = Guard("continue", *map(str, pidfds), fds=[*pidfds, *claims])
+            self._guard = Guard("continue", fds=self._claims)
         except BaseException:
             self.close()
             raise
@@ -42,138 +54,189 @@ class Processes:
     def _open(self, pid: int) -> None:
         if pid == os.getpid():
             raise SourceError(f"process {pid} is this one: it cannot stop itself")
+        if pid == 1:
+            raise SourceError("process 1 cannot be stopped from here: name its children, or a cgroup")
+        process = Process(pid)
+        self._named.append(process)
+        self._deaths.register(process.fd, select.EPOLLIN)
+        # Two who stop the same process would each end the other's pauses. Only who may write to it can claim it.
         try:
-            pidfd = os.pidfd_open(pid)
-            self._pidfds[pid] = pidfd
-            signal.pidfd_send_signal(pidfd, 0)
-        except (ProcessLookupError, OverflowError):
-            raise SourceError(f"there is no process {pid}") from None
-        except PermissionError:
+            claimed = process.open("oom_score_adj", os.O_RDWR)
+        except OSError:
             raise SourceError(f"process {pid} may not be stopped: run as its user or as root") from None
-        except OSError as error:
-            raise SourceError(f"process {pid}: {error.strerror} (a thread's number is not a process's)") from None
-
-        # Two who stop the same process would each end the other's pauses.
-        claimed = claim(f"pauses {pid}")
-        if claimed is None:
-            raise SourceError(f"process {pid} is being recorded by somebody else")
         self._claims.append(claimed)
-        states = _states(pid)
-        if states and _STOPPED.issuperset(states.values()) and "T" in states.values():
-            # Whoever stopped it wants it so; our pauses would end with it running.
+        if not claim(claimed):
+            raise SourceError(f"process {pid} is being recorded by somebody else")
+        # Whoever stopped it wants it so; our pauses would end with it running.
+        if process.is_stopped_by_job_control():
             raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
+        if trouble := process.tracer() or process.freezer():
+            raise SourceError(trouble)
 
     def close(self) -> None:
         """Let go of the processes, which run on."""
         if self._guard is not None:
             self._guard.close()
             self._guard = None
-        for pidfd in self._pidfds.values():
-            os.close(pidfd)
-        self._pidfds.clear()
-        for claimed in self._claims:
-            claimed.close()
-        self._claims.clear()
+        self._deaths.close()
+        for process in (*self._named, *self._heirs):
+            process.close()
+        for fd in (*self._others.values(), *self._claims):
+            os.close(fd)
+        for held in (self._named, self._heirs, self._others, self._claims, self._stopped, self._lost):
+            held.clear()
 
-    def check_maps(self, path: str, file: os.stat_result) -> None:
-        """Raise SourceError if one that lives and lets us look has the file neither mapped nor open."""
-        for pid in self._living():
-            if has_file(pid, path, file) is False:
-                raise SourceError(f"process {pid} has {path} neither mapped nor open: name those that write to it")
+    def check_memory(self, memory: Memory) -> None:
+        """Raise SourceError if one that lives cannot write to the memory, or does not let us look."""
+        self._memory = memory
+        self._forget_dead()
+        for process in self._named:
+            try:
+                found = process.look(memory)
+            except PermissionError:
+                raise SourceError(
+                    f"what process {process.pid} has mapped cannot be read: run as its user or as root"
+                ) from None
+            if found is not None and found.how != WRITES:
+                raise SourceError(f"process {process.pid} {FAULTS[found.how].format(path=memory.path)}")
 
-    def death_fds(self) -> list[int]:
-        """A descriptor for each process that lives; it becomes readable when that one dies."""
-        return list(self._living().values())
+    def death_fds(self) -> Sequence[int]:
+        """A descriptor for each process that lives, of those that were named if any; readable when that one dies."""
+        self._forget_dead()
+        return [process.fd for process in self._named or self._heirs]
 
     def alive(self) -> bool:
         """Whether any of them lives."""
-        return bool(self._living())
+        self._forget_dead()
+        return bool(self._named or self._heirs)
 
-    def _living(self) -> dict[int, int]:
-        poll = select.poll()
-        for pidfd in self._pidfds.values():
-            poll.register(pidfd, select.POLLIN)
-        dead = {fd for fd, _ in poll.poll(0)}
-        return {pid: pidfd for pid, pidfd in self._pidfds.items() if pidfd not in dead}
+    def _forget_dead(self) -> None:
+        if self._deaths.closed:
+            return
+        for fd, _ in self._deaths.poll(0):
+            self._deaths.unregister(fd)
+            for number in [number for number, other in self._others.items() if other == fd]:
+                os.close(self._others.pop(number))
+            for held in (self._named, self._heirs):
+                for process in [process for process in held if process.fd == fd]:
+                    held.remove(process)
+                    self._lost.pop(process, None)
+                    if process in self._stopped:
+                        self._stopped.remove(process)
+                    process.close()
 
     def stop(self) -> None:
-        """Stop them all; return when every thread of each has really stopped. On an error they run on."""
+        """Stop them all; return when every thread of each has really stopped. On an error they run on.
+
+        One that somebody else has stopped meanwhile stays so when the others are let run on.
+        """
         assert self._guard is not None
-        self._guard.stopping()
+        self._forget_dead()
+        running = [process for process in (*self._named, *self._heirs) if not process.is_stopped_by_job_control()]
+        self._halt(running)
         try:
-            self._signal(signal.SIGSTOP)
             deadline = time.monotonic() + self._stop_timeout_s
-            for pid in self._pidfds:
-                self._wait_stopped(pid, deadline)
+            for process in (*self._named, *self._heirs):
+                self._wait_stopped(process, deadline)
+            if self._memory is not None:
+                self._follow(self._memory, deadline)
+                self._check_held(self._memory)
         except BaseException:
             self.resume()
             raise
 
+    def _halt(self, processes: Sequence[Process]) -> None:
+        """Order some to stop. They are ours to let run on from here."""
+        assert self._guard is not None
+        stopped = [*self._stopped, *(process for process in processes if process not in self._stopped)]
+        self._guard.stopping([process.fd for process in stopped])
+        self._stopped = stopped
+        for process in processes:
+            process.send(signal.SIGSTOP)
+
+    def _wait_stopped(self, process: Process, deadline: float) -> None:
+        patience = min(time.monotonic() + _PATIENCE_S, deadline)
+        while not process.is_stopped():
+            if not process.is_alive():
+                return
+            now = time.monotonic()
+            if now > deadline:
+                raise SourceError(process.trouble() or f"process {process.pid} keeps starting threads")
+            if now > patience:
+                patience = deadline
+                if trouble := process.tracer() or process.freezer():
+                    raise SourceError(trouble)
+            # Somebody else's SIGCONT takes ours back.
+            if process in self._stopped:
+                process.send(signal.SIGSTOP)
+            else:
+                self._halt([process])
+            time.sleep(_POLL_S)
+
+    def _follow(self, memory: Memory, deadline: float) -> None:
+        """Stop children that have inherited the memory, and theirs. Let go of those that have it no more."""
+        for heir in [heir for heir in self._heirs if not heir.has(memory)]:
+            heir.send(signal.SIGCONT)
+            self._heirs.remove(heir)
+            if heir in self._stopped:
+                self._stopped.remove(heir)
+            self._deaths.unregister(heir.fd)
+            heir.close()
+        parents = [*self._named, *self._heirs]
+        while parents:
+            known = {os.getpid(), *self._others, *(process.pid for process in (*self._named, *self._heirs))}
+            found = set().union(*(parent.children() for parent in parents)) - known
+            parents = list(filter(None, (self._heir(number, memory) for number in found)))
+            if parents:
+                self._heirs += parents
+                self._halt(parents)
+            for parent in parents:
+                self._wait_stopped(parent, deadline)
+
+    def _heir(self, pid: int, memory: Memory) -> Process | None:
+        """A child that has the memory; None if it has not, which is looked at once."""
+        try:
+            process = Process(pid)
+        except SourceError:
+            return None  # dead, or another user's: it has executed another program
+        try:
+            found = process.look(memory)
+        except PermissionError:
+            found = None
+        self._deaths.register(process.fd, select.EPOLLIN)
+        if found is not None and found.how == WRITES:
+            return process
+        self._others[pid] = os.dup(process.fd)
+        self._deaths.unregister(process.fd)
+        self._deaths.register(self._others[pid], select.EPOLLIN)
+        process.close()
+        return None
+
+    def _check_held(self, memory: Memory) -> None:
+        """Raise SourceError if one that was named lives on without the memory."""
+        now = time.monotonic()
+        for process in self._named:
+            if process.has(memory):
+                self._lost.pop(process, None)
+            elif now - self._lost.setdefault(process, now) > _LEAVING_S:
+                raise SourceError(
+                    f"process {process.pid} no longer has {memory.path} mapped: what it works on now is not what is "
+                    "recorded; begin anew with its new file"
+                )
+
     def check_stopped(self) -> None:
-        """Raise SourceError if somebody else has let one of them run on since `stop`."""
-        for pid in self._living():
-            if not _STOPPED.issuperset(_states(pid).values()):
-                raise SourceError(f"process {pid} was let run on by somebody else in a pause (SIGCONT)")
+        """Raise PauseBroken if a thread of theirs has run since `stop`."""
+        for process in (*self._named, *self._heirs):
+            if threads := process.ran():
+                raise PauseBroken(
+                    f"somebody else has let process {process.pid} run in a pause (threads {some(threads)}), "
+                    "by SIGCONT or by tracing it"
+                )
 
     def resume(self) -> None:
         """Let them run on."""
-        self._signal(signal.SIGCONT)
+        for process in self._stopped:
+            process.send(signal.SIGCONT)
+        self._stopped.clear()
         if self._guard is not None:
             self._guard.running()
-
-    def _signal(self, number: signal.Signals) -> None:
-        for pidfd in self._pidfds.values():
-            try:
-                signal.pidfd_send_signal(pidfd, number)
-            except ProcessLookupError:
-                continue  # dead: it writes no more
-
-    def _wait_stopped(self, pid: int, deadline: float) -> None:
-        while True:
-            before = _states(pid)
-            # A thread that stopped may have started another before; the second look finds it.
-            if before.keys() == _states(pid).keys() and _STOPPED.issuperset(before.values()):
-                return
-            if time.monotonic() > deadline:
-                running = sorted(thread for thread, state in before.items() if state not in _STOPPED)
-                raise SourceError(
-                    f"threads {running} of process {pid} did not stop in {self._stop_timeout_s:g} s "
-                    f"(state {before[running[0]]})"
-                    if running
-                    else f"process {pid} keeps starting threads"
-                )
-            # Somebody else's SIGCONT takes ours back.
-            if before:
-                self._signal(signal.SIGSTOP)
-            time.sleep(_POLL_S)
-
-
-def has_file(pid: int, path: str, file: os.stat_result) -> bool | None:
-    """Whether a process has a file mapped or open; None if it is gone or does not let us look.
-
-    By its inode or by its name: not every file system shows the same device in both places.
-    """
-    name = os.path.realpath(path)
-    try:
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-            rows = [line.rstrip("\n").split(maxsplit=5) for line in maps]
-        if any(row[4] == str(file.st_ino) or row[5:] == [name] for row in rows):
-            return True
-        return any(
-            os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), file) for number in os.listdir(f"/proc/{pid}/fd")
-        )
-    except OSError:
-        return None
-
-
-def _states(pid: int) -> dict[str, str]:
-    """Thread → its state letter, as /proc says it; none for a process that is gone."""
-    states = {}
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
-                # The name, in parentheses, may hold anything.
-                states[thread] = chr(file.read().rpartition(b")")[2].split()[0][0])
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    return states

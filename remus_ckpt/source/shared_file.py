@@ -16,12 +16,13 @@ from remus_ckpt.errors import SourceError
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.source import Writers
+from remus_ckpt.source.mappings import Memory
 
 
 class SharedFile:
     """A file, those who write to it, and a shadow of it.
 
-    path: the file; its size must stay
+    path: the file; its size must stay, and its name must not be given to another file. It may be unlinked.
     writers: all who write to it; closed with this
     Raises OSError where the file cannot be read, SourceError for one that is empty.
     """
@@ -32,13 +33,15 @@ class SharedFile:
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(self._fd)
-            self.size = status.st_size
-            if not stat.S_ISREG(status.st_mode):
+            self._status = os.fstat(self._fd)
+            self.size = self._status.st_size
+            if not stat.S_ISREG(self._status.st_mode):
                 raise SourceError(f"{self.path} is no file that could be mapped")
-            writers.check_maps(self.path, status)
             if not self.size:
                 raise SourceError(f"{self.path} is empty: there is no memory in it")
+            # A descriptor of another process that leads to it may be closed, and its number mean another file then.
+            self._has_name = not os.path.realpath(os.path.dirname(self.path) or ".").startswith("/proc/")
+            writers.check_memory(Memory.of(self.path, self._fd))
             self.pages = pages_for(self.size)
             """The last one is padded with zeros where the size is no multiple of 4,096."""
             self.shadow: Pages = zeros(self.pages)
@@ -95,7 +98,11 @@ class SharedFile:
         return pages
 
     def dirty(self) -> NDArray[np.int64]:
-        """The pages that differ from the shadow. Raises SourceError if the file's size has changed."""
+        """The pages that differ from the shadow.
+
+        Raises SourceError if the file's size has changed, or if its name leads to another file.
+        """
+        self._check_name()
         size = os.fstat(self._fd).st_size
         if size != self.size:
             # Pages behind a shrunken file's end cannot be touched, and a stream has one size.
@@ -116,6 +123,17 @@ class SharedFile:
             found.append(np.array([self.pages - 1]))
         numbers = np.concatenate([np.empty(0, dtype=np.int64), *found])
         return np.union1d(numbers, gone) if len(gone) else numbers
+
+    def _check_name(self) -> None:
+        """A file that has lost its name is the memory of those who have it mapped; another under the name is not it."""
+        if not self._has_name:
+            return
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return
+        if not os.path.samestat(status, self._status):
+            raise SourceError(f"{self.path} has been replaced by another file under this name: record that one anew")
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
         """Copy pages, ascending, as `dirty` has just found them."""
