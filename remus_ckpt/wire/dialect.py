@@ -28,7 +28,9 @@ _OTHERS = {
     b"\x28\xb5\x2f\xfd": "zstd data",
     b"\xfd7zXZ\0": "xz data",
     b"\x1f\x8b": "gzip data",
+    b"BZh": "bzip2 data",
     b"\x04\x22\x4d\x18": "lz4 data",
+    b"\x02\x21\x4c\x18": "lz4 data in the frames of its first versions (unpack it with `lz4 -dc`)",
 }
 
 
