@@ -73,10 +73,11 @@ class Walk:
     def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
         """The JSON of `inspect` and `verify`."""
         dialect, end = self.restorer.dialect, self.restorer.end
-        reader = self.restorer.reader
+        reader, held = self.restorer.reader, self.restorer.in_force
         result: dict[str, Any] = {
             "dialect": {"word": dialect.word, "guest": dialect.guest, "codec": dialect.codec},
             "p2m_size": len(self.restorer.memory) or None,
+            "memory_bytes": None if held is None else held.memory_bytes,
             "checkpoints": listed,
             "complete": end is not None and end.complete and (self.inflater is None or self.inflater.is_whole),
             "trailing_bytes": end.trailing_bytes if end is not None else None,
@@ -184,6 +185,7 @@ def detail_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "codec": record.codec,
             "before": None if record.before is None else str(record.before),
             "after": str(record.after),
+            "memory_bytes": checkpoint.memory_bytes,
         }
     return details
 

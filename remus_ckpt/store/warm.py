@@ -71,12 +71,12 @@ class MappedFile:
                 os.posix_fallocate(self.fd, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
                 self.has_room[start:end] = True
 
-    def copy(self, path: Path) -> None:
-        """Copy it to a file that appears when it is whole and durable. Raises StoreError."""
+    def copy(self, path: Path, size: int) -> None:
+        """Copy its first bytes to a file that appears when it is whole and durable. Raises StoreError."""
         edges = np.flatnonzero(np.diff(self.has_room, prepend=False, append=False)).reshape(-1, 2) * PAGE_SIZE
         with appearing(path) as descriptor:
-            os.ftruncate(descriptor, len(self.has_room) * PAGE_SIZE)
-            for start, stop in edges.tolist():
+            os.ftruncate(descriptor, size)
+            for start, stop in np.minimum(edges, size).tolist():
                 at = start
                 while at < stop:
                     at += _copy_range(self.fd, descriptor, at, stop - at)
@@ -86,9 +86,18 @@ class MappedFile:
         with guarding(self.path):
             os.fsync(self.fd)
 
-    def hand_out(self, path: Path) -> None:
-        """Give the file to somebody else, under another name: it is not removed with this. Raises StoreError."""
+    def cut(self, size: int) -> None:
+        """Let the file end within its last page, whose rest in memory is zeros then. Raises StoreError."""
+        with guarding(self.path):
+            os.ftruncate(self.fd, size)
+
+    def hand_out(self, path: Path, size: int) -> None:
+        """Give the file to somebody else, under another name: it is not removed with this. Raises StoreError.
+
+        size: its bytes, which end in its last page
+        """
         assert self.path is not None, "it has been handed out before"
+        self.cut(size)
         with guarding(self.path):
             os.rename(self.path, path)
         self.path = None

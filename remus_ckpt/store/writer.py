@@ -404,7 +404,7 @@ class HistoryWriter:
             chain, held = self._chain, self.in_force
             if chain is None or held is None:
                 raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
-            chain.home.copy(Path(path))
+            chain.home.copy(Path(path), held.memory_bytes)
             return held
 
     # Receiving
@@ -859,7 +859,7 @@ class HistoryWriter:
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
                 self.history.restore_image(image, self.position.epoch)
             else:
-                chain.home.hand_out(image)
+                chain.home.hand_out(image, checkpoint.memory_bytes)
             return image, device_state
 
     # The end

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
-from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer
+from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, pages_for
 from remus_ckpt.wire import chunks, events
 from remus_ckpt.wire.chunks import ChunkId, ChunkKind, Layout, Signature
 from remus_ckpt.wire.dialect import (
@@ -736,7 +736,8 @@ class Reader:
             (size,) = yield from self._unpack(chunks.U32)
             self._limit(size, "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
             if signature is Signature.REMUS:
-                state, record = yield from self._remus_state(size)
+                has_our_shape = not any(magic_pfns) and not len(context)
+                state, record = yield from self._remus_state(size, has_our_shape)
             else:
                 state = (yield from self._bytes(size)).tobytes()
         if record is None:
@@ -765,13 +766,17 @@ class Reader:
             self._begin = self._stop
             self._limit(len(parts), "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
 
-    def _remus_state(self, size: int) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
-        """§9.2. A record of this signature is QEMU's, or ours and right."""
+    def _remus_state(
+        self, size: int, has_our_shape: bool
+    ) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
+        """§9.2. A record of this signature is Xen's, or ours and right."""
         start = self._offset
         data = (yield from self._bytes(max(size - DIGEST_BYTES, 0))).tobytes()
-        if data.startswith(chunks.QEMU_MAGIC) or size < DIGEST_BYTES + len(RECORD_MAGIC):
+        if not data.startswith(RECORD_MAGIC):
             data += (yield from self._bytes(size - len(data))).tobytes()
-            if data.startswith(chunks.QEMU_MAGIC):
+            # Xen's tail is never of our shape, so that in this shape a damaged record of ours is none of Xen's.
+            is_short = data.startswith(RECORD_MAGIC)
+            if data.startswith(chunks.QEMU_MAGIC) or not (has_our_shape or is_short):
                 return data, None
             self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
         if self._hash is None:
@@ -781,8 +786,6 @@ class Reader:
         stated = (yield from self._bytes(DIGEST_BYTES)).tobytes()
         # The checksum first: what it does not cover is not worth reading.
         if stated != digest:
-            if not data.startswith(RECORD_MAGIC):
-                self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
             self._refuse(
                 "the checkpoint's SHA-256 is not the one it carries: bytes in it have changed",
                 start,
@@ -795,6 +798,14 @@ class Reader:
                 f"the record follows position {record.before}, the checkpoint before made {self._position}",
                 start,
                 "stream.md §9.3",
+                "tail",
+            )
+        if record.memory_bytes is not None and pages_for(record.memory_bytes) != self._p2m_size:
+            self._refuse(
+                f"the record speaks of {record.memory_bytes} bytes, which do not end in the last of "
+                f"{self._p2m_size} pages",
+                start,
+                "stream.md §9.2",
                 "tail",
             )
         if self.dialect.codec not in (None, record.codec):
