@@ -25,7 +25,7 @@ from remus_ckpt.conformance import Verdict, compare, environment, judge_encoder,
 from remus_ckpt.errors import StreamError
 from remus_ckpt.wire import chunks, events
 from remus_ckpt.wire.describe import describe
-from remus_ckpt.wire.dialect import XEND_MAGIC, XL_MAGIC, Dialect
+from remus_ckpt.wire.dialect import FRONTS, Dialect
 from remus_ckpt.wire.reader import Reader
 from remus_ckpt.wire.states import BODIES, KINDS, TRANSITIONS, Course, Kind, State
 
@@ -347,8 +347,9 @@ def _reached(vector: dict[str, Any]) -> set[tuple[State, Kind]]:
         if course.state in BODIES:
             kind = _kind(data[error.offset :])
         elif course.state is State.HEADER or (course.state is State.FRONT and error.offset == 0):
-            behind = data[len(XL_MAGIC) + 16 :] if data.startswith(XL_MAGIC) else data
-            kind = Kind.FILE_HEADER if behind.startswith((XL_MAGIC, XEND_MAGIC)) else None
+            xl = FRONTS["xl"].magic
+            behind = data[len(xl) + 16 :] if data.startswith(xl) else data
+            kind = Kind.FILE_HEADER if behind.startswith(tuple(front.magic for front in FRONTS.values())) else None
         if kind is not None and (course.state, kind) not in TRANSITIONS:
             pairs.add((course.state, kind))
     return pairs
