@@ -87,7 +87,7 @@ def test_our_decoder(vector: dict[str, Any], command: Command, monkeypatch: pyte
 
 
 def _held(restorer: Restorer) -> str | None:
-    return None if restorer.in_force is None else hashlib.sha256(restorer.memory).hexdigest()
+    return None if restorer.in_force is None else hashlib.sha256(restorer.in_force.image).hexdigest()
 
 
 def _restored(data: bytes, dialect: Dialect, *, strict: bool, step: int = 1 << 30) -> tuple[int, bytes]:
@@ -110,7 +110,7 @@ def _restored(data: bytes, dialect: Dialect, *, strict: bool, step: int = 1 << 3
             if restorer.staged is not None:
                 done = restorer.commit()
                 lines.append({"offset": done.end, "event": "checkpoint", "epoch": done.epoch})
-                lines[-1]["memory_sha256"] = hashlib.sha256(done.memory).hexdigest()
+                lines[-1]["memory_sha256"] = hashlib.sha256(done.image).hexdigest()
         code = 0
     except StreamError as error:
         lines.append({"offset": error.offset, "event": "error", "memory_sha256": _held(restorer)})
