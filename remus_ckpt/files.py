@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import gzip
 import io
-import lzma
 import os
 import stat
 import sys
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-import lz4.frame
-
-from remus_ckpt.errors import Malformed, RemusError, UnknownFormat
+from remus_ckpt.compressed import Inflater, compressions
+from remus_ckpt.errors import RemusError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -28,23 +24,6 @@ from remus_ckpt.wire.reader import NEED_DATA
 
 _MAX_VECTORS = 1024
 _BUFFER_BYTES = 1 << 16
-
-
-def _open_zstd(file: BinaryIO) -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise RemusError("this is zstd data: to read it, pip install 'remus_ckpt[zstd]'") from None
-    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-
-
-_OPENERS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
-    "xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
-    "gzip": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
-    "lz4": (b"\x04\x22\x4d\x18", lz4.frame.LZ4FrameFile),
-    "zstd": (b"\x28\xb5\x2f\xfd", _open_zstd),
-}
-"""Name → the bytes that such a file begins with, and what opens it."""
 
 
 def _is_header(front: bytes) -> bool:
@@ -76,9 +55,10 @@ class _Rejoined(io.RawIOBase):
 
 
 class StreamFile:
-    """A stream from a file or from standard input ("-"), decompressed on the way where it is xz, gzip, lz4 or zstd.
+    """A stream from a file or from standard input ("-"), decompressed on the way where `compressed` knows it.
 
     size: bytes of the file as it lies there, None where that is not known
+    inflater: what decompresses it, None where it is a stream as it lies there
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -95,15 +75,8 @@ class StreamFile:
         else:
             source = _Rejoined(front, raw)
         self._file = io.BufferedReader(source, _BUFFER_BYTES)
-        self.compression: str | None = None
-        self.is_cut = False
-        """The compressed data ended too early; what came before the cut was read."""
-        self._offset = 0
-        self._data: Any = self._file
-        for name, (magic, opener) in _OPENERS.items():
-            if front.startswith(magic) and not _is_header(front):
-                self.compression = name
-                self._data = opener(self._file)
+        kinds = compressions(front)
+        self.inflater = Inflater(self._file, kinds) if kinds and not _is_header(front) else None
 
     def __enter__(self) -> Self:
         return self
@@ -115,35 +88,17 @@ class StreamFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._data.close()
         self._file.close()
 
     def position(self) -> int:
         """How far into the file as it lies there the reading has come, in bytes; 0 where that is not known."""
-        return self._file.tell() if self.size is not None else 0
+        if self.size is None:
+            return 0
+        return self._file.tell() if self.inflater is None else self.inflater.position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Read what is there, at least a byte; 0 at the end."""
-        try:
-            size = self._file.readinto1(buffer) if self.compression is None else self._data.readinto(buffer)
-        except EOFError:
-            self.is_cut = True
-            return 0
-        except OSError as error:
-            if not isinstance(error, gzip.BadGzipFile):
-                raise
-            raise self._corrupt(error) from error
-        except (lzma.LZMAError, zlib.error, RuntimeError) as error:
-            raise self._corrupt(error) from error
-        except Exception as error:
-            if type(error).__name__ != "ZstdError":  # its module is not always there to be named
-                raise
-            raise self._corrupt(error) from error
-        self._offset += size
-        return int(size)
-
-    def _corrupt(self, error: Exception) -> Malformed:
-        return Malformed(f"the {self.compression} data are corrupt ({error})", offset=self._offset)
+        """Read what is there, at least a byte; 0 at the end. Raises Malformed where compressed data are damaged."""
+        return self._file.readinto1(buffer) if self.inflater is None else self.inflater.readinto(buffer)
 
 
 def read_events(file: StreamFile, restorer: Restorer) -> Iterator[events.Event]:
@@ -157,6 +112,9 @@ def read_events(file: StreamFile, restorer: Restorer) -> Iterator[events.Event]:
         elif size := file.readinto(restorer.get_buffer()):
             restorer.buffer_updated(size)
         else:
+            if file.inflater is not None and not restorer.reader.saw_last_checkpoint:
+                # As bytes behind a stream that is not compressed: behind its last checkpoint anything may stand.
+                file.inflater.refuse_junk()
             restorer.feed_eof()
 
 
@@ -165,7 +123,7 @@ def read_checkpoints(
 ) -> Iterator[Checkpoint]:
     """Restore a stream, checkpoint by checkpoint.
 
-    path: a file, or "-" for standard input; xz, gzip, lz4 and zstd are read as they are
+    path: a file, or "-" for standard input; xz, gzip, bzip2, lz4 and zstd are read as they are
     Each checkpoint's `memory` is what it left, until the next one is asked for.
     A stream that is cut ends with its last complete checkpoint.
     Raises Malformed or UnknownFormat behind the last good one, OSError where the file cannot be read.

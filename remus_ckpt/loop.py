@@ -169,7 +169,10 @@ class CheckpointLoop:
             try:
                 # Each group of buffers has been encoded and is written while the scan stands still.
                 for group in self._sender.checkpoint(
-                    self._scan(pause), device_state=lambda: self._state, time_ns=time.time_ns()
+                    self._scan(pause),
+                    device_state=lambda: self._state,
+                    time_ns=time.time_ns(),
+                    memory_bytes=self._source.size,
                 ):
                     self._output.write(group)
             finally:

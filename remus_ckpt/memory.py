@@ -64,27 +64,31 @@ def load_image(path: str | Path, pages: int | None = None) -> Pages:
         return memory
 
 
-def save_image(memory: Pages, path: str | Path) -> None:
-    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole."""
+def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None:
+    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole.
+
+    size: how many of their bytes, if they end within the last page
+    """
+    size = memory.nbytes if size is None else size
     target = Path(path)
     if target.exists() and not target.is_file():
         # A device or a pipe is written to, not replaced.
         with open(target, "wb") as device:
-            for _, chunk in _chunks(memory):
-                device.write(chunk.reshape(-1).data)
+            for start, chunk in _chunks(memory):
+                device.write(chunk.reshape(-1)[: size - start * PAGE_SIZE].data)
         return
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(target.parent))
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with open(descriptor, "wb", buffering=0) as file:
-            file.truncate(memory.nbytes)
+            file.truncate(size)
             for start, chunk in _chunks(memory):
                 used = chunk.view(np.uint64).any(axis=1)
                 edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
                 for first, stop in edges.reshape(-1, 2).tolist():
                     file.seek((start + first) * PAGE_SIZE)
-                    left = memoryview(chunk[first:stop].reshape(-1))
+                    left = memoryview(chunk[first:stop].reshape(-1)[: size - (start + first) * PAGE_SIZE])
                     while left:
                         left = left[file.write(left) :]
             os.fsync(file.fileno())
@@ -97,11 +101,12 @@ def save_image(memory: Pages, path: str | Path) -> None:
         raise
 
 
-def memory_sha256(memory: Pages) -> str:
-    """SHA-256 of all pages in order, in hex."""
+def memory_sha256(memory: NDArray[np.uint8]) -> str:
+    """SHA-256 of memory, as pages or as an image, in hex."""
     digest = hashlib.sha256()
-    for _, chunk in _chunks(memory):
-        digest.update(chunk.reshape(-1).data)
+    flat = memory.reshape(-1)
+    for start in range(0, len(flat), _CHUNK_PAGES * PAGE_SIZE):
+        digest.update(flat[start : start + _CHUNK_PAGES * PAGE_SIZE].data)
     return digest.hexdigest()
 
 

@@ -68,6 +68,17 @@ class Checkpoint:
         return self.memory[self.pfns]
 
     @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory; what is left of its last page is padding."""
+        stated = None if self.record is None else self.record.memory_bytes
+        return len(self.memory) * PAGE_SIZE if stated is None else stated
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """uint8[memory_bytes]: memory without the padding; a view, good as long as `memory` is."""
+        return self.memory.reshape(-1)[: self.memory_bytes]
+
+    @property
     def device_state(self) -> bytes:
         """What came with it in the device model's place: the user's bytes in a stream of ours, else QEMU's."""
         if self.record is not None:

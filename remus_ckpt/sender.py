@@ -15,7 +15,7 @@ from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.kernels import CODINGS
 from remus_ckpt.codec.reference import Reference, Shadow
 from remus_ckpt.memory import expect, zeros
-from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, Buffer, PageBatch, Pages
+from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, pages_for
 from remus_ckpt.wire import events
 from remus_ckpt.wire.chunks import MAX_P2M_SIZE, Signature
 from remus_ckpt.wire.dialect import StreamCodec, Word
@@ -139,6 +139,7 @@ class Sender:
         device_state: bytes | Callable[[], bytes] = b"",
         time_ns: int | None = None,
         position: Position | None = None,
+        memory_bytes: int | None = None,
     ) -> Iterator[list[Buffer]]:
         """The buffers of one checkpoint, in groups for vectored sends; to be taken to the end.
 
@@ -148,12 +149,15 @@ class Sender:
         device_state: the user's bytes, which come back with the checkpoint; or what gives them once the scan has ended
         time_ns: when it was taken, in nanoseconds since 1970
         position: the position that this state has already, for one who encodes it anew; by default it is made
+        memory_bytes: how many bytes memory has, if it ends within its last page
 
         Raises ValueError for pages that do not fit. A checkpoint that is not taken to the end leaves the receiver
         with half of it: the sender refuses to go on, and a new stream begins with a new sender.
         """
         if self.unfinished:
             raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
+        if memory_bytes is not None and pages_for(memory_bytes) != self.p2m_size:
+            raise ValueError(f"memory of {memory_bytes} bytes does not end in the last of {self.p2m_size} pages")
         epoch = self.next_epoch
         if position is not None:
             if self.position is not None and position.epoch != epoch:
@@ -186,6 +190,7 @@ class Sender:
             before=self.position,
             after=after,
             device_state=state,
+            memory_bytes=None if memory_bytes == self.p2m_size * PAGE_SIZE else memory_bytes,
         )
         closing += self._writer.write(
             events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)

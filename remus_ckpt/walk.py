@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
+from remus_ckpt.compressed import Inflater
 from remus_ckpt.errors import LimitExceeded, StreamError
 from remus_ckpt.files import StreamFile, read_events
 from remus_ckpt.limits import GIB, Limits
@@ -46,12 +47,14 @@ class Walk:
         self.name = "standard input" if path == "-" else path
         self.restorer = restorer
         self.error: StreamError | None = None
-        self.is_cut = False
+        self.inflater: Inflater | None = None
+        """What decompresses the file, where it is compressed."""
         self._quiet = quiet
 
     def events(self) -> Iterator[events.Event]:
         """Every event; `restorer.staged` is put in force when the next one is asked for. A fault ends them."""
         with StreamFile(self.path) as file, progress(file.name, file.size, self._quiet) as advance:
+            self.inflater = file.inflater
             try:
                 for event in read_events(file, self.restorer):
                     advance(file.position())
@@ -60,7 +63,6 @@ class Walk:
                         self.restorer.commit()
             except StreamError as error:
                 self.error = error
-            self.is_cut = file.is_cut
 
     def checkpoints(self) -> Iterator[Checkpoint]:
         """Every checkpoint once it is in force."""
@@ -71,18 +73,26 @@ class Walk:
     def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
         """The JSON of `inspect` and `verify`."""
         dialect, end = self.restorer.dialect, self.restorer.end
-        reader = self.restorer.reader
+        reader, held = self.restorer.reader, self.restorer.in_force
         result: dict[str, Any] = {
             "dialect": {"word": dialect.word, "guest": dialect.guest, "codec": dialect.codec},
             "p2m_size": len(self.restorer.memory) or None,
+            "memory_bytes": None if held is None else held.memory_bytes,
             "checkpoints": listed,
-            "complete": end is not None and end.complete and not self.is_cut,
+            "complete": end is not None and end.complete and (self.inflater is None or self.inflater.is_whole),
             "trailing_bytes": end.trailing_bytes if end is not None else None,
             "deviations": [
                 {"name": deviation.name, "offset": deviation.first_offset, "count": deviation.count}
                 for deviation in reader.deviations.values()
             ],
         }
+        if self.inflater is not None:
+            result["compressed"] = {
+                "format": self.inflater.name,
+                "cut": self.inflater.is_cut,
+                "padding_bytes": self.inflater.padding_bytes,
+                "junk_bytes": self.inflater.junk_bytes,
+            }
         if self.error is not None:
             result["error"] = {
                 "kind": type(self.error).__name__,
@@ -102,8 +112,10 @@ class Walk:
             if isinstance(self.error, LimitExceeded) and self.error.limit == "memory_bytes":
                 raise_it = "; --max-memory raises it"
             complain(f"{self.name}: {self.error}{raise_it}; {in_force}")
-        elif self.is_cut:
+        elif self.inflater is not None and self.inflater.is_cut:
             complain(f"{self.name}: the compressed file is cut off; {in_force}")
+        elif self.inflater is not None and self.inflater.junk_bytes:
+            complain(f"{self.name}: {self.inflater.junk_bytes} bytes stand behind the compressed data; {in_force}")
         elif self.restorer.end is not None and not self.restorer.end.complete:
             trailing = self.restorer.end.trailing_bytes
             reader = self.restorer.reader
@@ -111,6 +123,8 @@ class Walk:
                 complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
             else:
                 complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
+        if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
+            complain(f"{self.name}: {self.inflater.padding_bytes} bytes of zeros pad the compressed data")
 
     def fail_if_corrupt(self) -> None:
         """Leave with the exit code of the fault, if there is one."""
@@ -171,6 +185,7 @@ def detail_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "codec": record.codec,
             "before": None if record.before is None else str(record.before),
             "after": str(record.after),
+            "memory_bytes": checkpoint.memory_bytes,
         }
     return details
 

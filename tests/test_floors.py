@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
     {"errors", "pages", "limits", "version"},
     {"codec", "wire"},
     {"session", "sender", "restorer", "memory"},
-    {"source", "store", "files"},
+    {"source", "store", "files", "compressed"},
     {"loop", "service"},
     {"cli", "walk", "demo", "conformance", "__main__"},
 ]

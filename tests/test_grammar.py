@@ -78,10 +78,11 @@ def events_of_tree(tree: Any, data: bytes) -> Iterator[events.Event]:
     """What the reader would say of it."""
     if tree.has_file_header:
         front = tree.file_header
+        kind: Any = type(front).__name__.removesuffix("Header").lower()
         flags = {}
-        if type(front).__name__ == "XlHeader":
+        if kind == "xl":
             flags = {"mandatory_flags": front.mandatory_flags, "optional_flags": front.optional_flags}
-        yield events.FileHeader(kind="xl" if flags else "xend", data=front.data, offset=0, **flags)
+        yield events.FileHeader(kind=kind, data=getattr(front, "data", b""), offset=0, **flags)
     yield _header(tree)
     for checkpoint in tree.checkpoints:
         for chunk in checkpoint.chunks:
@@ -175,8 +176,10 @@ def _pool(pool: Any) -> events.TmemPool:
 
 
 def _tail_hvm(tail: Any, begin: int, end: int) -> events.TailHvm:
-    state, record = b"", None
-    if tail.is_endless:
+    state, record, signature = b"", None, tail.signature.encode()
+    if tail.is_endless and tail.record.is_xenserver:
+        state, signature = tail.record.data, signature + b"\n"
+    elif tail.is_endless:
         state = tail.record.magic + tail.record.rest
     elif tail.is_own:
         fields = msgpack.unpackb(tail.record.body.own.map)
@@ -188,15 +191,16 @@ def _tail_hvm(tail: Any, begin: int, end: int) -> events.TailHvm:
             before=None if before is None else Position(*before),
             after=Position(*after),
             device_state=fields["device_state"],
+            memory_bytes=fields.get("memory_bytes"),
         )
     elif tail.signature == "RemusDeviceModelState":
-        state = tail.record.body.qemu_state
+        state = tail.record.body.xen_state
     else:
         state = tail.record.data
     return events.TailHvm(
         magic_pfns=tuple(tail.magic_pfns),
         context=tail.context,
-        signature=Signature(tail.signature.encode()),
+        signature=Signature(signature),
         device_state=state,
         record=record,
         offset=begin,

@@ -225,6 +225,15 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "behind itself": {"before": [0, bytes(32)]},
     "behind a later one": {"before": [4, bytes(32)]},
     "before a number": {"before": 7},
+    "memory of no bytes": {"memory_bytes": 0},
+    "memory of fewer than none": {"memory_bytes": -1},
+    "memory of a page less": {"memory_bytes": 3 * 4096},
+    "memory of a byte more": {"memory_bytes": 4 * 4096 + 1},
+    "memory of all there is": {"memory_bytes": (1 << 64) - 1},
+    "memory of text": {"memory_bytes": "16384"},
+    "memory of nil": {"memory_bytes": None},
+    "memory of a half": {"memory_bytes": 16000.5},
+    "memory of true": {"memory_bytes": True},
 }
 
 
@@ -260,11 +269,22 @@ def test_what_is_no_map_is_refused(packed: bytes) -> None:
     assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
 
 
-@pytest.mark.parametrize("state", [b"", b"QEV", b"Q", b"\x89REMUSc", b"\x89REMUSck", bytes(39), bytes(40), b"R" * 500])
-def test_garbage_under_our_signature_is_refused(state: bytes) -> None:
-    _, error, _ = restore(FIRST_BODY + s.hvm_tail(b"", s.REMUS, state))
+GARBAGE = [b"", b"QEV", b"Q", b"\x89REMUSc", bytes(39), bytes(40), b"R" * 500]
+SHORT = [MAGIC, MAGIC + bytes(31)]
+
+
+@pytest.mark.parametrize("state", [*GARBAGE, *SHORT])
+def test_garbage_in_a_tail_of_our_shape_is_refused(state: bytes) -> None:
+    tail = struct.pack("<3QI", 0, 0, 0, 0) + s.REMUS + struct.pack("<I", len(state)) + state
+    _, error, _ = restore(FIRST_BODY + tail)
     assert type(error) is Malformed
     assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
+
+
+@pytest.mark.parametrize("state", SHORT)
+def test_a_record_of_ours_that_is_cut_short_is_refused(state: bytes) -> None:
+    _, error, _ = restore(FIRST_BODY + s.hvm_tail(b"ctx", s.REMUS, state))
+    assert type(error) is Malformed and error.section == "stream.md §9.2"
 
 
 def test_garbage_with_a_right_checksum_is_refused() -> None:
@@ -274,7 +294,7 @@ def test_garbage_with_a_right_checksum_is_refused() -> None:
     assert (error.offset, error.section) == (RECORD_AT, "stream.md §9.2")
 
 
-@pytest.mark.parametrize("state", [b"QEVM", b"QEVM" + bytes(27), b"QEVM" + bytes(28), b"QEVM" + bytes(5000)])
+@pytest.mark.parametrize("state", [*GARBAGE, b"QEVM", b"QEVM" + bytes(27), b"QEVM" + bytes(28), b"QEVM" + bytes(5000)])
 def test_a_record_of_xen_under_this_signature_passes(state: bytes) -> None:
     memories, error, restorer = restore(FIRST_BODY + s.hvm_tail(b"ctx", s.REMUS, state), strict=True)
     assert error is None and len(memories) == 1
@@ -297,7 +317,9 @@ def test_records_come_in_all_tails_or_in_none() -> None:
         assert type(error) is Malformed and len(memories) == 1
         assert error.section == "stream.md §9.2"
         assert error.offset == len(first) + 4 + 28 + 21
-    plain = FIRST_BODY + s.hvm_tail(b"", s.XL, b"QEVM")
+        memories, error, _ = restore(first + END + s.hvm_tail(b"ctx", s.REMUS, b""))
+        assert type(error) is Malformed and len(memories) == 1
+    plain = FIRST_BODY + s.hvm_tail(b"", s.REMUS, b"")
     second = closed(END, msgpack.packb(fields(FIRST, position(FIRST, END))))
     memories, error, _ = restore(plain + second)
     assert type(error) is Malformed and len(memories) == 1
@@ -311,6 +333,14 @@ def test_the_record_names_the_codec_of_the_data() -> None:
     memories, error, _ = restore(first + second)
     assert type(error) is Malformed and len(memories) == 1
     assert (error.offset, error.section) == (len(first) + len(body) + 28 + 21 + 4, "stream.md §9.2")
+
+
+@pytest.mark.parametrize("size", [3 * 4096 + 1, 16000, 4 * 4096])
+def test_memory_may_end_within_its_last_page(size: int) -> None:
+    _, error, restorer = restore(closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, memory_bytes=size))), strict=True)
+    assert error is None and restorer.in_force is not None
+    assert restorer.in_force.memory_bytes == size == len(restorer.in_force.image)
+    assert restorer.in_force.image.tobytes() == restorer.memory.tobytes()[:size]
 
 
 # Positions

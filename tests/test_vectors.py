@@ -25,7 +25,7 @@ from remus_ckpt.conformance import Verdict, compare, environment, judge_encoder,
 from remus_ckpt.errors import StreamError
 from remus_ckpt.wire import chunks, events
 from remus_ckpt.wire.describe import describe
-from remus_ckpt.wire.dialect import XEND_MAGIC, XL_MAGIC, Dialect
+from remus_ckpt.wire.dialect import FRONTS, Dialect
 from remus_ckpt.wire.reader import Reader
 from remus_ckpt.wire.states import BODIES, KINDS, TRANSITIONS, Course, Kind, State
 
@@ -87,7 +87,7 @@ def test_our_decoder(vector: dict[str, Any], command: Command, monkeypatch: pyte
 
 
 def _held(restorer: Restorer) -> str | None:
-    return None if restorer.in_force is None else hashlib.sha256(restorer.memory).hexdigest()
+    return None if restorer.in_force is None else hashlib.sha256(restorer.in_force.image).hexdigest()
 
 
 def _restored(data: bytes, dialect: Dialect, *, strict: bool, step: int = 1 << 30) -> tuple[int, bytes]:
@@ -110,7 +110,7 @@ def _restored(data: bytes, dialect: Dialect, *, strict: bool, step: int = 1 << 3
             if restorer.staged is not None:
                 done = restorer.commit()
                 lines.append({"offset": done.end, "event": "checkpoint", "epoch": done.epoch})
-                lines[-1]["memory_sha256"] = hashlib.sha256(done.memory).hexdigest()
+                lines[-1]["memory_sha256"] = hashlib.sha256(done.image).hexdigest()
         code = 0
     except StreamError as error:
         lines.append({"offset": error.offset, "event": "error", "memory_sha256": _held(restorer)})
@@ -347,8 +347,9 @@ def _reached(vector: dict[str, Any]) -> set[tuple[State, Kind]]:
         if course.state in BODIES:
             kind = _kind(data[error.offset :])
         elif course.state is State.HEADER or (course.state is State.FRONT and error.offset == 0):
-            behind = data[len(XL_MAGIC) + 16 :] if data.startswith(XL_MAGIC) else data
-            kind = Kind.FILE_HEADER if behind.startswith((XL_MAGIC, XEND_MAGIC)) else None
+            xl = FRONTS["xl"].magic
+            behind = data[len(xl) + 16 :] if data.startswith(xl) else data
+            kind = Kind.FILE_HEADER if behind.startswith(tuple(front.magic for front in FRONTS.values())) else None
         if kind is not None and (course.state, kind) not in TRANSITIONS:
             pairs.add((course.state, kind))
     return pairs

@@ -2,11 +2,12 @@
 """A plain decoder of the save stream, written from specs/ alone and in its order: the stream on standard input, one
 line of JSON for each event on standard output (conformance.md §2, §3). "§" without a name is of stream.md."""
 import bisect, hashlib, json, os, struct, sys
-PAGE, ONES, MIB = 4096, 0xFFFFFFFF, 1 << 20
+PAGE, ONES, MIB, OWN = 4096, 0xFFFFFFFF, 1 << 20, b"\x89REMUSck"
 LIMITS = dict(memory_bytes=65536 * MIB, checkpoint_bytes=16384 * MIB, checkpoint_entries=64 * MIB, vcpus=4096,  # §1.4
               compressed_chunk_bytes=64 * MIB, extended_info_bytes=MIB, xsave_bytes=65536, toolstack_bytes=16 * MIB,
               hvm_context_bytes=64 * MIB, device_state_bytes=256 * MIB, tmem_bytes=64 * MIB, file_header_bytes=16 * MIB)
-XL_MAGIC, XEND_MAGIC = b"Xen saved domain, xl format\n \0 \r", b"LinuxGuestRecord"
+FRONTS = {"xl": (b"Xen saved domain, xl format\n \0 \r", "<4I"), "xend": (b"LinuxGuestRecord", ">i"),  # §2: layout, in
+          "libvirt": (b"libvirt-xml\n \0 \r", "<2I40x"), "xenserver": (b"XenSavedDomain\n", "")}  # which length is last
 BLOCKS = {"vcpu": (5168, 2800), "extv": (0,), "xcnt": (4,)}  # §3.3
 CHUNKS = {-1: ("enable_verify_mode", "<", ""), -9: ("last_checkpoint", "<", ""), -13: ("enable_compression", "<", ""),
           -7: ("tsc_info", "<IQII", "mode nsec khz incarnation")}  # §4.7, §4.5
@@ -44,15 +45,14 @@ class Decoder:
     def deviation(self, true, offset, name, section):  # permissive.md
         need(not (true and self.strict), offset, section, name)
     def front(self):  # §2
-        if XL_MAGIC.startswith(bytes(self.data[:32])):  # all of it, or a cut one
-            order, flags = struct.unpack("<32x2I4x", self.take(44))
-            need(order == 0x01020304 and not flags & ~1, 32, "§2.1", "byte order, flags, or Xen v2", "unknown-format")
-            data = self.sized("file_header_bytes")
-            need(not data or int.from_bytes(data[:4], "little") <= len(data) - 4, 44, "§2.1", "more than the data")
-            self.say(0, "file_header", kind="xl", bytes=len(data))
-        elif self.data[:16] == XEND_MAGIC:
-            self.take(16)
-            self.say(0, "file_header", kind="xend", bytes=len(self.sized("file_header_bytes", 4, True, "big")))
+        for kind, (magic, layout) in FRONTS.items():
+            if not self.at and magic.startswith(bytes(self.data[: len(magic)])):  # all of it, or a cut one
+                fields = struct.unpack(layout, self.take(len(magic) + struct.calcsize(layout))[len(magic) :])
+                good = fields[0] == 0x1020304 and fields[1] < 2 if kind == "xl" else kind != "libvirt" or fields[0] == 1
+                need(good, 16, "§2", "byte order, flags, version, or Xen v2", "unknown-format")
+                need((size := sum(fields[-1:])) >= 0, 16, "§2.2", "a negative length")
+                limit("file_header_bytes", size, 16)
+                self.say(0, "file_header", kind=kind, bytes=len(self.take(size)))
     def header(self):  # §3, with the detection of §1.2
         self.front()
         at, first, fields, given = self.at, bytes(self.data[self.at : self.at + 16]), {}, self.word and self.guest
@@ -67,8 +67,7 @@ class Decoder:
         self.p2m_size = self.number(self.word)
         need(1 <= self.p2m_size <= 0x0FFFFFFF, at, "§3.1", "p2m_size is out of range")
         limit("memory_bytes", self.p2m_size * PAGE, at)
-        if self.guest == "pv":
-            self.pv_header(marked, fields)
+        if self.guest == "pv": self.pv_header(marked, fields)
         self.say(at, "header", word=self.word, guest=self.guest, p2m_size=self.p2m_size, **fields)
     def pv_header(self, marked, fields):  # §3.2 to §3.4
         info, total = {}, 0
@@ -175,20 +174,24 @@ class Decoder:
         at, signature = self.at, bytes(self.take(21))  # §7.2
         to_end, ours = signature == b"QemuDeviceModelRecord", signature == b"RemusDeviceModelState"
         need(to_end or ours or signature == b"DeviceModelRecord0002", at, "§7.2", "an unknown signature")
-        state = self.take(max(4, len(self.data) - self.at)) if to_end else self.sized("device_state_bytes")
+        self.last, how = self.last or to_end, (4, False, "little")
+        if to_end and self.data[self.at : self.at + 1] == b"\n":  # XenServer's
+            to_end, signature, how = False, signature + self.take(1), (4, False, "big")
+        state = self.take(max(4, len(self.data) - self.at)) if to_end else self.sized("device_state_bytes", *how)
         limit("device_state_bytes", len(state), at)
-        qevm, self.last = state[:4] == b"QEVM", self.last or to_end
-        need(qevm or not to_end and (not ours or state[:8] == b"\x89REMUSck"), self.at - len(state), "§7.2", "magic")
-        need(self.ours in (None, ours and not qevm), at, "§9.1", "a record in some checkpoints only")
+        qevm, own = state[:4] == b"QEVM", ours and (state[:8] == OWN or not any(pfns) and not context)  # §9.1
+        need(qevm or not to_end and (not own or state[:8] == OWN), self.at - len(state), "§7.2", "magic")
+        need(self.ours in (None, own and not qevm), at, "§9.1", "a record in some checkpoints only")
         return {"magic_pfns": pfns, "context_bytes": len(context), "signature": signature.decode(),
-                "device_state_bytes": len(state)}, state if ours and not qevm else None
+                "device_state_bytes": len(state)}, state if own and not qevm else None
     def checkpoint(self):  # §8.1: staged, checked, then applied
         self.entries, self.pages, self.joined, self.chunks = [], [], bytearray(), []
         self.body()
         self.tail_at, (tail, own), self.encoded = self.at, self.tail(), self.encoded or bool(self.joined)
         if not self.codec and self.joined:  # §1.2
             self.codec = "delta" if self.joined[:6] in (b"\x9c\xff\0\0\0\0", b"\x9b\xff\0\0\0\0") else "rle"
-        self.ours, epoch = own is not None, self.round if own is None else self.record(own)
+        self.ours = own is not None
+        epoch, size = self.record(own) if self.ours else (self.round, self.p2m_size * PAGE)
         if self.armed and self.round:
             walk = walk_delta if self.codec == "delta" else walk_rle
             self.check_pages(walk)
@@ -196,17 +199,17 @@ class Decoder:
         self.say(self.tail_at, "tail", end=self.at, **tail)
         for page, data in enumerate(self.pages):
             self.write(page, 0, data)
-        self.begun, self.round = self.at, self.round + 1
+        self.begun, self.round, self.size = self.at, self.round + 1, size
         self.say(self.at, "checkpoint", epoch=epoch, memory_sha256=self.digest())
     def digest(self):  # of the memory in force
         digest = hashlib.sha256()
         for pfn in range(self.p2m_size if self.round else 0):
-            digest.update(self.memory.get(pfn, bytes(PAGE)))
+            digest.update(self.memory.get(pfn, bytes(PAGE))[: self.size - pfn * PAGE])
         return digest.hexdigest() if self.round else None
     def write(self, page, offset, data):
         if data and self.entries[page][1]:  # §8.5
             self.memory.setdefault(self.entries[page][0], bytearray(PAGE))[offset : offset + len(data)] = data
-    def record(self, state):  # §9.2 to §9.4; returns the epoch
+    def record(self, state):  # §9.2 to §9.4; returns the epoch and the size of memory
         at, digest = self.at - len(state), hashlib.sha256(self.data[self.begun : self.at - 32]).digest()
         need(len(state) > 40 and digest == state[-32:], at, "§9.4", "not the digest of the checkpoint")
         inner = Decoder(state[8:-32])
@@ -216,28 +219,25 @@ class Decoder:
             fields = None
         need(type(fields) is dict and inner.at == len(inner.data), at, "§9.2", "not just one msgpack map")
         need(type(fields.get("version")) is not int or fields["version"] == 1, at, "§9.2", "version", "unknown-format")
-        for key, types in KEYS.items():
-            need(isinstance(fields.get(key, ()), types), at, "§9.2", f"{key} is missing or of another type")
+        for key, types in KEYS.items(): need(isinstance(fields.get(key, ()), types), at, "§9.2", f"{key} is missing")
         epoch, before, after = fields["epoch"], fields["before"], fields["after"]
+        size = fields.get("memory_bytes", self.p2m_size * PAGE)
+        need(type(size) is int and -(-size // PAGE) == self.p2m_size, at, "§9.2", "memory_bytes")
         for pair in [after] if before is None else [after, before]:
             need([type(part) for part in pair] == [int, bytes] and len(pair[1]) == 32, at, "§9.2", "not a position")
         need(after[0] == epoch >= 0 and (before is None or before[0] == epoch - 1), at, "§9.2", "epochs disagree")
         need(self.position in (None, before), at, "§9.3", "this does not follow the record before")
         self.position, self.codecs = after, self.codecs | {fields["codec"]}
         need(not self.encoded or self.codecs == {self.codec}, at, "§9.2", "codec is not that of the data")
-        return epoch
+        return epoch, size
     def msgpack(self):  # one value; of a map the text keys
         tag, sized = self.number(1), lambda first, one=1: self.number(one << tag - first, order="big")
         if tag < 0x80 or tag > 0xDF or tag == 0xC0:
             return None if tag == 0xC0 else tag - (tag & 0x80) * 2
-        if tag in SKIPPED:  # of the keys that are not known here
-            return self.take(SKIPPED[tag])
-        if 0xC4 <= tag <= 0xC9:
-            return bytes(self.take(sized(0xC4))) if tag < 0xC7 else self.take(sized(0xC7) + 1)
-        if 0xCC <= tag <= 0xD3:
-            return self.number(1 << (tag & 3), tag > 0xCF, "big")
-        if 0xA0 <= tag <= 0xDB:
-            return str(self.take(tag & 31 if tag < 0xC0 else sized(0xD9)), "utf-8")
+        if tag in SKIPPED: return self.take(SKIPPED[tag])  # of the keys that are not known here
+        if 0xC4 <= tag <= 0xC9: return bytes(self.take(sized(0xC4))) if tag < 0xC7 else self.take(sized(0xC7) + 1)
+        if 0xCC <= tag <= 0xD3: return self.number(1 << (tag & 3), tag > 0xCF, "big")
+        if 0xA0 <= tag <= 0xDB: return str(self.take(tag & 31 if tag < 0xC0 else sized(0xD9)), "utf-8")
         count = tag & 15 if tag < 0xA0 else sized(tag & 0xFE, 2)
         if tag in range(0x90, 0xA0) or tag in (0xDC, 0xDD):
             return [self.msgpack() for _ in range(count)]

@@ -275,8 +275,12 @@ class Source:
         content: dict[int, bytes] = {}
         if pages and pages[0].startswith("sha256="):
             return pages[0].removeprefix("sha256=")
+        size = self.p2m_size * PAGE_BYTES
         for part in pages:
             numbers, _, value = part.partition("=")
+            if numbers == "bytes":
+                size = int(value)
+                continue
             first, _, last = numbers.partition("-")
             for number in range(int(first, 0), int(last or first, 0) + 1):
                 content[number] = _page(value)
@@ -284,7 +288,7 @@ class Source:
             raise ValueError("a page beyond memory")
         digest = hashlib.sha256()
         for number in range(self.p2m_size):
-            digest.update(content.get(number, bytes(PAGE_BYTES)))
+            digest.update(content.get(number, bytes(PAGE_BYTES))[: size - number * PAGE_BYTES])
         return digest.hexdigest()
 
     def _resolve(self, value: Any) -> Any:

@@ -25,11 +25,10 @@ from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import RemusError, SourceError
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
-from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.sender import Sender
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.walk import complain, errors
+from remus_ckpt.walk import errors
 
 
 @app.command(short_help="Take checkpoints of live shared memory.")
@@ -67,8 +66,6 @@ def record(
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
         source = SharedFile(file, Processes(pid))
         stack.callback(source.close)
-        if source.size % PAGE_SIZE:
-            complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
         writer = StreamWriter(output)
         stack.callback(writer.close)
         sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))

@@ -35,7 +35,7 @@ class GuestName(StrEnum):
     pv = "pv"
 
 
-Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; .xz, .zst, .lz4 and .gz as they are.")]
+Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; xz, zst, lz4, gz and bz2 as they are.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]

@@ -94,10 +94,10 @@ def restore_from_store(
 
     entry, found, fault = _read_good(text, history, at, as_json, read)
     if output == "-":
-        sys.stdout.buffer.write(found.memory.reshape(-1).data)
+        sys.stdout.buffer.write(found.image.data)
         sys.stdout.buffer.flush()
     elif Path(output).exists() and not Path(output).is_file():
-        save_image(found.memory, output)
+        save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
         write_out(str(device_state), found.device_state)
     if as_json and output != "-":

@@ -91,9 +91,10 @@ def encode(
     pages = max(pages_for(size) for size in sizes)
     if not pages:
         raise typer.BadParameter("the images are empty")
-    for path, size in zip(images, sizes, strict=True):
-        if size != pages * PAGE_SIZE:
-            complain(f"{path}: {size} bytes, padded with zeros to {pages} pages of {PAGE_SIZE}")
+    for number, size in enumerate(sizes):
+        if pages_for(size) != pages:
+            sizes[number] = max(sizes)
+            complain(f"{images[number]}: {size} bytes, padded with zeros to {sizes[number]}")
     reference: Reference = Lru(reference_pages) if reference_pages else Shadow(zeros(pages))
     sender = Sender(pages, codec=codec.value, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
     listed = []
@@ -104,7 +105,8 @@ def encode(
             for number, path in enumerate(images):
                 image = load_image(path, pages)
                 start = writer.written
-                for group in sender.checkpoint(_scan(image, dirty_pages(image, before))):
+                scan = _scan(image, dirty_pages(image, before))
+                for group in sender.checkpoint(scan, memory_bytes=sizes[number]):
                     writer.write(group)
                 sent = sender.sent
                 assert sent is not None
@@ -175,10 +177,10 @@ def restore(
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
-        sys.stdout.buffer.write(walk.restorer.memory.reshape(-1).data)
+        sys.stdout.buffer.write(found.image.data)
         sys.stdout.buffer.flush()
     else:
-        save_image(walk.restorer.memory, output)
+        save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
         write_out(str(device_state), found.device_state)
     if as_json and output != "-":
@@ -269,7 +271,7 @@ def print_events(
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=True)
 
     def held() -> str | None:
-        return None if walk.restorer.in_force is None else memory_sha256(walk.restorer.memory)
+        return None if walk.restorer.in_force is None else memory_sha256(walk.restorer.in_force.image)
 
     for event in walk.events():
         line = describe(event)
@@ -279,7 +281,7 @@ def print_events(
         if walk.restorer.staged is not None:
             done = walk.restorer.commit()
             line = {"offset": done.end, "event": "checkpoint", "epoch": done.epoch}
-            print(json.dumps(line | {"memory_sha256": memory_sha256(done.memory)}))
+            print(json.dumps(line | {"memory_sha256": memory_sha256(done.image)}))
     if walk.error is not None:
         kind = {UnknownFormat: "unknown-format", LimitExceeded: "limit"}.get(type(walk.error), "malformed")
         where = {"offset": walk.error.offset, "event": "error", "kind": kind, "section": walk.error.section}
@@ -326,7 +328,7 @@ def verify(
     for checkpoint in walk.checkpoints():
         row = list_checkpoint(checkpoint)
         if hashes:
-            row["memory_sha256"] = memory_sha256(checkpoint.memory)
+            row["memory_sha256"] = memory_sha256(checkpoint.image)
         listed.append(row)
     summary = walk.summary(listed)
     if as_json:
@@ -357,31 +359,34 @@ def diff(
     Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img
     """
     if third is None:
-        sizes = [pages_for(os.stat(path).st_size) for path in (first, second)]
-        one, other = (load_image(path, max(sizes)) for path in (first, second))
+        sizes = [os.stat(path).st_size for path in (first, second)]
+        one, other = (load_image(path, pages_for(max(sizes))) for path in (first, second))
         numbers = dirty_pages(one, other)
         before, after = gather(one, numbers), gather(other, numbers)
         in_bytes = differing_ranges(numbers, before, after)
     else:
         if not second.isdecimal():
             raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
-        numbers, before, after = _differing_pages(
-            walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json), int(second), third
-        )
+        walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
+        numbers, before, after, sizes = _differing_pages(walk, int(second), third)
         in_bytes = differing_ranges(numbers, before, after)
     ranges = list(in_bytes)
     count = sum(stop - start for start, stop in ranges)
     if as_json:
-        print_json({"pages": len(numbers), "bytes": int((before != after).sum()), "ranges": ranges})
+        found = {"pages": len(numbers), "bytes": int((before != after).sum()), "ranges": ranges}
+        print_json(found | {"memory_bytes": sizes})
         return
     for start, stop in ranges:
         out.print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
     out.print(f"{len(numbers):,} pages differ, in {count:,} bytes and {len(ranges):,} ranges")
+    if sizes[0] != sizes[1]:
+        out.print(f"the first has {sizes[0]:,} bytes, the second {sizes[1]:,}")
 
 
-def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages]:
-    """The pages that differ between two checkpoints, before and after."""
+def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages, list[int]]:
+    """The pages that differ between two checkpoints, before and after; and the sizes of both in bytes."""
     low, high = sorted((one, other))
+    sizes: dict[int, int] = {}
     numbers = np.empty(0, dtype=np.int64)
     saved: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
     reached = None
@@ -394,7 +399,9 @@ def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64
             fresh = np.setdiff1d(staged.pfns, numbers)
             numbers = np.concatenate([numbers, fresh])
             saved = np.concatenate([saved, walk.restorer.memory[fresh]])
-        epoch = walk.restorer.commit().epoch
+        checkpoint = walk.restorer.commit()
+        epoch = checkpoint.epoch
+        sizes[epoch] = checkpoint.memory_bytes
         if epoch == low:
             reached = epoch
         if epoch == high:
@@ -410,7 +417,7 @@ def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64
     now = walk.restorer.memory[numbers]
     differ = (saved != now).any(axis=1)
     pair = (saved[differ], now[differ])
-    return (numbers[differ], *(pair if one <= other else pair[::-1]))
+    return (numbers[differ], *(pair if one <= other else pair[::-1]), [sizes[one], sizes[other]])
 
 
 @app.command(short_help="Print pages of a checkpoint.")
@@ -435,16 +442,17 @@ def extract(
     keep_what_is_there(overwrite, output)
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
-    memory = walk.restorer.memory
-    numbers = _page_range(pfn, len(memory))
+    numbers = _page_range(pfn, len(found.memory))
+    # The last page may end before its 4,096 bytes do.
+    pieces = [found.image[number * PAGE_SIZE : (number + 1) * PAGE_SIZE].tobytes() for number in numbers]
     if as_json:
-        pages = [{"pfn": number, "hex": memory[number].tobytes().hex()} for number in numbers]
+        pages = [{"pfn": number, "hex": piece.hex()} for number, piece in zip(numbers, pieces, strict=True)]
         print_json({"epoch": found.epoch, "pages": pages})
     elif hexdump or (output == "-" and sys.stdout.isatty()):
-        text = "\n".join(line for number in numbers for line in _hexdump(number, memory[number].tobytes())) + "\n"
-        write_out(output, text.encode())
+        lines = (line for number, piece in zip(numbers, pieces, strict=True) for line in _hexdump(number, piece))
+        write_out(output, ("\n".join(lines) + "\n").encode())
     else:
-        write_out(output, b"".join(memory[number].tobytes() for number in numbers))
+        write_out(output, b"".join(pieces))
     walk.fail_if_corrupt()
 
 
@@ -464,16 +472,16 @@ def _page_range(text: str, pages: int) -> list[int]:
 
 def _hexdump(number: int, page: bytes) -> Iterator[str]:
     repeated = False
-    for start in range(0, PAGE_SIZE, 16):
+    for start in range(0, len(page), 16):
         row = page[start : start + 16]
-        if start and row == page[start - 16 : start] and start < PAGE_SIZE - 16:
+        if start and row == page[start - 16 : start] and start < len(page) - 16:
             if not repeated:
                 yield "*"
             repeated = True
             continue
         repeated = False
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
-        yield f"{number * PAGE_SIZE + start:012x}  {row[:8].hex(' ')}  {row[8:].hex(' ')}  |{text}|"
+        yield f"{number * PAGE_SIZE + start:012x}  {row[:8].hex(' '):23}  {row[8:].hex(' '):23}  |{text}|"
 
 
 @app.command(short_help="Say which kernels run, and why.")

@@ -18,11 +18,13 @@ class Source(Protocol):
     """Memory that somebody else writes.
 
     pages: its size in pages
+    size: in bytes; the last page may be padded with zeros
     shadow: uint8[pages, 4096], what the last checkpoint held. The sender takes its deltas against the same copy and
         brings it up to date.
     """
 
     pages: int
+    size: int
     shadow: Pages
 
     def pause(self) -> None:

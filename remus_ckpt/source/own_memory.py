@@ -107,6 +107,8 @@ class OwnMemory:
         """What lies where; it belongs in front of the device state of every checkpoint."""
         self.manifest.pack()  # a dtype that cannot be written down is found here, not at the first checkpoint
         self.pages = self.manifest.pages
+        ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
+        self.size = max(ends, default=PAGE_SIZE)
         self.shadow: Pages = zeros(self.pages)
         self._starts = np.array([part.first for part in self._parts], dtype=np.int64)
 

@@ -493,6 +493,7 @@ class History:
         home = MappedFile(temporary)
         try:
             checkpoint, _ = self._read(at, home, progress)
+            home.cut(checkpoint.memory_bytes)
             if sync:
                 home.sync()
             with guarding(target):

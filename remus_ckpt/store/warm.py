@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import StoreError
-from remus_ckpt.pages import PAGE_SIZE, Pages
+from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.store.disk import appearing, guarding
 
 _COPY_BYTES = 1 << 22
@@ -78,20 +78,20 @@ class MappedFile:
                 self.has_room[start:end] = True
 
     def check(self) -> None:
-        """Raise WarmCopyDamaged if the file has become shorter: to touch what is missing ends the process."""
-        size, whole = os.fstat(self.fd).st_size, len(self.has_room) * PAGE_SIZE
-        if size < whole:
+        """Raise WarmCopyDamaged if the file has lost pages: to touch what is missing ends the process."""
+        size, whole = os.fstat(self.fd).st_size, len(self.has_room)
+        if pages_for(size) < whole:
             raise WarmCopyDamaged(
-                f"{self.path}: the warm copy has {size} bytes of {whole}: somebody has cut it; it is made anew from "
-                "the segments"
+                f"{self.path}: the warm copy has {size} bytes of {whole * PAGE_SIZE}: somebody has cut it; it is made "
+                "anew from the segments"
             )
 
-    def copy(self, path: Path) -> None:
-        """Copy it to a file that appears when it is whole and durable. Raises StoreError."""
+    def copy(self, path: Path, size: int) -> None:
+        """Copy its first bytes to a file that appears when it is whole and durable. Raises StoreError."""
         edges = np.flatnonzero(np.diff(self.has_room, prepend=False, append=False)).reshape(-1, 2) * PAGE_SIZE
         with appearing(path) as descriptor:
-            os.ftruncate(descriptor, len(self.has_room) * PAGE_SIZE)
-            for start, stop in edges.tolist():
+            os.ftruncate(descriptor, size)
+            for start, stop in np.minimum(edges, size).tolist():
                 at = start
                 while at < stop:
                     at += _copy_range(self.fd, descriptor, at, stop - at)
@@ -101,13 +101,20 @@ class MappedFile:
         with guarding(self.path):
             os.fsync(self.fd)
 
-    def hand_out(self, path: Path) -> None:
+    def cut(self, size: int) -> None:
+        """Let the file end within its last page, whose rest in memory is zeros then. Raises StoreError."""
+        with guarding(self.path):
+            os.ftruncate(self.fd, size)
+
+    def hand_out(self, path: Path, size: int) -> None:
         """Give the file to somebody else, under another name: it is not removed with this.
 
+        size: its bytes, which end in its last page
         Raises StoreError, as `check` too.
         """
         assert self.path is not None, "it has been handed out before"
         self.check()
+        self.cut(size)
         own, self.path = self.path, None  # before the other has it: from then on nobody here may believe what it holds
         try:
             with guarding(own):

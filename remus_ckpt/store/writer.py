@@ -487,7 +487,7 @@ class HistoryWriter:
                 raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
             if self._is_torn or chain.home.path is None:  # half applied, or in the hands of another who writes to it
                 return self.history.restore_image(path, held.epoch)
-            chain.home.copy(Path(path))
+            chain.home.copy(Path(path), held.memory_bytes)
             return held
 
     # Receiving
@@ -979,7 +979,7 @@ class HistoryWriter:
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
                 self.history.restore_image(image, self.position.epoch)
             else:
-                chain.home.hand_out(image)
+                chain.home.hand_out(image, checkpoint.memory_bytes)
             self._keep_room(checkpoint)
             return image, device_state
 

@@ -98,6 +98,8 @@ CHUNKS: dict[int, ChunkKind] = {
 
 I32 = struct.Struct("<i")
 U32 = struct.Struct("<I")
+U32_BE = struct.Struct(">I")
+LIBVIRT_HEADER = struct.Struct("<2I40x")  # version, length of the XML
 U64 = struct.Struct("<Q")
 PARAM = struct.Struct("<IQ")
 TSC_INFO = struct.Struct("<IQII")
@@ -117,6 +119,8 @@ class Signature(bytes, Enum):
 
     QEMU = b"QemuDeviceModelRecord"
     """The rest of the stream is the state: no checkpoint can follow."""
+    XENSERVER = b"QemuDeviceModelRecord\n"
+    """As long as it says, in big-endian; no checkpoint follows."""
     XL = b"DeviceModelRecord0002"
     REMUS = b"RemusDeviceModelState"
 

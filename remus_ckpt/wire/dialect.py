@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from remus_ckpt.errors import UnknownFormat
 from remus_ckpt.pages import MAX_BATCH_ENTRIES
@@ -15,8 +15,24 @@ StreamCodec = Literal["delta", "rle"]
 STREAM_CODECS: tuple[StreamCodec, ...] = get_args(StreamCodec)
 
 V2_MAGIC = b"\xff" * 8 + b"XENF"
-XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
-XEND_MAGIC = b"LinuxGuestRecord"
+
+
+class Front(NamedTuple):
+    """What a file header begins with, and where it is described."""
+
+    magic: bytes
+    section: str
+
+
+FRONTS: dict[str, Front] = {
+    "xl": Front(b"Xen saved domain, xl format\n \0 \r", "stream.md §2.1"),
+    "xend": Front(b"LinuxGuestRecord", "stream.md §2.2"),
+    "libvirt": Front(b"libvirt-xml\n \0 \r", "stream.md §2.4"),
+    "xenserver": Front(b"XenSavedDomain\n", "stream.md §2.5"),
+}
+"""Who writes one → what it is."""
+FRONT_BYTES = 12
+"""How much of a file header tells it from the others, and from a stream."""
 DETECT_BYTES = 16
 """How much of the header the detection looks at."""
 CODEC_BYTES = 6
@@ -26,10 +42,16 @@ _DELTA_OPENINGS = (b"\x9c\xff\0\0\0\0", b"\x9b\xff\0\0\0\0")
 _OTHERS = {
     b"\x7fELF": "an ELF file",
     b"QEVM": "a QEMU migration stream",
+    b"LibvirtQemudSave": "a QEMU guest that libvirt has saved (`virsh restore` runs it)",
+    b"LibvirtQemudPart": "a QEMU guest that libvirt has not finished saving",
+    b"XenSavedDomv2-\n": "a guest saved by XenServer 6.5 or later, in a format of its own",
+    b"LibxlFmt": "a libxl v2 stream (from Xen 4.6 on)",
     b"\x28\xb5\x2f\xfd": "zstd data",
     b"\xfd7zXZ\0": "xz data",
     b"\x1f\x8b": "gzip data",
+    b"BZh": "bzip2 data",
     b"\x04\x22\x4d\x18": "lz4 data",
+    b"\x02\x21\x4c\x18": "lz4 data in the frames of its first versions (unpack it with `lz4 -dc`)",
 }
 
 

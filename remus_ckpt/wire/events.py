@@ -26,13 +26,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileHeader(Event):
-    """What xl or xend put in front of the stream (specs/stream.md §2)."""
+    """What a toolstack put in front of the stream (specs/stream.md §2)."""
 
-    kind: Literal["xl", "xend"]
+    kind: Literal["xl", "xend", "libvirt", "xenserver"]
     mandatory_flags: int = 0
     optional_flags: int = 0
     data: bytes
-    """xl: all of the optional data; xend: the configuration."""
+    """xl: all of the optional data; xend: the configuration; libvirt: the domain's XML."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
-from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer
+from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, pages_for
 from remus_ckpt.wire import chunks, events
 from remus_ckpt.wire.chunks import ChunkId, ChunkKind, Layout, Signature
 from remus_ckpt.wire.dialect import (
     CODEC_BYTES,
     DETECT_BYTES,
+    FRONT_BYTES,
+    FRONTS,
     V2_MAGIC,
-    XEND_MAGIC,
-    XL_MAGIC,
     Dialect,
     StreamCodec,
     Word,
@@ -351,17 +351,17 @@ class Reader:
     # The grammar, in the order of the specification
 
     def _stream(self) -> Parser:
-        front = yield from self._peek(len(V2_MAGIC))
+        front = yield from self._peek(FRONT_BYTES)
         if front == V2_MAGIC:
             raise UnknownFormat(
                 "this is a Xen v2 stream (from 4.6 on); only the legacy stream is read here",
                 offset=0,
                 section="stream.md §2.3",
             )
-        if front and XL_MAGIC.startswith(front):
-            yield from self._xl_header()
-        elif front and XEND_MAGIC.startswith(front):
-            yield from self._xend_header()
+        for kind, (magic, section) in FRONTS.items():
+            if front and magic.startswith(front):
+                yield from self._file_header(kind, magic, section)
+                break
         yield from self._header()
         yield from self._checkpoints()
 
@@ -377,19 +377,32 @@ class Reader:
             self._refuse(f"it may not stand in the {where.value}", event.offset, section, chunk)
         yield event
 
-    def _xl_header(self) -> Parser:
+    def _file_header(self, kind: str, magic: bytes, section: str) -> Parser:
+        """§2"""
+        yield from self._have(len(magic))
+        if self._small[self._begin : self._begin + len(magic)] != magic:
+            self._refuse(f"the file header begins like that of {kind} and goes on otherwise", 0, section)
+        self._begin += len(magic)
+        header = yield from {
+            "xl": self._xl_header,
+            "xend": self._xend_header,
+            "libvirt": self._libvirt_header,
+            "xenserver": self._xenserver_header,
+        }[kind]()
+        yield from self._emit(header, section, None)
+
+    def _configuration(self, length: int, offset: int, section: str) -> Generator[events.Event | None, None, bytes]:
+        self._limit(length, "file_header_bytes", offset, section, None, "the configuration's length")
+        data = yield from self._bytes(length)
+        return data.tobytes()
+
+    def _xl_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.1"""
-        yield from self._have(len(XL_MAGIC))
-        magic = self._small[self._begin : self._begin + len(XL_MAGIC)]
-        if magic != XL_MAGIC:
-            self._refuse("the file header begins like xl's and goes on otherwise", 0, "stream.md §2.1")
-        self._begin += len(XL_MAGIC)
+        section = "stream.md §2.1"
         order, mandatory, optional, length = yield from self._unpack(struct.Struct("<4I"))
         if order != 0x01020304:
             raise UnknownFormat(
-                f"the byte order mark is {order:#010x}: only little-endian streams are read",
-                offset=32,
-                section="stream.md §2.1",
+                f"the byte order mark is {order:#010x}: only little-endian streams are read", offset=32, section=section
             )
         if mandatory & 2:
             raise UnknownFormat(
@@ -399,27 +412,39 @@ class Reader:
             )
         if mandatory & ~1:
             raise UnknownFormat(
-                f"xl's header has the unknown mandatory flags {mandatory:#x}", offset=36, section="stream.md §2.1"
+                f"xl's header has the unknown mandatory flags {mandatory:#x}", offset=36, section=section
             )
-        self._limit(length, "file_header_bytes", 44, "stream.md §2.1", None, "the optional data's length")
-        data = yield from self._bytes(length)
-        header = events.FileHeader(
-            kind="xl", mandatory_flags=mandatory, optional_flags=optional, data=data.tobytes(), offset=0
-        )
-        yield from self._emit(header, "stream.md §2.1", None)
+        data = yield from self._configuration(length, 44, section)
+        return events.FileHeader(kind="xl", mandatory_flags=mandatory, optional_flags=optional, data=data, offset=0)
 
-    def _xend_header(self) -> Parser:
+    def _xend_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.2"""
-        yield from self._have(len(XEND_MAGIC))
-        if self._small[self._begin : self._begin + len(XEND_MAGIC)] != XEND_MAGIC:
-            self._refuse("the file header begins like xend's and goes on otherwise", 0, "stream.md §2.2")
-        self._begin += len(XEND_MAGIC)
         (length,) = yield from self._unpack(struct.Struct(">i"))
         if length < 0:
             self._refuse(f"the configuration has the length {length}", 16, "stream.md §2.2")
-        self._limit(length, "file_header_bytes", 16, "stream.md §2.2", None, "the configuration's length")
-        data = yield from self._bytes(length)
-        yield from self._emit(events.FileHeader(kind="xend", data=data.tobytes(), offset=0), "stream.md §2.2", None)
+        data = yield from self._configuration(length, 16, "stream.md §2.2")
+        return events.FileHeader(kind="xend", data=data, offset=0)
+
+    def _libvirt_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
+        """§2.4"""
+        version, length = yield from self._unpack(chunks.LIBVIRT_HEADER)
+        if version == 2:
+            raise UnknownFormat(
+                "libvirt's header announces a v2 stream (Xen 4.6 or later); only the legacy stream is read",
+                offset=16,
+                section="stream.md §2.3",
+            )
+        if version != 1:
+            raise UnknownFormat(
+                f"libvirt's header has the version {version:#x}; 1 is read here", offset=16, section="stream.md §2.4"
+            )
+        data = yield from self._configuration(length, 20, "stream.md §2.4")
+        return events.FileHeader(kind="libvirt", data=data, offset=0)
+
+    def _xenserver_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
+        """§2.5: there is nothing but the magic."""
+        yield from ()
+        return events.FileHeader(kind="xenserver", data=b"", offset=0)
 
     def _header(self) -> Parser:
         """§3"""
@@ -722,6 +747,9 @@ class Reader:
         except ValueError:
             self._refuse(f"the device model's record has the signature {raw!r}", here, "stream.md §7.2", "tail")
         self._begin += chunks.SIGNATURE_BYTES
+        if signature is Signature.QEMU and (yield from self._peek(1)) == b"\n":
+            signature = Signature.XENSERVER
+            self._begin += 1
         here = self._offset
         record = None
         if signature is Signature.QEMU:
@@ -733,12 +761,14 @@ class Reader:
             # The state ends with the bytes, and the stream with it.
             self._course.last_checkpoint = True
         else:
-            (size,) = yield from self._unpack(chunks.U32)
+            (size,) = yield from self._unpack(chunks.U32_BE if signature is Signature.XENSERVER else chunks.U32)
             self._limit(size, "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
             if signature is Signature.REMUS:
-                state, record = yield from self._remus_state(size)
+                has_our_shape = not any(magic_pfns) and not len(context)
+                state, record = yield from self._remus_state(size, has_our_shape)
             else:
                 state = (yield from self._bytes(size)).tobytes()
+                self._course.last_checkpoint |= signature is Signature.XENSERVER
         if record is None:
             if self._position is not None:
                 self._refuse("a checkpoint without a record behind one that has it", here, "stream.md §9.2", "tail")
@@ -765,13 +795,17 @@ class Reader:
             self._begin = self._stop
             self._limit(len(parts), "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
 
-    def _remus_state(self, size: int) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
-        """§9.2. A record of this signature is QEMU's, or ours and right."""
+    def _remus_state(
+        self, size: int, has_our_shape: bool
+    ) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
+        """§9.2. A record of this signature is Xen's, or ours and right."""
         start = self._offset
         data = (yield from self._bytes(max(size - DIGEST_BYTES, 0))).tobytes()
-        if data.startswith(chunks.QEMU_MAGIC) or size < DIGEST_BYTES + len(RECORD_MAGIC):
+        if not data.startswith(RECORD_MAGIC):
             data += (yield from self._bytes(size - len(data))).tobytes()
-            if data.startswith(chunks.QEMU_MAGIC):
+            # Xen's tail is never of our shape, so that in this shape a damaged record of ours is none of Xen's.
+            is_short = data.startswith(RECORD_MAGIC)
+            if data.startswith(chunks.QEMU_MAGIC) or not (has_our_shape or is_short):
                 return data, None
             self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
         if self._hash is None:
@@ -781,8 +815,6 @@ class Reader:
         stated = (yield from self._bytes(DIGEST_BYTES)).tobytes()
         # The checksum first: what it does not cover is not worth reading.
         if stated != digest:
-            if not data.startswith(RECORD_MAGIC):
-                self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
             self._refuse(
                 "the checkpoint's SHA-256 is not the one it carries: bytes in it have changed",
                 start,
@@ -795,6 +827,14 @@ class Reader:
                 f"the record follows position {record.before}, the checkpoint before made {self._position}",
                 start,
                 "stream.md §9.3",
+                "tail",
+            )
+        if record.memory_bytes is not None and pages_for(record.memory_bytes) != self._p2m_size:
+            self._refuse(
+                f"the record speaks of {record.memory_bytes} bytes, which do not end in the last of "
+                f"{self._p2m_size} pages",
+                start,
+                "stream.md §9.2",
                 "tail",
             )
         if self.dialect.codec not in (None, record.codec):

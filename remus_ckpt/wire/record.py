@@ -63,6 +63,7 @@ class CheckpointRecord:
     codec: of the compressed checkpoints of this stream
     before, after: the position that this checkpoint follows (None: nothing) and the one that it makes
     device_state: the user's own bytes
+    memory_bytes: of memory, which may end within its last page; None: with it
     """
 
     epoch: int
@@ -71,6 +72,7 @@ class CheckpointRecord:
     before: Position | None
     after: Position
     device_state: bytes = b""
+    memory_bytes: int | None = None
 
     def pack(self) -> bytes:
         """The record's bytes without the SHA-256 that stands behind them."""
@@ -83,6 +85,8 @@ class CheckpointRecord:
             "after": [self.after.epoch, self.after.digest],
             "device_state": self.device_state,
         }
+        if self.memory_bytes is not None:
+            fields["memory_bytes"] = self.memory_bytes
         packed: bytes = msgpack.packb(fields, use_bin_type=True)
         return RECORD_MAGIC + packed
 
@@ -112,6 +116,7 @@ class CheckpointRecord:
                 before=None if before is None else Position(*before),
                 after=Position(*fields["after"]),
                 device_state=_typed(fields["device_state"], bytes),
+                memory_bytes=_typed(fields["memory_bytes"], int) if "memory_bytes" in fields else None,
             )
         except UnknownFormat:
             raise

@@ -14,7 +14,7 @@ import numpy as np
 from remus_ckpt.pages import Buffer
 from remus_ckpt.wire import chunks, events
 from remus_ckpt.wire.chunks import ChunkId, Signature
-from remus_ckpt.wire.dialect import XEND_MAGIC, XL_MAGIC, Word
+from remus_ckpt.wire.dialect import FRONTS, Word
 from remus_ckpt.wire.states import Course
 
 
@@ -113,10 +113,14 @@ class Writer:
 
     def _file_header(self, event: events.FileHeader) -> list[Buffer]:
         """§2"""
-        if event.kind == "xend":
-            return [XEND_MAGIC + struct.pack(">i", len(event.data)), event.data]
-        head = struct.pack("<4I", 0x01020304, event.mandatory_flags, event.optional_flags, len(event.data))
-        return [XL_MAGIC + head, event.data]
+        length = len(event.data)
+        head = {
+            "xl": struct.pack("<4I", 0x01020304, event.mandatory_flags, event.optional_flags, length),
+            "xend": struct.pack(">i", length),
+            "libvirt": chunks.LIBVIRT_HEADER.pack(1, length),
+            "xenserver": b"",
+        }
+        return [FRONTS[event.kind].magic + head[event.kind], event.data]
 
     def _header(self, event: events.Header) -> list[Buffer]:
         """§3"""
@@ -165,7 +169,7 @@ class Writer:
         head = chunks.HVM_MAGIC_PFNS.pack(*event.magic_pfns) + chunks.U32.pack(len(event.context)) + event.context
         head += event.signature.value
         if event.signature is not Signature.QEMU:
-            head += chunks.U32.pack(size)
+            head += (chunks.U32_BE if event.signature is Signature.XENSERVER else chunks.U32).pack(size)
         return [head, state]
 
     def _tail_pv(self, event: events.TailPv) -> list[Buffer]:

@@ -37,6 +37,8 @@ seq:
       cases:
         '"Xen saved do"': xl_header
         '"LinuxGuestRe"': xend_header
+        '"libvirt-xml\n"': libvirt_header
+        '"XenSavedDoma"': xenserver_header
     if: has_file_header
     doc-ref: specs/stream.md §2
   - id: header
@@ -65,7 +67,8 @@ instances:
     doc: What a file header is recognised by.
     doc-ref: specs/stream.md §2
   has_file_header:
-    value: front == "Xen saved do" or front == "LinuxGuestRe"
+    value: >-
+      front == "Xen saved do" or front == "LinuxGuestRe" or front == "libvirt-xml\n" or front == "XenSavedDoma"
     doc-ref: specs/stream.md §2
   all_ones:
     value: 'word == 8 ? 0xffffffffffffffff : 0xffffffff'
@@ -168,6 +171,34 @@ types:
       - id: data
         size: len_data
         doc-ref: specs/stream.md §2.2
+
+  libvirt_header:
+    doc-ref: specs/stream.md §2.4
+    seq:
+      - id: magic
+        contents: ["libvirt-xml", 0x0a, 0x20, 0x00, 0x20, 0x0d]
+        doc-ref: specs/stream.md §2.4
+      - id: version
+        type: u4
+        valid: 1
+        doc: A stream with version 2 is Xen v2.
+        doc-ref: specs/stream.md §2.4, §2.3
+      - id: len_data
+        type: u4
+        doc-ref: specs/stream.md §2.4
+      - id: unused
+        size: 40
+        doc-ref: specs/stream.md §2.4
+      - id: data
+        size: len_data
+        doc-ref: specs/stream.md §2.4
+
+  xenserver_header:
+    doc-ref: specs/stream.md §2.5
+    seq:
+      - id: magic
+        contents: ["XenSavedDomain", 0x0a]
+        doc-ref: specs/stream.md §2.5
 
   # Header
 
@@ -757,25 +788,51 @@ types:
           cases:
             '"QemuDeviceModelRecord"': endless_record
             '"DeviceModelRecord0002"': xl_record
-            '"RemusDeviceModelState"': remus_record
+            '"RemusDeviceModelState"': remus_record(has_own_shape)
         doc-ref: specs/stream.md §7.2
     instances:
+      has_own_shape:
+        value: magic_pfns[0] == 0 and magic_pfns[1] == 0 and magic_pfns[2] == 0 and len_context == 0
+        doc-ref: specs/stream.md §9.1
       is_endless:
         value: signature == "QemuDeviceModelRecord"
         doc-ref: specs/stream.md §7.2
       is_own:
-        value: 'signature == "RemusDeviceModelState" ? not record.as<remus_record>.body.is_qemu : false'
+        value: 'signature == "RemusDeviceModelState" ? record.as<remus_record>.body.is_own : false'
         doc-ref: specs/stream.md §9.2
 
   endless_record:
-    doc: The state of the device model reaches to the end of the stream.
+    doc: The state of the device model reaches to the end of the stream; XenServer's is as long as it says.
     doc-ref: specs/stream.md §7.2
     seq:
+      - id: line_feed
+        size: 1
+        if: is_xenserver
+        doc-ref: specs/stream.md §7.2
+      - id: len_data
+        type: u4be
+        if: is_xenserver
+        doc-ref: specs/stream.md §7.2
+      - id: data
+        size: len_data
+        if: is_xenserver
+        doc-ref: specs/stream.md §7.2
       - id: magic
         contents: QEVM
+        if: not is_xenserver
         doc-ref: specs/stream.md §7.2
       - id: rest
         size-eos: true
+        if: not is_xenserver
+        doc-ref: specs/stream.md §7.2
+    instances:
+      first:
+        pos: _io.pos
+        type: u1
+        doc: The first byte, looked at before it is read.
+        doc-ref: specs/stream.md §7.2
+      is_xenserver:
+        value: first == 0x0a
         doc-ref: specs/stream.md §7.2
 
   xl_record:
@@ -790,36 +847,48 @@ types:
 
   remus_record:
     doc-ref: specs/stream.md §7.2
+    params:
+      - id: has_own_shape
+        type: bool
+        doc-ref: specs/stream.md §9.1
     seq:
       - id: len_body
         type: u4
         doc-ref: specs/stream.md §7.2
       - id: body
-        type: remus_record_body
+        type: remus_record_body(has_own_shape)
         size: len_body
         doc-ref: specs/stream.md §9.2
 
   remus_record_body:
-    doc: QEMU's state, or a record of ours.
+    doc: Xen's, or a record of ours.
     doc-ref: specs/stream.md §9.2
+    params:
+      - id: has_own_shape
+        type: bool
+        doc: In a tail that looks like ours only QEMU's state is Xen's.
+        doc-ref: specs/stream.md §9.1
     seq:
-      - id: qemu_state
+      - id: xen_state
         size-eos: true
-        if: is_qemu
+        if: not is_own
         doc-ref: specs/stream.md §7.2
       - id: own
         type: own_record
-        if: not is_qemu
+        if: is_own
         doc-ref: specs/stream.md §9.2
     instances:
       front:
         pos: 0
-        size: '_io.size < 4 ? _io.size : 4'
+        size: '_io.size < 8 ? _io.size : 8'
         type: str
         encoding: ISO-8859-1
         doc-ref: specs/stream.md §9.2
       is_qemu:
-        value: front == "QEVM"
+        value: 'front.length >= 4 and front.substring(0, 4) == "QEVM"'
+        doc-ref: specs/stream.md §9.2
+      is_own:
+        value: 'front == "\u0089REMUSck" or (has_own_shape and not is_qemu)'
         doc-ref: specs/stream.md §9.2
 
   own_record:

@@ -1,0 +1,314 @@
+"""Compressed files, read up to the last byte that still comes out: xz, gzip, bzip2, lz4 and zstd.
+
+A file is a series of members (gzip), streams (xz, bzip2) or frames (lz4, zstd), with padding between and behind them.
+A step takes a bounded number of bytes in and gives a bounded number out, whatever the bytes claim to hold.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import lz4.frame
+
+from remus_ckpt.errors import Malformed, RemusError
+from remus_ckpt.limits import MIB
+
+_READ_BYTES = 1 << 16
+_KEPT_BYTES = 16 * MIB
+"""Of a member that comes through a pipe: up to here its bytes are kept, to be gone through once more at a fault."""
+_XZ_MEMORY_BYTES = 1024 * MIB
+"""For an xz dictionary: 16 times what `xz -9` takes."""
+_SKIPPABLE = bytes.fromhex("2a4d18")
+"""Behind a first byte of 50 to 5f: the magic of a frame of lz4 or zstd that holds no data."""
+_LOOK_BYTES = 8
+"""As long as the head of such a frame, magic and length, and longer than any other magic."""
+
+
+class _Decompressor(Protocol):
+    """Of one member; as bz2 and lzma have it."""
+
+    eof: bool
+    needs_input: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """At most so many bytes of what these and earlier bytes hold."""
+
+
+class _Gzip:
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+
+
+class _Zstd:
+    """zstandard knows no `max_length`: a step gives at most 128 KiB for each 4 bytes that it takes, a block of them."""
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise RemusError("this is zstd data: to read it, pip install 'remus_ckpt[zstd]'") from None
+        self._inner = zstandard.ZstdDecompressor().decompressobj()
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._inner.decompress(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """One row of the table.
+
+    magic: what a member begins with
+    start: makes the decompressor of one
+    step_bytes: how many bytes it takes at a time
+    skips: whether frames without data may stand among the others
+    """
+
+    name: str
+    magic: bytes
+    start: Callable[[], Any]
+    step_bytes: int = _READ_BYTES
+    skips: bool = False
+
+
+COMPRESSIONS = (
+    Compression("xz", b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES)),
+    Compression("gzip", b"\x1f\x8b", _Gzip),
+    Compression("bzip2", b"BZh", bz2.BZ2Decompressor),
+    Compression("lz4", b"\x04\x22\x4d\x18", lz4.frame.LZ4FrameDecompressor, skips=True),
+    Compression("zstd", b"\x28\xb5\x2f\xfd", _Zstd, step_bytes=1024, skips=True),
+)
+
+
+def compressions(front: bytes) -> tuple[Compression, ...]:
+    """What a file that begins so may be: nothing here, one, or those whose frames without data look alike."""
+    return tuple(one for one in COMPRESSIONS if front.startswith(one.magic) or (one.skips and _is_skippable(front)))
+
+
+def _is_skippable(front: bytes) -> bool:
+    """Whether the magic stands there, or as much of it as the file has left."""
+    return 0x50 <= front[0] <= 0x5F and front[1:4] == _SKIPPABLE[: len(front) - 1] if front else False
+
+
+class Inflater:
+    """What a compressed file holds, member by member.
+
+    file: at its first byte
+    kinds: what its members may be, as `compressions` says
+
+    `readinto` gives all that comes out before a fault, then raises Malformed.
+    """
+
+    def __init__(self, file: BinaryIO, kinds: tuple[Compression, ...]) -> None:
+        self.kinds = kinds
+        self.is_cut = False
+        """The file ends within a member."""
+        self.padding_bytes = 0
+        """Zeros behind the last member."""
+        self.junk_bytes = 0
+        """Bytes behind the last member that are neither zeros nor another member."""
+        self.position = 0
+        """How far into the file the reading has come."""
+        self._file = file
+        self._back = b""  # read, and to be read again
+        self._log: bytearray | None = None  # of a pipe: what the member has taken
+        self._member: _Decompressor | None = None
+        self._begin = 0  # where in the file the member begins
+        self._given = 0  # what has come out of it
+        self._step = 0  # where in the file its last step began
+        self._skip = 0  # where it is gone through once more: what is not to be given again
+        self._pass = 0  # how often it has been gone through
+        self._fine = 0  # from which byte of the file on steps are fine then
+        self._out = memoryview(b"")
+        self._offset = 0
+        self._is_over = False
+
+    @property
+    def name(self) -> str:
+        """Of the compression."""
+        return " or ".join(one.name for one in self.kinds)
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing is missing at its end, and nothing is there that does not belong to it."""
+        return not self.is_cut and not self.junk_bytes
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Give at least a byte; 0 at the end."""
+        while not self._out:
+            if self._is_over or not (self._member or self._begin_member()):
+                self._is_over = True
+                return 0
+            self._advance(len(buffer))
+        size = min(len(buffer), len(self._out))
+        buffer[:size] = self._out[:size]
+        self._out = self._out[size:]
+        self._offset += size
+        return size
+
+    def refuse_junk(self) -> None:
+        """Raise Malformed if something stands behind the last member that is none."""
+        if self.junk_bytes:
+            raise Malformed(
+                f"{self.junk_bytes} bytes behind the {self.name} data are neither {self.name} data nor padding",
+                offset=self._offset,
+            )
+
+    def _advance(self, room: int) -> None:
+        """One step through the member."""
+        member = self._member
+        assert member is not None
+        size = self.kinds[0].step_bytes
+        if self._pass:
+            is_fine = self.position >= self._fine
+            size = 1 if is_fine else min(size, self._fine - self.position)
+            room = 1 if is_fine and self._pass > 1 else room
+        data = b""
+        is_hungry = member.needs_input
+        if is_hungry:
+            at = self.position
+            data = self._take(size)
+            self._step = at
+        try:
+            out = member.decompress(data, room)
+        except Exception as error:  # each library has its own, and one of them is not always there to be named
+            self._again(error)
+            return
+        if member.eof:
+            self._give_back(member.unused_data or b"")
+            self._member = None
+        elif is_hungry and not data and not out:
+            self.is_cut = self._is_over = True
+        skipped = min(self._skip, len(out))
+        self._skip -= skipped
+        self._given += len(out) - skipped
+        self._out = memoryview(out)[skipped:]
+
+    def _again(self, error: Exception) -> None:
+        """What a failing step would have given is lost. So go through the member again, to take that step by the byte,
+        and once more, to take the byte in which it fails by what it gives."""
+        if self._pass == 2 or not self._rewind():
+            raise Malformed(f"the {self.name} data cannot be read any further ({error})", offset=self._offset)
+        self._pass += 1
+        self._fine, self._skip = self._step, self._given
+        self._member = self.kinds[0].start()
+
+    def _begin_member(self) -> bool:
+        """Whether there is one more. Padding in front of it is passed over, and so are frames without data."""
+        self._mark(None)
+        self._pass = 0
+        while True:
+            self._pass_zeros()
+            look = self._look()
+            if not look:
+                return False
+            if found := [one for one in self.kinds if look.startswith(one.magic)]:
+                self.kinds = (found[0],)
+                self.padding_bytes = 0
+                self._give_back(look)
+                self._mark(bytearray())
+                self._member = found[0].start()
+                self._given = 0
+                return True
+            if not (self.kinds[0].skips and _is_skippable(look)):
+                self.is_cut = any(one.magic.startswith(look) for one in self.kinds)
+                self.junk_bytes = 0 if self.is_cut else len(look) + self._drain()
+                return False
+            self.padding_bytes = 0
+            if len(look) < _LOOK_BYTES or not self._jump(int.from_bytes(look[4:8], "little")):
+                self.is_cut = True
+                return False
+
+    # The file
+
+    def _pass_zeros(self) -> None:
+        while data := self._take(_READ_BYTES):
+            rest = data.lstrip(b"\0")
+            self.padding_bytes += len(data) - len(rest)
+            if rest:
+                self._give_back(rest)
+                return
+
+    def _look(self) -> bytes:
+        """The next bytes, fewer than 8 only at the end."""
+        look = b""
+        while len(look) < _LOOK_BYTES and (more := self._take(_LOOK_BYTES - len(look))):
+            look += more
+        return look
+
+    def _take(self, size: int) -> bytes:
+        """At most so many bytes; none at the end."""
+        if self._back:
+            data, self._back = self._back[:size], self._back[size:]
+        else:
+            data = self._file.read1(size)  # type: ignore[attr-defined]
+        self.position += len(data)
+        if self._log is not None:
+            self._log += data
+            if len(self._log) > _KEPT_BYTES:
+                self._log = None
+        return data
+
+    def _give_back(self, data: bytes) -> None:
+        self._back = data + self._back
+        self.position -= len(data)
+
+    def _mark(self, log: bytearray | None) -> None:
+        """A member begins here: `_rewind` comes back."""
+        self._begin = self.position
+        self._log = log if not self._file.seekable() else None
+
+    def _rewind(self) -> bool:
+        if self._file.seekable():
+            self._file.seek(self._begin - self.position - len(self._back), io.SEEK_CUR)
+            self._back = b""
+        elif self._log is not None:
+            self._back = bytes(self._log) + self._back
+            self._log.clear()
+        else:
+            return False
+        self.position = self._begin
+        return True
+
+    def _jump(self, size: int) -> bool:
+        """Pass over bytes; whether all of them were there."""
+        while size and (data := self._take(min(size, _READ_BYTES))):
+            size -= len(data)
+        return not size
+
+    def _drain(self) -> int:
+        size = 0
+        while data := self._take(_READ_BYTES):
+            size += len(data)
+        return size
