@@ -39,7 +39,8 @@ def test_nothing_committed_is_lost_whoever_is_killed_and_wherever(tmp_path: Path
 def test_and_over_tls(tmp_path: Path) -> None:
     command = [sys.executable, TOOL, "--runs", "6", "--seed", "2", "--jobs", "2", "--tls", "--json", "--keep", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.returncode in (0, 2), done.stderr + done.stdout
+    # 2: so few runs do not come to every phase.
     found = json.loads(done.stdout)
     assert found["failed_runs"] == 0
     assert found["commits"] > 6
