@@ -296,7 +296,9 @@ def judge(store: Store, story: Story, shim: Shim, *, strict: bool) -> list[str]:
     with store.writer(NAME) as writer:
         if writer.position is None or text_of(writer.position) not in again.story.acknowledged:
             wrong.append(f"what was acknowledged after the recovery is not there: {again.story.wrong}")
-    left = [path.name for path in directory.rglob("*") if path.name.endswith((".partial", ".new")) or ".new." in path.name]
+    left = [
+        path.name for path in directory.rglob("*") if path.name.endswith((".partial", ".new")) or ".new." in path.name
+    ]
     if left:
         wrong.append(f"left behind: {left}")
     if len(os.listdir("/proc/self/fd")) > descriptors:

@@ -41,7 +41,18 @@ def build(where: Path) -> Path:
     """Compile it. Raises subprocess.CalledProcessError."""
     library = where / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    command = ["gcc", "-O2", "-Wall", "-Wno-format-truncation", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    command = [
+        "gcc",
+        "-O2",
+        "-Wall",
+        "-Wno-format-truncation",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(library),
+        str(source),
+        "-ldl",
+    ]
     subprocess.run(command, check=True)
     return library
 
@@ -59,7 +70,9 @@ class Shim:
         with open(control, "r+b") as file:
             self._control = _Control.from_buffer(mmap.mmap(file.fileno(), 0))
 
-    def arm(self, *, first: int = 0, times: int = 0, ops: tuple[str, ...] = (), how: int = ERROR, error: int = 0) -> None:
+    def arm(
+        self, *, first: int = 0, times: int = 0, ops: tuple[str, ...] = (), how: int = ERROR, error: int = 0
+    ) -> None:
         """Count from now on; from the call `first` on let `times` calls fail, those of `ops`."""
         control = self._control
         control.armed = 0

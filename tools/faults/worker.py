@@ -1,6 +1,6 @@
 """Plays histories one by one, each in a child of its own, on standard input's word; the shim is loaded here.
 
-    python worker.py BELOW CONTROL        lines of JSON, a task each, answered by a line each
+python worker.py BELOW CONTROL        lines of JSON, a task each, answered by a line each
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faults.history import Life, Story, judge
 from faults.shim import LOST_CUT, LOST_ZEROS, Shim
 from remus_ckpt import Store
-from remus_ckpt.errors import RemusError
 
 _TIMEOUT_S = 60
 
@@ -48,7 +47,7 @@ def play(task: dict[str, Any], below: Path, shim: Shim) -> dict[str, Any]:
         result["calls"] = shim.calls
     if answer is not None:
         story = Story(**answer)
-        story.states = [tuple(state) for state in story.states]
+        story.states = [(term, role) for term, role in story.states]
         is_lossy = task["end"] == "power" or task["fault"].get("how") in (LOST_ZEROS, LOST_CUT)
         if task["end"] == "power":
             shim.lose_unsynced(below)
@@ -82,8 +81,6 @@ def _in_child(what: Callable[[], Any]) -> tuple[Any, list[str]]:
         os.close(reader)
         try:
             answer = [what(), []]
-        except RemusError as error:
-            answer = [None, [f"it cannot go on: {type(error).__name__}: {error}"]]
         except BaseException:
             answer = [None, ["".join(traceback.format_exc().splitlines(keepends=True)[-14:])]]
         with os.fdopen(writer, "w") as file:

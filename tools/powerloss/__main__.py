@@ -4,11 +4,11 @@
     powerloss [--losses N] [--seed N] [--jobs N] [--only PHASE] [--run NUMBER] [--keep DIR] [--json]
     powerloss --replay DIR [--cut GENERATION,POSITION,SURVIVORS,SEED]
 
-Each run is a history: real primaries, and a backup that is killed in its phases, stopped and started, promotes, compacts
-and prunes. Its disk (`disk.py`) keeps all writes and flushes in order; what anybody was told is noted with how far the
-disk was then. Afterwards the power is lost at many instants of it, anywhere and in each phase: what had been flushed is
-there, and none, all or some of what was written since. The file system is mounted, its journal replayed, the store read,
-a backup started on it, promoted and protected anew. Everything that had been said must be true.
+Each run is a history: real primaries, and a backup that is killed in its phases, stopped and started, promotes,
+compacts and prunes. Its disk (`disk.py`) keeps all writes and flushes in order, and whatever anybody is told is noted
+with how far the disk was then. Afterwards the power is lost at many instants, anywhere and in each phase. What had been
+flushed is there, and none, all or some of what was written since. The file system is mounted, its journal replayed, the
+store read, a backup started on it, promoted and protected anew. Everything that had been said must be true.
 
 Exit codes: 0 all is well, 1 something that was said is not true (how to replay it is printed, and the run is kept),
 2 the test itself failed.
@@ -34,14 +34,17 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from powerloss import disk
-from powerloss.run import TARGETS, Record, one_run, prepare
+from powerloss.record import Record, one_run, prepare
+from powerloss.run import TARGETS
 
 LOSSES_PER_RUN = 20
 
 
 def main() -> int:
     """Run it."""
-    parser = argparse.ArgumentParser(prog="powerloss", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="powerloss", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--losses", type=int, default=200)
     parser.add_argument("--seed", type=int, help="by default a random one; it is printed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -56,21 +59,28 @@ def main() -> int:
     if options.replay is not None:
         return replay(options.replay, options.cut)
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
-    keep = options.keep or Path(tempfile.mkdtemp(prefix="powerloss-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    keep = options.keep or Path(
+        tempfile.mkdtemp(prefix="powerloss-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    )
     keep.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     runs = range(-(-options.losses // LOSSES_PER_RUN)) if options.run is None else [options.run]
     losses: list[dict[str, Any]] = []
     broken = []
     count = min(options.losses, LOSSES_PER_RUN)
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare) as pool:
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare
+    ) as pool:
         futures = [pool.submit(one_run, seed, number, count, options.only, keep / f"run-{number}") for number in runs]
         for future in as_completed(futures):
             result = future.result()
             losses += result["losses"]
             if result["error"]:
                 broken.append(result)
-                print(f"run {result['number']} of seed {seed} broke, kept in {result['where']}:\n{result['error']}", file=sys.stderr)
+                print(
+                    f"run {result['number']} of seed {seed} broke, kept in {result['where']}:\n{result['error']}",
+                    file=sys.stderr,
+                )
             for loss in result["losses"]:
                 if loss["faults"]:
                     tell(result["where"], loss)
@@ -91,7 +101,11 @@ def replay(where: Path, cut: str | None) -> int:
         cuts = [[int(generation), int(position), survivors, int(seed)]]
     failed = False
     for loss in Record(where).look(sorted(tuple(one) for one in cuts)):
-        print(f"cut {','.join(map(str, loss['cut']))} in {', '.join(loss['phases'])}:", *(loss["faults"] or ["all is well"]), sep="\n  ")
+        print(
+            f"cut {','.join(map(str, loss['cut']))} in {', '.join(loss['phases'])}:",
+            *(loss["faults"] or ["all is well"]),
+            sep="\n  ",
+        )
         failed |= bool(loss["faults"])
     return int(failed)
 
@@ -115,7 +129,16 @@ def summary(losses: list[dict[str, Any]], seed: int, seconds: float, as_json: bo
     left = Counter(loss["cut"][2] for loss in losses)
     failed = sum(bool(loss["faults"]) for loss in losses)
     if as_json:
-        return json.dumps({"seed": seed, "losses": len(losses), "failed": failed, "seconds": round(seconds, 1), "phases": hits, "survivors": left})
+        return json.dumps(
+            {
+                "seed": seed,
+                "losses": len(losses),
+                "failed": failed,
+                "seconds": round(seconds, 1),
+                "phases": hits,
+                "survivors": left,
+            }
+        )
     lines = [f"{len(losses)} losses of power, {failed} with a fault, {seconds:.0f} s, seed {seed}"]
     lines.append("unflushed blocks that survived: " + ", ".join(f"{name} {left[name]}" for name in disk.SURVIVORS))
     lines += [f"{'phase':14} losses faults"] + [f"{phase:14} {hits[phase]:6} {bad[phase]:6}" for phase in TARGETS]

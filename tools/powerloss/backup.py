@@ -1,6 +1,6 @@
 """The backup that loses its power: a real one, which notes how far the disk was when it came to each phase.
 
-    python backup.py ARGUMENTS        JSON, as `run.py` makes them
+python backup.py ARGUMENTS        JSON, as `run.py` makes them
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from powerloss.disk import die_with_parent
-
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.observe import configure_logs

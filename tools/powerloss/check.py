@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 import remus_ckpt.store.writer as writer_module
 from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
-from remus_ckpt.errors import RemusError
+from remus_ckpt.errors import RemusError, StreamError
 from remus_ckpt.pages import PAGE_SIZE
 
 PROMOTED = 1
@@ -70,20 +71,28 @@ def digest(arrays: Mapping[str, Any]) -> str:
 
 
 class Check:
-    """Looks at one disk, mounted at `mounted`; `faults` says what was wrong there."""
+    """Looks at one disk, mounted at `mounted`; `faults` says what was wrong there.
 
-    def __init__(self, mounted: Path, told: Mapping[str, Told], truth: Mapping[str, Mapping[int, str]]) -> None:
+    may_tear: a file may have got its length before its bytes, so that what was never acknowledged may be anything, and
+        the store may say so
+    """
+
+    def __init__(
+        self, mounted: Path, told: Mapping[str, Told], truth: Mapping[str, Mapping[int, str]], *, may_tear: bool
+    ) -> None:
         self.faults: list[str] = []
         self._told = told
         self._truth = truth
+        self._may_tear = may_tear
         self._store = Store(mounted / "store")
         self._address = f"unix:{mounted}/socket"
         # The machine was started anew: nothing that was handed out before may be given again.
         writer_module._boot_id = lambda: f"after the loss on {mounted}"
         try:
             self._look()
-        except RemusError as error:
-            self.faults.append(f"{type(error).__name__}: {error}")
+        except Exception as error:  # whatever it is: nobody can go on from there
+            where = "" if isinstance(error, RemusError) else "".join(traceback.format_tb(error.__traceback__)[-3:])
+            self.faults.append(f"{type(error).__name__}: {error}\n{where}".rstrip())
 
     def _wrong(self, name: str, what: str) -> None:
         self.faults.append(f"{name}: {what}")
@@ -123,7 +132,7 @@ class Check:
         newest = max(told.committed, default=-1)
         if (-1 if found["epoch"] is None else found["epoch"]) < newest:
             self._wrong(name, f"recovery finds {found['epoch']}; {newest} was committed")
-        if found["warnings"]:
+        if found["warnings"] and not self._may_tear:
             self._wrong(name, f"nothing is lost, and yet: {found['warnings']}")
         state = self._store.history(name).state.more
         if told.expects_primary and not state.get("expects_primary") and found["role"] != "promoted":
@@ -151,13 +160,17 @@ class Check:
         history = self._store.history(name)
         held = set()
         for segment in sorted((history.directory / "segments").iterdir()):
-            for one in read_checkpoints(segment, strict=True):
-                held.add(one.epoch)
-                version, found = content(one)
-                if version and found != self._truth[name].get(version):
-                    self._wrong(name, f"{segment.name}, epoch {one.epoch}: not what version {version} was")
-        missing = {epoch for epoch in told.committed if epoch >= min(held)} - held
+            try:
+                for one in read_checkpoints(segment, strict=True):
+                    held.add(one.epoch)
+                    version, found = content(one)
+                    if version and found != self._truth[name].get(version):
+                        self._wrong(name, f"{segment.name}, epoch {one.epoch}: not what version {version} was")
+            except StreamError as error:
+                if not self._may_tear:
+                    self._wrong(name, f"{segment.name}: {error}")
+        missing = {epoch for epoch in told.committed if epoch >= min(held, default=0)} - held
         if missing:
             self._wrong(name, f"committed, not pruned and not there: {sorted(missing)}")
-        if not history.verify().is_good:
+        if not self._may_tear and not history.verify().is_good:
             self._wrong(name, "the store does not verify")

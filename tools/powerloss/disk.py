@@ -18,12 +18,14 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import stat
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,10 +36,26 @@ _OUT = struct.Struct("<IiQ")
 _ATTR = struct.Struct("<6Q10I")
 _MAX_WRITE = 1 << 20
 _BIG_WRITES, _MAX_PAGES = 1 << 5, 1 << 22
-_FORGET, _GETATTR, _SETATTR, _OPEN, _READ, _WRITE, _RELEASE = 2, 3, 4, 14, 15, 16, 18
-_FSYNC, _FLUSH, _INIT, _INTERRUPT, _DESTROY, _BATCH_FORGET = 20, 25, 26, 36, 38, 42
 _CLONE_NEWNS, _PR_SET_PDEATHSIG = 0x00020000, 1
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Op(IntEnum):
+    """Requests of the kernel to a FUSE server."""
+
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    RELEASE = 18
+    FSYNC = 20
+    FLUSH = 25
+    INIT = 26
+    INTERRUPT = 36
+    DESTROY = 38
+    BATCH_FORGET = 42
 
 
 def own_mounts() -> None:
@@ -48,8 +66,10 @@ def own_mounts() -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the thread that started this process ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, 9)
+    """Be killed when the thread that started this process ends; end now if it has."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        sys.exit("whoever started this is gone")
 
 
 # The server
@@ -77,7 +97,7 @@ def serve(image: str, log: str, counter: str, target: str) -> None:
                     continue
                 raise
             _, code, unique, *_ = _IN.unpack_from(request)
-            if code in (_FORGET, _BATCH_FORGET, _INTERRUPT):
+            if code in (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT):
                 continue
             try:
                 answer = _answer(code, memoryview(request)[_IN.size :], disk, records, count)
@@ -89,34 +109,34 @@ def serve(image: str, log: str, counter: str, target: str) -> None:
 
 def _answer(code: int, body: memoryview, disk: mmap.mmap, records: BinaryIO, count: memoryview) -> bytes:
     match code:
-        case 26:
+        case Op.INIT:
             major, minor, readahead, _ = struct.unpack_from("<4I", body)
             flags = _BIG_WRITES | _MAX_PAGES
             return struct.pack(
                 "<4I2H2I2H8I", major, min(minor, 36), readahead, flags, 16, 12, _MAX_WRITE, 1, 256, 0, *[0] * 8
             )
-        case 3 | 4:
+        case Op.GETATTR | Op.SETATTR:
             times = [0] * 6
             mode = stat.S_IFREG | 0o600
             attr = _ATTR.pack(1, len(disk), len(disk) // 512, *times[:3], *times[:3], mode, 1, 0, 0, 0, BLOCK, 0)
             return struct.pack("<QII", 3600, 0, 0) + attr
-        case 14:
+        case Op.OPEN:
             return bytes(16)
-        case 15:
+        case Op.READ:
             _, offset, size = struct.unpack_from("<QQI", body)
             return disk[offset : offset + size]
-        case 16:
+        case Op.WRITE:
             _, offset, size = struct.unpack_from("<QQI", body)
             data = body[40 : 40 + size]
             disk[offset : offset + size] = data
             _write_all(records, _RECORD.pack(offset, size) + bytes(data))
             count[0] += 1
             return struct.pack("<II", size, 0)
-        case 20:
+        case Op.FSYNC:
             _write_all(records, _RECORD.pack(0, 0))
             count[0] += 1
             return b""
-        case 18 | 25 | 38:
+        case Op.RELEASE | Op.FLUSH | Op.DESTROY:
             return b""
     raise OSError(errno.ENOSYS, "not needed")
 
@@ -227,9 +247,7 @@ def after_losses(
 
 def surviving(pending: list[tuple[int, bytes]], how: str, draw: random.Random) -> Iterator[tuple[int, bytes]]:
     """Those blocks that reached the disk though no flush came behind them."""
-    blocks = [
-        (start + at, data[at : at + BLOCK]) for start, data in pending for at in range(0, len(data), BLOCK)
-    ]
+    blocks = [(start + at, data[at : at + BLOCK]) for start, data in pending for at in range(0, len(data), BLOCK)]
     match how:
         case "all":
             yield from blocks

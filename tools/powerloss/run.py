@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
-import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from powerloss.backup import PHASES, WISH
-from powerloss.check import Check, Told, digest
-from powerloss.disk import SURVIVORS, Disk, after_losses, die_with_parent, make_image
+from powerloss.check import digest
+from powerloss.disk import SURVIVORS, Disk, after_losses, make_image
 from remus_ckpt import protect
 from remus_ckpt.errors import RemusError
 from remus_ckpt.service.control import ask
@@ -37,7 +32,13 @@ IMAGE_MIB = 40
 GENERATIONS = 2
 """The second goes on from what a loss of power at the end of the first has left."""
 ACTIONS = 7
-MOUNT_OPTIONS = ("commit=300", "commit=300,noauto_da_alloc", "commit=1", "commit=300,data=writeback", "commit=300,nodelalloc")
+MOUNT_OPTIONS = (
+    "commit=300",
+    "commit=300,noauto_da_alloc",
+    "commit=1",
+    "commit=300,data=writeback",
+    "commit=300,nodelalloc",
+)
 KILLS = tuple(phase for phase in PHASES if phase != "listening")
 SPANS = ("new name", "promotion", "goodbye", "restart")
 TARGETS = (*PHASES, *SPANS)
@@ -51,7 +52,7 @@ class Client:
         self.run, self.name = run, name
         self.term: int | None = None
         self.version = 0
-        self.arrays = {"a": np.zeros(60_000, np.uint32), "b": np.zeros(9_000, np.float64)}
+        self.arrays: dict[str, NDArray[Any]] = {"a": np.zeros(60_000, np.uint32), "b": np.zeros(9_000, np.float64)}
         self.truth: dict[int, str] = run.truth[name]
         self.change()
         self.protect()
@@ -110,7 +111,8 @@ class Client:
             else:
                 raise RuntimeError(f"{self.name} cannot be promoted")
             self.run.tell("promoted", self.name, term=given["term"], position=given["position"])
-        self.run.draw.random() < 0.5 and time.sleep(0.1)  # the takeover command runs meanwhile
+        if self.run.draw.random() < 0.5:
+            time.sleep(0.1)  # the takeover command runs meanwhile
         self.run.tell("asked", self.name)
         with suppress(RemusError):
             self.protection.close(0.1)
@@ -128,7 +130,7 @@ class Run:
         self.address = f"unix:{where}/socket"
         self.truth: dict[str, dict[int, str]] = defaultdict(dict)
         self.told: list[dict[str, Any]] = []
-        self.spans: list[tuple[int, int, str, bool]] = []
+        self.spans: list[tuple[str, int, int, int]] = []
         self._telling = threading.Lock()
         self._events = where / "events"
         self._events.touch()
@@ -155,13 +157,15 @@ class Run:
         for generation in range(GENERATIONS):
             self._generation = generation
             self._disk = Disk(base, self.where / f"disk-{generation}", self.options)
-            with self._powered():
-                for client in self._clients:
-                    client.checkpoint(wait=True)
-                for _ in range(ACTIONS):
-                    self._act()
-            cut = (self._disk.position, self.draw.choice(SURVIVORS), self.draw.getrandbits(32))
-            self._disk.close()
+            try:
+                with self._powered():
+                    for client in self._clients:
+                        client.checkpoint(wait=True)
+                    for _ in range(ACTIONS):
+                        self._act()
+                cut = (self._disk.position, self.draw.choice(SURVIVORS), self.draw.getrandbits(32))
+            finally:
+                self._disk.close()
             base = self.where / f"base-{generation + 1}"
             next(after_losses(self._disk.base, self._disk.log, [cut], base))
         for client in self._clients:
@@ -214,11 +218,11 @@ class Run:
             "generation": self._generation,
             "counter": str(self._disk.counter),
             "store": str(self._disk.mounted / "store"),
-            "on_failover": f'echo $(od -An -tu8 -N8 {self._disk.counter}) {self._generation} "$REMUS_NAME" "$REMUS_TERM" '
+            "on_failover": f"echo {self._generation} $(od -An -tu8 -N8 {self._disk.counter}) $REMUS_NAME $REMUS_TERM "
             f">> {self.where}/takeovers",
         }
         command = [sys.executable, str(Path(__file__).with_name("backup.py")), json.dumps(given)]
-        log = open(self.where / "backup.log", "ab")
+        log = os.open(self.where / "backup.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         self._backup = subprocess.Popen(command, stderr=log)
 
         def keep_up() -> None:
@@ -226,7 +230,7 @@ class Run:
                 self._backup.wait()
                 if self._over.is_set():
                     return
-                with self.span("restart", ends=False):
+                with self.span("restart"):
                     self._backup = subprocess.Popen(command, stderr=log)
 
         write_back = self.draw.random() < 0.5
@@ -247,16 +251,14 @@ class Run:
             for thread in threads:
                 thread.join()
             self._backup.wait()
-            log.close()
+            os.close(log)
 
     @contextmanager
-    def span(self, what: str, ends: bool = True) -> Iterator[None]:
+    def span(self, what: str) -> Iterator[None]:
         """What this side was at."""
         begin = self._disk.position
         yield
-        self.spans.append((self._generation, begin, what, True))
-        if ends:
-            self.spans.append((self._generation, self._disk.position, what, False))
+        self.spans.append((what, self._generation, begin, self._disk.position))
 
     def tell(self, kind: str, name: str, **more: Any) -> None:
         """Somebody was told something, and the disk was that far when it was heard."""
@@ -267,10 +269,10 @@ class Run:
     def _keep(self) -> None:
         """What a later look needs."""
         for line in (self.where / "takeovers").read_text().splitlines():
-            at, generation, name, term = line.split()
+            generation, at, name, term = line.split()
             self.told.append({"at": [int(generation), int(at)], "kind": "takeover", "name": name, "term": int(term)})
         self.told.sort(key=lambda event: event["at"])
-        record = {"told": self.told, "truth": self.truth, "spans": self.spans}
+        record = {"options": self.options, "told": self.told, "truth": self.truth, "spans": self.spans}
         (self.where / "record").write_text(json.dumps(record))
 
 
@@ -285,109 +287,3 @@ def _write_back(mounted: Path, dice: random.Random) -> None:
             fd = os.open(dice.choice(files or [mounted]), os.O_RDONLY)
             _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 2)
         os.close(fd)
-
-
-# Afterwards
-
-
-class Record:
-    """What a run has left in its directory."""
-
-    def __init__(self, where: Path) -> None:
-        self.where = where
-        found = json.loads((where / "record").read_text())
-        self.told: list[dict[str, Any]] = found["told"]
-        self.truth = {
-            name: {int(version): sha for version, sha in of.items()} for name, of in found["truth"].items()
-        }
-        self._marks: dict[int, list[tuple[int, str]]] = defaultdict(list)
-        for line in (where / "events").read_text().splitlines():
-            generation, at, phase = json.loads(line)
-            self._marks[generation].append((at, phase))
-        self._spans = found["spans"]
-        self.lengths = [
-            int.from_bytes((where / f"disk-{generation}" / "counter").read_bytes()[:8], "little")
-            for generation in range(GENERATIONS)
-        ]
-
-    def phases_at(self, generation: int, position: int) -> set[str]:
-        """What was going on there; of phases that came and went without a write, all."""
-        marks = self._marks[generation]
-        last = bisect_right(marks, (position, "~")) - 1
-        found = {marks[last][1]} if last >= 0 else {"opening"}
-        found |= {phase for at, phase in marks if at == position}
-        for what in SPANS:
-            begins = [at for of, at, which, is_begin in self._spans if of == generation and which == what and is_begin]
-            ends = [at for of, at, which, is_begin in self._spans if of == generation and which == what and not is_begin]
-            if what == "restart":
-                ends = [at for at, phase in marks if phase == "listening"]
-            found |= {what for begin in begins if begin <= position <= min((e for e in ends if e >= begin), default=begin)}
-        return found
-
-    def instants(self, count: int, draw: random.Random, aim: str | None) -> list[tuple[int, int, str, int]]:
-        """(generation, position, survivors, seed): half anywhere, half in a phase that is drawn first."""
-        where: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        anywhere = [(g, at) for g in range(GENERATIONS) for at in range(self.lengths[g] + 1)]
-        for instant in anywhere:
-            for phase in self.phases_at(*instant):
-                where[phase].append(instant)
-        if aim is not None and not where[aim]:
-            return []
-        found = []
-        for number in range(count):
-            phase = aim or (draw.choice(sorted(where)) if number % 2 else None)
-            at = draw.choice(anywhere if phase is None else where[phase])
-            found.append((*at, draw.choice(SURVIVORS), draw.getrandbits(32)))
-        return sorted(found)
-
-    def look(self, cuts: list[tuple[int, int, str, int]]) -> Iterator[dict[str, Any]]:
-        """Lose the power at each of these, and say what was wrong then."""
-        image, mounted = self.where / "after", self.where / "after-mnt"
-        mounted.mkdir(exist_ok=True)
-        for generation in range(GENERATIONS):
-            here = [(at, survivors, seed) for of, at, survivors, seed in cuts if of == generation]
-            base, log = self.where / f"base-{generation}", self.where / f"disk-{generation}" / "log"
-            for at, survivors, seed in after_losses(base, log, here, image):
-                done = subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True, text=True, check=False)
-                if done.returncode:
-                    faults = [f"the file system does not mount: {done.stderr.strip()}"]
-                else:
-                    try:
-                        faults = Check(mounted, self.told_at(generation, at), self.truth).faults
-                    finally:
-                        gc.collect()
-                        subprocess.run(["umount", "-l", mounted], check=True)
-                cut = [generation, at, survivors, seed]
-                yield {"cut": cut, "phases": sorted(self.phases_at(generation, at)), "faults": faults}
-
-    def told_at(self, generation: int, position: int) -> dict[str, Told]:
-        """What everybody knew at that instant."""
-        found: dict[str, Told] = defaultdict(Told)
-        for event in self.told:
-            if tuple(event["at"]) <= (generation, position):
-                found[event["name"]].take(event)
-        return found
-
-
-def prepare() -> None:
-    """In each job."""
-    die_with_parent()
-    logging.disable(logging.CRITICAL)
-
-
-def one_run(seed: int, number: int, losses: int, aim: str | None, where: Path) -> dict[str, Any]:
-    """A history and its losses. Its directory goes if all is well."""
-    result: dict[str, Any] = {"number": number, "where": str(where), "losses": [], "error": None}
-    try:
-        where.mkdir()
-        run = Run(seed, number, where)
-        run.play()
-        record = Record(where)
-        cuts = record.instants(losses, random.Random(f"{seed} {number} cuts"), aim)
-        result["losses"] = list(record.look(cuts))
-        (where / "failed").write_text(json.dumps([loss["cut"] for loss in result["losses"] if loss["faults"]]))
-        if not any(loss["faults"] for loss in result["losses"]):
-            shutil.rmtree(where)
-    except Exception:
-        result["error"] = traceback.format_exc()
-    return result
