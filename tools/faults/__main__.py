@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,7 @@ def main() -> int:
     options = parser.parse_args()
     where = Path(tempfile.mkdtemp(prefix="faults-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         workers = [Worker(where, number, build(where)) for number in range(1 if options.replay else options.jobs)]
         try:

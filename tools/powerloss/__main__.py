@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -68,9 +69,9 @@ def main() -> int:
     losses: list[dict[str, Any]] = []
     broken = []
     count = min(options.losses, LOSSES_PER_RUN)
-    with ProcessPoolExecutor(
-        options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare
-    ) as pool:
+    pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
         futures = [pool.submit(one_run, seed, number, count, options.only, keep / f"run-{number}") for number in runs]
         for future in as_completed(futures):
             result = future.result()
@@ -84,6 +85,15 @@ def main() -> int:
             for loss in result["losses"]:
                 if loss["faults"]:
                     tell(result["where"], loss)
+    except KeyboardInterrupt:
+        for job in multiprocessing.active_children():
+            job.kill()  # and with it all that it started
+            job.join()
+        disk.unmount_below(keep)
+        shutil.rmtree(keep, ignore_errors=True)
+        return 130
+    finally:
+        pool.shutdown()
     seconds = time.monotonic() - begin
     failed = [loss for loss in losses if loss["faults"]]
     if not failed and not broken and options.keep is None:

@@ -65,6 +65,13 @@ def own_mounts() -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
 
+def unmount_below(where: Path) -> None:
+    """Whatever is still mounted there."""
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        if Path(line.split()[1]).is_relative_to(where):
+            subprocess.run(["umount", "-l", line.split()[1]], check=False)
+
+
 def die_with_parent() -> None:
     """Be killed when the thread that started this process ends; end now if it has."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
