@@ -1,0 +1,1 @@
+"""The fault test: see `__main__`."""

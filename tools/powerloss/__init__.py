@@ -1,0 +1,1 @@
+"""The power-loss test: see `__main__`."""

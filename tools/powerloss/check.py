@@ -1,0 +1,176 @@
+"""What must be true of a disk after a loss of power: everything that anybody was told before it."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import remus_ckpt.store.writer as writer_module
+from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
+from remus_ckpt.errors import RemusError, StreamError
+from remus_ckpt.pages import PAGE_SIZE
+
+PROMOTED = 1
+
+
+@dataclass
+class Told:
+    """Of one name: what was said to anybody so far.
+
+    committed: epochs
+    version: of the memory that was committed last, counted by the harness
+    term, role: the highest
+    position: that was promoted
+    expects_primary: None where either would be right
+    """
+
+    committed: set[int] = field(default_factory=set)
+    version: int = 0
+    term: tuple[int, int] = (0, 0)
+    position: str | None = None
+    expects_primary: bool | None = None
+
+    def take(self, event: dict[str, Any]) -> None:
+        """One more event."""
+        match event["kind"]:
+            case "committed":
+                self.committed.add(event["epoch"])
+                self.term = max(self.term, (event.get("term", 0), 0))
+                if "version" in event:
+                    self.version = max(self.version, event["version"])
+                    self.expects_primary = True
+            case "asked":
+                self.expects_primary = None
+            case "promoted":
+                if (event["term"], PROMOTED) >= self.term:
+                    self.term, self.position = (event["term"], PROMOTED), event["position"]
+                    self.expects_primary = None
+            case "takeover":
+                self.term = max(self.term, (event["term"], PROMOTED))
+
+
+def content(checkpoint: Any) -> tuple[int, str]:
+    """The version that a checkpoint says it holds, and the hash of what it does hold."""
+    arrays, state = arrays_of(checkpoint)
+    return int.from_bytes(state, "little"), digest(arrays)
+
+
+def digest(arrays: Mapping[str, Any]) -> str:
+    """Of named arrays."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(np.ascontiguousarray(arrays[name]))
+    return found.hexdigest()
+
+
+class Check:
+    """Looks at one disk, mounted at `mounted`; `faults` says what was wrong there.
+
+    may_tear: a file may have got its length before its bytes, so that what was never acknowledged may be anything, and
+        the store may say so
+    """
+
+    def __init__(
+        self, mounted: Path, told: Mapping[str, Told], truth: Mapping[str, Mapping[int, str]], *, may_tear: bool
+    ) -> None:
+        self.faults: list[str] = []
+        self._told = told
+        self._truth = truth
+        self._may_tear = may_tear
+        self._store = Store(mounted / "store")
+        self._address = f"unix:{mounted}/socket"
+        # The machine was started anew: nothing that was handed out before may be given again.
+        writer_module._boot_id = lambda: f"after the loss on {mounted}"
+        try:
+            self._look()
+        except Exception as error:  # whatever it is: nobody can go on from there
+            where = "" if isinstance(error, RemusError) else "".join(traceback.format_tb(error.__traceback__)[-3:])
+            self.faults.append(f"{type(error).__name__}: {error}\n{where}".rstrip())
+
+    def _wrong(self, name: str, what: str) -> None:
+        self.faults.append(f"{name}: {what}")
+
+    def _look(self) -> None:
+        due = {name: told for name, told in self._told.items() if told.committed}
+        if not due and not self._store.directory.exists():
+            return
+        for name, told in due.items():
+            newest = self._store.history(name).newest()
+            if newest is None or newest.epoch < max(told.committed):
+                self._wrong(name, f"a reader finds {newest and newest.epoch}; {max(told.committed)} was committed")
+            else:
+                self._compare(name, "a reader", self._store.history(name).restore())
+        with Backup(self._store, [self._address]) as backup:
+            status = backup.status()["names"]
+            for name, told in self._told.items():
+                self._look_at_status(name, told, status.get(name))
+            for name, told in due.items():
+                given = backup.failover(name)
+                if told.position and told.term[0] == given["term"] and told.position != given["position"]:
+                    self._wrong(name, f"promoted at {given['position']}; {told.position} was said")
+                memory = np.fromfile(given["image"], dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                device_state = Path(given["device_state"]).read_bytes()
+                self._compare(name, "what is handed out", SimpleNamespace(memory=memory, device_state=device_state))
+                self._go_on(name, given["term"] + 1)
+        for name, told in due.items():
+            self._read_all(name, told)
+
+    def _look_at_status(self, name: str, told: Told, found: dict[str, Any] | None) -> None:
+        if found is None:
+            if told.committed or told.term > (0, 0):
+                self._wrong(name, "the backup does not know it")
+            return
+        if (found["term"], int(found["role"] == "promoted")) < told.term:
+            self._wrong(name, f"{found['role']} of term {found['term']}; {told.term} was said")
+        newest = max(told.committed, default=-1)
+        if (-1 if found["epoch"] is None else found["epoch"]) < newest:
+            self._wrong(name, f"recovery finds {found['epoch']}; {newest} was committed")
+        if found["warnings"] and not self._may_tear:
+            self._wrong(name, f"nothing is lost, and yet: {found['warnings']}")
+        state = self._store.history(name).state.more
+        if told.expects_primary and not state.get("expects_primary") and found["role"] != "promoted":
+            self._wrong(name, "it does not expect the primary that it has")
+
+    def _compare(self, name: str, who: str, checkpoint: Any) -> None:
+        version, found = content(checkpoint)
+        if version < self._told[name].version:
+            self._wrong(name, f"{who} gives version {version}; {self._told[name].version} was committed")
+        if found != self._truth[name].get(version):
+            self._wrong(name, f"{who} gives another memory than version {version} had")
+
+    def _go_on(self, name: str, term: int) -> None:
+        """Somebody protects there what went on; the version is none that was."""
+        with protect(
+            {"after": np.full(3 * PAGE_SIZE, 7, np.uint8)}, to=self._address, name=name, term=term
+        ) as protection:
+            epoch = protection.checkpoint(wait=True)
+        found = self._store.history(name).restore()
+        if found.epoch != epoch or not (arrays_of(found)[0]["after"] == 7).all():
+            self._wrong(name, f"what was committed as {epoch} after the loss is not there")
+
+    def _read_all(self, name: str, told: Told) -> None:
+        """Of everything that is there: it is right, and nothing that was committed lacks in between."""
+        history = self._store.history(name)
+        held = set()
+        for segment in sorted((history.directory / "segments").iterdir()):
+            try:
+                for one in read_checkpoints(segment, strict=True):
+                    held.add(one.epoch)
+                    version, found = content(one)
+                    if version and found != self._truth[name].get(version):
+                        self._wrong(name, f"{segment.name}, epoch {one.epoch}: not what version {version} was")
+            except StreamError as error:
+                if not self._may_tear:
+                    self._wrong(name, f"{segment.name}: {error}")
+        missing = {epoch for epoch in told.committed if epoch >= min(held, default=0)} - held
+        if missing:
+            self._wrong(name, f"committed, not pruned and not there: {sorted(missing)}")
+        if not self._may_tear and not history.verify().is_good:
+            self._wrong(name, "the store does not verify")
