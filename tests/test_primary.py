@@ -163,6 +163,49 @@ def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
 
 
+def test_a_heartbeat_that_cannot_go_out_is_in_nobodys_way() -> None:
+    def serve(peer: Peer) -> None:
+        peer.welcome(lease_s=8.0)
+        beat(peer)
+
+    with Liar(serve) as liar:
+        protection = protect({"a": np.zeros(9)}, to=liar.address, name="orders")
+        protection.checkpoint()
+        link = protection._primary._link
+        assert link is not None
+        until_s = time.monotonic() + 2.5  # a heartbeat is due after two seconds
+        while time.monotonic() < until_s:
+            with suppress(BlockingIOError):
+                while True:
+                    link._connection._socket.send(bytes(1 << 16))
+            time.sleep(0.02)
+        with within(0.2), pytest.raises(LinkError):
+            protection.checkpoint(timeout_s=0.2)
+        with within(0.2), suppress(RemusError):
+            protection.close(0.2)
+
+
+def test_all_pages_of_a_checkpoint_whose_commit_was_not_sent_come_again(tmp_path: Path) -> None:
+    """More than one batch of them."""
+    with backup_in(tmp_path / "store") as backup:
+        memory = Memory(backup.addresses[0], array=np.zeros((2500, 512), dtype=np.int64))
+        memory.step(1)
+        link = memory.protection._primary._link
+        assert link is not None
+
+        def interrupt(message: Any) -> None:
+            raise KeyboardInterrupt
+
+        link.commit = interrupt  # type: ignore[method-assign]
+        memory.array += 1
+        with pytest.raises(KeyboardInterrupt):
+            memory.step(2)
+        memory.step(3)
+        memory.protection.close()
+    assert [entry.is_base for entry in entries(tmp_path / "store")] == [True, False]
+    assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
 def test_connecting_takes_no_longer_than_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resolver, a listener, a TLS handshake that hang."""
     folder = make_keys(tmp_path)
