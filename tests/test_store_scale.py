@@ -78,7 +78,7 @@ def at(epoch: int) -> datetime:
 LONG = pytest.mark.skipif("REMUS_CKPT_LONG" not in os.environ, reason="minutes; set REMUS_CKPT_LONG")
 
 
-@pytest.mark.parametrize("rows", [200_000, pytest.param(10_000_000, marks=LONG)])
+@pytest.mark.parametrize("rows", [200_000, pytest.param(10_000_000, marks=[LONG, pytest.mark.long])])
 def test_a_long_history(tmp_path: Path, rows: int) -> None:
     make_long(Store(tmp_path), rows)
     before = memory_peak(reset=True)
