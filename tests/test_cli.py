@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -302,6 +303,30 @@ def test_images_of_any_size_are_padded_and_said(tmp_path: Path, command: Command
     (tmp_path / "empty").write_bytes(b"")
     assert command("encode", tmp_path / "empty", "-o", tmp_path / "stream2").code == 2
     assert not (tmp_path / "stream2").exists()
+
+
+def test_an_image_comes_back_with_its_size(tmp_path: Path, command: Command) -> None:
+    random = np.random.default_rng(2)
+    images = [random.integers(0, 256, size, dtype=np.uint8).tobytes() for size in (12_000, 12_001)]
+    paths = [tmp_path / f"image{number}" for number in range(2)]
+    for path, image in zip(paths, images, strict=True):
+        path.write_bytes(image)
+    ran = command("encode", *paths, "-o", tmp_path / "stream")
+    assert (ran.code, ran.err) == (0, "")
+    for number, image in enumerate(images):
+        which = ("--checkpoint", number)
+        assert command("restore", tmp_path / "stream", "-o", tmp_path / "back", "--overwrite", *which).code == 0
+        assert (tmp_path / "back").read_bytes() == image
+        assert command.binary("restore", tmp_path / "stream", "-o", "-", *which)[1] == image
+        assert command.binary("extract", tmp_path / "stream", "--pfn", "0-2", *which)[1] == image
+    assert (
+        command("extract", tmp_path / "stream", "--pfn", "2", "--hex").out.splitlines()[-1].split()[0] == "000000002ee0"
+    )
+    report = json.loads(command("verify", tmp_path / "stream", "--hash", "--json").out)
+    hashes = [row["memory_sha256"] for row in report["checkpoints"]]
+    assert hashes == [hashlib.sha256(image).hexdigest() for image in images] and report["memory_bytes"] == 12_001
+    for arguments in ((tmp_path / "stream", "1", "0"), paths[::-1]):
+        assert json.loads(command("diff", *arguments, "--json").out)["memory_bytes"] == [12_001, 12_000]
 
 
 def test_a_failed_restore_leaves_what_was_there(series: Series, tmp_path: Path, command: Command) -> None:

@@ -569,6 +569,35 @@ def test_the_warm_copy_copied(store: Store, tmp_path: Path) -> None:
             writer.copy_image(tmp_path / "no" / "image")
 
 
+def test_memory_keeps_its_size_everywhere(store: Store, tmp_path: Path) -> None:
+    size = 2 * PAGE_SIZE + 3808
+    memory = np.zeros((3, PAGE_SIZE), dtype=np.uint8)
+    memory.reshape(-1)[:size] = np.random.default_rng(1).integers(1, 256, size)
+    image, sender = memory.tobytes()[:size], Sender(3)
+    with store.writer("orders") as writer:
+        writer.begin(full=True)
+        for pfns in (np.arange(3), np.array([2])):
+            groups = sender.checkpoint(batches(pfns, memory[pfns]), memory_bytes=size)
+            stream = b"".join(bytes(buffer) for group in groups for buffer in group)
+            assert sender.position is not None
+            commit(writer, stream, sender.position)
+        for _ in range(2):  # of the stream, and of what compaction has made of it
+            writer.history.restore_image(tmp_path / "image")
+            writer.copy_image(tmp_path / "copy")
+            writer.history.export(tmp_path / "stream")
+            assert [one.image.tobytes() for one in read_checkpoints(tmp_path / "stream")][-1] == image
+            assert (tmp_path / "image").read_bytes() == (tmp_path / "copy").read_bytes() == image
+            assert writer.history.restore().image.tobytes() == image
+            writer.compact(wait=True)
+        writer.set_state(term=1)
+        for _ in range(2):  # the warm copy, and when it is gone one that is made anew
+            given, _ = writer.hand_out()
+            assert given.read_bytes() == image
+            given.unlink()
+        writer.copy_image(tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == image
+
+
 def test_zero_pages_are_holes_everywhere(store: Store, tmp_path: Path) -> None:
     pages = 1 << 16
     sender = Sender(pages)

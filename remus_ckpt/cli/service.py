@@ -36,7 +36,6 @@ from remus_ckpt.demo import run_demo
 from remus_ckpt.errors import LinkError
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.loop import StopSignal, Totals
-from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.service.control import ask
@@ -338,8 +337,6 @@ def protect(
         _serve_metrics(stack, counted, metrics, tls)
         source = SharedFile(file, _stopper(pid, cgroup, pause, resume))
         stack.callback(source.close)
-        if source.size % PAGE_SIZE:
-            complain(f"{file}: {source.size} bytes, padded with zeros to {source.pages} pages of {PAGE_SIZE}")
         release = _Released(name, on_commit, stop) if on_commit else None
         if release:
             stack.callback(release.close)
