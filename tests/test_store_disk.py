@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import itertools
 import os
 import shutil
 import sqlite3
@@ -233,22 +233,19 @@ class Flood:
     def __init__(self, disk: Path) -> None:
         self._folder = disk / "flood"
         self._folder.mkdir()
+        self._names = itertools.count()
         self._file = open(self._folder / "bytes", "wb", buffering=0)  # noqa: SIM115
         self()
 
     def __call__(self) -> None:
-        for size in (1 << 20, 4096, 1):
-            try:
+        for size in (1 << 20, 4096, 4096, 4096):
+            with pytest.raises(OSError, match="No space left"):
                 while True:
                     self._file.write(bytes(size))
-                    os.fsync(self._file.fileno())
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-        try:
+            os.fsync(self._file.fileno())
+        with pytest.raises(OSError, match="No space left"):
             while True:
-                (self._folder / str(len(os.listdir(self._folder)))).touch()
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+                (self._folder / str(next(self._names))).touch()
 
     def end(self) -> None:
         self._file.close()
@@ -308,17 +305,17 @@ def test_full_to_the_last_byte_it_is_still_noted_who_may_act(small: Path) -> Non
         assert writer.position == source.position and writer.state == state
 
 
-def test_the_room_is_there_again(disk: Path) -> None:
+def test_the_room_is_there_again(small: Path) -> None:
     """What could not be kept on a full disk is kept as soon as there is some."""
-    store = Store(disk / "store")
+    store = Store(small / "store")
     with store.writer("orders") as writer:
         fill(writer, 1)
-    for path in [*disk.glob("store/orders/*.spare"), *disk.glob("store/orders/warm/*.spare")]:
+    for path in [*small.glob("store/orders/*.spare"), *small.glob("store/orders/warm/*.spare")]:
         path.unlink()
-    flood = Flood(disk)
+    flood = Flood(small)
     flood.end()
     with store.writer("orders") as writer:
-        flood = Flood(disk)
+        flood = Flood(small)
         writer.set_state(term=1)
         writer.hand_out()
         flood.end()
