@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_support import Source, commit, fill, sha
+from store_support import Source, commit, fill, memory_at, sha
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.memory import memory_sha256
@@ -223,6 +225,100 @@ def test_full_for_the_state(disk: Path) -> None:
         ballast.drop()
         writer.set_state(term=2)
     assert store.history("orders").state.term == 2
+
+
+class Flood:
+    """Takes the last byte and the last inode of a disk, again and again."""
+
+    def __init__(self, disk: Path) -> None:
+        self._folder = disk / "flood"
+        self._folder.mkdir()
+        self._names = itertools.count()
+        self._file = open(self._folder / "bytes", "wb", buffering=0)  # noqa: SIM115
+        self()
+
+    def __call__(self) -> None:
+        for size in (1 << 20, 4096, 4096, 4096):
+            with pytest.raises(OSError, match="No space left"):
+                while True:
+                    self._file.write(bytes(size))
+            os.fsync(self._file.fileno())
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                (self._folder / str(next(self._names))).touch()
+
+    def end(self) -> None:
+        self._file.close()
+        shutil.rmtree(self._folder)
+
+
+@pytest.fixture(params=["tmpfs", "tmpfs of few inodes", "ext4"])
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """File systems of a few MiB."""
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    if request.param == "ext4":
+        image = tmp_path / "ext4"
+        with open(image, "wb") as file:
+            file.truncate(16 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-N", "128", image], check=True)
+        command = ["mount", "-o", "loop", image, mounted]
+    else:
+        inodes = ",nr_inodes=40" if request.param != "tmpfs" else ",nr_inodes=200"
+        command = ["mount", "-t", "tmpfs", "-o", f"size=8m{inodes}", "tmpfs", mounted]
+    subprocess.run(command, check=True)
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", "-l", mounted], check=True)
+
+
+def test_full_to_the_last_byte_it_is_still_noted_who_may_act(small: Path) -> None:
+    """A goodbye, a term, a promotion with its image, a takeover that is done: again and again, while something else
+    takes all room that becomes free."""
+    store = Store(small / "store")
+    with store.writer("orders") as writer:
+        source = fill(writer, 3)
+        flood = Flood(small)
+        for term in range(1, 6):
+            for change in (
+                {"expects_primary": True, "term": term, "role": "standby"},
+                {"expects_primary": False},
+                {"fencing": term},
+                {"role": "promoted", "takeover_done": False},
+            ):
+                writer.set_state(**change)
+                flood()
+            if term == 1:
+                image, device_state = writer.hand_out()
+                flood()
+                assert image.read_bytes()[: 48 * PAGE_SIZE] == memory_at(2).tobytes()
+                assert device_state.read_bytes() == b"dev2"
+            writer.set_state(takeover_done=True)
+            flood()
+            state = store.history("orders").state
+            assert state == writer.state and (state.term, state.role) == (term, "promoted")
+            assert state.more["takeover_done"] and not state.more["expects_primary"]
+        flood.end()
+        assert memory_sha256(store.history("orders").restore().memory) == sha(source.position.epoch)
+    with store.writer("orders") as writer:
+        assert writer.position == source.position and writer.state == state
+
+
+def test_the_room_is_there_again(small: Path) -> None:
+    """What could not be kept on a full disk is kept as soon as there is some."""
+    store = Store(small / "store")
+    with store.writer("orders") as writer:
+        fill(writer, 1)
+    for path in [*small.glob("store/orders/*.spare"), *small.glob("store/orders/warm/*.spare")]:
+        path.unlink()
+    flood = Flood(small)
+    flood.end()
+    with store.writer("orders") as writer:
+        flood = Flood(small)
+        writer.set_state(term=1)
+        writer.hand_out()
+        flood.end()
 
 
 def test_full_for_an_image(disk: Path, tmp_path: Path) -> None:

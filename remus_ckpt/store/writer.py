@@ -186,11 +186,11 @@ class HistoryWriter:
             self.state = self._load_or_create_state(name)
             """What store.json says: after an exception too, this is what whoever opens the history would read."""
             self._is_settled = True  # a loss of power would not change that
+            self.history = History(self.directory, limits=limits)
+            """The reading side."""
             self._index = index.Index(self.directory / index.FILE, self._segments, limits)
             with guarding(self.directory):
                 self._recover()
-            self.history = History(self.directory, limits=limits)
-            """The reading side."""
         except BaseException:
             self._release()
             raise
@@ -390,7 +390,7 @@ class HistoryWriter:
         """A change, with the lock held. Our own errors leave memory as the disk is; after any other, nobody knows."""
         with self._lock:
             if self._is_torn:
-                raise StoreError(f"{self.directory}: a change to it was interrupted: close it and open it again")
+                raise StoreError(f"{self.directory}: it is closed, or a change to it was interrupted: open it again")
             self._is_torn = True
             try:
                 yield
@@ -423,10 +423,10 @@ class HistoryWriter:
         self._is_settled = False
         try:
             save_state(self.directory, state)
-        except StoreError:
+            self.state, self._is_settled = state, True
+        except BaseException:
             self._take_back_state()
             raise
-        self.state, self._is_settled = state, True
 
     def _take_back_state(self) -> None:
         """A new state could not be written: put the old one back if need be, and learn which one is there."""
@@ -750,8 +750,9 @@ class HistoryWriter:
 
         A checkpoint that is stored and not applied yet is durable, and applied. Nothing comes before the next `begin`.
         """
-        with self._changing():
-            self._abandon()
+        if self._held:  # closing it has done that
+            with self._changing():
+                self._abandon()
 
     def _abandon(self) -> None:
         chain = self._coming
@@ -995,6 +996,7 @@ class HistoryWriter:
                 self.abandon()
             except StoreError as error:
                 self._note(str(error))
+            self._is_torn = True
             self._cancel_compaction()
         if compaction is not None:
             compaction.join(_CANCEL_S)
