@@ -105,6 +105,29 @@ def test_all_that_is_reported_is_there(disk: Path, after: After, is_created: boo
         assert (after().directory.parents[2] / name).read_bytes() == (disk / name).read_bytes()
 
 
+@pytest.mark.parametrize("depth", range(4))
+def test_directories_of_a_maker_who_died(disk: Path, power: Power, after: After, depth: int) -> None:
+    """Each was synced into its parent before the next was made; the last one was not."""
+    path = disk
+    for name in [*STORE.parts, "orders"][: depth + 1]:
+        power.write_back()
+        path /= name
+        path.mkdir()
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 1)
+        holds(after(), source.position)
+
+
+def test_a_state_that_was_put_back_by_hand(disk: Path, after: After) -> None:
+    store = Store(disk / STORE)
+    with store.writer("orders") as writer:
+        source = fill(writer, 1)
+    path = writer.directory / "store.json"
+    path.write_text(path.read_text().replace('"term": 0', '"term": 5'))
+    with store.writer("orders"):
+        holds(after(), source.position, term=5)
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("is_base", [True, False])
 def test_what_a_dead_process_has_not_synced(disk: Path, after: After, is_base: bool, with_index: bool) -> None:
@@ -360,3 +383,15 @@ def test_a_state_that_somebody_has_a_link_to(disk: Path, tmp_path: Path) -> None
         writer.set_state(term=10)
         assert [(tmp_path / f"store.json-{term}").read_bytes() for term in range(1, 4)] == kept
         assert load_state(writer.directory).term == 10
+
+
+def test_a_spare_on_bad_blocks(disk: Path, power: Power, after: After) -> None:
+    """It is not tried again."""
+    with Store(disk / STORE).writer("orders") as writer:
+        bad = (writer.directory / "store.json.spare").stat().st_ino
+        with power.failing(lambda path: path.stat().st_ino == bad):
+            with pytest.raises(StoreError):
+                writer.set_state(term=1)
+            assert writer.state.term == 0
+            writer.set_state(term=1)
+            assert after().history("orders").state.term == 1

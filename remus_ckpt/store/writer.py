@@ -177,7 +177,6 @@ class HistoryWriter:
         self._highest = -1
         self._warm_number = 0
         self._spare_bytes = 0  # room that is kept for the device state of a takeover
-        self._last_sequence = -1  # of a segment whose removal may not be durable
         self._held: list[int] = []  # descriptors that hold our locks
         self._segments = self.directory / segments.DIRECTORY
         self._warm = self.directory / WARM if warm_directory is None else Path(warm_directory) / name
@@ -512,7 +511,7 @@ class HistoryWriter:
 
     def _next_sequence(self) -> int:
         names = list_segments(self.directory)
-        return max(sequence_of(names[-1]) if names else -1, self._last_sequence) + 1
+        return sequence_of(names[-1]) + 1 if names else 0
 
     @contextmanager
     def _receiving(self) -> Iterator[_Chain]:
@@ -662,13 +661,12 @@ class HistoryWriter:
                 os.rename(path, final)
                 sync_directory(self._segments)
         except StoreError:
-            # Its number is used up: after a loss of power it may be there again, as one that is newer than what the
-            # segment in force would get from now on.
-            self._last_sequence = sequence_of(final.name)
             try:
                 final.unlink(missing_ok=True)
                 sync_directory(self._segments)
             except OSError:
+                # After a loss of power it may be there again, and count as newer than what the segment in force would
+                # get from now on.
                 if self._chain is not None:
                     self._chain.is_sealed = True
             raise
