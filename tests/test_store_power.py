@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -395,3 +396,24 @@ def test_a_spare_on_bad_blocks(disk: Path, power: Power, after: After) -> None:
             assert writer.state.term == 0
             writer.set_state(term=1)
             assert after().history("orders").state.term == 1
+
+
+def test_without_descriptors(disk: Path) -> None:
+    """A process that has no more of them loses nothing by it, and keeps what the next change needs."""
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 2)
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            for change in (lambda: writer.set_state(term=1), writer.hand_out, lambda: writer.begin(full=True)):
+                with pytest.raises(StoreError):
+                    change()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert writer.state == load_state(writer.directory) and writer.state.term == 0
+        assert (writer.directory / "store.json.spare").stat().st_size >= 4096
+        fill(writer, 1)
+        writer.set_state(term=1)
+        assert writer.hand_out()[0].read_bytes() == memory_at(2).tobytes()

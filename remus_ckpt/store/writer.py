@@ -56,6 +56,7 @@ from remus_ckpt.wire.record import RECORD_SECTION, Position
 LOCK = "lock"
 WARM = "warm"
 SPARE = "hand-over.spare"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
 _SPARE_BYTES = 64 << 10
@@ -728,8 +729,9 @@ class HistoryWriter:
 
     def _close_segment(self, chain: _Chain) -> None:
         """It will not grow any more."""
-        self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
-        chain.close()
+        with suppress(OSError):
+            self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
+            chain.close()
 
     def abandon(self) -> None:
         """Cut off what is incomplete, back to the newest durable checkpoint; after an error in any step too.
@@ -797,7 +799,7 @@ class HistoryWriter:
             raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
         if self._compaction is None:
             path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
-            self._compaction = Compaction(
+            compaction = Compaction(
                 self._lock,
                 chain.restorer.memory,
                 chain.home.has_room,
@@ -807,7 +809,8 @@ class HistoryWriter:
                 on_failed=self._on_failed,
             )
             self._on_phase("compacting", self._epoch)
-            self._compaction.start()
+            compaction.start()  # it waits for our lock
+            self._compaction = compaction
         return self._compaction
 
     @property
@@ -953,7 +956,8 @@ class HistoryWriter:
                 raise NoCheckpoint(f"{self.directory}: there is no checkpoint to go on from")
             image = self._warm / f"taken-over-{self.state.term}.image"
             device_state = self._warm / f"taken-over-{self.state.term}.state"
-            made = {"position": str(self.position), "boot": _boot_id()}
+            with guarding(_BOOT_ID):
+                made = {"position": str(self.position), "boot": _boot_id()}
             if self.state.more.get("handed_out") == made and image.exists() and device_state.exists():
                 return image, device_state
             with guarding(self._warm):
@@ -1007,7 +1011,7 @@ class HistoryWriter:
 
 def _boot_id() -> str:
     """Changes when the machine starts anew: what was not synced before may be torn then."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+    with open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()
 
 
