@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import socket
 import subprocess
@@ -627,8 +628,9 @@ def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, small_dis
 
 
 @pytest.mark.root
-def test_a_full_disk_fences_nobody(tmp_path: Path, small_disk: Path) -> None:
-    """The primary lives, and the backup could not write down that it takes over."""
+def test_a_full_disk_decides_nothing(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary that lives is not fenced. One that is gone is, and taken over from, once that can be written down; and
+    for that a history has room of its own."""
     fenced = tmp_path / "fence"
     fence = command(tmp_path, "write('fence')")
     rng = np.random.default_rng(4)
@@ -649,10 +651,15 @@ def test_a_full_disk_fences_nobody(tmp_path: Path, small_disk: Path) -> None:
                 memory.protection.checkpoint(wait=True, timeout_s=0.2)
         assert not fenced.exists(), "it has been heard of all the time"
         assert "space" in backup.status()["names"]["orders"]["trouble"]
-        proxy.refusing.set()
-        proxy.cut()
-        time.sleep(1.5)
-        assert not fenced.exists(), "it is gone, and what would follow could not be written down"
-        (small_disk / "filler").unlink()
-        until(lambda: backup.status()["names"]["orders"]["role"] == "promoted")
-        assert fenced.exists()
+
+        def fails(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("remus_ckpt.store.state.replace_file", fails)
+            proxy.refusing.set()
+            proxy.cut()
+            time.sleep(1.5)
+            assert not fenced.exists(), "it is gone, and what would follow could not be written down"
+        until(lambda: backup.status()["names"]["orders"]["image"] is not None)
+        assert backup.status()["names"]["orders"]["role"] == "promoted" and fenced.exists()

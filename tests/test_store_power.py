@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,29 @@ def test_all_that_is_reported_is_there(disk: Path, after: After, is_created: boo
     writer.history.export(disk / "stream")
     for name in ("image", "stream"):
         assert (after().directory.parents[2] / name).read_bytes() == (disk / name).read_bytes()
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_directories_of_a_maker_who_died(disk: Path, power: Power, after: After, depth: int) -> None:
+    """Each was synced into its parent before the next was made; the last one was not."""
+    path = disk
+    for name in [*STORE.parts, "orders"][: depth + 1]:
+        power.write_back()
+        path /= name
+        path.mkdir()
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 1)
+        holds(after(), source.position)
+
+
+def test_a_state_that_was_put_back_by_hand(disk: Path, after: After) -> None:
+    store = Store(disk / STORE)
+    with store.writer("orders") as writer:
+        source = fill(writer, 1)
+    path = writer.directory / "store.json"
+    path.write_text(path.read_text().replace('"term": 0', '"term": 5'))
+    with store.writer("orders"):
+        holds(after(), source.position, term=5)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -360,3 +384,36 @@ def test_a_state_that_somebody_has_a_link_to(disk: Path, tmp_path: Path) -> None
         writer.set_state(term=10)
         assert [(tmp_path / f"store.json-{term}").read_bytes() for term in range(1, 4)] == kept
         assert load_state(writer.directory).term == 10
+
+
+def test_a_spare_on_bad_blocks(disk: Path, power: Power, after: After) -> None:
+    """It is not tried again."""
+    with Store(disk / STORE).writer("orders") as writer:
+        bad = (writer.directory / "store.json.spare").stat().st_ino
+        with power.failing(lambda path: path.stat().st_ino == bad):
+            with pytest.raises(StoreError):
+                writer.set_state(term=1)
+            assert writer.state.term == 0
+            writer.set_state(term=1)
+            assert after().history("orders").state.term == 1
+
+
+def test_without_descriptors(disk: Path) -> None:
+    """A process that has no more of them loses nothing by it, and keeps what the next change needs."""
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 2)
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            for change in (lambda: writer.set_state(term=1), writer.hand_out, lambda: writer.begin(full=True)):
+                with pytest.raises(StoreError):
+                    change()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert writer.state == load_state(writer.directory) and writer.state.term == 0
+        assert (writer.directory / "store.json.spare").stat().st_size >= 4096
+        fill(writer, 1)
+        writer.set_state(term=1)
+        assert writer.hand_out()[0].read_bytes() == memory_at(2).tobytes()

@@ -67,8 +67,11 @@ class Compaction:
         self._thread = threading.Thread(target=self._run, name="compaction", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin. Raises StoreError where there can be no thread."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StoreError(f"{self.path}: {error}") from error
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait for the thread's end; not with the lock held."""

@@ -159,8 +159,8 @@ def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
     Where only the last sync fails the file is replaced, and a loss of power may undo that.
     """
     spare = spare or spare_of(path)
+    descriptor = _open_spare(spare)
     try:
-        descriptor = _open_spare(spare)
         try:
             os.fchmod(descriptor, 0o600)
             write_all(descriptor, [data])

@@ -59,6 +59,7 @@ from remus_ckpt.wire.record import RECORD_SECTION, Position
 LOCK = "lock"
 WARM = "warm"
 SPARE = "hand-over.spare"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
 _SPARE_BYTES = 64 << 10
@@ -170,7 +171,6 @@ class HistoryWriter:
         self._highest = -1
         self._warm_number = 0
         self._spare_bytes = 0  # room that is kept for the device state of a takeover
-        self._last_sequence = -1  # of a segment whose removal may not be durable
         self._held: list[int] = []  # descriptors that hold our locks
         self._segments = self.directory / segments.DIRECTORY
         self._warm = self.directory / WARM if warm_directory is None else Path(warm_directory) / name
@@ -518,7 +518,7 @@ class HistoryWriter:
 
     def _next_sequence(self) -> int:
         names = list_segments(self.directory)
-        return max(sequence_of(names[-1]) if names else -1, self._last_sequence) + 1
+        return sequence_of(names[-1]) + 1 if names else 0
 
     @contextmanager
     def _receiving(self) -> Iterator[_Chain]:
@@ -670,13 +670,12 @@ class HistoryWriter:
                 os.rename(path, final)
                 sync_directory(self._segments)
         except StoreError:
-            # Its number is used up: after a loss of power it may be there again, as one that is newer than what the
-            # segment in force would get from now on.
-            self._last_sequence = sequence_of(final.name)
             try:
                 final.unlink(missing_ok=True)
                 sync_directory(self._segments)
             except OSError:
+                # After a loss of power it may be there again, and count as newer than what the segment in force would
+                # get from now on.
                 if self._chain is not None:
                     self._chain.is_sealed = True
             raise
@@ -742,8 +741,9 @@ class HistoryWriter:
 
     def _close_segment(self, chain: _Chain) -> None:
         """It will not grow any more."""
-        self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
-        chain.close()
+        with suppress(OSError):
+            self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
+            chain.close()
 
     def abandon(self) -> None:
         """Cut off what is incomplete, back to the newest durable checkpoint; after an error in any step too.
@@ -811,7 +811,7 @@ class HistoryWriter:
             raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
         if self._compaction is None:
             path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
-            self._compaction = Compaction(
+            compaction = Compaction(
                 self._lock,
                 chain.restorer.memory,
                 chain.home,
@@ -821,7 +821,8 @@ class HistoryWriter:
                 on_failed=self._on_failed,
             )
             self._on_phase("compacting", self._epoch)
-            self._compaction.start()
+            compaction.start()  # it waits for our lock
+            self._compaction = compaction
         return self._compaction
 
     @property
@@ -967,7 +968,8 @@ class HistoryWriter:
                 raise NoCheckpoint(f"{self.directory}: there is no checkpoint to go on from")
             image = self._warm / f"taken-over-{self.state.term}.image"
             device_state = self._warm / f"taken-over-{self.state.term}.state"
-            made = {"position": str(self.position), "boot": _boot_id()}
+            with guarding(_BOOT_ID):
+                made = {"position": str(self.position), "boot": _boot_id()}
             if self.state.more.get("handed_out") == made and image.exists() and device_state.exists():
                 return image, device_state
             with guarding(self._warm):
@@ -1021,7 +1023,7 @@ class HistoryWriter:
 
 def _boot_id() -> str:
     """Changes when the machine starts anew: what was not synced before may be torn then."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+    with open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()
 
 
