@@ -26,8 +26,12 @@ from remus_ckpt.wire.writer import Writer
 
 pytestmark = needs_xen
 every_stream = pytest.mark.parametrize("name", XEN_IDS)
-COMPRESSED = [name for name in XEN_IDS if "rle" in name]
+COMPRESSED = [
+    name for name, row in xen_manifest().items() if any(each["compressed_chunks"] for each in row["per_checkpoint"])
+]
 OVERFLOW = "remus-rle-overflow"
+REENCODED = [name for name in COMPRESSED if "verify" not in name]
+"""In verify mode Xen sends pages to compare, not to write: what memory holds does not say what they were."""
 HOSTILE = Limits(memory_bytes=256 * MIB, checkpoint_bytes=256 * MIB)
 
 
@@ -64,7 +68,8 @@ def test_memory_after_every_checkpoint(name: str) -> None:
         assert checkpoint.start == (found[-2]["end"] if len(found) > 1 else 0)
     assert [each.pop("sha256") for each in found] == row["memory_sha256"]
     assert [each.pop("end") for each in found] == row["checkpoint_end"]
-    assert found == row["per_checkpoint"]
+    if row["per_checkpoint"]:  # not counted for every stream
+        assert found == row["per_checkpoint"]
     assert restorer.end is not None and restorer.end.complete and restorer.end.trailing_bytes == 0
     assert not restorer.reader.deviations
     codec = "rle" if name in COMPRESSED else None
@@ -211,7 +216,7 @@ def rounds(name: str) -> Iterator[tuple[list[PageBatch], list[bytes]]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "word"), [(name, 8) for name in COMPRESSED] + [(name, 4) for name in COMPRESSED if name != OVERFLOW]
+    ("name", "word"), [(name, 8) for name in REENCODED] + [(name, 4) for name in REENCODED if name != OVERFLOW]
 )
 def test_the_same_pages_give_the_same_bytes(name: str, word: Any) -> None:
     """`rle` with Xen's reference, empty before the first compressed round, writes what Xen wrote.
@@ -262,5 +267,5 @@ def test_the_same_pages_give_the_same_bytes(name: str, word: Any) -> None:
     assert len(differing) == (4 if name == OVERFLOW else 0), differing
 
 
-def test_all_nine_are_there() -> None:
+def test_all_of_them_are_there() -> None:
     assert set(xen_manifest()) == set(XEN_IDS)

@@ -324,7 +324,7 @@ def test_a_state_that_cannot_be_synced(
                     with pytest.raises(StoreError):
                         act()
         writer.abandon()
-        data = Source(position=source.position)
+        data = Source(position=writer.position)
         writer.begin(full=True)
         fill(writer, 1, data)
         assert after().history("orders").state == writer.state == load_state(writer.directory)

@@ -6,6 +6,7 @@ Source: Linux, Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze" and "cgr
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import select
 import time
@@ -37,6 +38,7 @@ class CgroupFreezer:
         self._freeze_timeout_s = freeze_timeout_s
         self._events = self._freeze = self._witness = self._watch = -1
         self._guard: Guard | None = None
+        self._claim: io.FileIO | None = None
         self._memory: Memory | None = None
         self._writer: Process | None = None  # one that was seen to have the memory
         self._held_at = self._looked_at = 0.0
@@ -51,21 +53,23 @@ class CgroupFreezer:
         try:
             self._events = os.open(self.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
             self._freeze = os.open(self.path / "cgroup.freeze", os.O_RDWR | os.O_CLOEXEC)
+            lockable = os.open(self.path / "cgroup.freeze", os.O_RDWR | os.O_CLOEXEC)
         except PermissionError:
             raise SourceError(f"{self.path} may not be frozen: run as its owner or as root") from None
         except OSError as error:
             raise SourceError(f"{self.path}: {error.strerror}") from None
+        # Two who freeze the same cgroup would each end the other's pauses.
+        if (claimed := claim(lockable)) is None:
+            raise SourceError(f"{self.path} is being recorded by somebody else")
+        self._claim = claimed
         # In all that we freeze: neither we nor the guard would ever run again.
         if os.getpid() in self._pids():
             raise SourceError(f"this process is in {self.path} itself: run it in another cgroup")
-        # Two who freeze the same cgroup would each end the other's pauses.
-        if not claim(self._freeze):
-            raise SourceError(f"{self.path} is being recorded by somebody else")
         if self._event("frozen") or self._asked():
             # Whoever froze it wants it so; our pauses would end with it running.
             raise SourceError(f"{self.path} is frozen already: thaw it first (echo 0 > {self.path}/cgroup.freeze)")
         self._watch = _watch(self.path / "cgroup.freeze")
-        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze])
+        self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze, claimed.fileno()])
 
     def _check_kind(self) -> None:
         if not self.path.is_dir():
@@ -86,6 +90,8 @@ class CgroupFreezer:
         if self._guard is not None:
             self._guard.close()
             self._guard = None
+        if self._claim is not None:
+            self._claim.close()
         self._forget_writer()
         for fd in (self._events, self._freeze, self._witness, self._watch):
             if fd >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import signal
 import socket
@@ -26,11 +27,11 @@ _MAX_FDS = 253
 """What one message carries (SCM_MAX_FD)."""
 
 
-_ours: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_ours: weakref.WeakSet[socket.socket | io.FileIO] = weakref.WeakSet()
 
 
 def _disown() -> None:
-    """In a fork: a guard must see our end and not the fork's."""
+    """In a fork: a guard must see our end and not the fork's, and a claim end with us."""
     for held in list(_ours):
         held.close()
 
@@ -38,20 +39,24 @@ def _disown() -> None:
 os.register_at_fork(after_in_child=_disown)
 
 
-def claim(fd: int) -> bool:
+def claim(fd: int) -> io.FileIO | None:
     """Lock an open file that only those can open for writing who may stop what it stands for.
 
-    False if somebody else has it. Given to a guard, it stays locked until the guard is done with what we had stopped.
-    That of one who died may need a moment, so it is waited for.
+    Returns the file, which has the descriptor from now on and holds the lock until it is closed; None, with the
+    descriptor closed, if somebody else has it. Given to a guard, it stays locked until the guard is done with what we
+    had stopped. That of one who died may need a moment, so it is waited for.
     """
+    file = io.FileIO(fd, "r+")
     deadline = time.monotonic() + _CLAIM_S
     while True:
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
-            return True
+            _ours.add(file)
+            return file
         except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
-                return False
+                file.close()
+                return None
             time.sleep(_CLAIM_POLL_S)
 
 

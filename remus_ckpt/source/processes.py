@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -39,14 +40,14 @@ class Processes:
         self._stopped: list[Process] = []  # by us
         self._lost: dict[Process, float] = {}  # named ones that have the memory no more, and since when
         self._guard: Guard | None = None
-        self._claims: list[int] = []
+        self._claims: list[io.FileIO] = []
         self._deaths = select.epoll()
         try:
             if not counts_runs():
                 raise SourceError("this kernel does not count runs (CONFIG_SCHED_INFO), by which a pause is proven")
             for pid in dict.fromkeys(pids):
                 self._open(pid)
-            self._guard = Guard("continue", fds=self._claims)
+            self._guard = Guard("continue", fds=[claimed.fileno() for claimed in self._claims])
         except BaseException:
             self.close()
             raise
@@ -61,12 +62,12 @@ class Processes:
         self._deaths.register(process.fd, select.EPOLLIN)
         # Two who stop the same process would each end the other's pauses. Only who may write to it can claim it.
         try:
-            claimed = process.open("oom_score_adj", os.O_RDWR)
+            fd = process.open("oom_score_adj", os.O_RDWR)
         except OSError:
             raise SourceError(f"process {pid} may not be stopped: run as its user or as root") from None
-        self._claims.append(claimed)
-        if not claim(claimed):
+        if (claimed := claim(fd)) is None:
             raise SourceError(f"process {pid} is being recorded by somebody else")
+        self._claims.append(claimed)
         # Whoever stopped it wants it so; our pauses would end with it running.
         if process.is_stopped_by_job_control():
             raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
@@ -81,8 +82,10 @@ class Processes:
         self._deaths.close()
         for process in (*self._named, *self._heirs):
             process.close()
-        for fd in (*self._others.values(), *self._claims):
+        for fd in self._others.values():
             os.close(fd)
+        for claimed in self._claims:
+            claimed.close()
         for held in (self._named, self._heirs, self._others, self._claims, self._stopped, self._lost):
             held.clear()
 
