@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from remus_ckpt.store import History as History
     from remus_ckpt.store import Retention as Retention
     from remus_ckpt.store import Store as Store
-    from remus_ckpt.wire.dialect import Dialect as Dialect
     from remus_ckpt.wire.record import Position as Position
+    from remus_ckpt.wire.xen.dialect import Dialect as Dialect
 
 _HOMES = {
     "files": ("read_checkpoints",),
@@ -73,7 +73,7 @@ _HOMES = {
     "source.processes": ("Processes",),
     "source.shared_file": ("SharedFile",),
     "store": ("History", "Retention", "Store"),
-    "wire.dialect": ("Dialect",),
+    "wire.xen.dialect": ("Dialect",),
     "wire.record": ("Position",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

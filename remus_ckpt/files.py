@@ -18,9 +18,9 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.sender import Sent
-from remus_ckpt.wire import events
-from remus_ckpt.wire.dialect import DETECT_BYTES, Dialect, detect_header
-from remus_ckpt.wire.reader import NEED_DATA
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.dialect import DETECT_BYTES, Dialect, detect_header
+from remus_ckpt.wire.xen.reader import NEED_DATA
 
 _MAX_VECTORS = 1024
 _BUFFER_BYTES = 1 << 16

@@ -18,10 +18,10 @@ from remus_ckpt.errors import LimitExceeded, Malformed
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
-from remus_ckpt.wire import events
-from remus_ckpt.wire.dialect import Dialect
-from remus_ckpt.wire.reader import NEED_DATA, Boundary, Digest, Reader
 from remus_ckpt.wire.record import CheckpointRecord
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.dialect import Dialect
+from remus_ckpt.wire.xen.reader import NEED_DATA, Boundary, Digest, Reader
 
 _STAGED_COST_BYTES = 256
 """What a staged batch or chunk takes besides its contents; without it, tiny ones would take far more than the limit."""

@@ -16,11 +16,11 @@ from remus_ckpt.codec.kernels import CODINGS
 from remus_ckpt.codec.reference import Reference, Shadow
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, pages_for
-from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import MAX_P2M_SIZE, Signature
-from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import CheckpointRecord, Position
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, Signature
+from remus_ckpt.wire.xen.dialect import StreamCodec, Word
+from remus_ckpt.wire.xen.writer import Writer
 
 PAGE_BUFFER_PAGES = {coding.name: coding.page_buffer_pages for coding in CODINGS if coding.page_buffer_pages}
 """How many pages are compressed at a time."""

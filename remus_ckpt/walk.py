@@ -18,8 +18,8 @@ from remus_ckpt.files import StreamFile, read_events
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.wire import events
-from remus_ckpt.wire.dialect import Dialect
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.dialect import Dialect
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 out = Console(soft_wrap=True, highlight=False)

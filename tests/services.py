@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service import keys
-from remus_ckpt.service.control import ask
 from remus_ckpt.service.protect import protect
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 
 LONG_S = 30.0
 """A wait that is only reached when something is broken."""

@@ -12,9 +12,9 @@ from remus_ckpt.errors import StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.restorer import Restorer
-from remus_ckpt.wire import events
-from remus_ckpt.wire.dialect import Dialect
-from remus_ckpt.wire.reader import Reader
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.dialect import Dialect
+from remus_ckpt.wire.xen.reader import Reader
 
 XL = b"DeviceModelRecord0002"
 QEMU = b"QemuDeviceModelRecord"

@@ -20,7 +20,7 @@ from remus_ckpt.codec import CODECS, Codec, get_codec, kernels, xbzrle
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PAGE_WORDS
 from remus_ckpt.sender import PAGE_BUFFER_PAGES
-from remus_ckpt.wire.dialect import STREAM_CODECS
+from remus_ckpt.wire.xen.dialect import STREAM_CODECS
 
 EVERY = [(name, kernel) for name, row in kernels.TABLE.items() for kernel in row]
 BASE = noise(1)[0]

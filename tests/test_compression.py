@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from remus_ckpt.link.compression import Chooser
 from remus_ckpt.pages import Buffer
-from remus_ckpt.service.compression import Chooser
 from remus_ckpt.session.frames import Compression, Packing
 
 MIB = 1 << 20

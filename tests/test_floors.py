@@ -13,10 +13,11 @@ PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"errors", "pages", "limits", "version"},
-    {"codec", "wire"},
+    {"codec", "wire", "disk"},
     {"session", "sender", "restorer", "memory"},
-    {"source", "store", "files", "compressed"},
-    {"loop", "service"},
+    {"source", "link", "compressed"},
+    {"store", "observe", "files", "loop"},
+    {"service"},
     {"cli", "walk", "demo", "conformance", "__main__"},
 ]
 APART = {frozenset({"codec", "wire"})}

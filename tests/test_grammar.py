@@ -24,12 +24,12 @@ import pytest
 from remus_ckpt import Limits, Sender
 from remus_ckpt.errors import StreamError
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, PageBatch, PageType
-from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import CHUNKS, MAX_P2M_SIZE, ChunkId, Layout, Signature
-from remus_ckpt.wire.dialect import Dialect, detect_header
-from remus_ckpt.wire.reader import Reader
 from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.chunks import CHUNKS, MAX_P2M_SIZE, ChunkId, Layout, Signature
+from remus_ckpt.wire.xen.dialect import Dialect, detect_header
+from remus_ckpt.wire.xen.reader import Reader
+from remus_ckpt.wire.xen.writer import Writer
 
 kaitaistruct = pytest.importorskip("kaitaistruct", reason="kaitaistruct is not installed: it is in the extra `test`")
 

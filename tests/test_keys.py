@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from support import Command
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service import keys
-from remus_ckpt.service.tls import TlsFiles
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 

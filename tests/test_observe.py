@@ -27,18 +27,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from remus_ckpt.cli import app
 from remus_ckpt.errors import LinkError
-from remus_ckpt.service.observe import (
-    LogFormat,
-    Metrics,
-    MetricsServer,
-    configure_logs,
-    flatten,
-    log,
-    notify,
-    summarize,
-    unflatten,
-    watchdog_interval_s,
-)
+from remus_ckpt.observe.http import MetricsServer
+from remus_ckpt.observe.log import LogFormat, configure_logs, log
+from remus_ckpt.observe.metrics import Metrics, flatten, summarize, unflatten
+from remus_ckpt.observe.systemd import notify, watchdog_interval_s
 
 UNITS = Path(__file__).parent.parent / "tools" / "systemd"
 
@@ -144,14 +136,14 @@ def test_levels_and_a_second_configuration() -> None:
 
 
 def test_logs_go_to_standard_error() -> None:
-    program = "from remus_ckpt.service.observe import *; configure_logs('json'); log('started', pid=1)"
+    program = "from remus_ckpt.observe.log import *; configure_logs('json'); log('started', pid=1)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
     assert ran.stdout == ""
     assert json.loads(ran.stderr)["pid"] == 1
 
 
 def test_a_program_that_configures_no_logs_sees_none() -> None:
-    program = "from remus_ckpt.service.observe import log; log('no link', level=40)"
+    program = "from remus_ckpt.observe.log import log; log('no link', level=40)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
     assert ran.stdout == ran.stderr == ""
 

@@ -24,12 +24,13 @@ from support import process_state, writer_process
 from test_service import LONG_S, Memory, backup_in, entries, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, SourceError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import primary as primaries
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.protect import protect
-from remus_ckpt.service.transport import Address, connect
 from remus_ckpt.session import messages
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile

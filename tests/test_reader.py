@@ -18,12 +18,12 @@ from streams import END, LAST_CHECKPOINT, XALLOC, XTAB, entry, page, plain, rest
 from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import MIB, Limits
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import CHUNKS, ChunkId, Signature
-from remus_ckpt.wire.dialect import Dialect
-from remus_ckpt.wire.reader import NEED_DATA, Reader
-from remus_ckpt.wire.states import Kind, State
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.chunks import CHUNKS, ChunkId, Signature
+from remus_ckpt.wire.xen.dialect import Dialect
+from remus_ckpt.wire.xen.reader import NEED_DATA, Reader
+from remus_ckpt.wire.xen.states import Kind, State
+from remus_ckpt.wire.xen.writer import Writer
 
 both_words = pytest.mark.parametrize("word", [8, 4])
 EC = s.ENABLE_COMPRESSION

@@ -19,10 +19,10 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import HAS_DATA, PageBatch
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
-from remus_ckpt.wire import events
-from remus_ckpt.wire.dialect import Dialect
-from remus_ckpt.wire.reader import Reader
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.dialect import Dialect
+from remus_ckpt.wire.xen.reader import Reader
+from remus_ckpt.wire.xen.writer import Writer
 
 pytestmark = needs_xen
 every_stream = pytest.mark.parametrize("name", XEN_IDS)

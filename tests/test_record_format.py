@@ -17,8 +17,8 @@ from remus_ckpt.errors import Malformed, UnknownFormat
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.pages import batches
 from remus_ckpt.sender import Sender
-from remus_ckpt.wire.dialect import Dialect
 from remus_ckpt.wire.record import CheckpointRecord, Position
+from remus_ckpt.wire.xen.dialect import Dialect
 
 MAGIC = b"\x89REMUSck"
 both_words = pytest.mark.parametrize("word", [8, 4])

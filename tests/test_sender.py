@@ -19,8 +19,8 @@ from remus_ckpt.codec.reference import Lru, Shadow
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, PAGE_SIZE, PageBatch, Pages, PageType, batches
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender, Sent
-from remus_ckpt.wire import events
 from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen import events
 
 both_codecs = pytest.mark.parametrize("codec", ["delta", "rle"])
 BEGIN, FULL = struct.pack("<hI", -100, 0), struct.pack("<hI", -101, 0)

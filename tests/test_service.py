@@ -20,13 +20,14 @@ from proxy import Proxy
 from store_support import Source
 
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.client import Link
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.control import ask
-from remus_ckpt.service.link import Link
 from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import Protection, arrays_of, protect
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, connect
 from remus_ckpt.session import machine, messages
 from remus_ckpt.store import Entry, Store
 from remus_ckpt.wire.record import Position

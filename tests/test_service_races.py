@@ -17,12 +17,14 @@ from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, StoreError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.dial import connect
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.observe import Metrics
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.standby import Policy, Refusal, Standby
-from remus_ckpt.service.transport import Address, Connection, connect
 from remus_ckpt.session import messages
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Store

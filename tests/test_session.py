@@ -54,7 +54,7 @@ from remus_ckpt.session.messages import (
     Welcome,
     check_name,
 )
-from remus_ckpt.wire.reader import Reader
+from remus_ckpt.wire.xen.reader import Reader
 
 SPEC = (Path(__file__).resolve().parents[1] / "specs" / "session.md").read_text()
 FIRST = Position(0, b"\x11" * 32)

@@ -19,10 +19,10 @@ from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.kernels import KERNELS
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PageType
-from remus_ckpt.wire.chunks import CHUNKS
-from remus_ckpt.wire.reader import Reader
-from remus_ckpt.wire.states import TRANSITIONS
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen.chunks import CHUNKS
+from remus_ckpt.wire.xen.reader import Reader
+from remus_ckpt.wire.xen.states import TRANSITIONS
+from remus_ckpt.wire.xen.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"

@@ -21,13 +21,14 @@ from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, unti
 from test_service_races import Guest
 
 from remus_ckpt.errors import Fenced, NoCheckpoint, Refused, RemusError, StoreError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
+from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.control import ask
-from remus_ckpt.service.observe import Metrics
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Standby
-from remus_ckpt.service.transport import Address, connect
 from remus_ckpt.store import Store, state
 
 

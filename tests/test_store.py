@@ -28,10 +28,10 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
 from remus_ckpt.store.index import read_index
 from remus_ckpt.store.segments import Contents
-from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import Signature
 from remus_ckpt.wire.record import CheckpointRecord, Position
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.chunks import Signature
+from remus_ckpt.wire.xen.writer import Writer
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import pytest
 from remus_ckpt.demo import ledger
 from remus_ckpt.demo.ledger import Ledger
 from remus_ckpt.errors import Fenced
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, connect
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store

@@ -24,8 +24,12 @@ import pytest
 from certificates import Made, put
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.listener import Listener
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service import keys
-from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles, connect
 
 KINDS = ["tls", "tcp", "unix"]
 LONG_S = 20.0
@@ -377,7 +381,9 @@ def test_no_descriptor_left(tmp_path: Path) -> None:
     """Whoever waits is hung up on, instead of keeping the poll awake; later ones are served again."""
     program = f"""
 import os, resource, select
-from remus_ckpt.service.transport import Address, Listener, connect
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.listener import Listener
 listener = Listener(Address.parse("unix:{tmp_path}/s"))
 import socket
 waiting = socket.socket(socket.AF_UNIX)

@@ -23,11 +23,11 @@ from remus_ckpt import Restorer
 from remus_ckpt.codec import kernels
 from remus_ckpt.conformance import Verdict, compare, environment, judge_encoder, load_manifest, load_vector
 from remus_ckpt.errors import StreamError
-from remus_ckpt.wire import chunks, events
-from remus_ckpt.wire.describe import describe
-from remus_ckpt.wire.dialect import FRONTS, Dialect
-from remus_ckpt.wire.reader import Reader
-from remus_ckpt.wire.states import BODIES, KINDS, TRANSITIONS, Course, Kind, State
+from remus_ckpt.wire.xen import chunks, events
+from remus_ckpt.wire.xen.describe import describe
+from remus_ckpt.wire.xen.dialect import FRONTS, Dialect
+from remus_ckpt.wire.xen.reader import Reader
+from remus_ckpt.wire.xen.states import BODIES, KINDS, TRANSITIONS, Course, Kind, State
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"

@@ -28,11 +28,13 @@ from typing import Any
 import numpy as np
 from bench import machine, progress, table
 
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
+from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import keys
-from remus_ckpt.service.observe import configure_logs
 from remus_ckpt.service.primary import Committed, Primary
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store

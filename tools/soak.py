@@ -34,9 +34,11 @@ from typing import IO
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from remus_ckpt.errors import RemusError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service import keys
-from remus_ckpt.service.control import ask
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 
 NAME = "soak"
 PATIENCE_S = 60.0

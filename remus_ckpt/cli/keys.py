@@ -12,8 +12,8 @@ import typer
 from rich.text import Text
 
 from remus_ckpt.cli.options import AsJson, app, print_json
+from remus_ckpt.link.tls import RENEW, RENEW_CA
 from remus_ckpt.service import keys
-from remus_ckpt.service.tls import RENEW, RENEW_CA
 from remus_ckpt.walk import complain, out
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys for tls://.", rich_markup_mode=None)

@@ -15,7 +15,7 @@ import typer
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import create_private
 from remus_ckpt.limits import GIB, KIB, MIB
-from remus_ckpt.wire.dialect import Dialect
+from remus_ckpt.wire.xen.dialect import Dialect
 
 app = typer.Typer()
 """The commands hang on it; `remus_ckpt.cli` lists them for the help."""

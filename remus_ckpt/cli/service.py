@@ -35,16 +35,22 @@ from remus_ckpt.cli.options import (
 from remus_ckpt.demo import run_demo
 from remus_ckpt.errors import LinkError
 from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.link.address import Address, check_options
+from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.listener import Listener
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal, Totals
+from remus_ckpt.observe.http import metrics_address
+from remus_ckpt.observe.log import configure_logs, log
+from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.observe.systemd import notify, watchdog_interval_s
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.commands import ShellCommand
-from remus_ckpt.service.control import ask
-from remus_ckpt.service.failover import MAX_LEASE_S, MIN_LEASE_S
-from remus_ckpt.service.observe import Metrics, configure_logs, log, metrics_address, notify, watchdog_interval_s
 from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles, check_options, connect
-from remus_ckpt.session.messages import check_name
+from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, check_name
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.commands import PauseCommands
 from remus_ckpt.source.processes import Processes

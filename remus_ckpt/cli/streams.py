@@ -58,9 +58,9 @@ from remus_ckpt.walk import (
     shorten,
     walk_stream,
 )
-from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import MAX_P2M_SIZE
-from remus_ckpt.wire.describe import describe
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
+from remus_ckpt.wire.xen.describe import describe
 
 
 @app.command(short_help="Write a stream from memory images.")

@@ -14,9 +14,11 @@ import sys
 from functools import partial
 
 from remus_ckpt.demo import ledger
-from remus_ckpt.service.observe import configure_logs
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
+from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.service.primary import Committed, Primary
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 

@@ -33,14 +33,19 @@ from remus_ckpt.errors import (
     UnknownFormat,
 )
 from remus_ckpt.limits import Limits
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.listener import Listener
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.log import log
+from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S, MAX_EPOCH
-from remus_ckpt.service.observe import Metrics, log
+from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S
 from remus_ckpt.service.standby import Policy, Refusal, Standby
-from remus_ckpt.service.transport import Address, Connection, Listener, TlsFiles
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
+from remus_ckpt.session.messages import MAX_EPOCH
 from remus_ckpt.store import HistoryWriter, Store
 from remus_ckpt.version import __version__
 

@@ -25,10 +25,6 @@ from enum import Enum, StrEnum
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
-MIN_LEASE_S, MAX_LEASE_S = 0.05, 3600.0
-"""Shorter, it is over before anybody could have spoken; longer, nobody would notice a death for want of a word."""
-MAX_EPOCH = 1 << 62
-"""So that there is always a next one."""
 
 
 class Role(StrEnum):

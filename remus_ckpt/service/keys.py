@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from remus_ckpt.errors import LinkError
-from remus_ckpt.service.tls import RENEW_CA, chains, common_name, ends, load_certificates, was_issued_by
+from remus_ckpt.link.tls import RENEW_CA, chains, common_name, ends, load_certificates, was_issued_by
 
 CA_DAYS = 3650
 CERTIFICATE_DAYS = 825

@@ -30,19 +30,20 @@ from numpy.typing import NDArray
 
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError, UnknownFormat
+from remus_ckpt.link.client import Link
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
 from remus_ckpt.memory import zeros
+from remus_ckpt.observe.log import log
+from remus_ckpt.observe.metrics import Metrics, flatten
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.sender import Sender, Sent
-from remus_ckpt.service.link import Link
-from remus_ckpt.service.observe import Metrics, flatten, log
-from remus_ckpt.service.transport import Connection
 from remus_ckpt.session.frames import COMPRESSIONS
 from remus_ckpt.session.messages import LEVELS, Ack, Begin, Commit, Hello, Level, StreamShape
 from remus_ckpt.source import Source
 from remus_ckpt.version import __version__
-from remus_ckpt.wire.dialect import StreamCodec, Word
 from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 
 LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""

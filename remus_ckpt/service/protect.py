@@ -15,16 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import NoCheckpoint, RemusError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.log import log
+from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.service.observe import Metrics, log
 from remus_ckpt.service.primary import Committed, Primary
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.session.messages import Level
 from remus_ckpt.source.manifest import Manifest
 from remus_ckpt.source.own_memory import Lock, OwnMemory
-from remus_ckpt.wire.dialect import StreamCodec
 from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen.dialect import StreamCodec
 
 _CONNECT_S = 10.0
 _HANG_UP_S = 0.5

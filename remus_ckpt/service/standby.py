@@ -20,13 +20,14 @@ from typing import Any, Protocol
 
 from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError
 from remus_ckpt.limits import Limits
+from remus_ckpt.observe.log import log
+from remus_ckpt.observe.metrics import Metrics, unflatten
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
 from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
-from remus_ckpt.service.observe import Metrics, log, unflatten
 from remus_ckpt.session.frames import COMPRESSIONS
-from remus_ckpt.session.messages import Hello, StreamShape, Welcome
+from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Hello, StreamShape, Welcome
 from remus_ckpt.store import HistoryWriter, Retention, State, WarmCopyDamaged
 from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
@@ -64,7 +65,7 @@ class Policy:
     max_connections: int = 256
 
     def __post_init__(self) -> None:
-        least, most = failover.MIN_LEASE_S, failover.MAX_LEASE_S
+        least, most = MIN_LEASE_S, MAX_LEASE_S
         if not least <= self.lease_s <= most:
             raise ValueError(f"a lease of {self.lease_s:g} s; it has {least:g} s to {most:g} s")
         if self.automatic and not self.fence:

@@ -29,6 +29,10 @@ TREE_ENTRIES = 4096
 DEPTH = 16
 """How deep the arguments of a request and the result of a reply may nest."""
 
+MIN_LEASE_S, MAX_LEASE_S = 0.05, 3600.0
+"""Shorter, it is over before anybody could have spoken; longer, nobody would notice a death for want of a word."""
+MAX_EPOCH = 1 << 62
+"""So that there is always a next one."""
 _MOST = (1 << 63) - 1
 
 Level = Literal["received", "durable", "applied"]

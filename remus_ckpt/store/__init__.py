@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from remus_ckpt.disk import guarding, make_directory
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
-from remus_ckpt.store.disk import guarding, make_directory
 from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape

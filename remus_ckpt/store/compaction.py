@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.disk import guarding, write_all
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import Pages
-from remus_ckpt.store.disk import guarding, write_all
 from remus_ckpt.store.segments import Shape
 from remus_ckpt.store.warm import MappedFile
-from remus_ckpt.wire import events
-from remus_ckpt.wire.chunks import Signature
 from remus_ckpt.wire.record import CheckpointRecord
-from remus_ckpt.wire.writer import Writer
+from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.chunks import Signature
+from remus_ckpt.wire.xen.writer import Writer
 
 _CHUNK_PAGES = 256
 _FEW_PAGES = 1024

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from remus_ckpt.disk import appearing, guarding, sync_directory, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
-from remus_ckpt.store.disk import appearing, guarding, sync_directory, write_all
 from remus_ckpt.store.hashing import HashThread
 from remus_ckpt.store.segments import (
     Contents,
@@ -36,7 +36,7 @@ from remus_ckpt.store.segments import (
 )
 from remus_ckpt.store.state import State, load_state
 from remus_ckpt.store.warm import MappedFile
-from remus_ckpt.wire.reader import Digest
+from remus_ckpt.wire.xen.reader import Digest
 
 Progress = Callable[[int], None]
 """Called with the bytes read so far."""

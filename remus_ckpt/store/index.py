@@ -18,8 +18,8 @@ from pathlib import Path
 
 from remus_ckpt.limits import Limits
 from remus_ckpt.store.segments import Contents, Entry, Shape, is_segment, sequence_of, walk
-from remus_ckpt.wire.chunks import MAX_P2M_SIZE
 from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
 
 FILE = "index.sqlite"
 _VERSION = 1

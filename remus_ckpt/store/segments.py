@@ -12,16 +12,16 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.disk import guarding
 from remus_ckpt.errors import Malformed, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.store.disk import guarding
 from remus_ckpt.store.hashing import HashThread
-from remus_ckpt.wire.chunks import Signature
-from remus_ckpt.wire.dialect import StreamCodec, Word
-from remus_ckpt.wire.reader import Boundary
 from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
+from remus_ckpt.wire.xen.chunks import Signature
+from remus_ckpt.wire.xen.dialect import StreamCodec, Word
+from remus_ckpt.wire.xen.reader import Boundary
 
 DIRECTORY = "segments"
 PARTIAL = ".partial"

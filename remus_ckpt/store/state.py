@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from remus_ckpt.disk import keep_room, replace_file, spare_of
 from remus_ckpt.errors import StoreError
 from remus_ckpt.store import segments
-from remus_ckpt.store.disk import keep_room, replace_file, spare_of
 
 FORMAT = 1
 FILE = "store.json"

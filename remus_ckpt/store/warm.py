@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.disk import appearing, guarding
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
-from remus_ckpt.store.disk import appearing, guarding
 
 _COPY_BYTES = 1 << 22
 _GAP_PAGES = 8

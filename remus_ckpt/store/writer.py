@@ -16,13 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from remus_ckpt.errors import Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
-from remus_ckpt.limits import MIB, Limits
-from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
-from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.store import index, segments
-from remus_ckpt.store.compaction import Compaction
-from remus_ckpt.store.disk import (
+from remus_ckpt.disk import (
     guarding,
     keep_room,
     make_directory,
@@ -32,6 +26,12 @@ from remus_ckpt.store.disk import (
     write_again,
     write_all,
 )
+from remus_ckpt.errors import Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.limits import MIB, Limits
+from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.store import index, segments
+from remus_ckpt.store.compaction import Compaction
 from remus_ckpt.store.history import History, hashing
 from remus_ckpt.store.retention import Retention, count_over, times_taken
 from remus_ckpt.store.segments import (
@@ -53,8 +53,8 @@ from remus_ckpt.store.segments import (
 )
 from remus_ckpt.store.state import FILE, Role, State, load_state, reserve, save_state
 from remus_ckpt.store.warm import MappedFile
-from remus_ckpt.wire import events
 from remus_ckpt.wire.record import RECORD_SECTION, Position
+from remus_ckpt.wire.xen import events
 
 LOCK = "lock"
 WARM = "warm"

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 
 from remus_ckpt.errors import Malformed, UnknownFormat
-from remus_ckpt.wire.dialect import STREAM_CODECS
+from remus_ckpt.wire.xen.dialect import STREAM_CODECS
 
 RECORD_MAGIC = b"\x89REMUSck"
 RECORD_VERSION = 1

@@ -24,12 +24,14 @@ from typing import Any
 
 from remus_ckpt.demo.ledger import BYTES, Ledger
 from remus_ckpt.errors import Fenced
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.observe import configure_logs
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import HistoryWriter, Retention, Store

@@ -30,10 +30,12 @@ from killtest.children import (
 )
 from killtest.proxy import Direction, Proxy
 from remus_ckpt.demo.ledger import BYTES, Ledger
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.service import keys
-from remus_ckpt.service.control import ask
-from remus_ckpt.service.transport import Address, TlsFiles, connect
 from remus_ckpt.store import History, Store
 from remus_ckpt.store.segments import replay
 

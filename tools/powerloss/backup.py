@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from powerloss.disk import die_with_parent
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.observe import configure_logs
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.store import HistoryWriter, Retention, Store
 

@@ -15,6 +15,7 @@ import numpy as np
 import remus_ckpt.store.writer as writer_module
 from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
 from remus_ckpt.errors import RemusError, StreamError
+from remus_ckpt.memory import load_image
 from remus_ckpt.pages import PAGE_SIZE
 
 PROMOTED = 1
@@ -115,7 +116,7 @@ class Check:
                 given = backup.failover(name)
                 if told.position and told.term[0] == given["term"] and told.position != given["position"]:
                     self._wrong(name, f"promoted at {given['position']}; {told.position} was said")
-                memory = np.fromfile(given["image"], dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                memory = load_image(given["image"])
                 device_state = Path(given["device_state"]).read_bytes()
                 self._compare(name, "what is handed out", SimpleNamespace(memory=memory, device_state=device_state))
                 self._go_on(name, given["term"] + 1)

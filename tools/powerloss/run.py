@@ -25,8 +25,9 @@ from powerloss.check import digest
 from powerloss.disk import SURVIVORS, Disk, after_losses, make_image
 from remus_ckpt import protect
 from remus_ckpt.errors import RemusError
-from remus_ckpt.service.control import ask
-from remus_ckpt.service.transport import Address, connect
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
 
 IMAGE_MIB = 40
 GENERATIONS = 2

@@ -12,10 +12,10 @@ from copy import copy
 import numpy as np
 
 from remus_ckpt.pages import Buffer
-from remus_ckpt.wire import chunks, events
-from remus_ckpt.wire.chunks import ChunkId, Signature
-from remus_ckpt.wire.dialect import FRONTS, Word
-from remus_ckpt.wire.states import Course
+from remus_ckpt.wire.xen import chunks, events
+from remus_ckpt.wire.xen.chunks import ChunkId, Signature
+from remus_ckpt.wire.xen.dialect import FRONTS, Word
+from remus_ckpt.wire.xen.states import Course
 
 
 class Writer:

@@ -6,36 +6,24 @@ from one that is cut by the frames above it. Every wait has a deadline and can b
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import ipaddress
 import os
 import select
 import socket
 import ssl
-import stat
 import struct
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from contextlib import suppress
+from typing import Any, Self, cast
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.sockets import Late, deadline_of, say, wait
 from remus_ckpt.pages import Buffer
-from remus_ckpt.service.tls import TlsFiles, say_tls
 
-__all__ = ["Address", "Connection", "Listener", "Scheme", "TlsFiles", "check_options", "connect"]
-
-Scheme = Literal["tls", "tcp", "unix"]
-
-MAX_UNIX_PATH_BYTES = 107
-"""sockaddr_un holds 108, and a zero ends the path."""
 _MAX_VECTORS = 1024
-_BACKLOG = 1024
-"""When it is full, the kernel drops who comes, who tries again a second later at the earliest."""
 _RECORD_BYTES = 16 << 10
 """One TLS record, and one SSL_write (RFC 8446, section 5.1)."""
 _JOIN_BYTES = 64 << 10
@@ -46,95 +34,6 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_
 """Seconds, seconds, count: a peer whose machine is gone is noticed in half a minute, without any heartbeat."""
 _USER_TIMEOUT_MS = 120_000
 """One that takes nothing for so long is gone too; a disk that hangs for a while must not look like it."""
-_LOCK_WAIT_S = 2.0
-_RESOLVE_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where the other side is, or where to listen: tls://HOST:PORT, tcp://HOST:PORT or unix:PATH.
-
-    host and port are those of tls and tcp (port 0: any, for a listener); path is that of unix.
-    """
-
-    scheme: Scheme
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-    @classmethod
-    def parse(cls, text: str, default_scheme: Scheme | None = None) -> Self:
-        """Read an address as a user types it.
-
-        default_scheme: what HOST:PORT without a scheme means; None refuses it
-        Raises LinkError.
-        """
-        if text.startswith("unix:"):
-            path = text.removeprefix("unix:")
-            path = path.removeprefix("//") if path.startswith("///") else path
-            if not path or "\0" in path:
-                raise LinkError(f"{text!r} names no socket: write unix:/run/remus.sock")
-            if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
-                raise LinkError(f"{path}: a socket's path has at most {MAX_UNIX_PATH_BYTES} bytes")
-            return cls("unix", path=path)
-        scheme, separator, rest = text.partition("://")
-        if not separator:
-            scheme, rest = default_scheme or "", text
-        if scheme not in ("tls", "tcp"):
-            raise LinkError(f"{text!r} is no address: write tls://HOST:PORT, tcp://HOST:PORT or unix:PATH")
-        host, separator, port = rest.rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
-            raise LinkError(f"{text!r}: an IPv6 address stands in brackets, such as [::1]:7411")
-        if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
-            raise LinkError(f"{text!r} names no host and port: write {scheme}://HOST:PORT")
-        return cls(cast(Scheme, scheme), host=host, port=int(port))
-
-    def __str__(self) -> str:
-        if self.scheme == "unix":
-            return f"unix:{self.path}"
-        return f"{self.scheme}://[{self.host}]:{self.port}" if ":" in self.host else self._plain()
-
-    def _plain(self) -> str:
-        return f"{self.scheme}://{self.host}:{self.port}"
-
-
-_ADVICE = {
-    errno.ECONNREFUSED: "nobody listens there: is the other side running, and the port right?",
-    errno.ENOENT: "no socket is there: is the other side running, and the path right?",
-    errno.EACCES: "not permitted: run as the same user, or as root",
-    errno.EHOSTUNREACH: "no route there",
-    errno.ENETUNREACH: "no route there",
-    errno.ETIMEDOUT: "it no longer answers",
-    errno.ECONNRESET: "it hung up",
-    errno.EPIPE: "it hung up",
-    errno.EADDRINUSE: "the address is in use: does another one run already?",
-    errno.EADDRNOTAVAIL: "no interface here has this address",
-}
-
-
-def _say(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return say_tls(error)
-    return _ADVICE.get(error.errno or 0, error.strerror or str(error))
-
-
-def _deadline(timeout_s: float | None) -> float | None:
-    return None if timeout_s is None else time.monotonic() + timeout_s
-
-
-class _Late(Exception):
-    """A deadline of ours has passed: not the kernel's ETIMEDOUT, which Python calls TimeoutError too."""
-
-
-def _wait(fd: int, event: int, deadline: float | None) -> None:
-    """Until the descriptor is ready. Raises _Late."""
-    poll = select.poll()
-    poll.register(fd, event)
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    if not poll.poll(None if left is None else left * 1000):
-        raise _Late
 
 
 class _Use:
@@ -254,7 +153,7 @@ class Connection:
         """
         deadline = time.monotonic() + timeout_s
         try:
-            with suppress(OSError, LinkError, _Late), self._use:
+            with suppress(OSError, LinkError, Late), self._use:
                 if not self._send_lock.acquire(timeout=timeout_s):
                     return
                 try:
@@ -284,16 +183,16 @@ class Connection:
         try:
             with self._use:
                 if self._tls is not None:
-                    self._shake(self._tls, _deadline(timeout_s))
+                    self._shake(self._tls, deadline_of(timeout_s))
                 elif self._socket.family == socket.AF_UNIX:
                     self._check_user()
             self._is_ready = True
-        except _Late:
+        except Late:
             self.close()
             raise LinkError(f"{self.peer}: no TLS handshake in time: does the other side speak TLS?") from None
         except OSError as error:
             self.close()
-            raise LinkError(f"{self.peer}: {_say(error)}") from error
+            raise LinkError(f"{self.peer}: {say(error)}") from error
         except LinkError:
             self.close()
             raise
@@ -308,7 +207,7 @@ class Connection:
                     raise LinkError(f"{self.peer}: it hung up in the middle of the handshake") from None
             except ssl.SSLError:
                 # The alert tells the other side why.
-                with suppress(OSError, LinkError, _Late):
+                with suppress(OSError, LinkError, Late):
                     self._send_plain([memoryview(self._outgoing.read())], time.monotonic())
                 raise
             else:
@@ -337,7 +236,7 @@ class Connection:
         timeout_s: for all of it
         Raises LinkError; what was sent may then be cut anywhere, and nothing can be sent after it.
         """
-        deadline = _deadline(timeout_s)
+        deadline = deadline_of(timeout_s)
         views = [_flat(buffer) for buffer in buffers]
         size = sum(map(len, views))
         if not self._send_lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
@@ -352,11 +251,11 @@ class Connection:
                         self._send_plain(views, deadline)
                     else:
                         self._send_tls(self._tls, views, deadline)
-                except _Late:
+                except Late:
                     self._send_fault = f"it did not take what was sent within {timeout_s:g} s"
                     raise LinkError(f"{self.peer}: {self._send_fault}") from None
                 except OSError as error:
-                    self._send_fault = _say(error)
+                    self._send_fault = say(error)
                     raise LinkError(f"{self.peer}: {self._send_fault}") from error
                 except BaseException:  # such as Ctrl-C
                     self._send_fault = "sending was interrupted"
@@ -380,7 +279,7 @@ class Connection:
             try:
                 size = self._socket.sendmsg(views[at : at + _MAX_VECTORS], (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                _wait(self._socket.fileno(), select.POLLOUT, deadline)
+                wait(self._socket.fileno(), select.POLLOUT, deadline)
                 self._check_open()
                 continue
             except OSError:
@@ -392,7 +291,7 @@ class Connection:
             if size:
                 views[at] = views[at][size:]
             if at < len(views) and deadline is not None and time.monotonic() > deadline:
-                raise _Late
+                raise Late
 
     def _send_tls(self, tls: ssl.SSLObject, views: list[memoryview], deadline: float | None) -> None:
         for view in _joined(views):
@@ -416,7 +315,7 @@ class Connection:
         """
         if not len(view):
             raise ValueError("the view is empty")
-        deadline = _deadline(timeout_s)
+        deadline = deadline_of(timeout_s)
         with self._use:
             self._check_ready()
             if self._receive_fault is not None:
@@ -426,10 +325,10 @@ class Connection:
                     size = self._receive_plain(view, deadline)
                 else:
                     size = self._receive_tls(self._tls, view, deadline)
-            except _Late:
+            except Late:
                 raise TimeoutError(f"{self.peer}: nothing came within {timeout_s:g} s") from None
             except OSError as error:
-                raise LinkError(f"{self.peer}: {_say(error)}") from error
+                raise LinkError(f"{self.peer}: {say(error)}") from error
             self.bytes_received += size
             return size
 
@@ -438,7 +337,7 @@ class Connection:
             try:
                 size = self._socket.recv_into(view)
             except BlockingIOError:
-                _wait(self._socket.fileno(), select.POLLIN, deadline)
+                wait(self._socket.fileno(), select.POLLIN, deadline)
                 self._check_open()
                 continue
             except OSError:
@@ -474,7 +373,7 @@ class Connection:
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return got
             except ssl.SSLError as error:
-                self._receive_fault = LinkError(f"{self.peer}: {say_tls(error)}")
+                self._receive_fault = LinkError(f"{self.peer}: {say(error)}")
                 if got:
                     return got  # whole records, checked; the fault is behind them
                 raise self._receive_fault from error
@@ -520,273 +419,3 @@ def _joined(views: list[memoryview]) -> Iterator[memoryview]:
             small = bytearray()
     if small:
         yield memoryview(small)
-
-
-def _resolve(address: Address, deadline: float, *, passive: bool = False) -> list[tuple[int, Any]]:
-    """(family, socket address) of each address of the host. Raises LinkError, _Late."""
-    found: list[Any] = []
-
-    def look() -> None:
-        flags = socket.AI_PASSIVE if passive else 0
-        try:
-            found.extend(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags))
-        except (OSError, UnicodeError) as error:
-            found.append(error)
-
-    # A resolver waits as long as it likes, and cannot be interrupted.
-    thread = threading.Thread(target=look, name="resolve", daemon=True)
-    thread.start()
-    thread.join(max(0.0, deadline - time.monotonic()))
-    if thread.is_alive():
-        raise _Late
-    if isinstance(found[0], Exception):
-        raise LinkError(f"{address}: no address for {address.host}: {getattr(found[0], 'strerror', None) or found[0]}")
-    return [(family, where) for family, _, _, _, where in found]
-
-
-def _check_plain(address: Address, where: Any, insecure: bool, option: str) -> None:
-    if address.scheme == "tcp" and not insecure and not ipaddress.ip_address(where[0].partition("%")[0]).is_loopback:
-        raise LinkError(
-            f"{address}: plain tcp goes to this machine only, since anyone on the way reads and alters it:"
-            f" use tls://, or say {option}"
-        )
-
-
-_INSECURE_OPTION = "--insecure-plain-tcp"
-
-
-def check_options(address: Address, tls: TlsFiles | None, insecure: bool) -> None:
-    """What no number of tries would change, before the first. Raises LinkError."""
-    if address.scheme == "tls" and tls is None:
-        raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
-    with suppress(ValueError):  # a name may mean another address the next time
-        ipaddress.ip_address(address.host.partition("%")[0])
-        _check_plain(address, (address.host,), insecure, _INSECURE_OPTION)
-
-
-def connect(
-    address: Address, *, tls: TlsFiles | None = None, timeout_s: float = 10.0, insecure: bool = False
-) -> Connection:
-    """Connect, and shake hands.
-
-    tls: needed for tls://, unused otherwise
-    timeout_s: for all of it
-    insecure: allow plain tcp:// to another machine
-    Raises LinkError. In TLS 1.3 the server judges our certificate after we are done, so that its refusal is an error
-    of the first `recv_into`.
-    """
-    deadline = time.monotonic() + timeout_s
-    server_name = address.host
-    context = None
-    if address.scheme == "tls":
-        if tls is None:
-            raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
-        context = tls.client_context()
-        server_name = tls.certificate_name or address.host.partition("%")[0]
-    try:
-        if address.scheme == "unix":
-            sock = _dial(socket.AF_UNIX, address.path, deadline)
-        else:
-            choices = _resolve(address, deadline)
-            for _, where in choices:
-                _check_plain(address, where, insecure, _INSECURE_OPTION)
-            sock = _dial_one_of(choices, deadline)
-    except _Late:
-        raise LinkError(f"{address}: no answer within {timeout_s:g} s: is it up, and no firewall between?") from None
-    except OSError as error:
-        raise LinkError(f"{address}: {_say(error)}") from error
-    try:
-        connection = Connection(sock, address, context, server_name)
-    except ValueError as error:
-        sock.close()
-        raise LinkError(f"{address}: {server_name!r} is no name that a certificate can hold: {error}") from error
-    except BaseException:
-        sock.close()
-        raise
-    connection.handshake(max(0.0, deadline - time.monotonic()))
-    return connection
-
-
-def _dial_one_of(choices: list[tuple[int, Any]], deadline: float) -> socket.socket:
-    for number, (family, where) in enumerate(choices):
-        left = (deadline - time.monotonic()) / (len(choices) - number)
-        try:
-            return _dial(family, where, time.monotonic() + left)
-        except (OSError, _Late):
-            if number == len(choices) - 1:
-                raise
-    raise OSError(errno.EADDRNOTAVAIL, "the host has no address")
-
-
-def _dial(family: int, where: Any, deadline: float) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        code = sock.connect_ex(where)
-        while code == errno.EAGAIN and time.monotonic() < deadline:
-            time.sleep(0.01)  # a Unix listener whose queue is full; there is nothing to poll for
-            code = sock.connect_ex(where)
-        if code == errno.EAGAIN:
-            raise _Late
-        if code == errno.EINPROGRESS:
-            _wait(sock.fileno(), select.POLLOUT, deadline)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-class Listener:
-    """Waits for peers at an address; `fileno()` is readable when one is there.
-
-    tls: needed for tls://, unused otherwise
-    insecure: allow plain tcp:// on an address that other machines can reach
-    address: where it really listens, with the port that was chosen for port 0
-    A Unix socket has mode 0600; one that lies there already is replaced if nobody listens behind it.
-    Raises LinkError.
-    """
-
-    def __init__(self, address: Address, *, tls: TlsFiles | None = None, insecure: bool = False) -> None:
-        if address.scheme == "tls" and tls is None:
-            raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
-        self._tls = tls if address.scheme == "tls" else None
-        self._inode: tuple[int, int] | None = None
-        self._lock = threading.Lock()
-        try:
-            if address.scheme == "unix":
-                self._socket = self._bind_path(address.path)
-                self.address = address
-            else:
-                family, where = _resolve(address, time.monotonic() + _RESOLVE_S, passive=True)[0]
-                _check_plain(address, where, insecure, _INSECURE_OPTION)
-                is_both = family == socket.AF_INET6 and address.host == "::"
-                self._socket = socket.create_server(where, family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
-                self.address = Address(address.scheme, host=address.host, port=self._socket.getsockname()[1])
-        except _Late:
-            raise LinkError(f"{address}: no address for {address.host} within {_RESOLVE_S:g} s") from None
-        except OSError as error:
-            raise LinkError(f"{address}: {_say(error)}") from error
-        self._socket.setblocking(False)
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _bind_path(self, path: str) -> socket.socket:
-        with _locked_folder(path):
-            _remove_stale(path)
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.bind(path)
-                # Nobody can connect before listen(), so there is no instant at which others could.
-                os.chmod(path, 0o600)
-                sock.listen(_BACKLOG)
-                status = os.stat(path)
-            except BaseException:
-                sock.close()
-                raise
-        self._inode = status.st_dev, status.st_ino
-        return sock
-
-    def fileno(self) -> int:
-        """The descriptor, for a poll; -1 when closed."""
-        return self._socket.fileno()
-
-    def accept(self) -> Connection | None:
-        """Take the peer that waits, without shaking hands yet; None if there is none, or none could be taken.
-
-        Never waits. Raises LinkError when the listener is closed.
-        """
-        try:
-            sock, where = self._socket.accept()
-        except OSError as error:
-            if self._socket.fileno() < 0:
-                raise LinkError(f"{self.address}: the listener is closed") from None
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away()
-            elif error.errno == errno.EINVAL:
-                raise LinkError(f"{self.address}: the listener is closed") from None
-            return None
-        if self.address.scheme == "unix":
-            address = self.address
-        else:
-            address = Address(self.address.scheme, host=where[0].removeprefix("::ffff:"), port=where[1])
-        try:
-            return Connection(sock, address, self._tls.server_context() if self._tls else None, None)
-        except BaseException:
-            sock.close()
-            raise
-
-    def _turn_away(self) -> None:
-        """Hang up on the peer that waits although no descriptor is left: or it would keep a poll awake for ever."""
-        with self._lock:
-            if self._spare < 0:
-                return
-            os.close(self._spare)
-            with suppress(OSError):
-                self._socket.accept()[0].close()
-            try:
-                self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                self._spare = -1
-
-    def close(self) -> None:
-        """Stop listening; connections live on. Wakes a poll. May be called twice, and from any thread."""
-        with self._lock:
-            if self._socket.fileno() < 0:
-                return
-            if self._inode is not None:
-                with suppress(OSError):
-                    status = os.stat(self.address.path)
-                    if (status.st_dev, status.st_ino) == self._inode:
-                        os.unlink(self.address.path)
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
-            if self._spare >= 0:
-                os.close(self._spare)
-                self._spare = -1
-
-
-@contextmanager
-def _locked_folder(path: str) -> Iterator[None]:
-    """Only one listener at a time looks at what lies in the folder: two that start at once may not both replace it."""
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        until = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise LinkError(f"{path}: somebody holds a lock on its folder") from None
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise LinkError(f"{path} is there, and is no socket: it is left as it is")
-    try:
-        _dial(socket.AF_UNIX, path, time.monotonic()).close()
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except _Late:  # somebody whose queue is full
-        raise LinkError(f"{path}: somebody listens there already") from None
-    except OSError as error:
-        raise LinkError(f"{path}: {_say(error)}") from error
-    else:
-        raise LinkError(f"{path}: somebody listens there already")

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from remus_ckpt.errors import UnknownFormat
 from remus_ckpt.pages import MAX_BATCH_ENTRIES
-from remus_ckpt.wire.chunks import LOWEST_CHUNK_ID, MAX_P2M_SIZE
+from remus_ckpt.wire.xen.chunks import LOWEST_CHUNK_ID, MAX_P2M_SIZE
 
 Word = Literal[4, 8]
 Guest = Literal["hvm", "pv"]

@@ -7,7 +7,7 @@ import hashlib
 from typing import Any
 
 from remus_ckpt.pages import HAS_DATA
-from remus_ckpt.wire import events
+from remus_ckpt.wire.xen import events
 
 
 def describe(event: events.Event) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from remus_ckpt.errors import LinkError, Refused, RemusError
-from remus_ckpt.service.transport import Connection
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import Error, Goodbye, Hello, Reply, Request, Welcome
 from remus_ckpt.version import __version__

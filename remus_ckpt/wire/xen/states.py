@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from remus_ckpt.wire import events
+from remus_ckpt.wire.xen import events
 
 
 class State(Enum):

@@ -10,12 +10,24 @@ from contextlib import suppress
 from typing import Any
 
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
+from remus_ckpt.link.compression import Chooser
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.pages import Buffer
-from remus_ckpt.service.compression import Chooser
-from remus_ckpt.service.failover import MAX_EPOCH, MAX_LEASE_S, MIN_LEASE_S
-from remus_ckpt.service.transport import Connection
 from remus_ckpt.session.machine import Session
-from remus_ckpt.session.messages import Ack, Begin, Commit, Error, Goodbye, Heartbeat, Hello, Message, Welcome
+from remus_ckpt.session.messages import (
+    MAX_EPOCH,
+    MAX_LEASE_S,
+    MIN_LEASE_S,
+    Ack,
+    Begin,
+    Commit,
+    Error,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Welcome,
+)
 from remus_ckpt.wire.record import Position
 
 _FLUSH_BYTES = 1 << 20

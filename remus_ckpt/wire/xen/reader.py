@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, pages_for
-from remus_ckpt.wire import chunks, events
-from remus_ckpt.wire.chunks import ChunkId, ChunkKind, Layout, Signature
-from remus_ckpt.wire.dialect import (
+from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
+from remus_ckpt.wire.xen import chunks, events
+from remus_ckpt.wire.xen.chunks import ChunkId, ChunkKind, Layout, Signature
+from remus_ckpt.wire.xen.dialect import (
     CODEC_BYTES,
     DETECT_BYTES,
     FRONT_BYTES,
@@ -34,8 +35,7 @@ from remus_ckpt.wire.dialect import (
     detect_codec,
     detect_header,
 )
-from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
-from remus_ckpt.wire.states import BODIES, Course, State
+from remus_ckpt.wire.xen.states import BODIES, Course, State
 
 NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further event."""

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.pages import Pages
-from remus_ckpt.wire.chunks import ChunkId, Signature
-from remus_ckpt.wire.dialect import Guest, Word
 from remus_ckpt.wire.record import CheckpointRecord
+from remus_ckpt.wire.xen.chunks import ChunkId, Signature
+from remus_ckpt.wire.xen.dialect import Guest, Word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,46 @@
+"""What all sockets of ours share: deadlines, waiting, and what an error of the system means to a user."""
+
+from __future__ import annotations
+
+import errno
+import select
+import ssl
+import time
+
+from remus_ckpt.link.tls import say_tls
+
+_ADVICE = {
+    errno.ECONNREFUSED: "nobody listens there: is the other side running, and the port right?",
+    errno.ENOENT: "no socket is there: is the other side running, and the path right?",
+    errno.EACCES: "not permitted: run as the same user, or as root",
+    errno.EHOSTUNREACH: "no route there",
+    errno.ENETUNREACH: "no route there",
+    errno.ETIMEDOUT: "it no longer answers",
+    errno.ECONNRESET: "it hung up",
+    errno.EPIPE: "it hung up",
+    errno.EADDRINUSE: "the address is in use: does another one run already?",
+    errno.EADDRNOTAVAIL: "no interface here has this address",
+}
+
+
+def say(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return say_tls(error)
+    return _ADVICE.get(error.errno or 0, error.strerror or str(error))
+
+
+def deadline_of(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else time.monotonic() + timeout_s
+
+
+class Late(Exception):
+    """A deadline of ours has passed: not the kernel's ETIMEDOUT, which Python calls TimeoutError too."""
+
+
+def wait(fd: int, event: int, deadline: float | None) -> None:
+    """Until the descriptor is ready. Raises Late."""
+    poll = select.poll()
+    poll.register(fd, event)
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if not poll.poll(None if left is None else left * 1000):
+        raise Late

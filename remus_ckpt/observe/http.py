@@ -1,0 +1,142 @@
+"""/metrics over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import socketserver
+import sys
+import threading
+import wsgiref.simple_server
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from remus_ckpt.errors import LinkError
+from remus_ckpt.link.address import Address
+from remus_ckpt.observe.log import log
+
+_MAX_SCRAPES = 8
+
+
+def metrics_address(where: str) -> Address:
+    """HOST:PORT, or a port alone, which is one of this machine only. Raises LinkError."""
+    port = where.removeprefix(":")
+    place = f"127.0.0.1:{port}" if port.isascii() and port.isdigit() else where
+    try:
+        return Address.parse(f"tcp://{place}")
+    except LinkError:
+        raise LinkError(f"metrics at {where!r}: write HOST:PORT, or a port of this machine alone") from None
+
+
+class MetricsServer:
+    """Metrics over HTTP, from a thread of its own.
+
+    address: HOST:PORT where it really listens
+    request_s: for all of one request, after which it is hung up on
+    At most 8 are served at a time; more are hung up on at once.
+    """
+
+    def __init__(self, where: str, registry: CollectorRegistry, *, request_s: float = 5.0) -> None:
+        address = metrics_address(where)
+        try:
+            family, _, _, _, place = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            self._server = _Server(family, place, request_s)
+        except OSError as error:
+            raise LinkError(f"metrics at {where}: {error.strerror or error}") from error
+        self._server.set_app(make_wsgi_app(registry))
+        port = self._server.socket.getsockname()[1]
+        self.address = f"[{address.host}]:{port}" if ":" in address.host else f"{address.host}:{port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,), name="metrics", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop, and hang up on who is being served. May be called twice."""
+        _shut([self._server.socket])  # its thread wakes at once, not at its next look around
+        self._server.shutdown()
+        self._thread.join()
+        self._server.hang_up()
+        self._server.server_close()
+
+
+class _Handler(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+    daemon_threads = False  # so that server_close() waits for them
+    request_queue_size = 64
+
+    def __init__(self, family: int, place: Any, request_s: float) -> None:
+        self.address_family = family
+        self._request_s = request_s
+        self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
+        self._live: dict[socket.socket, threading.Timer] = {}
+        self._live_lock = threading.Lock()
+        super().__init__(place, _Handler)
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's, which asks the resolver for our name and may wait for it.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        # A limit for each read, which the handler could have, would be passed by a peer that sends a byte a second.
+        timer = threading.Timer(self._request_s, self._cut, [request])
+        timer.daemon = True
+        with self._live_lock:
+            self._live[request] = timer
+        try:
+            timer.start()
+            super().process_request(request, client_address)
+        except BaseException:
+            self._finished(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._finished(request)
+
+    def _finished(self, request: socket.socket) -> None:
+        with self._live_lock:
+            timer = self._live.pop(request)
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()
+        self._free.release()
+
+    def _cut(self, request: socket.socket) -> None:
+        with self._live_lock:
+            if request in self._live:
+                _shut([request])
+
+    def hang_up(self) -> None:
+        """On every peer that is being served."""
+        with self._live_lock:
+            _shut(self._live)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log("metrics request failed", level=logging.DEBUG, peer=str(client_address), error=sys.exc_info()[1])
+
+
+def _shut(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)

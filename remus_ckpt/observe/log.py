@@ -1,0 +1,105 @@
+"""One line an event, as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+import numpy as np
+
+LogFormat = Literal["text", "json"]
+
+_logger = logging.getLogger("remus_ckpt")
+# A program that has configured no logs of its own is not to find ours on its standard error.
+_logger.addHandler(logging.NullHandler())
+_PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "fields"}
+"""What every record has; all else was given as `extra`."""
+
+
+def log(event: str, /, *, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
+    """Say that something happened.
+
+    event: a few constant words, the same each time, so that they can be searched for
+    error: its traceback is logged with it
+    fields: what differs from time to time, such as name="orders", epoch=17
+    """
+    _logger.log(level, event, extra={"fields": fields}, exc_info=error)
+
+
+def configure_logs(
+    format: LogFormat = "text", level: int | str = logging.INFO, stream: TextIO | None = None
+) -> logging.Handler:
+    """Write what is logged to standard error, one line for each record; what was configured before is replaced.
+
+    format: "text" for people and the journal, "json" for machines: time, level, event, and the fields
+    level: the lowest to be written, such as "info"
+    stream: another place than standard error
+    Returns the handler. A program that uses this package as a library leaves this alone, and has its own.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(_Json() if format == "json" else _Text())
+    for old in _logger.handlers[:]:
+        _logger.removeHandler(old)
+        old.close()
+    _logger.addHandler(handler)
+    _logger.setLevel(level.upper() if isinstance(level, str) else level)
+    _logger.propagate = False
+    return handler
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
+
+
+class _Json(logging.Formatter):
+    """One JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(self.parts(record), default=_as_plain)
+
+    def parts(self, record: logging.LogRecord) -> dict[str, Any]:
+        """What the record says: time, level and event, then the fields."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        parts: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        fields = dict(getattr(record, "fields", {}))
+        fields |= {key: value for key, value in record.__dict__.items() if key not in _PLAIN_ATTRIBUTES}
+        if record.exc_info and record.exc_info[0] is not None:
+            fields["traceback"] = self.formatException(record.exc_info)
+        for key, value in fields.items():
+            parts[f"{key}_" if key in parts else key] = value
+        return parts
+
+
+class _Text(_Json):
+    """time LEVEL event key=value …: a value with spaces or newlines is quoted, so that a record stays one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        parts = self.parts(record)
+        front = f"{parts.pop('time')} {parts.pop('level'):7} {_on_one_line(parts.pop('event'))}"
+        return " ".join([front, *(f"{key}={self._value(value)}" for key, value in parts.items())])
+
+    @staticmethod
+    def _value(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.6g}"
+        text = json.dumps(value, default=_as_plain, ensure_ascii=False)
+        bare = text[1:-1]
+        is_bare = text.startswith('"') and bare and bare.isprintable() and not set(bare) & set(' "\\=')
+        return bare if is_bare else _on_one_line(text)
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
