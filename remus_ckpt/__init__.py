@@ -14,7 +14,7 @@ Memory that others write:
 The backup and its store:
 
     Backup, Policy          keeps the checkpoints of primaries, and takes over
-    Store, History, Retention       checkpoints on disk: list, restore, verify
+    open_store, Store, History, Stored, Retention     checkpoints on disk: list, restore, verify
 
 Streams:
 
@@ -45,16 +45,18 @@ if TYPE_CHECKING:
     from remus_ckpt.service.backup import Backup as Backup
     from remus_ckpt.service.primary import Committed as Committed
     from remus_ckpt.service.protect import Protection as Protection
-    from remus_ckpt.service.protect import arrays_of as arrays_of
     from remus_ckpt.service.protect import protect as protect
     from remus_ckpt.service.standby import Policy as Policy
     from remus_ckpt.source.cgroup import CgroupFreezer as CgroupFreezer
     from remus_ckpt.source.commands import PauseCommands as PauseCommands
+    from remus_ckpt.source.manifest import arrays_of as arrays_of
     from remus_ckpt.source.processes import Processes as Processes
     from remus_ckpt.source.shared_file import SharedFile as SharedFile
     from remus_ckpt.store import History as History
     from remus_ckpt.store import Retention as Retention
     from remus_ckpt.store import Store as Store
+    from remus_ckpt.store import Stored as Stored
+    from remus_ckpt.store import open_store as open_store
     from remus_ckpt.wire.record import Position as Position
     from remus_ckpt.wire.xen.dialect import Dialect as Dialect
 
@@ -66,13 +68,14 @@ _HOMES = {
     "sender": ("Sender",),
     "service.backup": ("Backup",),
     "service.primary": ("Committed",),
-    "service.protect": ("Protection", "arrays_of", "protect"),
+    "service.protect": ("Protection", "protect"),
+    "source.manifest": ("arrays_of",),
     "service.standby": ("Policy",),
     "source.cgroup": ("CgroupFreezer",),
     "source.commands": ("PauseCommands",),
     "source.processes": ("Processes",),
     "source.shared_file": ("SharedFile",),
-    "store": ("History", "Retention", "Store"),
+    "store": ("History", "Retention", "Store", "Stored", "open_store"),
     "wire.xen.dialect": ("Dialect",),
     "wire.record": ("Position",),
 }

@@ -11,20 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from remus_ckpt.errors import NoCheckpoint, RemusError
+from remus_ckpt.errors import RemusError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.service.primary import Committed, Primary
 from remus_ckpt.session.messages import Level
-from remus_ckpt.source.manifest import Manifest
 from remus_ckpt.source.own_memory import Lock, OwnMemory
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec
@@ -208,17 +203,3 @@ class Protection:
         except Exception:
             if error is None:
                 raise
-
-
-def arrays_of(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.generic]], bytes]:
-    """What `protect` had been given, by name, with dtype and shape, and the device state that came with it.
-
-    checkpoint: from `Store(…).history(name).restore()`, or from any stream of such checkpoints
-    The arrays are views of the checkpoint's memory; of an mmap or bytearray, uint8[n].
-    Raises NoCheckpoint if these are not the arrays of somebody, Malformed if what names them is damaged.
-    """
-    found = Manifest.unpack(checkpoint.device_state, pages=len(checkpoint.memory))
-    if found is None:
-        raise NoCheckpoint(f"checkpoint {checkpoint.epoch} holds memory without names: it was not made by protect()")
-    manifest, device_state = found
-    return manifest.arrays(checkpoint.memory), device_state

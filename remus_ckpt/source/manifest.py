@@ -18,9 +18,10 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import LimitExceeded, Malformed, UnknownFormat
+from remus_ckpt.errors import LimitExceeded, Malformed, NoCheckpoint, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages, pages_for
+from remus_ckpt.restorer import Checkpoint
 
 MAGIC = b"\x89REMUSm\n"
 VERSION = 1
@@ -294,3 +295,17 @@ def _structure(form: Mapping[Any, Any], depth: int) -> np.dtype[Any]:
     if any(at + one.itemsize > itemsize for at, one in zip(offsets, types, strict=True)):
         raise ValueError("a field beyond the item's end")
     return np.dtype({"names": names, "formats": types, "offsets": offsets, "itemsize": itemsize})
+
+
+def arrays_of(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.generic]], bytes]:
+    """What `protect` had been given, by name, with dtype and shape, and the device state that came with it.
+
+    checkpoint: from a store or from any stream of such checkpoints
+    The arrays are views of the checkpoint's memory; of an mmap or bytearray, uint8[n].
+    Raises NoCheckpoint if these are not the arrays of somebody, Malformed if what names them is damaged.
+    """
+    found = Manifest.unpack(checkpoint.device_state, pages=len(checkpoint.memory))
+    if found is None:
+        raise NoCheckpoint(f"checkpoint {checkpoint.epoch} holds memory without names: it was not made by protect()")
+    manifest, device_state = found
+    return manifest.arrays(checkpoint.memory), device_state

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
+from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.warm import WarmCopyDamaged
 from remus_ckpt.store.writer import HistoryWriter
 
@@ -34,15 +36,27 @@ __all__ = [
     "Shape",
     "State",
     "Store",
+    "Stored",
     "Survey",
     "WarmCopyDamaged",
+    "open_store",
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+def open_store(directory: str | Path) -> Store:
+    """A store that is there, to be read: `open_store("/var/lib/remus")["orders"][-1].arrays()`.
+
+    Raises StoreError where there is no such directory.
+    """
+    store = Store(directory)
+    store.names()
+    return store
+
+
 class Store:
-    """A directory of histories."""
+    """A directory of histories, by name: `store["orders"]` is one of them, iterating gives the names."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -61,6 +75,14 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.directory}: {error.strerror}") from error
         return sorted(name for name in found if _NAME.fullmatch(name) and _may_be_history(self.directory / name))
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, as `names` gives them."""
+        return iter(self.names())
+
+    def __getitem__(self, name: str) -> History:
+        """One history, to be read. Raises StoreError where there is none of that name."""
+        return self.history(name)
 
     def history(self, name: str, *, limits: Limits | None = None) -> History:
         """One of them, to be read. Raises StoreError."""

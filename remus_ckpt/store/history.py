@@ -35,6 +35,7 @@ from remus_ckpt.store.segments import (
     walk,
 )
 from remus_ckpt.store.state import State, load_state
+from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.xen.reader import Digest
 
@@ -409,6 +410,32 @@ class History:
     def lost(self) -> list[Lost]:
         """What was durable and is not there any more, as far as anything is left that says so; oldest first."""
         return list(self.survey().lost)
+
+    def __len__(self) -> int:
+        """How many durable checkpoints there are. Raises StoreError."""
+        return self.survey().count
+
+    def __getitem__(self, number: int) -> Stored:
+        """A checkpoint by its place: 0 is the oldest, -1 the newest. By its epoch or time, `at` finds it.
+
+        Raises IndexError where there are not so many, StoreError.
+        """
+        ranges = _joined(one.epochs for one in self.survey().contents)
+        left = number if number >= 0 else number + sum(map(len, ranges))
+        for epochs in ranges if left >= 0 else ():
+            if left < len(epochs):
+                return Stored(self, self.find(epochs[left]))
+            left -= len(epochs)
+        raise IndexError(f"{self.directory} has no checkpoint number {number}: it holds {sum(map(len, ranges))}")
+
+    def __iter__(self) -> Iterator[Stored]:
+        """The durable checkpoints, oldest first. Raises StoreError."""
+        for entry in self.checkpoints():
+            yield Stored(self, entry)
+
+    def at(self, at: int | datetime) -> Stored:
+        """A checkpoint by its epoch, or the last one not after a time. Raises as `find`."""
+        return Stored(self, self.find(at))
 
     def newest(self) -> Entry | None:
         """The newest durable checkpoint that is there."""

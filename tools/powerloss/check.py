@@ -14,9 +14,10 @@ import numpy as np
 
 import remus_ckpt.store.writer as writer_module
 from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
-from remus_ckpt.errors import RemusError, StreamError
+from remus_ckpt.errors import BadCheckpoint, RemusError, StreamError
 from remus_ckpt.memory import load_image
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.restorer import Checkpoint
 
 PROMOTED = 1
 
@@ -74,17 +75,15 @@ def digest(arrays: Mapping[str, Any]) -> str:
 class Check:
     """Looks at one disk, mounted at `mounted`; `faults` says what was wrong there.
 
-    may_tear: a file may have got its length before its bytes, so that what was never acknowledged may be anything, and
-        the store may say so
+    A file may have got its length before its bytes: the end of the newest segment, behind all that was acknowledged,
+    may be anything, and the store may call it damage (store.md §9.2).
     """
 
-    def __init__(
-        self, mounted: Path, told: Mapping[str, Told], truth: Mapping[str, Mapping[int, str]], *, may_tear: bool
-    ) -> None:
+    def __init__(self, mounted: Path, told: Mapping[str, Told], truth: Mapping[str, Mapping[int, str]]) -> None:
         self.faults: list[str] = []
         self._told = told
         self._truth = truth
-        self._may_tear = may_tear
+        self._torn: dict[str, Path] = {}
         self._store = Store(mounted / "store")
         self._address = f"unix:{mounted}/socket"
         # The machine was started anew: nothing that was handed out before may be given again.
@@ -103,11 +102,12 @@ class Check:
         if not due and not self._store.directory.exists():
             return
         for name, told in due.items():
+            self._look_for_a_torn_end(name, told)
             newest = self._store.history(name).newest()
             if newest is None or newest.epoch < max(told.committed):
                 self._wrong(name, f"a reader finds {newest and newest.epoch}; {max(told.committed)} was committed")
             else:
-                self._compare(name, "a reader", self._store.history(name).restore())
+                self._compare(name, "a reader", self._newest_good(name, max(told.committed)))
         with Backup(self._store, [self._address]) as backup:
             status = backup.status()["names"]
             for name, told in self._told.items():
@@ -123,6 +123,27 @@ class Check:
         for name, told in due.items():
             self._read_all(name, told)
 
+    def _look_for_a_torn_end(self, name: str, told: Told) -> None:
+        """Whether the newest segment has all that was committed, and behind it what was never acknowledged, torn."""
+        segment = max((self._store.directory / name / "segments").glob("*.remus"), key=lambda path: path.name[21:])
+        held = -1
+        try:
+            for one in read_checkpoints(segment, strict=True):
+                held = one.epoch
+        except StreamError:
+            if held >= max(told.committed):
+                self._torn[name] = segment
+
+    def _newest_good(self, name: str, committed: int) -> Checkpoint:
+        """What a reader gets; a torn tail that nobody was told of may be taken for one that was (store.md §9.2)."""
+        history = self._store.history(name)
+        try:
+            return history.restore()
+        except BadCheckpoint as error:
+            if name not in self._torn or error.good is None or error.good < committed:
+                raise
+            return history.restore(error.good)
+
     def _look_at_status(self, name: str, told: Told, found: dict[str, Any] | None) -> None:
         if found is None:
             if told.committed or told.term > (0, 0):
@@ -133,7 +154,7 @@ class Check:
         newest = max(told.committed, default=-1)
         if (-1 if found["epoch"] is None else found["epoch"]) < newest:
             self._wrong(name, f"recovery finds {found['epoch']}; {newest} was committed")
-        if found["warnings"] and not self._may_tear:
+        if found["warnings"] and name not in self._torn:
             self._wrong(name, f"nothing is lost, and yet: {found['warnings']}")
         state = self._store.history(name).state.more
         if told.expects_primary and not state.get("expects_primary") and found["role"] != "promoted":
@@ -168,10 +189,10 @@ class Check:
                     if version and found != self._truth[name].get(version):
                         self._wrong(name, f"{segment.name}, epoch {one.epoch}: not what version {version} was")
             except StreamError as error:
-                if not self._may_tear:
+                if segment != self._torn.get(name):
                     self._wrong(name, f"{segment.name}: {error}")
         missing = {epoch for epoch in told.committed if epoch >= min(held, default=0)} - held
         if missing:
             self._wrong(name, f"committed, not pruned and not there: {sorted(missing)}")
-        if not self._may_tear and not history.verify().is_good:
+        if name not in self._torn and not history.verify().is_good:
             self._wrong(name, "the store does not verify")

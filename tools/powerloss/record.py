@@ -84,7 +84,7 @@ class Record:
                 else:
                     try:
                         told = self.told_at(generation, at)
-                        faults = Check(mounted, told, self.truth, may_tear="data=writeback" in self.options).faults
+                        faults = Check(mounted, told, self.truth).faults
                     finally:
                         gc.collect()
                         subprocess.run(["umount", "-l", mounted], check=True)

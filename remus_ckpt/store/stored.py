@@ -1,0 +1,61 @@
+"""One checkpoint of a history, as a handle: nothing of it is read before it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.source.manifest import arrays_of
+from remus_ckpt.store.segments import Entry
+from remus_ckpt.wire.record import Position
+
+if TYPE_CHECKING:
+    from remus_ckpt.store.history import History
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A durable checkpoint, such as `open_store("/var/lib/remus")["orders"][-1]`.
+
+    entry: where its bytes stand
+    """
+
+    history: History
+    entry: Entry
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.entry.epoch
+
+    @property
+    def position(self) -> Position:
+        """Its number and digest."""
+        return self.entry.position
+
+    @property
+    def time(self) -> datetime | None:
+        """When it was taken, by the primary's clock; None if that was not said."""
+        time_ns = self.entry.time_ns
+        return None if time_ns is None else datetime.fromtimestamp(time_ns / 1e9, UTC)
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """What `protect` had been given, by name, with dtype and shape.
+
+        Raises NoCheckpoint if it was not made by `protect`; else as `restore`.
+        """
+        return arrays_of(self.restore())[0]
+
+    def restore(self) -> Checkpoint:
+        """The checkpoint with its memory, in this process. Raises NoCheckpoint, BadCheckpoint, StoreError."""
+        return self.history.restore(self.epoch)
+
+    def save(self, path: str | Path) -> Checkpoint:
+        """Its memory as a file, which appears when it is whole and durable. Raises as `restore`."""
+        return self.history.restore_image(path, self.epoch)
