@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,13 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     assert any(name == "remus_ckpt.pages" for _, name in imports(PACKAGE / "codec" / "scan.py"))
     assert room(PACKAGE / "codec" / "scan.py") == "codec"
     assert len(modules()) > 15
+
+
+def test_the_map_of_the_house_is_true() -> None:
+    """Every file and room that ARCHITECTURE.md names is there, and it draws every room."""
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?|[a-z_]+\.py)`", page))
+    missing = [name for name in named if not (PACKAGE.parent / name).exists() and not (PACKAGE / name).exists()]
+    assert named and not missing
+    drawing = page[page.index("    cli") : page.index("No socket")]
+    assert set().union(*FLOORS) - {"__main__"} <= set(re.findall(r"[a-z_]+", drawing))
