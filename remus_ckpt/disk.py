@@ -107,9 +107,9 @@ def make_directory(path: Path) -> None:
 def appearing(path: Path) -> Iterator[int]:
     """A new file of mode 0600 by its descriptor, which takes the path's place, durable, when the block ends well.
 
-    Raises StoreError.
+    Raises OSError that names the path.
     """
-    with guarding(path):
+    try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             try:
@@ -123,6 +123,8 @@ def appearing(path: Path) -> Iterator[int]:
                 os.unlink(temporary)
             raise
         sync_directory(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def spare_of(path: Path) -> Path:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from remus_ckpt.compressed import Inflater, compressions
+from remus_ckpt.disk import write_all
 from remus_ckpt.errors import RemusError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer
@@ -22,7 +23,6 @@ from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import DETECT_BYTES, Dialect, detect_header
 from remus_ckpt.wire.xen.reader import NEED_DATA
 
-_MAX_VECTORS = 1024
 _BUFFER_BYTES = 1 << 16
 
 
@@ -176,19 +176,12 @@ class StreamWriter:
 
     def write(self, buffers: list[Buffer]) -> None:
         """Write all of the buffers."""
-        left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-        while left:
-            try:
-                size = os.writev(self._fd, left[:_MAX_VECTORS])
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self.name) from error
-            self.written += size
-            while left and size >= len(left[0]):
-                size -= len(left.pop(0))
-            if size:
-                left[0] = left[0][size:]
+        try:
+            self.written += write_all(self._fd, buffers)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from error
 
     def commit(self, sent: Sent) -> None:
         """What is written is a whole checkpoint."""

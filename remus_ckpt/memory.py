@@ -7,13 +7,13 @@ import errno
 import hashlib
 import mmap
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.disk import appearing, write_all
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 
 _CHUNK_PAGES = 4096
@@ -65,7 +65,7 @@ def load_image(path: str | Path, pages: int | None = None) -> Pages:
 
 
 def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None:
-    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole.
+    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole, and durable.
 
     size: how many of their bytes, if they end within the last page
     """
@@ -79,26 +79,14 @@ def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None
         return
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(target.parent))
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(descriptor, "wb", buffering=0) as file:
-            file.truncate(size)
-            for start, chunk in _chunks(memory):
-                used = chunk.view(np.uint64).any(axis=1)
-                edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
-                for first, stop in edges.reshape(-1, 2).tolist():
-                    file.seek((start + first) * PAGE_SIZE)
-                    left = memoryview(chunk[first:stop].reshape(-1)[: size - (start + first) * PAGE_SIZE])
-                    while left:
-                        left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        os.unlink(temporary)
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with appearing(target) as descriptor, open(descriptor, "wb", buffering=0, closefd=False) as file:
+        file.truncate(size)
+        for start, chunk in _chunks(memory):
+            used = chunk.view(np.uint64).any(axis=1)
+            edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
+            for first, stop in edges.reshape(-1, 2).tolist():
+                file.seek((start + first) * PAGE_SIZE)
+                write_all(descriptor, [chunk[first:stop].reshape(-1)[: size - (start + first) * PAGE_SIZE]])
 
 
 def memory_sha256(memory: NDArray[np.uint8]) -> str:

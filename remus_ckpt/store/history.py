@@ -545,7 +545,7 @@ class History:
             if str(path) == "-":
                 _copy(source, 1, entry.end)
                 return entry
-            with appearing(Path(path)) as descriptor:
+            with guarding(path), appearing(Path(path)) as descriptor:
                 _copy(source, descriptor, entry.end)
         finally:
             os.close(source)

@@ -89,7 +89,7 @@ class MappedFile:
     def copy(self, path: Path, size: int) -> None:
         """Copy its first bytes to a file that appears when it is whole and durable. Raises StoreError."""
         edges = np.flatnonzero(np.diff(self.has_room, prepend=False, append=False)).reshape(-1, 2) * PAGE_SIZE
-        with appearing(path) as descriptor:
+        with guarding(path), appearing(path) as descriptor:
             os.ftruncate(descriptor, size)
             for start, stop in np.minimum(edges, size).tolist():
                 at = start
