@@ -261,6 +261,9 @@ def test_what_was_taken_over_is_not_continued(disk: Path, after: After) -> None:
                 fill(writer, 3)
                 image, _ = writer.hand_out()
                 image.write_bytes(bytes(PAGES * PAGE_SIZE))
+            if is_new_process:
+                writer.compact(wait=True)
+                assert not writer.warnings and writer.image is not None
             assert writer.stream is None
             with pytest.raises(StoreError):
                 writer.begin(full=False)
