@@ -984,8 +984,8 @@ class HistoryWriter:
             with guarding(self._warm):
                 for path in self._warm.glob("taken-over-*"):
                     path.unlink()
+                self._spare_bytes = 0  # also where this fails: it may have cost the spare
                 replace_file(device_state, checkpoint.device_state, self._warm / SPARE)
-            self._spare_bytes = 0
             chain.is_sealed = True
             self._save(replace(self.state, more={**self.state.more, "handed_out": made}))
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
