@@ -58,9 +58,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_to_read(path: Path) -> int:
+    """A descriptor. It waits for nobody, as the opening of a pipe would. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
 def sync_file(path: Path) -> None:
     """What the file holds is durable when this returns; not its name. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_to_read(path)
     try:
         os.fsync(descriptor)
     finally:

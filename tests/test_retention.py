@@ -78,6 +78,10 @@ TABLE: dict[str, tuple[int, int]] = {
     ),
     "and when it has been put right": (removed([5, YEARS + 3, YEARS + 2, 1, 0], [5, 3, 2, 1, 0]), 0),
     "and those before it have gone": (removed([YEARS + 3, YEARS + 2, 1, 0], [3, 2, 1, 0], floor=4), 0),
+    "the primary's clock behind what was pruned, and years behind before": (
+        removed([3 * HOUR, YEARS, HOUR, 48 * HOUR], [3 * HOUR, 2 * HOUR, HOUR, 0], floor=4 * HOUR),
+        0,
+    ),
     "what was pruned is from the future": (removed(RIGHT, floor=FUTURE), 2),
     "the same time everywhere": (removed([0] * 5), 0),
     "one segment": (removed([YEARS]), 0),

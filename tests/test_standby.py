@@ -280,11 +280,16 @@ def spoil_number(folder: Path) -> None:
     (folder / "store.json").write_text(text.replace('"term": 0', '"term": -1'))
 
 
+def spoil_with_a_pipe(folder: Path) -> None:
+    (folder / "store.json").unlink()
+    os.mkfifo(folder / "store.json", 0o600)
+
+
 def raise_overflow(folder: Path) -> None:
     (folder / "overflow").touch()
 
 
-@pytest.mark.parametrize("spoil", [spoil_json, spoil_kind, spoil_number, raise_overflow])
+@pytest.mark.parametrize("spoil", [spoil_json, spoil_kind, spoil_number, spoil_with_a_pipe, raise_overflow])
 def test_a_store_that_cannot_be_opened_is_no_fault_of_the_others(
     tmp_path: Path, spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
 from remus_ckpt.restorer import Anonymous
 from remus_ckpt.sender import Sender
-from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store
+from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store, compaction
 from remus_ckpt.store.index import read_index
 from remus_ckpt.store.segments import Contents
 from remus_ckpt.wire.record import CheckpointRecord, Position
@@ -735,6 +736,31 @@ def test_compaction_begins_by_itself(store: Store) -> None:
         assert epochs(writer.history)[-3:] == [last - 2, last - 1, last]
         assert len(files(writer.history)) <= 2 and "pruning" in seen
         assert memory_sha256(writer.history.restore(last - 2).memory) == sha(last - 2)
+
+
+def test_a_compaction_that_fails_is_not_tried_again_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may write all of memory before it fails."""
+    begun: list[int] = []
+
+    def note(phase: str, epoch: int) -> None:
+        if phase == "compacting":
+            begun.append(epoch)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with store.writer("orders", compact_checkpoints=10, on_phase=note) as writer:
+        source = fill(writer, 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(compaction, "write_all", fail)
+            for _ in range(20):
+                fill(writer, 1, source)
+                while writer.compacting:
+                    time.sleep(0.001)
+        assert begun == [10, 21]
+        # A new base has nothing to do with that.
+        source = fill(writer, 11)
+        assert begun[2:] == [source.position.epoch]
 
 
 def test_a_new_base_ends_a_compaction(store: Store) -> None:

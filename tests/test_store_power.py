@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
@@ -261,6 +262,9 @@ def test_what_was_taken_over_is_not_continued(disk: Path, after: After) -> None:
                 fill(writer, 3)
                 image, _ = writer.hand_out()
                 image.write_bytes(bytes(PAGES * PAGE_SIZE))
+            if is_new_process:
+                writer.compact(wait=True)
+                assert not writer.warnings and writer.image is not None
             assert writer.stream is None
             with pytest.raises(StoreError):
                 writer.begin(full=False)
@@ -281,6 +285,25 @@ def test_what_is_stored_and_not_applied_is_handed_out(disk: Path) -> None:
         writer.store()
         image, device_state = writer.hand_out()
         assert image.read_bytes() == memory_at(3).tobytes() and device_state.read_bytes() == b"dev3"
+
+
+def test_the_room_for_a_device_state_is_kept_again_after_a_failure(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("hand-over.spare"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises(StoreError):
+                writer.hand_out()
+        writer.begin(full=False)
+        fill(writer, 1, source)
+        assert (writer.directory / "warm" / "hand-over.spare").stat().st_size >= 64 << 10
 
 
 # store.json

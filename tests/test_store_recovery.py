@@ -179,6 +179,11 @@ INDEX_FAULTS: dict[str, Callable[[Path], None]] = {
     "names that are none": lambda path: _sql(path, "UPDATE segments SET name = name || 'x'"),
     "names of nothing": lambda path: _sql(path, "INSERT INTO segments VALUES ('../../x', 1, 'delta', 8, 4)"),
     "wrong types": lambda path: _sql(path, "UPDATE checkpoints SET digest = x'00'"),
+    "an epoch beyond all others": lambda path: _sql(path, "UPDATE checkpoints SET epoch = epoch << 61 WHERE epoch = 6"),
+    "epochs up to the last number": lambda path: _sql(
+        path, f"UPDATE checkpoints SET epoch = {(1 << 63) - 1} WHERE start > 0 AND epoch IN (2, 6)"
+    ),
+    "other epochs": lambda path: _sql(path, "UPDATE checkpoints SET epoch = epoch + 100"),
     "wrong sizes": lambda path: _sql(path, "UPDATE segments SET size = 5"),
     "a folder": lambda path: (path.unlink(), path.mkdir())[0],
 }
@@ -202,6 +207,7 @@ def test_an_index_that_is_wrong_is_made_again(store: Store, fault: Callable[[Pat
     fault(path)
     history = store.history("orders")
     assert epochs(history) == list(range(7))
+    assert history.survey().count == 7
     for epoch in range(7):
         assert memory_sha256(history.restore(epoch).memory) == sha(epoch)
     assert history.verify().newest is not None
@@ -219,6 +225,18 @@ def test_an_index_that_is_wrong_is_made_again(store: Store, fault: Callable[[Pat
         rows = database.execute("SELECT epoch FROM checkpoints ORDER BY segment, start").fetchall()
         database.close()
         assert [epoch for (epoch,) in rows] == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_segment_that_is_not_looked_at_closely_and_says_nonsense(store: Store) -> None:
+    """All rows of the newest few are counted; of the others the edges are believed, if they can be."""
+    with store.writer("orders") as writer:
+        for _ in range(6):
+            source = fill(writer, 3)
+    _sql(writer.directory / "index.sqlite", f"UPDATE checkpoints SET epoch = {(1 << 63) - 1} WHERE epoch = 2")
+    assert writer.history.survey().count == 18
+    with store.writer("orders") as writer:
+        assert (writer.highest_epoch, writer.position) == (17, source.position)
+        fill(writer, 1)
 
 
 # Damage
@@ -341,6 +359,34 @@ def test_a_bad_old_segment(store: Store, with_index: bool) -> None:
         (bad,) = writer.history.verify().bad
         assert (bad.segment, bad.epoch, bad.good) == (old.name, 1, 0)
         assert bad.unreachable == range(1, 2)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_an_old_segment_that_is_empty(store: Store, with_index: bool) -> None:
+    """A segment has its name only since it held a checkpoint."""
+    with store.writer("orders") as writer:
+        for _ in range(3):
+            fill(writer, 2)
+    segments = sorted((writer.directory / "segments").iterdir())
+    os.truncate(segments[0], 0)
+    if not with_index:
+        (writer.directory / "index.sqlite").unlink()
+    with store.writer("orders") as writer:
+        assert list(writer.state.damaged) == [segments[0].name] and len(writer.warnings) == 1
+
+
+def test_a_pipe_in_the_place_of_a_segment(store: Store) -> None:
+    """Nobody waits for somebody to write to it."""
+    with store.writer("orders") as writer:
+        for _ in range(3):
+            fill(writer, 2)
+    segment = min((writer.directory / "segments").iterdir())
+    segment.unlink()
+    os.mkfifo(segment, 0o600)
+    assert [list(lost.epochs) for lost in writer.history.lost()] == [[0, 1]]
+    assert not writer.history.verify().is_good
+    with pytest.raises(StoreError, match=segment.name):
+        store.writer("orders")
 
 
 def test_the_newest_segment_gone(store: Store) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from remus_ckpt.disk import appearing, guarding, sync_directory, write_all
+from remus_ckpt.disk import appearing, guarding, open_to_read, sync_directory, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
@@ -665,7 +665,7 @@ class History:
             return True  # a segment has its name only since its base was durable
         path = self._path(one.name)
         with guarding(path):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_to_read(path)
             try:
                 return holds_a_record(fd, one.last.position, one.end, size)
             finally:
@@ -677,7 +677,7 @@ class History:
     def _open(self, entry: Entry) -> int:
         path = self._path(entry.segment)
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_to_read(path)
         except FileNotFoundError:
             raise NoCheckpoint(f"{path} is gone: checkpoint {entry.epoch} has been pruned") from None
         except OSError as error:

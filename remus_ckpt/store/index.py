@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from remus_ckpt.limits import Limits
-from remus_ckpt.store.segments import Contents, Entry, Shape, is_segment, sequence_of, walk
+from remus_ckpt.store.segments import Contents, Entry, Shape, first_epoch_of, is_segment, sequence_of, walk
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
 
@@ -204,13 +204,15 @@ def _entry_of(row: tuple[object, ...]) -> Entry:
 
 
 def _is_sound(one: Contents) -> bool:
-    """Whether the first and the last row can stand in one segment, and its size is that of a file with them."""
+    """Whether the first and the last row can stand in a segment of that name and size."""
     first, last = one.first, one.last
     if first is None or last is None:
         return first is last
     gap = last.epoch - first.epoch
     return (
         first.start == 0
+        and first.epoch == first_epoch_of(one.name)
+        and gap <= last.start  # no checkpoint is without bytes
         and (last == first if gap == 0 else gap > 0 and last.start >= first.end)
         and (one.size is None or one.end <= one.size)
     )

@@ -80,9 +80,9 @@ def times_taken(
 
     if not segments:
         return []
-    now_ns = believed(segments[-1]) or now_ns
     if floor_ns is not None and low <= floor_ns <= now_ns:
         low = floor_ns
+    now_ns = believed(segments[-1]) or now_ns
     times: list[int | None] = []
     for one in segments[:-1]:
         times.append(believed(one))

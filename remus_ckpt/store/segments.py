@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import guarding
+from remus_ckpt.disk import guarding, open_to_read
 from remus_ckpt.errors import Malformed, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
@@ -226,7 +226,7 @@ def walk(
     start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
     hashing = HashThread()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_to_read(path)
         try:
             restorer = Restorer(limits=limits, home=Nowhere(), new_digest=hashing.new, start=start)
             for checkpoint in replay(fd, restorer, start=contents.end if start else 0, end=end, advance=advance):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from remus_ckpt.disk import keep_room, replace_file, spare_of
+from remus_ckpt.disk import keep_room, open_to_read, replace_file, spare_of
 from remus_ckpt.errors import StoreError
 from remus_ckpt.store import segments
 
@@ -107,7 +107,7 @@ def _read(path: Path) -> bytes:
     data = None
     for _ in range(_TRIES):
         before = data
-        with open(path, "rb") as file:
+        with open(open_to_read(path), "rb") as file:
             data = file.read(_MAX_BYTES + 1)
         if data == before:
             return data
@@ -139,7 +139,7 @@ def reserve(directory: Path) -> None:
     """Give the spare of store.json as much room as the file has, and a little more, if the disk has it."""
     path = directory / FILE
     with suppress(OSError):
-        used = len(path.read_bytes().rstrip())
+        used = len(_read(path).rstrip())
         keep_room(spare_of(path), -(-(used + _SLACK) // _BLOCK) * _BLOCK)
 
 

@@ -92,6 +92,7 @@ class _Chain:
     end: the first byte behind its last durable checkpoint; written: behind all that came
     shift: how much further on a byte stands in the segment than in the restorer's stream
     is_sealed: nothing may be appended
+    compact_over, compact_behind: bytes of deltas, and checkpoints, that the next compaction waits for
     """
 
     restorer: Restorer
@@ -105,6 +106,8 @@ class _Chain:
     base_bytes: int = 0
     checkpoints: int = 0
     is_sealed: bool = False
+    compact_over: int = 0
+    compact_behind: int = 0
 
     def close(self) -> None:
         """Close the segment. May be called again."""
@@ -167,7 +170,6 @@ class HistoryWriter:
         self._is_torn = False  # a change has not come to its end: memory may say other than the disk
         self._room = memoryview(b"")
         self._compaction: Compaction | None = None
-        self._compact_over = 0  # bytes of deltas that the next compaction waits for, after one that failed
         self._highest = -1
         self._warm_number = 0
         self._spare_bytes = 0  # room that is kept for the device state of a takeover
@@ -223,10 +225,12 @@ class HistoryWriter:
     def _recover(self) -> None:
         half_written = [*self.directory.glob(".store.json.*"), *self._warm.glob(".taken-over-*")]
         for path in [*half_written, *self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
-            path.unlink(missing_ok=True)
+            with guarding(path):
+                path.unlink(missing_ok=True)
         # Whoever renamed or removed what is there may have died before this.
         sync_directory(self._segments)
         names = list_segments(self.directory)
+        there = set(names)
         indexed = self._index.load()
         self._highest = -1 if self.state.highest_epoch is None else self.state.highest_epoch
         # One that is gone stays named until those beside it have been pruned.
@@ -234,17 +238,18 @@ class HistoryWriter:
         damaged = {
             name: why
             for name, why in self.state.damaged.items()
-            if name in names or (is_segment(name) and sequence_of(name) > oldest)
+            if name in there or (is_segment(name) and sequence_of(name) > oldest)
         }
         known: dict[str, Contents] = {}
         for name in reversed(names):
             expected = indexed.get(name, Contents(name)).epochs
             self._highest = max([self._highest, first_epoch_of(name), *expected[-1:]])
-            if self._chain is None:
+            is_newest = self._chain is None
+            with guarding(self._segments / name):
+                contents, reason = (self._open_segment if is_newest else self._glance)(name, indexed.get(name))
+            if is_newest:
                 damaged.pop(name, None)  # it is looked at anew
-                contents, reason = self._open_segment(name, indexed.get(name))
             else:
-                contents, reason = self._glance(name, indexed.get(name))
                 if name not in indexed:
                     damaged.pop(name, None)  # read anew
                 if name not in indexed or contents.end != indexed[name].end:
@@ -253,7 +258,7 @@ class HistoryWriter:
             self._highest = max([self._highest, *contents.epochs[-1:]])
             if reason is not None:
                 damaged[name] = reason
-        gone = sorted((name for name in indexed if name not in names), key=sequence_of)
+        gone = sorted(indexed.keys() - there, key=sequence_of)
         if names:
             # The oldest are gone because they were pruned.
             gone = [name for name in gone if sequence_of(name) > sequence_of(names[0])]
@@ -275,8 +280,6 @@ class HistoryWriter:
             held = self._chain.restorer.in_force
             assert held is not None
             self.position = record_of(held).after
-            if (self.state.more.get("handed_out") or {}).get("position") == str(self.position):
-                self._chain.is_sealed = True  # somebody goes on from here
             self._keep_room(held)
         self._index.begin([known[name] for name in names], indexed)
         self._note(self._index.warning)
@@ -377,6 +380,8 @@ class HistoryWriter:
         self._index.fill(contents, end=size)
         if contents.fault is not None:
             return contents, str(contents.fault)
+        if contents.last is None:
+            return contents, "it holds no whole checkpoint"
         if contents.end < size or (known is not None and known.end > contents.end):
             return contents, f"its whole checkpoints end at byte {contents.end} of {size}"
         return contents, None
@@ -450,6 +455,8 @@ class HistoryWriter:
         chain = self._chain
         if chain is None or chain.is_sealed or self._epoch < self._highest:
             return None
+        if (self.state.more.get("handed_out") or {}).get("position") == str(self.position):
+            return None  # somebody goes on from there
         return chain.shape
 
     @property
@@ -784,8 +791,8 @@ class HistoryWriter:
         if self._compact_bytes is None:
             return False
         deltas = chain.end - chain.base_bytes
-        most = max(chain.base_bytes, self._compact_bytes, self._compact_over)
-        return deltas > most or chain.checkpoints > self._compact_checkpoints
+        most = max(chain.base_bytes, self._compact_bytes, chain.compact_over)
+        return deltas > most or chain.checkpoints > max(self._compact_checkpoints, chain.compact_behind)
 
     @property
     def compacting(self) -> bool:
@@ -838,8 +845,10 @@ class HistoryWriter:
 
     def _on_failed(self, error: StoreError) -> None:
         self._compaction = None
-        if self._chain is not None:
-            self._compact_over = self._chain.end - self._chain.base_bytes + COMPACT_BYTES
+        if (chain := self._chain) is not None:
+            # It is not tried again at each checkpoint: it may have written all of memory before it failed.
+            chain.compact_over = chain.end - chain.base_bytes + COMPACT_BYTES
+            chain.compact_behind = chain.checkpoints + self._compact_checkpoints
         self._note(f"compaction: {error}")
 
     def _cancel_compaction(self) -> None:
@@ -869,7 +878,7 @@ class HistoryWriter:
         chain.end = chain.written = chain.base_bytes = compaction.written
         chain.shift = compaction.written - chain.restorer.boundary.offset
         chain.checkpoints, chain.is_sealed = 1, False
-        self._compact_over = 0
+        chain.compact_over = chain.compact_behind = 0
         entry = Entry(
             position=record.after,
             time_ns=record.time_ns,
@@ -975,8 +984,8 @@ class HistoryWriter:
             with guarding(self._warm):
                 for path in self._warm.glob("taken-over-*"):
                     path.unlink()
+                self._spare_bytes = 0  # also where this fails: it may have cost the spare
                 replace_file(device_state, checkpoint.device_state, self._warm / SPARE)
-            self._spare_bytes = 0
             chain.is_sealed = True
             self._save(replace(self.state, more={**self.state.more, "handed_out": made}))
             if chain.home.path is None:  # it was handed out before, and the file has been taken away
