@@ -28,7 +28,7 @@ from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.session.frames import COMPRESSIONS
 from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Hello, StreamShape, Welcome
-from remus_ckpt.store import HistoryWriter, Retention, State, WarmCopyDamaged
+from remus_ckpt.store import HistoryWriter, Retention, State, Torn, WarmCopyDamaged
 from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 
@@ -203,7 +203,7 @@ class Standby:
 
     def _break(self, error: BaseException) -> None:
         """Note that the store has to be opened anew, if this error is of that kind."""
-        if self.broken is None and (isinstance(error, WarmCopyDamaged) or not isinstance(error, RemusError)):
+        if self.broken is None and (isinstance(error, WarmCopyDamaged | Torn) or not isinstance(error, RemusError)):
             self.broken = str(error) if isinstance(error, RemusError) else f"{type(error).__name__}: {error}"
             self._wake()
 

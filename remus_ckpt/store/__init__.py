@@ -20,7 +20,7 @@ from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
 from remus_ckpt.store.warm import WarmCopyDamaged
-from remus_ckpt.store.writer import HistoryWriter
+from remus_ckpt.store.writer import HistoryWriter, Torn
 
 __all__ = [
     "Bad",
@@ -35,6 +35,7 @@ __all__ = [
     "State",
     "Store",
     "Survey",
+    "Torn",
     "WarmCopyDamaged",
 ]
 
