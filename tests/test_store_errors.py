@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from store_support import PAGES, Source, commit, fill, memory_at, sha
-from test_service import ANY, Memory, restored, until
+from test_service import ANY, LONG_S, Memory, restored, until
 
 from remus_ckpt import disk
 from remus_ckpt.disk import replace_file, spare_of
@@ -21,7 +22,7 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.store import Store, Torn
+from remus_ckpt.store import HistoryWriter, Store, Torn
 
 
 def open_files(folder: Path) -> list[str]:
@@ -207,3 +208,39 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
             backup._thread.join(0.3)
             assert backup._thread.is_alive()
         until(lambda: "orders" in backup._standbys and backup._standbys["orders"].broken is None)
+
+
+def test_stores_that_hang_hang_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a backup takes no second for each."""
+    may_go_on = threading.Event()
+    for name in "abcde":
+        Store(tmp_path).writer(name).close()
+    monkeypatch.setattr("remus_ckpt.service.backup._CLOSE_S", 0.1)
+    with monkeypatch.context() as patched:
+        close = HistoryWriter.close
+        patched.setattr(HistoryWriter, "close", lambda self: may_go_on.wait(LONG_S) and close(self))
+        backup = Backup(tmp_path, [ANY])
+        begin = time.monotonic()
+        backup.close()
+        assert time.monotonic() - begin < 4
+        may_go_on.set()
+        until(lambda: not any(thread.name.startswith("closing") for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize("what", ["thread", "descriptor"])
+def test_a_primary_without_threads_or_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """It tries again, as for any link that cannot be made."""
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Backup(tmp_path / "store", [ANY]) as backup, Memory(backup.addresses[0]) as memory:
+        with monkeypatch.context() as patched:
+            if what == "thread":
+                no_thread(patched, "link to")
+            else:
+                patched.setattr(os, "eventfd", refuse)
+            with pytest.raises(LinkError):
+                memory.protection.checkpoint(timeout_s=0.3)
+        memory.step(0)
+        assert (restored(tmp_path / "store") == memory.array).all()

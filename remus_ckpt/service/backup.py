@@ -42,7 +42,7 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S
-from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.service.standby import Policy, Refusal, Standby, close_all
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import MAX_EPOCH
@@ -311,11 +311,7 @@ class Backup:
             self._wake = -1
 
     def _close_standbys(self) -> None:
-        deadline = time.monotonic() + _CLOSE_S
-        for standby in self._all_standbys():
-            standby.stop()
-        for standby in self._all_standbys():
-            standby.close(deadline)
+        close_all(self._all_standbys(), time.monotonic() + _CLOSE_S)
 
     # Names
 

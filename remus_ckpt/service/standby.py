@@ -13,7 +13,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -801,9 +801,10 @@ class Standby:
 
     def close(self, deadline: float | None = None) -> None:
         """Stop, and let go of the store, by this time: what then still hangs is left to hang."""
-        if deadline is None:
-            deadline = time.monotonic() + _LEAVE_S
-        self.stop()
+        close_all([self], time.monotonic() + _LEAVE_S if deadline is None else deadline)
+
+    def _begin_closing(self, deadline: float) -> threading.Thread:
+        """Once it has been stopped. Waits for what must end first, by this time, and not for the disk."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
@@ -816,9 +817,7 @@ class Standby:
             )
         closing = threading.Thread(target=self._let_go, name=f"closing {self.name}", daemon=True)
         closing.start()
-        closing.join(max(deadline - time.monotonic(), _RETRY_S))
-        if closing.is_alive():
-            log("store does not close", level=logging.ERROR, name=self.name, reason="its disk hangs")
+        return closing
 
     def _let_go(self) -> None:
         try:
@@ -826,3 +825,15 @@ class Standby:
             self._writer.close()
         except Exception as error:
             log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
+
+
+def close_all(standbys: Sequence[Standby], deadline: float) -> None:
+    """Stop them, and let go of their stores, by this time or a second later: what then still hangs is left to hang."""
+    for standby in standbys:
+        standby.stop()
+    closing = [(standby, standby._begin_closing(deadline)) for standby in standbys]
+    deadline = max(deadline, time.monotonic() + _RETRY_S)
+    for standby, thread in closing:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+        if thread.is_alive():
+            log("store does not close", level=logging.ERROR, name=standby.name, reason="its disk hangs")
