@@ -687,7 +687,9 @@ class Standby:
                     raise NoCheckpoint(f"nothing is committed under the name {self.name!r}")
                 if fence and self._fence is None:
                     raise RemusError("there is no fencing command: start the backup with --fence, or do it yourself")
-            wish = self._by_hand = ByHand(time.monotonic(), fence)
+            wish = ByHand(time.monotonic(), fence)
+            if self._by_hand is None or self._by_hand.fence:  # who vouches for the old side waits for nobody's fence
+                self._by_hand = wish
             self._wake()
             self._changed.wait_for(
                 lambda: self._handed_out is not None or self._has_failed(wish) or self._is_closed, _PROMOTION_S
