@@ -277,10 +277,6 @@ class Index:
             self._wait_for_segment(contents)
             self.flush()
 
-    def is_filled(self, segment: str) -> bool:
-        """Whether all of its rows could be written, or wait for that."""
-        return segment not in self._behind
-
     def begin(self, known: Iterable[Contents], on_disk: dict[str, Contents]) -> None:
         """Say what the segments hold, oldest first, and make the database say the same. Raises OSError.
 
