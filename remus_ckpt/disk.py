@@ -167,6 +167,7 @@ def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
     """
     spare = spare or spare_of(path)
     descriptor = _open_spare(spare)
+    is_replaced = False
     try:
         try:
             os.fchmod(descriptor, 0o600)
@@ -177,11 +178,12 @@ def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
             os.close(descriptor)
         if not _exchange(spare, path):
             os.replace(spare, path)
+        is_replaced = True
         sync_directory(path.parent)
     except BaseException as error:
         # The disk may still have the old file under the old name, or hold other bytes than were written: another file
-        # must be used from now on. Not so where there was only no room.
-        if not (isinstance(error, OSError) and error.errno in _FULL):
+        # must be used from now on. Not so where there was only no room for the new one.
+        if is_replaced or not (isinstance(error, OSError) and error.errno in _FULL):
             with suppress(OSError):
                 spare.unlink()
         raise

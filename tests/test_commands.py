@@ -108,3 +108,16 @@ def test_how_it_ended() -> None:
     assert ShellCommand("exit 7").wait(LONG_S) == 7
     assert ShellCommand("kill -9 $$").wait(LONG_S) == 128 + 9
     assert ShellCommand("cat").wait(LONG_S) == 0, "it has no input"
+
+
+@pytest.mark.parametrize("reaper", ["signal.SIG_IGN", "lambda *_: os.waitpid(-1, os.WNOHANG)"])
+def test_how_it_ended_where_somebody_else_buries_our_children(reaper: str) -> None:
+    """Popen takes such an end for a good one: a fence that failed would have succeeded."""
+    code = (
+        f"import os, signal; signal.signal(signal.SIGCHLD, {reaper})\n"
+        "from remus_ckpt.service.commands import ShellCommand\n"
+        "print([ShellCommand(f'exit {status}').wait() for status in (7, 0)])\n"
+        "killed = ShellCommand('exec sleep 60'); killed._keeper.kill(); print(killed.wait() != 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_S, check=True)
+    assert ran.stdout == "[7, 0]\nTrue\n"

@@ -477,3 +477,22 @@ def test_a_takeover_that_was_done_says_nothing_of_the_next_term(tmp_path: Path) 
         with Memory(backup.addresses[0], term=2) as survivor:
             survivor.step(1)
             assert history.state.more["takeover_done"] is False
+
+
+def test_two_who_ask_for_a_takeover(tmp_path: Path) -> None:
+    """One vouches for the old side, and is not made to wait for the fence that the other asks for."""
+    standby = standing_by(tmp_path, fence="sleep 60")
+    answers: list[dict[str, Any]] = []
+    asking = [
+        threading.Thread(target=lambda fence=fence: answers.append(standby.take_over(fence=fence)), daemon=True)
+        for fence in (False, True)
+    ]
+    try:
+        for number, thread in enumerate(asking, 1):
+            thread.start()
+            until(lambda number=number: len(standby._changed._waiters) == number)  # type: ignore[attr-defined]
+        turn(standby)
+        until(lambda: len(answers) == 2)
+        assert [answer["term"] for answer in answers] == [1, 1]
+    finally:
+        standby.close()

@@ -73,7 +73,10 @@ class Link:
         # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
         self._probe: tuple[Position, int, float] | None = None
         self._error: RemusError | None = None
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise LinkError(f"{self.peer}: {error.strerror}") from error
         """Readable once the session has failed."""
         self._heard = time.monotonic()
         self._lease_s = _WELCOME_S  # until the welcome says better
@@ -133,8 +136,13 @@ class Link:
     def begin(self, message: Begin) -> None:
         """Say what follows, and begin to listen."""
         self._post(message)
-        self._thread = threading.Thread(target=self._listen, name=f"link to {self.peer}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._listen, name=f"link to {self.peer}", daemon=True)
+        try:
+            self._thread = thread
+            thread.start()
+        except RuntimeError as error:  # there can be no more threads
+            self._thread = None
+            raise LinkError(f"{self.peer}: {error}") from error
 
     def write(self, buffers: list[Buffer]) -> None:
         """Bytes of the save stream, of a checkpoint whose commit follows. They are kept until then."""

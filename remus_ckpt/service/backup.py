@@ -42,7 +42,7 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S
-from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.service.standby import Policy, Refusal, Standby, close_all
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import MAX_EPOCH
@@ -311,11 +311,7 @@ class Backup:
             self._wake = -1
 
     def _close_standbys(self) -> None:
-        deadline = time.monotonic() + _CLOSE_S
-        for standby in self._all_standbys():
-            standby.stop()
-        for standby in self._all_standbys():
-            standby.close(deadline)
+        close_all(self._all_standbys(), time.monotonic() + _CLOSE_S)
 
     # Names
 
@@ -438,15 +434,20 @@ class Backup:
                 if standby.broken is not None and name not in self._in_work
             ]
             for standby in broken:
+                closing = threading.Thread(target=self._close_broken, args=[standby], name=f"closing {standby.name}")
+                try:
+                    closing.start()  # it waits for our lock
+                except RuntimeError:  # there can be no more threads: it is tried again at the next turn
+                    return
                 self._in_work.add(standby.name)
                 self._refused[standby.name] = _Refused.after(None, f"the store is opened anew: {standby.broken}")
                 del self._standbys[standby.name]
-        for standby in broken:
-            log("store refused", level=logging.ERROR, name=standby.name, reason=standby.broken)
-            self.metrics.store_refused(standby.name)
-            threading.Thread(target=self._close_broken, args=[standby], name=f"closing {standby.name}").start()
 
     def _close_broken(self, standby: Standby) -> None:
+        with self._names:  # until it has been taken away
+            pass
+        log("store refused", level=logging.ERROR, name=standby.name, reason=standby.broken)
+        self.metrics.store_refused(standby.name)
         try:
             standby.close()
         finally:
@@ -463,7 +464,8 @@ class Backup:
             waiting = {name: one for name, one in self._refused.items() if name not in self._in_work}
             due = [name for name, one in waiting.items() if now >= one.retry_at][:_MOST_OPENED]
         for name in due:
-            threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True).start()
+            with suppress(RuntimeError):  # there can be no more threads
+                threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True).start()
         return min([now + FIRST_RETRY_S, *(one.retry_at for name, one in waiting.items() if name not in due)])
 
     def _try_again(self, name: str) -> None:

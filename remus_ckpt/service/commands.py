@@ -14,6 +14,7 @@ from typing import IO
 from remus_ckpt.errors import RemusError
 
 _KEEPER = Path(__file__).with_name("keeper.py")
+_UNKNOWN = 255
 
 
 class ShellCommand:
@@ -36,6 +37,7 @@ class ShellCommand:
         stdout: int | None = 2,
         grace_s: float = 0.0,
     ) -> None:
+        self._status: int | None = None
         values = {key: value.replace("\0", "\ufffd") for key, value in (environment or {}).items()}
         self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -67,14 +69,21 @@ class ShellCommand:
     def wait(self, timeout_s: float | None = None) -> int | None:
         """The exit status: 128 and the signal where one ended it; None while it runs.
 
-        With 0 the command has succeeded. With another, nothing that it started is left. One thread waits.
+        With 0 the command has succeeded. With another, nothing that it started is left; 255 where nobody says how it
+        ended. One thread waits.
         """
-        try:
-            status = self._keeper.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
-        self._words.close()
-        return status if status >= 0 else 128 - status
+        if self._status is None:
+            try:
+                status = self._keeper.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                return None
+            # Where SIGCHLD is ignored, or somebody else buries our children, Popen takes every end for a good one.
+            said = b""
+            with suppress(OSError):
+                said = self._words.recv(16, socket.MSG_DONTWAIT)
+            self._words.close()
+            self._status = int(said) if said else 128 - status if status < 0 else status or _UNKNOWN
+        return self._status
 
     def kill(self) -> None:
         """Kill it whole. `wait` returns once all of it is dead."""

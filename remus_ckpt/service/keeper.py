@@ -5,12 +5,14 @@
 Whatever the command started and abandoned becomes a child of the keeper (a child subreaper), in whatever session it
 is. A command that fails is killed with all of that, and so is one when the word K comes, or when the other end of the
 socket is gone for longer than GRACE_S. After the word L nothing is killed any more. A command that succeeds may leave
-processes running: they live on. The exit status is the command's, or 128 and the signal that ended it.
+processes running: they live on. The exit status is the command's, or 128 and the signal that ended it; it is also the
+last word on the socket.
 
 It imports nothing but the standard library, so that it starts fast and cannot break with the package.
 Source: prctl(2), PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG.
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -65,7 +67,10 @@ def main() -> int:
             continue
         if kill_at <= time.monotonic() or (status and not is_let_be):
             _kill_all()
-        return 128 + signal.SIGKILL if status is None else status
+        status = 128 + signal.SIGKILL if status is None else status
+        with contextlib.suppress(OSError):  # nobody is there any more
+            words.send(b"%d" % status)
+        return status
 
 
 def _start(libc: ctypes.CDLL, command: str) -> int:

@@ -13,7 +13,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.session.frames import COMPRESSIONS
 from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Hello, StreamShape, Welcome
-from remus_ckpt.store import HistoryWriter, Retention, State, WarmCopyDamaged
+from remus_ckpt.store import HistoryWriter, Retention, State, Torn, WarmCopyDamaged
 from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 
@@ -203,7 +203,7 @@ class Standby:
 
     def _break(self, error: BaseException) -> None:
         """Note that the store has to be opened anew, if this error is of that kind."""
-        if self.broken is None and (isinstance(error, WarmCopyDamaged) or not isinstance(error, RemusError)):
+        if self.broken is None and (isinstance(error, WarmCopyDamaged | Torn) or not isinstance(error, RemusError)):
             self.broken = str(error) if isinstance(error, RemusError) else f"{type(error).__name__}: {error}"
             self._wake()
 
@@ -687,7 +687,9 @@ class Standby:
                     raise NoCheckpoint(f"nothing is committed under the name {self.name!r}")
                 if fence and self._fence is None:
                     raise RemusError("there is no fencing command: start the backup with --fence, or do it yourself")
-            wish = self._by_hand = ByHand(time.monotonic(), fence)
+            wish = ByHand(time.monotonic(), fence)
+            if self._by_hand is None or self._by_hand.fence:  # who vouches for the old side waits for nobody's fence
+                self._by_hand = wish
             self._wake()
             self._changed.wait_for(
                 lambda: self._handed_out is not None or self._has_failed(wish) or self._is_closed, _PROMOTION_S
@@ -801,9 +803,10 @@ class Standby:
 
     def close(self, deadline: float | None = None) -> None:
         """Stop, and let go of the store, by this time: what then still hangs is left to hang."""
-        if deadline is None:
-            deadline = time.monotonic() + _LEAVE_S
-        self.stop()
+        close_all([self], time.monotonic() + _LEAVE_S if deadline is None else deadline)
+
+    def _begin_closing(self, deadline: float) -> threading.Thread:
+        """Once it has been stopped. Waits for what must end first, by this time, and not for the disk."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
@@ -816,9 +819,7 @@ class Standby:
             )
         closing = threading.Thread(target=self._let_go, name=f"closing {self.name}", daemon=True)
         closing.start()
-        closing.join(max(deadline - time.monotonic(), _RETRY_S))
-        if closing.is_alive():
-            log("store does not close", level=logging.ERROR, name=self.name, reason="its disk hangs")
+        return closing
 
     def _let_go(self) -> None:
         try:
@@ -826,3 +827,15 @@ class Standby:
             self._writer.close()
         except Exception as error:
             log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
+
+
+def close_all(standbys: Sequence[Standby], deadline: float) -> None:
+    """Stop them, and let go of their stores, by this time or a second later: what then still hangs is left to hang."""
+    for standby in standbys:
+        standby.stop()
+    closing = [(standby, standby._begin_closing(deadline)) for standby in standbys]
+    deadline = max(deadline, time.monotonic() + _RETRY_S)
+    for standby, thread in closing:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+        if thread.is_alive():
+            log("store does not close", level=logging.ERROR, name=standby.name, reason="its disk hangs")

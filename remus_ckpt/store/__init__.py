@@ -22,7 +22,7 @@ from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
 from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.warm import WarmCopyDamaged
-from remus_ckpt.store.writer import HistoryWriter
+from remus_ckpt.store.writer import HistoryWriter, Torn
 
 __all__ = [
     "Bad",
@@ -38,6 +38,7 @@ __all__ = [
     "Store",
     "Stored",
     "Survey",
+    "Torn",
     "WarmCopyDamaged",
     "open_store",
 ]

@@ -191,9 +191,10 @@ class Compaction:
         self.written += write_all(self.fd if fd is None else fd, self._writer.write(event))
 
     def _discard(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with suppress(OSError):
+                os.close(fd)
             # Where it cannot be removed, the next who opens the store does that.
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)

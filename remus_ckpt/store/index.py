@@ -279,10 +279,6 @@ class Index:
             self._wait_for_segment(contents)
             self.flush()
 
-    def is_filled(self, segment: str) -> bool:
-        """Whether all of its rows could be written, or wait for that."""
-        return segment not in self._behind
-
     def begin(self, known: Iterable[Contents], on_disk: dict[str, Contents]) -> None:
         """Say what the segments hold, oldest first, and make the database say the same. Raises OSError.
 
@@ -394,9 +390,15 @@ class Index:
 
     def _catch_up(self) -> None:
         """Begin to read back what had to be dropped."""
-        if self._next_behind() is not None and self._thread is None and not self._is_over:
+        with self._lock:
+            if self._next_behind() is None or self._thread is not None or self._is_over:
+                return
             self._thread = threading.Thread(target=self._read_back, name="index", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # there can be no more threads: it is tried again when a segment ends
+                self._thread = None
+                self.warning = f"{self._path} is behind: {error}"
 
     def _next_behind(self, but: Container[str] = ()) -> str | None:
         ended = (name for name, one in self.known.items() if one.size is not None)
@@ -420,7 +422,8 @@ class Index:
                 if self._is_over or name in self._behind or name not in self.known:
                     raise _Stopped
 
-            with suppress(OSError, _Stopped):
+            # Whatever it is: a thread that died here would keep the next from beginning.
+            with suppress(Exception):
                 self.fill(found, end=one.end, advance=stop)
             with self._lock:
                 if name in self.known and found.last == one.last:

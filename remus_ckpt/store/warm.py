@@ -6,6 +6,7 @@ import errno
 import itertools
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,8 @@ class MappedFile:
         """Close the descriptor; memory stays mapped as long as somebody has it."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            with suppress(OSError):  # what must be durable has been synced
+                os.close(fd)
 
     def remove(self) -> None:
         """Close it and take the file away."""

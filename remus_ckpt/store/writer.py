@@ -110,15 +110,20 @@ class _Chain:
     compact_behind: int = 0
 
     def close(self) -> None:
-        """Close the segment. May be called again."""
+        """Close the segment. May be called again. What counts has been synced: an error says nothing new."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            with suppress(OSError):
+                os.close(fd)
 
     def count_base(self, end: int) -> None:
         """The base goes up to there. A first copy may hold pages more than once: what one copy needs not is overhead,
         and counts as deltas do."""
         self.base_bytes = min(end, int(np.count_nonzero(self.home.has_room)) * PAGE_SIZE)
+
+
+class Torn(StoreError):
+    """The writer is closed, or a change to it was interrupted: to open the history anew finds what is durable."""
 
 
 class HistoryWriter:
@@ -202,12 +207,12 @@ class HistoryWriter:
     def _take_lock(self, path: Path, flags: int, what: Path) -> None:
         with guarding(path):
             self._held.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
-        try:
-            fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"{what} is being written by another: a backup that runs has it, and compacts and prunes by itself"
-            ) from None
+            try:
+                fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(
+                    f"{what} is being written by another: a backup that runs has it, and compacts and prunes by itself"
+                ) from None
 
     def _load_or_create_state(self, name: str) -> State:
         path = self.directory / FILE
@@ -307,9 +312,10 @@ class HistoryWriter:
         path = self._segments / name
         contents = Contents(name)
         home = self._new_home()
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = -1
         reason = None
         try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             with hashing() as new_digest:
                 restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
                 try:
@@ -340,6 +346,7 @@ class HistoryWriter:
                 reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
             if reason is None and size > end:
                 os.ftruncate(fd, end)
+                size = end
             if contents.first is not None:
                 # The index names what was synced. What is whole behind that, nobody may have synced, or it has failed.
                 write_again(fd, 0 if known is None else min(known.end, end), end)
@@ -354,7 +361,8 @@ class HistoryWriter:
                 os.lseek(fd, end, os.SEEK_SET)
         except BaseException:
             if self._chain is None:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
                 home.remove()
             raise
         if self._chain is None:
@@ -395,7 +403,7 @@ class HistoryWriter:
         """A change, with the lock held. Our own errors leave memory as the disk is; after any other, nobody knows."""
         with self._lock:
             if self._is_torn:
-                raise StoreError(f"{self.directory}: it is closed, or a change to it was interrupted: open it again")
+                raise self._torn()
             self._is_torn = True
             try:
                 yield
@@ -403,6 +411,9 @@ class HistoryWriter:
                 self._is_torn = False
                 raise
             self._is_torn = False
+
+    def _torn(self) -> Torn:
+        return Torn(f"{self.directory}: it is closed, or a change to it was interrupted: open it again")
 
     # What there is
 
@@ -531,7 +542,9 @@ class HistoryWriter:
     def _receiving(self) -> Iterator[_Chain]:
         """What comes goes there, with the lock held. Whatever is raised, `abandon` has to follow."""
         with self._lock:
-            if self._coming is None or self._failed or self._is_torn or self._stored is not None:
+            if self._is_torn:
+                raise self._torn()
+            if self._coming is None or self._failed or self._stored is not None:
                 raise StoreError(f"{self.directory}: nothing can be received now")
             self._failed = True
             if self._coming.restorer.staged is not None:
@@ -600,7 +613,9 @@ class HistoryWriter:
         Raises Malformed.
         """
         with self._lock:
-            if self._coming is None or self._failed or self._is_torn or self._stored is not None:
+            if self._is_torn:
+                raise self._torn()
+            if self._coming is None or self._failed or self._stored is not None:
                 raise StoreError(f"{self.directory}: there is nothing to check")
             restorer = self._coming.restorer
             try:
@@ -737,6 +752,7 @@ class HistoryWriter:
 
     def _switch(self, chain: _Chain) -> None:
         """Another stream is in force."""
+        self._cancel_compaction()  # it reads the memory of the old one
         old = self._chain
         self._chain = chain
         if old is not None:
@@ -750,7 +766,7 @@ class HistoryWriter:
         """It will not grow any more."""
         with suppress(OSError):
             self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
-            chain.close()
+        chain.close()
 
     def abandon(self) -> None:
         """Cut off what is incomplete, back to the newest durable checkpoint; after an error in any step too.
@@ -1005,8 +1021,8 @@ class HistoryWriter:
             compaction = self._compaction
             try:
                 self.abandon()
-            except StoreError as error:
-                self._note(str(error))
+            except Exception as error:
+                self._note(str(error) or type(error).__name__)
             self._is_torn = True
             self._cancel_compaction()
         if compaction is not None:
@@ -1014,14 +1030,18 @@ class HistoryWriter:
         self._release()
 
     def _release(self) -> None:
-        if self._chain is not None:
-            self._chain.close()
-            self._chain.home.close()
-            self._chain = None
-        if hasattr(self, "_index"):
-            self._index.close()
-        while self._held:
-            os.close(self._held.pop())
+        try:
+            for chain in (self._coming, self._chain):
+                if chain is not None:
+                    chain.close()
+                    chain.home.close()
+            self._coming = self._chain = None
+            if hasattr(self, "_index"):
+                self._index.close()
+        finally:  # whatever happened: nobody else could open the history
+            while self._held:
+                with suppress(OSError):
+                    os.close(self._held.pop())
 
     def __enter__(self) -> HistoryWriter:
         return self
