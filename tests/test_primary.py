@@ -360,7 +360,7 @@ def test_a_wait_ends_with_the_thread(tmp_path: Path, cause: BaseException) -> No
         memory.protection.wait_for(0, LONG_S)
         threading.Timer(0.1, ready.set).start()
         with within(1.0), pytest.raises(RemusError, match=r"SystemExit|gone"):
-            memory.protection.wait_for(1 << 40)
+            memory.protection.wait_for(1 << 40, LONG_S)
         with pytest.raises(RemusError):
             memory.protection.close()
 
