@@ -325,6 +325,18 @@ def test_a_slow_command_gets_every_line(served: Service, memory: Path, remus: Co
     assert len(lines.read_text().splitlines()) == json.loads(ran.out)["committed_epoch"] + 1
 
 
+def test_a_terminal_that_goes_away_is_a_goodbye(served: Service, memory: Path, tmp_path: Path) -> None:
+    """Not a silence, after which a backup would fence and take over."""
+    with (
+        writer_process(memory) as worker,
+        command("protect", memory, "--pid", worker.pid, *to(served), "--json", log=tmp_path / "log") as protecting,
+    ):
+        until(lambda: committed(served) >= 0)
+        code, out = end(protecting, signal.SIGHUP)
+        assert (code, json.loads(out)["ended"]) == (0, "stopped")
+    assert end(served.process, signal.SIGHUP)[0] == 0
+
+
 def test_signals_before_there_is_anything_to_do(tmp_path: Path, folder: Path, memory: Path, remus: Command) -> None:
     """Nobody listens, or somebody who says nothing: a signal is heard, and the time that was given is kept."""
     with writer_process(memory) as worker, socket.create_server(("127.0.0.1", 0)) as silent:

@@ -35,8 +35,9 @@ HERE = str(Path(remus_ckpt.__file__).parent)
 OURS = tuple(
     f"{HERE}/{name}"
     for name in (
-        "loop.py", "sender.py", "codec/reference.py", "source/own_memory.py", "wire/xen/writer.py", "wire/session.py",
-        "service/primary.py", "link/client.py", "link/connection.py", "service/protect.py", "files.py",
+        "loop.py", "sender.py", "codec/reference.py", "source/own_memory.py", "wire/xen/writer.py",
+        "session/machine.py", "service/primary.py", "link/client.py", "link/connection.py", "service/protect.py",
+        "files.py",
     )
 )  # fmt: skip
 

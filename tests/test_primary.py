@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import select
@@ -318,6 +319,182 @@ def test_an_interval_whose_callback_raises_or_blocks(tmp_path: Path, caplog: pyt
         assert not options["lock"].locked()
 
 
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e30])
+def test_a_time_without_end(tmp_path: Path, timeout_s: float) -> None:
+    with backup_in(tmp_path / "store") as backup:
+        for options in ({}, {"interval_s": 0.01, "lock": threading.Lock()}):
+            memory = Memory(backup.addresses[0], **options)
+            if not options:
+                memory.protection.checkpoint(timeout_s=timeout_s, wait=True)
+            memory.protection.wait_for(0, timeout_s)
+            memory.protection.close(timeout_s)
+
+
+def test_no_number_is_no_time(tmp_path: Path) -> None:
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
+        memory.step(1)
+        before = memory.protection.status()["epoch"]
+        for call in (
+            lambda: memory.protection.checkpoint(timeout_s=math.nan),
+            lambda: memory.protection.wait_for(0, math.nan),
+            lambda: memory.protection.close(math.nan),
+        ):
+            with pytest.raises(ValueError, match="no number"):
+                call()  # type: ignore[no-untyped-call]
+        assert memory.protection.status()["epoch"] == before
+        memory.step(2)
+
+
+@pytest.mark.parametrize("cause", [SystemExit(3), SourceError("gone")])
+def test_a_wait_ends_with_the_thread(tmp_path: Path, cause: BaseException) -> None:
+    """Its link is well: nothing but the thread's end says that the epoch will not come."""
+    ready = threading.Event()
+
+    def device_state() -> bytes:
+        if ready.is_set():
+            raise cause
+        return b""
+
+    with backup_in(tmp_path / "store") as backup:
+        memory = Memory(backup.addresses[0], device_state=device_state, interval_s=0.01, lock=threading.Lock())
+        memory.protection.wait_for(0, LONG_S)
+        threading.Timer(0.1, ready.set).start()
+        with within(1.0), pytest.raises(RemusError, match=r"SystemExit|gone"):
+            memory.protection.wait_for(1 << 40, LONG_S)
+        with pytest.raises(RemusError):
+            memory.protection.close()
+
+
+# Threads and callbacks that call at once
+
+
+def test_threads_that_call_at_once_take_turns(tmp_path: Path) -> None:
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
+        memory.step(1)
+        epochs: list[int] = []
+        faults: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                for number in range(40):
+                    if number == 20:
+                        memory.protection._primary.hang_up()
+                    epochs.append(memory.protection.checkpoint(timeout_s=LONG_S, wait=bool(number % 2)))
+            except BaseException as error:
+                faults.append(error)
+
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(2, 40):
+            memory.array[number % len(memory.array)] += 1
+            time.sleep(0.001)
+        for thread in threads:
+            thread.join(LONG_S)
+        assert not faults
+        assert len(set(epochs)) == len(epochs) == 160, "two calls made one checkpoint"
+        memory.step(3)
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def device_state() -> bytes:
+        if threading.current_thread() is not threading.main_thread():
+            go_on.wait(LONG_S)
+        return b""
+
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], device_state=device_state) as memory:
+        memory.step(1)
+        slow = threading.Thread(target=memory.protection.checkpoint)
+        slow.start()
+        until(lambda: bool(memory.protection._primary._turns))
+        with within(0.2), pytest.raises(RemusError, match="another thread"):
+            memory.protection.checkpoint(timeout_s=0.2)
+        go_on.set()
+        slow.join(LONG_S)
+        memory.step(2)
+
+
+def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    refused = []
+
+    def device_state() -> bytes:
+        try:
+            memory.protection.checkpoint(timeout_s=math.inf)
+        except ValueError as error:
+            refused.append(error)
+        return b""
+
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], device_state=device_state) as memory:
+        for number in (1, 2, 3):
+            memory.step(number)
+        assert len(refused) == 3
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+
+
+def test_a_turn_that_was_cut_short_is_over(tmp_path: Path) -> None:
+    """An interrupt may fall where a call gives its turn back."""
+    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
+        primary = memory.protection._primary
+        leave = primary._leave
+
+        def strike(place: Any) -> None:
+            raise KeyboardInterrupt
+
+        primary._leave = strike  # type: ignore[method-assign]
+        with suppress(KeyboardInterrupt):
+            memory.step(1)
+        primary._leave = leave  # type: ignore[method-assign]
+        memory.step(2)
+        assert not primary._turns
+
+
+def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:
+    """What the other call would send then is memory that is not there any more."""
+    with backup_in(tmp_path / "store") as backup:
+        memory = Memory(backup.addresses[0])
+        memory.step(1)
+        primary = memory.protection._primary
+        connecting, closed = threading.Event(), threading.Event()
+        patiently, told = primary._connect_patiently, []
+
+        def connect_patiently(*arguments: Any) -> None:
+            connecting.set()
+            closed.wait(LONG_S)
+            patiently(*arguments)
+
+        primary._connect_patiently = connect_patiently  # type: ignore[method-assign]
+
+        def call() -> None:
+            try:
+                memory.protection.checkpoint()
+            except ValueError as error:
+                told.append(str(error))
+
+        other = threading.Thread(target=call)
+        other.start()
+        connecting.wait(LONG_S)
+        memory.protection.close()
+        closed.set()
+        other.join(LONG_S)
+        assert told
+        assert "closed" in told[0]
+        assert primary._link is None
+        with Memory(backup.addresses[0]) as again:  # the name is free
+            again.step(1)
+
+
+def test_dropped_without_close_it_frees_its_name(tmp_path: Path) -> None:
+    with backup_in(tmp_path / "store") as backup:
+        protection = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="orders")
+        protection.checkpoint(wait=True)
+        del protection
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+
+
 @pytest.mark.parametrize("hook", ["_device_state", "_on_paused", "_turn", "_phase", "_connect"])
 @pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), OSError("no")])
 def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
@@ -420,6 +597,20 @@ def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls
         protection.close()
 
 
+def test_a_fork_leaves_its_parents_backup_alone(tmp_path: Path) -> None:
+    with Backup(tmp_path / "store", [f"unix:{tmp_path}/socket"]) as backup, Memory(backup.addresses[0]) as memory:
+        memory.step(1)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            backup.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        memory.protection._primary.hang_up()
+        memory.step(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*")
 def test_a_fork_in_a_callback_lets_nobody_write(tmp_path: Path) -> None:
     """The lock belongs to both processes; that the child leaves must not give it back."""
     lock = multiprocessing.Lock()

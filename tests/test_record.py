@@ -74,11 +74,14 @@ def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path,
     assert process_state(worker.pid) != "T"
 
 
-def test_interrupt_ends_with_a_whole_checkpoint(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_ends_with_a_whole_checkpoint(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
+) -> None:
     stream = tmp_path / "stream"
     with record(memory, worker.pid, stream, "--interval", "5ms") as recorder:
         wait_for_bytes(stream, 340_000)
-        recorder.send_signal(signal.SIGINT)
+        recorder.send_signal(number)
         out, err = recorder.communicate(timeout=30)
     assert recorder.returncode == 0, err
     assert json.loads(out)["ended"] == "stopped"

@@ -559,6 +559,16 @@ for line in sys.stdin:
         memory.close(); file.close()
     elif line == "map\\n":
         file = open(sys.argv[1], "r+b"); memory = mmap.mmap(file.fileno(), 0)
+    elif line == "lose, with the file open\\n":
+        memory.close()
+    elif line == "lose a part\\n":
+        libc = ctypes.CDLL(None)
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + len(memory) - mmap.PAGESIZE
+        libc.mmap(start, mmap.PAGESIZE, 3, mmap.MAP_PRIVATE | 0x10, file.fileno(), 0)  # MAP_FIXED
+    elif line == "protect\\n":
+        libc = ctypes.CDLL(None)
+        libc.mprotect(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory))), mmap.PAGESIZE, 1)
     elif line == "execute\\n":
         os.execlp("sleep", "sleep", "60")
     print("done", flush=True)
@@ -571,7 +581,7 @@ def one_pause(source: SharedFile) -> None:
     source.resume()
 
 
-@pytest.mark.parametrize("how", ["lose", "execute"])
+@pytest.mark.parametrize("how", ["lose", "lose, with the file open", "lose a part", "execute"])
 def test_a_process_that_no_longer_has_the_memory_ends_it(
     memory: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -601,6 +611,19 @@ def test_a_process_that_maps_the_memory_again_is_followed(memory: Path, monkeypa
         tell(worker, "map")
         said(worker)
         monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
+        for _ in range(3):
+            one_pause(source)
+        source.close()
+
+
+def test_a_process_that_protects_its_pages_has_them(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a collector of garbage does, or whoever looks for writes."""
+    monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
+    with python(WORKER + REMAPS, memory) as worker:
+        source = SharedFile(memory, Processes([worker.pid]))
+        one_pause(source)
+        tell(worker, "protect")
+        said(worker)
         for _ in range(3):
             one_pause(source)
         source.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,11 +19,12 @@ from remus_ckpt.cli.options import (
     app,
     keep_apart,
     parse_duration,
+    stop_on_signals,
 )
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import RemusError, SourceError
 from remus_ckpt.files import StreamWriter
-from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
+from remus_ckpt.loop import CheckpointLoop, Totals
 from remus_ckpt.sender import Sender
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
@@ -60,10 +60,7 @@ def record(
     totals = Totals()
     failure: Exception | None = None
     with ExitStack() as stack:
-        stop = StopSignal()
-        stack.callback(stop.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+        stop = stop_on_signals(stack)
         source = SharedFile(file, Processes(pid))
         stack.callback(source.close)
         writer = StreamWriter(output)

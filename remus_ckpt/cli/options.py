@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ import typer
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import create_private
 from remus_ckpt.limits import GIB, KIB, MIB
+from remus_ckpt.loop import StopSignal
 from remus_ckpt.wire.xen.dialect import Dialect
 
 app = typer.Typer()
@@ -111,3 +114,14 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise typer.BadParameter(f"{text!r} is no size: write a number with its unit, such as 512M or 20G")
     return int(float(match[1]) * _BYTES[match[2]])
+
+
+def stop_on_signals(stack: ExitStack) -> StopSignal:
+    """Set by Ctrl-C, SIGTERM, and SIGHUP where it is not ignored: the terminal is gone then."""
+    stop = StopSignal()
+    stack.callback(stop.close)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup
+            continue
+        stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
+    return stop

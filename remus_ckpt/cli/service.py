@@ -31,6 +31,7 @@ from remus_ckpt.cli.options import (
     parse_bytes,
     parse_duration,
     print_json,
+    stop_on_signals,
 )
 from remus_ckpt.demo import run_demo
 from remus_ckpt.errors import LinkError
@@ -132,14 +133,6 @@ def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: T
         stack.enter_context(counted.serve(where))
 
 
-def _stop_on_signals(stack: ExitStack) -> StopSignal:
-    stop = StopSignal()
-    stack.callback(stop.close)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
-    return stop
-
-
 def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
     address, tls = _address(to, tls_dir, insecure)
     return connect(address, tls=tls, insecure=insecure)
@@ -229,7 +222,7 @@ def backup(
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
-        stop = _stop_on_signals(stack)
+        stop = stop_on_signals(stack)
         _serve_metrics(stack, counted, metrics, next((tls for _, tls in places if tls), None))
         service = Backup(
             store,
@@ -337,7 +330,7 @@ def protect(
     counted = Metrics()
     counted.set_connected(name, False)
     with ExitStack() as stack:
-        stop = _stop_on_signals(stack)
+        stop = stop_on_signals(stack)
         # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         _serve_metrics(stack, counted, metrics, tls)

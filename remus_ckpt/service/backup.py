@@ -124,6 +124,7 @@ class Backup:
         self._in_work: set[str] = set()  # names that a thread is opening, or letting go of
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._pid = os.getpid()
         self._wake_lock = threading.Lock()
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
@@ -191,9 +192,9 @@ class Backup:
     def close(self) -> None:
         """End all sessions and let go of the store, within seconds even if a disk hangs. What is committed stays.
 
-        May be called again.
+        May be called again. In a fork it does nothing: the backup is its parent's.
         """
-        if self._is_closed:
+        if self._is_closed or self._pid != os.getpid():
             return
         self._is_closed = True
         self._stop.set()

@@ -7,7 +7,8 @@ A signal handler may raise between any two instructions of the main thread. One 
 a page is noted before the reference takes its new content, by the sender and then by a flight, and a flight goes only
 when the backup has acknowledged it or its pages are owed. Until a checkpoint's commit has been sent, its flight is
 `_coming`; a call that finds one there, or an unfinished sender, takes the link down, and the next session settles what
-the backup holds. Whatever takes several steps can be done again. There are no locks: none can be left held.
+the backup holds. Whatever takes several steps can be done again. There are no locks: none can be left held. Calls of
+`checkpoint` take turns, and a turn that was cut short ends with the exception that did it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -56,6 +58,13 @@ _SAY_S = 10.0
 """Checkpoints that wait for longer are worth a line in the log."""
 _MAX_UNRELEASED = 1000
 """Commits that may wait for on_commit; then checkpoints wait too."""
+
+
+def deadline_in(timeout_s: float) -> float:
+    """When a time that begins now is over. Raises ValueError for what is no time."""
+    if math.isnan(timeout_s):
+        raise ValueError("timeout_s is no number; math.inf waits as long as it takes")
+    return time.monotonic() + timeout_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,13 @@ class _Bell:
             self._waiters.discard(waiter)
 
 
+class _Turn:
+    """Of one call of `checkpoint`."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
 class Primary:
     """Keeps one source protected by one backup, from the process that made it: a fork has no part in it.
 
@@ -163,7 +179,10 @@ class Primary:
         self.committed: Position | None = None
         """The newest position that the backup has acknowledged."""
         self.ended = ""
-        self._is_running = False
+        self.is_running = False
+        """Whether `run` is there to make a lost link anew."""
+        self._has_run = False
+        self._is_closed = False
         self._source = source
         self._connect = connect
         self._codec: StreamCodec = codec
@@ -189,6 +208,8 @@ class Primary:
         self._flights: deque[_Flight] = deque()
         self._bell = _Bell()  # rung when they, the link or `committed` have changed
         self._until = math.inf  # when the call that is under way must be over
+        # Of the calls of `checkpoint`, the one that is under way first; a dead one is of a call that was cut short.
+        self._turns: deque[weakref.ref[_Turn]] = deque()
         self._pid = os.getpid()
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
@@ -208,11 +229,15 @@ class Primary:
         """
         self._check_process()
         self._until = math.inf
-        self._is_running = True
+        self.is_running = self._has_run = True
+        return self._run_on()
+
+    def _run_on(self) -> Iterator[Taken]:
         try:
             yield from self._sessions()
         finally:
-            self._is_running = False
+            self.is_running = False
+            self._bell.ring()
 
     def _sessions(self) -> Iterator[Taken]:
         begin = time.monotonic()
@@ -235,13 +260,47 @@ class Primary:
     def checkpoint(self, timeout_s: float = 30.0, *, wait: bool = False) -> int:
         """Take one checkpoint now, in the calling thread; returns its epoch when it has been sent.
 
-        timeout_s: for all of it, a first copy included; math.inf for as long as it takes
+        Threads that call at once take turns.
+
+        timeout_s: for all of it, a first copy and the turns of others included; math.inf for as long as it takes
         wait: return when it is committed, and take another if the link breaks before
-        Raises LinkError when that was not done in that time, and RemusError when it was on_commit that did not return;
-        the next call goes on from there.
+        Raises LinkError when that was not done in that time, and RemusError when it was on_commit or another call that
+        did not return; the next call goes on from there. ValueError within another call, as in a callback or a
+        signal's handler.
         """
         self._check_process()
-        self._until = deadline = time.monotonic() + timeout_s
+        deadline = deadline_in(timeout_s)
+        turn = _Turn()
+        place = weakref.ref(turn)
+        try:
+            self._turns.append(place)
+            if not self._bell.wait(lambda: self._is_first(turn), deadline):
+                raise RemusError(f"the checkpoint that another thread takes was not done in {timeout_s:g} s")
+            return self._take(deadline, wait)
+        finally:
+            self._leave(place)
+
+    def _is_first(self, turn: _Turn) -> bool:
+        """Whether it is a call's turn."""
+        for place in tuple(self._turns):
+            other = place()
+            if other is None:
+                self._leave(place)
+            elif other is turn:
+                return True
+            elif other.thread != turn.thread:
+                return False
+            else:
+                raise ValueError("checkpoint() was called within checkpoint(): by a callback, or a signal's handler?")
+        raise AssertionError("a turn that is waited for is there")
+
+    def _leave(self, place: weakref.ref[_Turn]) -> None:
+        with suppress(ValueError):  # another thread saw that it was dead
+            self._turns.remove(place)
+        self._bell.ring()
+
+    def _take(self, deadline: float, wait: bool) -> int:
+        self._until = deadline
         epoch = None
         lost: LinkError | None = None
         while True:
@@ -274,7 +333,7 @@ class Primary:
         not known to be. Fenced when another has taken over: then it will not be.
         """
         self._check_process()
-        return self._await(epoch, timeout_s, is_patient=self._is_running)
+        return self._await(epoch, timeout_s, is_patient=True)
 
     def _await(self, epoch: int, timeout_s: float | None, *, is_patient: bool) -> Position:
         def is_over() -> bool:
@@ -282,14 +341,15 @@ class Primary:
                 return True
             if self._fenced is not None:
                 raise self._fenced
-            if not is_patient or self.ended:
+            if not (is_patient and self.is_running) or self.ended:
                 self.check()
                 if self._link is None:
                     raise LinkError("the link to the backup is lost; take another checkpoint")
+                if self._has_run and not self.is_running and not self._flights:
+                    raise LinkError(f"epoch {epoch} was not taken, and no more checkpoints are")
             return False
 
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if not self._bell.wait(is_over, deadline):
+        if not self._bell.wait(is_over, deadline_in(math.inf if timeout_s is None else timeout_s)):
             raise LinkError(f"epoch {epoch} was not acknowledged in {timeout_s:g} s")
         assert self.committed is not None
         return self.committed
@@ -333,7 +393,8 @@ class Primary:
         """
         if self._pid != os.getpid():
             return
-        deadline = time.monotonic() + timeout_s
+        deadline = deadline_in(timeout_s)
+        self._is_closed = True  # a call in another thread must not make the link anew
         self.hurry(timeout_s / 2)  # a backup that does not hang up leaves on_commit its half
         try:
             if self._link is not None:
@@ -380,6 +441,8 @@ class Primary:
             self._lost(LinkError("a checkpoint broke off"))
         said = ""
         while self._link is None and not self.ended:
+            if self._is_closed:
+                raise ValueError(f"the protection of {self.name!r} has been closed")
             until = min((at for at in (deadline, end) if at is not None), default=math.inf)
             left_s = min(self._backoff_s, until - time.monotonic())
             if left_s > 0:
@@ -713,7 +776,7 @@ class _Release:
         self._queue.put(None)
         if self._thread is threading.current_thread():
             return
-        self._thread.join(max(timeout_s, _LOOK_S))
+        self._thread.join(min(max(timeout_s, _LOOK_S), threading.TIMEOUT_MAX))
         if self._thread.is_alive():
             raise RemusError(f"on_commit does not return: it has not been told of {self.waiting - 1:,} commits")
 

@@ -6,19 +6,19 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from remus_ckpt.errors import RemusError
+from remus_ckpt.errors import LinkError, RemusError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
-from remus_ckpt.loop import StopSignal
+from remus_ckpt.loop import StopSignal, Taken
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.primary import Committed, Primary, deadline_in
 from remus_ckpt.session.messages import Level
 from remus_ckpt.source.own_memory import Lock, OwnMemory
 from remus_ckpt.wire.record import Position
@@ -106,7 +106,7 @@ class Protection:
         self._has_ended = not in_thread  # the thread
         self._thread: threading.Thread | None = None
         if in_thread:
-            self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(primary.run(),), name="checkpoints", daemon=True)
             self._thread.start()
 
     @property
@@ -117,22 +117,38 @@ class Protection:
     def checkpoint(self, *, wait: bool = False, timeout_s: float = 30.0) -> int:
         """Take a checkpoint now; returns its epoch. Not with an interval: then the thread takes them.
 
+        Threads that call at once take turns. A callback cannot call it within `checkpoint`: that is a ValueError.
+
         wait: return only when it is committed; otherwise as soon as it is sent and the window has room
         timeout_s: for all of it, a first copy of all memory included; not for `lock`, which has 10 s, nor for what
             `device_state` takes. math.inf for as long as it takes
-        Raises LinkError when that was not done in that time, RemusError when on_commit does not return, Fenced when
-        another has taken over. The next call goes on from there.
+        Raises LinkError when that was not done in that time, RemusError when on_commit or another thread's call does
+        not return, Fenced when another has taken over. The next call goes on from there.
         """
         if self._thread is not None:
             raise ValueError("checkpoints are taken in a thread here; wait_for() waits for a commit")
         if self._is_closed:
             raise ValueError("the protection has been closed")
-        return self._primary.checkpoint(timeout_s, wait=wait)
+        try:
+            return self._primary.checkpoint(timeout_s, wait=wait)
+        except Exception as error:
+            if self._is_closed:
+                raise ValueError("the protection was closed meanwhile") from error
+            raise
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
-        """Wait until that epoch, or a later one, is committed. Raises LinkError where that is not known."""
+        """Wait until that epoch, or a later one, is committed.
+
+        Raises LinkError where that is not known, and what has ended the thread.
+        """
         self._raise()
-        return self._primary.wait_for(epoch, timeout_s)
+        try:
+            return self._primary.wait_for(epoch, timeout_s)
+        except LinkError:
+            if self._thread is not None and not self._primary.is_running:
+                self._thread.join(_HANG_UP_S)
+                self._raise()
+            raise
 
     def status(self) -> dict[str, Any]:
         """What `remus-ckpt status` shows of this side."""
@@ -146,7 +162,7 @@ class Protection:
         """
         if self._is_closed or self._pid != os.getpid():
             return
-        deadline = time.monotonic() + timeout_s
+        deadline = deadline_in(timeout_s)
         try:
             if self._thread is not None:
                 self._end_thread(self._thread, timeout_s)
@@ -162,7 +178,7 @@ class Protection:
     def _end_thread(self, thread: threading.Thread, timeout_s: float) -> None:
         self._stop.set()
         self._primary.hurry(timeout_s)
-        thread.join(timeout_s)
+        thread.join(min(timeout_s, threading.TIMEOUT_MAX))
         if thread.is_alive():
             self._primary.hang_up()
             thread.join(_HANG_UP_S)
@@ -175,9 +191,9 @@ class Protection:
             self._source.close()
             self._stop.close()
 
-    def _run(self) -> None:
+    def _run(self, checkpoints: Iterator[Taken]) -> None:
         try:
-            for _ in self._primary.run():
+            for _ in checkpoints:
                 pass
         except BaseException as error:
             self._error = error
@@ -191,6 +207,11 @@ class Protection:
             raise self._error
         if self._error is not None:  # it wanted the thread to end, not whoever calls us
             raise RemusError(f"the thread that takes checkpoints has ended: {self._error!r}") from self._error
+
+    def __del__(self) -> None:
+        # Dropped and not closed: without this, the link would keep the name from whoever protects it next.
+        if self._pid == os.getpid():
+            self._primary.hang_up()
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ import os
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,19 +55,34 @@ class Memory:
         with mmap.mmap(fd, status.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as area:
             address = np.frombuffer(area, dtype=np.uint8).ctypes.data
             with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-                for line in maps:
-                    start, _, device, inode = _row(line)
-                    if start == address:
-                        return cls(path, status, device, inode)
+                for row in map(_row, maps):
+                    if row.start == address:
+                        return cls(path, status, row.device, row.inode)
         raise SourceError(f"{path}: its mapping is not in /proc/self/maps")
+
+
+class Row(NamedTuple):
+    """A line of /proc/PID/maps. end: behind the last byte; offset: of the first one in the file"""
+
+    start: int
+    end: int
+    flags: str
+    offset: int
+    device: tuple[int, int]
+    inode: int
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """How one process has it, and the address of the mapping that it can write to, if it has one."""
+    """How one process has it.
+
+    mapping: the first that it can write to, if it has one
+    has_all: whether all of the file is mapped shared
+    """
 
     how: str
-    address: int | None = None
+    mapping: Row | None = None
+    has_all: bool = False
 
 
 def holding(task: int, memory: Memory) -> Holding | None:
@@ -83,42 +99,63 @@ def holding(task: int, memory: Memory) -> Holding | None:
     if not lines:
         return None
     found = NONE
-    for line in lines:
-        start, flags, device, inode = _row(line)
-        if inode != memory.inode or device != memory.device:
+    mapping = None
+    shared = []
+    for row in map(_row, lines):
+        if row.inode != memory.inode or row.device != memory.device:
             continue
-        if flags[3] == "s" and flags[1] == "w":
-            return Holding(WRITES, start)
-        found = PRIVATE if flags[3] == "p" and found != READ_ONLY else READ_ONLY
+        if row.flags[3] == "s":
+            shared.append((row.offset, row.offset + row.end - row.start))
+            if row.flags[1] == "w":
+                mapping = mapping or row
+        found = PRIVATE if row.flags[3] == "p" and found != READ_ONLY else READ_ONLY
+    has_all = _reach(shared) >= memory.status.st_size
+    if mapping is not None:
+        return Holding(WRITES, mapping, has_all)
     # A mapping to read and a descriptor to write with go together; a private mapping is where the writes go.
     if found != PRIVATE:
         if (opened := _opened(task, memory)) == WRITES:
-            return Holding(WRITES)
+            return Holding(WRITES, None, has_all)
         found = opened if found == NONE else found
-    return Holding(found)
+    return Holding(found, None, has_all)
 
 
-def maps_at(maps: int, address: int, memory: Memory) -> bool | None:
-    """Whether the memory is mapped shared at an address; None where the kernel cannot say.
+def _reach(spans: list[tuple[int, int]]) -> int:
+    """Up to where spans of a file leave no gap."""
+    reach = 0
+    for first, stop in sorted(spans):
+        if first > reach:
+            break
+        reach = max(reach, stop)
+    return reach
+
+
+def maps_at(maps: int, mapping: Row) -> bool | None:
+    """Whether a mapping is as it was, or larger; None where the kernel cannot say.
 
     maps: /proc/PID/maps, open; that of a process that has executed another program since has nothing any more
     """
-    query = bytearray(_QUERY.pack(_QUERY.size, 0, address, *[0] * 12))
+    query = bytearray(_QUERY.pack(_QUERY.size, 0, mapping.start, *[0] * 12))
     try:
         fcntl.ioctl(maps, _PROCMAP_QUERY, query)
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError:
         return None
-    row = _QUERY.unpack(query)
-    return bool(row[5] & _SHARED) and row[8] == memory.inode and row[9:11] == memory.device
+    _, _, _, start, end, flags, _, offset, inode, *device = _QUERY.unpack(query)[:11]
+    return (
+        bool(flags & _SHARED)
+        and (inode, tuple(device)) == (mapping.inode, mapping.device)
+        and end >= mapping.end
+        and offset + mapping.start - start == mapping.offset
+    )
 
 
-def _row(line: str) -> tuple[int, str, tuple[int, int], int]:
-    """Start, flags, device and inode in a line of /proc/PID/maps."""
-    area, flags, _, device, inode = line.split(maxsplit=5)[:5]
+def _row(line: str) -> Row:
+    area, flags, offset, device, inode = line.split(maxsplit=5)[:5]
+    start, _, end = area.partition("-")
     major, _, minor = device.partition(":")
-    return int(area.partition("-")[0], 16), flags, (int(major, 16), int(minor, 16)), int(inode)
+    return Row(int(start, 16), int(end, 16), flags, int(offset, 16), (int(major, 16), int(minor, 16)), int(inode))
 
 
 def _opened(task: int, memory: Memory) -> str:

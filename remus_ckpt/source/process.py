@@ -39,6 +39,7 @@ class Process:
         self._runs: dict[str, bytes] = {}  # thread → how often it was given a CPU until `is_stopped`
         self._states: dict[str, str] = {}
         self._holding: Holding | None = None
+        self._had_all = False
         self._looked_at = 0.0
         try:
             self._open()
@@ -271,6 +272,7 @@ class Process:
             try:
                 self._holding = holding(directory, memory)
                 if self._holding is not None:
+                    self._had_all |= self._holding.has_all
                     self._maps = os.open("maps", _FLAGS, dir_fd=directory)
                     break
             except (FileNotFoundError, ProcessLookupError):
@@ -282,12 +284,12 @@ class Process:
     def has(self, memory: Memory) -> bool:
         """Whether it can write to memory that it could write to when `look` was called.
 
-        By the address of its mapping at each call, and by all that it has mapped and open where that is gone; where
-        there is no address or the kernel cannot be asked, once a second.
+        By its mapping at each call, and by all that it has mapped and open where that is not as it was; where there is
+        none or the kernel cannot be asked, once a second.
         """
         if self._holding is not None and self._holding.how == WRITES:
-            address = self._holding.address
-            is_there = None if address is None else maps_at(self._maps, address, memory)
+            mapping = self._holding.mapping
+            is_there = None if mapping is None else maps_at(self._maps, mapping)
             if is_there or (is_there is None and time.monotonic() - self._looked_at < _LOOK_S):
                 return True
         try:
@@ -295,6 +297,13 @@ class Process:
         except PermissionError:  # it has executed another user's program
             return False
         return found is not None and found.how == WRITES
+
+    def has_kept(self, memory: Memory) -> bool:
+        """Whether it has the memory, and all of it mapped if it had that once.
+
+        Where it was mapped whole, a descriptor that is still open says little: other memory lies there now.
+        """
+        return self.has(memory) and (not self._had_all or (self._holding is not None and self._holding.has_all))
 
 
 def some(threads: Collection[str]) -> str:

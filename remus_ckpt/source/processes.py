@@ -216,15 +216,15 @@ class Processes:
         return None
 
     def _check_held(self, memory: Memory) -> None:
-        """Raise SourceError if one that was named lives on without the memory."""
+        """Raise SourceError if one that was named lives on without the memory, or without a part of it."""
         now = time.monotonic()
         for process in self._named:
-            if process.has(memory):
+            if process.has_kept(memory):
                 self._lost.pop(process, None)
             elif now - self._lost.setdefault(process, now) > _LEAVING_S:
                 raise SourceError(
-                    f"process {process.pid} no longer has {memory.path} mapped: what it works on now is not what is "
-                    "recorded; begin anew with its new file"
+                    f"process {process.pid} no longer has {memory.path} mapped, or not all of it: what it works on now "
+                    "is not what is recorded; begin anew with its new file"
                 )
 
     def check_stopped(self) -> None:
