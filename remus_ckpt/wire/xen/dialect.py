@@ -97,7 +97,9 @@ def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
             name = next((name for magic, name in _OTHERS.items() if front.startswith(magic)), None)
             what = f"this is {name}, not a legacy save stream"
             if name is None:
-                what = f"no legacy save stream begins with {front.hex(' ')}; if this is one, name its word and guest (--word, --guest)"
+                what = (
+                    f"no legacy save stream begins with {front.hex(' ')}; if this is one, give its --word and --guest"
+                )
             raise UnknownFormat(what, offset=offset, section="stream.md §1.2")
     return replace(dialect, word=word, guest=guest)
 
