@@ -22,8 +22,8 @@ from remus_ckpt.limits import MIB
 _READ_BYTES = 1 << 16
 _KEPT_BYTES = 16 * MIB
 """Of a member that comes through a pipe: up to here its bytes are kept, to be gone through once more at a fault."""
-_XZ_MEMORY_BYTES = 1024 * MIB
-"""For an xz dictionary: 16 times what `xz -9` takes."""
+_WINDOW_BYTES = 1024 * MIB
+"""For an xz dictionary, 16 times what `xz -9` takes, and for a zstd window: `zstd --long=30`."""
 _SKIPPABLE = bytes.fromhex("2a4d18")
 """Behind a first byte of 50 to 5f: the magic of a frame of lz4 or zstd that holds no data."""
 _LOOK_BYTES = 8
@@ -71,7 +71,7 @@ class _Zstd:
             import zstandard
         except ImportError:
             raise RemusError("this is zstd data: to read it, pip install 'remus_ckpt[zstd]'") from None
-        self._inner = zstandard.ZstdDecompressor().decompressobj()
+        self._inner = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
 
     @property
     def eof(self) -> bool:
@@ -103,7 +103,7 @@ class Compression:
 
 
 COMPRESSIONS = (
-    Compression("xz", b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES)),
+    Compression("xz", b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _WINDOW_BYTES)),
     Compression("gzip", b"\x1f\x8b", _Gzip),
     Compression("bzip2", b"BZh", bz2.BZ2Decompressor),
     Compression("lz4", b"\x04\x22\x4d\x18", lz4.frame.LZ4FrameDecompressor, skips=True),
@@ -202,6 +202,8 @@ class Inflater:
             self._step = at
         try:
             out = member.decompress(data, room)
+        except MemoryError:
+            raise  # no fault of the data
         except Exception as error:  # each library has its own, and one of them is not always there to be named
             self._again(error)
             return

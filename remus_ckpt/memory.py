@@ -25,10 +25,16 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def zeros(pages: int) -> Pages:
-    """Fresh memory, uint8[pages, 4096]: a page takes memory when it is first written."""
+    """Fresh memory, uint8[pages, 4096]: a page takes memory when it is first written.
+
+    Raises OSError where this process may not have so much address space.
+    """
     size = pages * PAGE_SIZE
     slack = _HUGE_BYTES if size >= _HUGE_BYTES else 0
-    area = mmap.mmap(-1, size + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    try:
+        area = mmap.mmap(-1, size + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"memory of {size:,} bytes") from error
     whole = np.frombuffer(area, dtype=np.uint8)
     start = -whole.ctypes.data % slack if slack else 0
     return whole[start : start + size].reshape(pages, PAGE_SIZE)

@@ -119,7 +119,9 @@ class Walk:
         elif self.restorer.end is not None and not self.restorer.end.complete:
             trailing = self.restorer.end.trailing_bytes
             reader = self.restorer.reader
-            if reader.saw_last_checkpoint:
+            if not self.restorer.end.offset:
+                complain(f"{self.name}: it is empty; {in_force}")
+            elif reader.saw_last_checkpoint:
                 complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
             else:
                 complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import os
+import resource
 import struct
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import zstandard
 from support import Command
 
 from remus_ckpt import Sender, batches
-from remus_ckpt.compressed import Inflater, compressions
+from remus_ckpt.compressed import Compression, Inflater, compressions
 from remus_ckpt.errors import Malformed
 from remus_ckpt.files import read_checkpoints
 
@@ -284,6 +286,66 @@ def test_junk_behind_a_last_checkpoint_is_trailing(command: Command, tmp_path: P
     said = json.loads(ran.out)
     assert (ran.code, len(said["checkpoints"]), said["complete"]) == (0, 1, False)
     assert "4 bytes stand behind" in ran.err
+
+
+def test_a_zstd_window_may_be_as_large_as_an_xz_dictionary(command: Command, tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, hash_log=10, chain_log=10, strategy=1)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "stream"
+    path.write_bytes(packer.compress(STREAM) + packer.flush())
+    assert len(json.loads(command("verify", path, "--json").out)["checkpoints"]) == 12
+
+
+def test_want_of_memory_is_no_fault_of_the_data() -> None:
+    class Poor:
+        eof, needs_input, unused_data = False, True, b""
+
+        def decompress(self, data: bytes, max_length: int) -> bytes:
+            raise MemoryError
+
+    file = io.BufferedReader(io.BytesIO(b"poor"))  # type: ignore[arg-type]
+    with pytest.raises(MemoryError):
+        Inflater(file, (Compression("poor", b"poor", Poor),)).readinto(memoryview(bytearray(9)))
+
+
+def test_too_little_memory_is_one_line(tmp_path: Path) -> None:
+    def verify(data: bytes, size: int = 0) -> str:
+        path = tmp_path / "stream"
+        path.write_bytes(data)
+        os.truncate(path, max(size, len(data)))
+        ran = subprocess.run(
+            [sys.executable, "-m", "remus_ckpt", "verify", path],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (500_000_000, 500_000_000)),
+        )
+        assert ran.returncode == 1 and ran.stderr.count("\n") == 1, ran.stderr
+        return ran.stderr
+
+    assert "68,719,476,736 bytes" in verify(s.hvm_header(8, 1 << 24) + struct.pack("<ii", -9, 0))
+    tail = bytes(28) + b"DeviceModelRecord0002" + struct.pack("<I", 256 << 20) + b"QEVM"
+    assert "out of memory" in verify(s.hvm_header(8, 4) + struct.pack("<i", 0) + tail, 257 << 20)
+
+
+def test_an_empty_file_is_called_empty(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    for data in (b"", *(pack(b"") for pack in PACK.values())):
+        path.write_bytes(data)
+        assert "it is empty" in command("verify", path).err
+
+
+@pytest.mark.parametrize("front", [b"XenSavedDomain\n", b""])
+def test_what_is_compressed_within_says_what_to_do(front: bytes, command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    for pack in PACK.values():
+        path.write_bytes(front + pack(STREAM) if front else pack(pack(STREAM)))
+        ran = command("verify", path)
+        assert ran.code == 21 and f"at byte {len(front)}" in ran.err and "decompress it" in ran.err
+    path.write_bytes(front + lzma.compress(STREAM, lzma.FORMAT_ALONE))
+    ran = command("verify", path)
+    assert ran.code == 21 and "xz -dc" in ran.err
 
 
 def test_lz4s_legacy_frames_are_refused_by_name(command: Command, tmp_path: Path) -> None:

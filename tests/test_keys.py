@@ -397,3 +397,16 @@ def test_show_lists_intermediates(tmp_path: Path, command: Command) -> None:
     assert ran.code == 1
     assert len(ran.out.splitlines()) == 3
     assert len(ran.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["ca.pem", "cert.pem", "key.pem"])
+@pytest.mark.parametrize("content", [b"", b"\0\xff" * 99, b"-----BEGIN CERTIFICATE-----\nMIIB"])
+def test_a_damaged_file_is_named_with_what_to_do(name: str, content: bytes, tmp_path: Path) -> None:
+    keys.init(tmp_path / "ca")
+    keys.issue(tmp_path / "ca", "me")
+    path = tmp_path / "ca" / "me" / name
+    path.write_bytes(content)
+    with pytest.raises(LinkError) as caught:
+        TlsFiles(path.parent)
+    assert str(path) in str(caught.value) and "keys issue" in str(caught.value)
+    assert "cryptography.io" not in str(caught.value)

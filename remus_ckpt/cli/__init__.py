@@ -88,6 +88,9 @@ def main() -> NoReturn:
         # Whoever read our output is gone; that is no error of theirs or ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except MemoryError:
+        _complain("out of memory: let this process have more (`ulimit -v` shows its limit), or use a larger machine")
+        sys.exit(1)
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         _complain(f"{named}{error.strerror or error}")

@@ -465,7 +465,7 @@ def _page_range(text: str, pages: int) -> list[int]:
         first = int(match[1], 0)
         last = int(match[2], 0) if match[2] else first
         if not first <= last < pages:
-            raise typer.BadParameter(f"--pfn {part}: memory has the pages 0-{pages - 1:#x}")
+            raise typer.BadParameter(f"--pfn {part}: memory has the pages 0x0-{pages - 1:#x}")
         numbers += range(first, last + 1)
     return numbers
 

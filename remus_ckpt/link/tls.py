@@ -20,6 +20,8 @@ _logger = logging.getLogger("remus_ckpt")
 RENEW = "renew it with `remus-ckpt keys issue CA_FOLDER NAME --renew`"
 RENEW_CA = "make a new CA in a new folder with `remus-ckpt keys init`, and issue every certificate again"
 
+_COPY = "copy it again from where `remus-ckpt keys` made it, or make a new folder with `remus-ckpt keys issue`"
+
 
 class TlsFiles:
     """The folder that says who we are and whom we trust: ca.pem, cert.pem and key.pem, as `keys issue` makes it.
@@ -98,7 +100,7 @@ class TlsFiles:
         except OSError as error:
             raise LinkError(f"{key_path}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
-            raise LinkError(f"{key_path} holds no key in PEM, or an encrypted one: {error}") from error
+            raise LinkError(f"{key_path} holds no key in PEM, or a damaged or encrypted one: {_COPY}") from error
         if key.public_key() != chain[0].public_key():
             raise LinkError(
                 f"{key_path} is not the key of the first certificate in {certificate_path}: take both from one"
@@ -160,7 +162,7 @@ def load_certificates(path: Path) -> list[x509.Certificate]:
     except OSError as error:
         raise LinkError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise LinkError(f"{path} holds no certificate in PEM: {error}") from error
+        raise LinkError(f"{path} holds no certificate in PEM, or a damaged one: {_COPY}") from error
 
 
 def chains(

@@ -46,12 +46,14 @@ _OTHERS = {
     b"LibvirtQemudPart": "a QEMU guest that libvirt has not finished saving",
     b"XenSavedDomv2-\n": "a guest saved by XenServer 6.5 or later, in a format of its own",
     b"LibxlFmt": "a libxl v2 stream (from Xen 4.6 on)",
-    b"\x28\xb5\x2f\xfd": "zstd data",
-    b"\xfd7zXZ\0": "xz data",
-    b"\x1f\x8b": "gzip data",
-    b"BZh": "bzip2 data",
-    b"\x04\x22\x4d\x18": "lz4 data",
-    b"\x02\x21\x4c\x18": "lz4 data in the frames of its first versions (unpack it with `lz4 -dc`)",
+    b"\x28\xb5\x2f\xfd": "zstd data (decompress it, and read what comes out)",
+    b"\xfd7zXZ\0": "xz data (decompress it, and read what comes out)",
+    b"\x1f\x8b": "gzip data (decompress it, and read what comes out)",
+    b"BZh": "bzip2 data (decompress it, and read what comes out)",
+    b"\x04\x22\x4d\x18": "lz4 data (decompress it, and read what comes out)",
+    b"\x89LZO\0\r\n": "lzop data (decompress it with `lzop -dc`)",
+    b"\x5d\0\0": "lzma data in its first format (decompress it with `xz -dc`)",
+    b"\x02\x21\x4c\x18": "lz4 data in the frames of its first versions (decompress it with `lz4 -dc`)",
 }
 
 
@@ -95,7 +97,9 @@ def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
             name = next((name for magic, name in _OTHERS.items() if front.startswith(magic)), None)
             what = f"this is {name}, not a legacy save stream"
             if name is None:
-                what = f"no legacy save stream begins with {front.hex(' ')}; if this is one, name its word and guest"
+                what = (
+                    f"no legacy save stream begins with {front.hex(' ')}; if this is one, give its --word and --guest"
+                )
             raise UnknownFormat(what, offset=offset, section="stream.md §1.2")
     return replace(dialect, word=word, guest=guest)
 
