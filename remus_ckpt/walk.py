@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
+from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
 from remus_ckpt.errors import LimitExceeded, StreamError
 from remus_ckpt.files import StreamFile, read_events
@@ -20,23 +18,6 @@ from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
-
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-out = Console(soft_wrap=True, highlight=False)
-
-
-def complain(message: str) -> None:
-    """One line on standard error."""
-    errors.print(Text(f"remus-ckpt: {message}"))
-
-
-@contextmanager
-def progress(what: str, total: int | None, quiet: bool) -> Iterator[Any]:
-    """A bar on standard error where that is a terminal; yields a function that takes the bytes done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 class Walk:

@@ -95,7 +95,7 @@ def main() -> NoReturn:
 
 
 def _complain(text: str) -> None:
-    from remus_ckpt.walk import complain
+    from remus_ckpt.cli.terminal import complain
 
     complain(text)
 

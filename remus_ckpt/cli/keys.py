@@ -6,33 +6,36 @@ import shlex
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from remus_ckpt.cli.options import AsJson, app, print_json
-from remus_ckpt.link.tls import RENEW, RENEW_CA
-from remus_ckpt.service import keys
-from remus_ckpt.walk import complain, out
+from remus_ckpt.cli.terminal import complain, out
+
+if TYPE_CHECKING:
+    from remus_ckpt.service.keys import Certificate
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys for tls://.", rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
 
-Days = Annotated[int, typer.Option(min=1, max=36_500, help="How long it is valid.")]
+MAX_DAYS = 36_500
 
 
 @keys_app.command(short_help="Make a certificate authority.")
 def init(
     directory: Annotated[Path, typer.Argument(help="A folder for it; it stays with you.")],
-    days: Days = keys.CA_DAYS,
+    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="How long it is valid. [default: 3650]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a certificate authority: ca.pem, and ca-key.pem, which issues certificates and leaves this folder never.
 
     Example: remus-ckpt keys init keys/
     """
-    _report(keys.init(directory, days=days), as_json)
+    from remus_ckpt.service import keys
+
+    _report(keys.init(directory, days=days or keys.CA_DAYS), as_json)
 
 
 @keys_app.command(short_help="Issue a certificate for one machine.")
@@ -47,7 +50,7 @@ def issue(
             help="A name or address by which it is reached; may be repeated. [default: NAME; those of the old one]",
         ),
     ] = None,
-    days: Days = keys.CERTIFICATE_DAYS,
+    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="How long it is valid. [default: 825]")] = None,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Where to put it. [default: the folder NAME in DIRECTORY]")
     ] = None,
@@ -62,6 +65,9 @@ def issue(
 
     Example: remus-ckpt keys issue keys/ backup --host backup.example.net --host 10.0.0.7
     """
+    from remus_ckpt.service import keys
+
+    days = days or keys.CERTIFICATE_DAYS
     _report(keys.issue(directory, name, hosts=hosts or (), days=days, out=folder, renew=renew), as_json)
 
 
@@ -76,6 +82,8 @@ def show(
 
     Example: remus-ckpt keys show keys/
     """
+    from remus_ckpt.service import keys
+
     found = keys.show(directory)
     now = datetime.now(UTC)
     if as_json:
@@ -105,7 +113,9 @@ def _count(days: float) -> str:
     return "less than a day" if not whole else f"{whole:,} day{'s' if whole > 1 else ''}"
 
 
-def _advice(directory: Path, certificate: keys.Certificate) -> str:
+def _advice(directory: Path, certificate: Certificate) -> str:
+    from remus_ckpt.link.tls import RENEW, RENEW_CA
+
     if not certificate.in_use:
         return "take it out of the file when nobody has a certificate of it any more"
     if certificate.is_ca:
@@ -117,7 +127,7 @@ def _advice(directory: Path, certificate: keys.Certificate) -> str:
     return f"renew it with `remus-ckpt keys issue {shlex.quote(str(directory))} {certificate.name}{where} --renew`"
 
 
-def _row(certificate: keys.Certificate) -> dict[str, Any]:
+def _row(certificate: Certificate) -> dict[str, Any]:
     return asdict(certificate) | {
         "path": str(certificate.path),
         "starts": certificate.starts.isoformat(),
@@ -126,7 +136,7 @@ def _row(certificate: keys.Certificate) -> dict[str, Any]:
     }
 
 
-def _report(certificate: keys.Certificate, as_json: bool) -> None:
+def _report(certificate: Certificate, as_json: bool) -> None:
     if as_json:
         print_json(_row(certificate) | {"directory": str(certificate.path.parent)})
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -11,24 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.live import Live
 from rich.text import Text
 
-from remus_ckpt.cli.options import (
-    AsJson,
-    CodecName,
-    app,
-    keep_apart,
-    parse_duration,
-)
-from remus_ckpt.codec.reference import Shadow
-from remus_ckpt.errors import RemusError, SourceError
-from remus_ckpt.files import StreamWriter
-from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
-from remus_ckpt.sender import Sender
-from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.walk import errors
+from remus_ckpt.cli.options import AsJson, app, keep_apart, keep_what_is_there, parse_duration
+from remus_ckpt.cli.terminal import errors
+from remus_ckpt.errors import SourceError
+from remus_ckpt.wire.xen.dialect import StreamCodec
 
 
 @app.command(short_help="Take checkpoints of live shared memory.")
@@ -38,7 +25,7 @@ def record(
     output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
     interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
     duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    codec: Annotated[StreamCodec, typer.Option(help="How changed pages are written.")] = "delta",
     bounded: Annotated[
         bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
     ] = False,
@@ -55,8 +42,14 @@ def record(
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
     keep_apart(output, file)
-    if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
-        raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
+    keep_what_is_there(overwrite, output)
+    from remus_ckpt.codec.reference import Shadow
+    from remus_ckpt.files import StreamWriter
+    from remus_ckpt.loop import CheckpointLoop, StopSignal, Totals
+    from remus_ckpt.sender import Sender
+    from remus_ckpt.source.processes import Processes
+    from remus_ckpt.source.shared_file import SharedFile
+
     totals = Totals()
     failure: Exception | None = None
     with ExitStack() as stack:
@@ -68,12 +61,14 @@ def record(
         stack.callback(source.close)
         writer = StreamWriter(output)
         stack.callback(writer.close)
-        sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
+        sender = Sender(source.pages, codec=codec, reference=Shadow(source.shadow))
         loop = CheckpointLoop(
             source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )
         show = None
         if errors.is_terminal and not as_json:
+            from rich.live import Live
+
             show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
         try:
             for taken in loop.run():

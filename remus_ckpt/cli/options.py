@@ -6,33 +6,17 @@ import json
 import os
 import re
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from remus_ckpt.errors import RemusError
-from remus_ckpt.files import create_private
 from remus_ckpt.limits import GIB, KIB, MIB
-from remus_ckpt.wire.xen.dialect import Dialect
+from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 """The commands hang on it; `remus_ckpt.cli` lists them for the help."""
-
-
-class CodecName(StrEnum):
-    """The codecs that a save stream holds."""
-
-    delta = "delta"
-    rle = "rle"
-
-
-class GuestName(StrEnum):
-    """The kinds of guest."""
-
-    hvm = "hvm"
-    pv = "pv"
 
 
 Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; xz, zst, lz4, gz and bz2 as they are.")]
@@ -40,8 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]
 WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
-GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
-CodecOption = Annotated[CodecName | None, typer.Option("--codec", help="Page codec; else detected.")]
+GuestOption = Annotated[Guest | None, typer.Option("--guest", help="Kind of guest; else detected.")]
+CodecOption = Annotated[StreamCodec | None, typer.Option("--codec", help="Page codec; else detected.")]
 MaxMemory = Annotated[
     int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse streams of larger memories.")
 ]
@@ -69,15 +53,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def dialect_of(word: int | None, guest: GuestName | None, codec: CodecName | None) -> Dialect:
+def dialect_of(word: int | None, guest: Guest | None, codec: StreamCodec | None) -> Dialect:
     """What the options say of a stream."""
     if word not in (None, 4, 8):
         raise typer.BadParameter(f"--word is 8 or 4, not {word}")
-    return Dialect(
-        word=word,  # type: ignore[arg-type]
-        guest=guest.value if guest else None,
-        codec=codec.value if codec else None,
-    )
+    return Dialect(word=word, guest=guest, codec=codec)  # type: ignore[arg-type]
 
 
 def write_out(output: str, data: bytes) -> None:
@@ -86,6 +66,8 @@ def write_out(output: str, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
+    from remus_ckpt.files import create_private
+
     with open(create_private(output), "wb") as file:
         file.write(data)
 

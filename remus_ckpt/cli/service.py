@@ -13,76 +13,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from enum import StrEnum
 from functools import partial
 from logging import ERROR
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.live import Live
 from rich.text import Text
 
-from remus_ckpt.cli.options import (
-    AsJson,
-    CodecName,
-    MaxMemory,
-    app,
-    parse_bytes,
-    parse_duration,
-    print_json,
-)
-from remus_ckpt.demo import run_demo
+from remus_ckpt.cli.options import AsJson, MaxMemory, app, parse_bytes, parse_duration, print_json
+from remus_ckpt.cli.terminal import complain, errors, out
 from remus_ckpt.errors import LinkError
-from remus_ckpt.limits import GIB, Limits
-from remus_ckpt.link.address import Address, check_options
-from remus_ckpt.link.connection import Connection
-from remus_ckpt.link.control import ask
-from remus_ckpt.link.dial import connect
-from remus_ckpt.link.listener import Listener
-from remus_ckpt.link.tls import TlsFiles
-from remus_ckpt.loop import StopSignal, Totals
-from remus_ckpt.observe.http import metrics_address
-from remus_ckpt.observe.log import configure_logs, log
-from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.limits import GIB, MAX_WINDOW, Limits
+from remus_ckpt.observe.log import LogFormat, configure_logs, log
 from remus_ckpt.observe.systemd import notify, watchdog_interval_s
-from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.commands import ShellCommand
-from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
-from remus_ckpt.service.standby import Policy
-from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, check_name
-from remus_ckpt.source.cgroup import CgroupFreezer
-from remus_ckpt.source.commands import PauseCommands
-from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.store import Retention
-from remus_ckpt.walk import complain, errors, out
+from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Compression, Level, check_name
+from remus_ckpt.wire.xen.dialect import StreamCodec
+
+if TYPE_CHECKING:
+    from remus_ckpt.link.address import Address
+    from remus_ckpt.link.connection import Connection
+    from remus_ckpt.link.tls import TlsFiles
+    from remus_ckpt.loop import StopSignal
+    from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.primary import Committed
+    from remus_ckpt.source.cgroup import CgroupFreezer
+    from remus_ckpt.source.commands import PauseCommands
+    from remus_ckpt.source.processes import Processes
 
 _LAST_WORDS_S = 10.0
-
-
-class LogFormat(StrEnum):
-    """How the log is written."""
-
-    text = "text"
-    json = "json"
-
-
-class LevelName(StrEnum):
-    """How far a checkpoint must have come on the backup to count as committed."""
-
-    received = "received"
-    durable = "durable"
-    applied = "applied"
-
-
-class CompressionName(StrEnum):
-    """The second stage."""
-
-    auto = "auto"
-    none = "none"
-    lz4 = "lz4"
-    zstd = "zstd"
 
 
 TlsDir = Annotated[
@@ -107,6 +67,9 @@ def _name(text: str) -> str:
 
 def _address(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
     """Where to connect or to listen, and our certificate. What the options alone make impossible is bad usage."""
+    from remus_ckpt.link.address import Address, check_options
+    from remus_ckpt.link.tls import TlsFiles
+
     with _usage():
         address = Address.parse(text, "tls")
         if address.scheme == "tls" and tls_dir is None:
@@ -133,6 +96,8 @@ def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: T
 
 
 def _stop_on_signals(stack: ExitStack) -> StopSignal:
+    from remus_ckpt.loop import StopSignal
+
     stop = StopSignal()
     stack.callback(stop.close)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -141,12 +106,16 @@ def _stop_on_signals(stack: ExitStack) -> StopSignal:
 
 
 def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
+    from remus_ckpt.link.dial import connect
+
     address, tls = _address(to, tls_dir, insecure)
     return connect(address, tls=tls, insecure=insecure)
 
 
 def _check_metrics(where: str | None) -> None:
     if where:
+        from remus_ckpt.observe.http import metrics_address
+
         with _usage():
             metrics_address(where)
 
@@ -191,7 +160,7 @@ def backup(
     ] = "16GiB",
     max_memory: MaxMemory = 64,
     metrics: MetricsAt = None,
-    log_format: Logs = LogFormat.text,
+    log_format: Logs = "text",
     insecure: Insecure = False,
 ) -> None:
     """Keep every checkpoint that primaries commit, durably, and a warm copy of their memory.
@@ -208,6 +177,12 @@ def backup(
     lease_s = parse_duration(lease)
     if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
         raise typer.BadParameter(f"--lease {lease}: it has {MIN_LEASE_S:g}s to {MAX_LEASE_S:g}s")
+    from remus_ckpt.link.listener import Listener
+    from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.backup import Backup
+    from remus_ckpt.service.standby import Policy
+    from remus_ckpt.store import Retention
+
     policy = Policy(
         lease_s=lease_s,
         automatic=auto_failover,
@@ -223,7 +198,7 @@ def backup(
     # Before the store is made: whoever typed a port that is in use means another store, or another port.
     for address, tls in places:
         Listener(address, tls=tls, insecure=insecure).close()
-    configure_logs(log_format.value)
+    configure_logs(log_format)
     counted = Metrics()
     with suppress(OSError, ValueError):  # each name takes a few; poll is used here, which knows no highest number
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -301,11 +276,11 @@ def protect(
     window: Annotated[
         int, typer.Option(metavar="COUNT", min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")
     ] = 2,
-    wait: Annotated[LevelName, typer.Option(help="What counts as committed.")] = LevelName.durable,
+    wait: Annotated[Level, typer.Option(help="What counts as committed.")] = "durable",
     compression: Annotated[
-        CompressionName, typer.Option(help="Of the stream on the link; auto measures link and data.")
-    ] = CompressionName.auto,
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+        Literal["auto", Compression], typer.Option(help="Of the stream on the link; auto measures link and data.")
+    ] = "auto",
+    codec: Annotated[StreamCodec, typer.Option(help="How changed pages are written.")] = "delta",
     term: Annotated[
         int | None,
         typer.Option(
@@ -316,7 +291,7 @@ def protect(
         ),
     ] = None,
     metrics: MetricsAt = None,
-    log_format: Logs = LogFormat.text,
+    log_format: Logs = "text",
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
@@ -332,7 +307,13 @@ def protect(
     _check_metrics(metrics)
     address, tls = _address(to, tls_dir, insecure)
     _name(name)
-    configure_logs(log_format.value)
+    from remus_ckpt.link.dial import connect
+    from remus_ckpt.loop import Totals
+    from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.primary import Primary
+    from remus_ckpt.source.shared_file import SharedFile
+
+    configure_logs(log_format)
     totals = Totals()
     counted = Metrics()
     counted.set_connected(name, False)
@@ -350,12 +331,12 @@ def protect(
             name,
             source,
             partial(connect, address, tls=tls, insecure=insecure),
-            codec=codec.value,
+            codec=codec,
             interval_s=interval_s,
             duration_s=duration_s,
             window=window,
-            wait=wait.value,
-            compression=compression.value,
+            wait=wait,
+            compression=compression,
             term=term,
             on_commit=release,
             on_turn=_watchdog(),
@@ -365,6 +346,8 @@ def protect(
         stack.callback(primary.close)
         show = None
         if errors.is_terminal and not as_json:
+            from rich.live import Live
+
             show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
         notify("READY=1")
         try:
@@ -402,9 +385,15 @@ def _stopper(
     if sum((bool(pid), cgroup is not None, pause is not None)) != 1:
         raise typer.BadParameter("say who writes to it: --pid, or --cgroup, or --pause and --resume")
     if cgroup is not None:
+        from remus_ckpt.source.cgroup import CgroupFreezer
+
         return CgroupFreezer(cgroup)
     if pause is not None and resume is not None:
+        from remus_ckpt.source.commands import PauseCommands
+
         return PauseCommands(pause, resume)
+    from remus_ckpt.source.processes import Processes
+
     return Processes(pid or [])
 
 
@@ -417,6 +406,8 @@ class _Released:
     """
 
     def __init__(self, name: str, command: str, stop: StopSignal) -> None:
+        from remus_ckpt.loop import StopSignal
+
         self._name = name
         self._stop = stop
         self._shell = ShellCommand(command, stdin=subprocess.PIPE, stdout=None, grace_s=_LAST_WORDS_S)
@@ -504,6 +495,8 @@ def status(
 
     Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
     """
+    from remus_ckpt.link.control import ask
+
     report = ask(_dial(source, tls_dir, insecure), "status", {})
     if as_json:
         print_json(report)
@@ -575,6 +568,8 @@ def failover(
     Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
     """
     arguments = {"name": _name(name), "fence": fence}
+    from remus_ckpt.link.control import ask
+
     report = ask(_dial(source, tls_dir, insecure), "failover", arguments)
     if as_json:
         print_json(report)
@@ -603,6 +598,8 @@ def demo(
 
     Example: remus-ckpt demo --seconds 5
     """
+    from remus_ckpt.demo import run_demo
+
     # As Ctrl-C does: those who were started are ended.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.text import Text
@@ -23,15 +23,14 @@ from remus_ckpt.cli.options import (
     print_json,
     write_out,
 )
+from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import BadCheckpoint, StoreError
 from remus_ckpt.limits import GIB, Limits
-from remus_ckpt.memory import save_image
-from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.store import Entry, History, HistoryWriter, Report, Retention, State, Store, Survey
-from remus_ckpt.store.history import Progress
-from remus_ckpt.store.state import FILE, is_history
-from remus_ckpt.walk import complain, out, progress
+
+if TYPE_CHECKING:
+    from remus_ckpt.restorer import Checkpoint
+    from remus_ckpt.store import Entry, History, HistoryWriter, Report, State, Survey
+    from remus_ckpt.store.history import Progress
 
 T = TypeVar("T")
 PREFIX = "store:"
@@ -60,6 +59,9 @@ def open_history(text: str, max_memory: int = 64) -> History:
 
 def _history(path: Path, limits: Limits | None = None) -> History:
     """Raises StoreError, which names the histories where the path is that of a store."""
+    from remus_ckpt.store import History, Store
+    from remus_ckpt.store.state import is_history
+
     if path.is_dir() and not is_history(path) and (names := Store(path).names()):
         raise StoreError(
             f"{path} is a store: name one of what it holds: {', '.join(f'{PREFIX}{path / n}' for n in names)}"
@@ -97,6 +99,8 @@ def restore_from_store(
         sys.stdout.buffer.write(found.image.data)
         sys.stdout.buffer.flush()
     elif Path(output).exists() and not Path(output).is_file():
+        from remus_ckpt.memory import save_image
+
         save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
         write_out(str(device_state), found.device_state)
@@ -171,6 +175,9 @@ def list_store(
     Examples: remus-ckpt list store:/var/lib/remus;  remus-ckpt list store:/var/lib/remus/orders --last 20
     """
     path = _path(store)
+    from remus_ckpt.store import History, Store
+    from remus_ckpt.store.state import FILE
+
     if (path / FILE).exists() or (path / "segments").exists():
         _list_history(History(path), None if checkpoints else last or 0, as_json)
         return
@@ -293,6 +300,8 @@ def prune(
     """
     if keep_count is None and keep_age is None and keep_size is None:
         raise typer.BadParameter("say what is to be kept: --keep-count, --keep-age or --keep-size")
+    from remus_ckpt.store import Retention
+
     retention = Retention(
         count=keep_count,
         age_s=None if keep_age is None else parse_duration(keep_age),
@@ -371,6 +380,8 @@ def _path(text: str) -> Path:
 def _writer(text: str) -> HistoryWriter:
     path = _path(text)
     name = _history(path).name  # only one that is there
+    from remus_ckpt.store import HistoryWriter
+
     return HistoryWriter(path, name, compact_bytes=None)
 
 
@@ -405,6 +416,8 @@ def _summary(state: State, survey: Survey) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
+    from remus_ckpt.pages import PAGE_SIZE
+
     return {
         "epoch": entry.epoch,
         "position": str(entry.position),

@@ -8,19 +8,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.text import Text
 
-from remus_ckpt import conformance
 from remus_ckpt.cli.options import (
     AsJson,
-    CodecName,
     CodecOption,
-    GuestName,
     GuestOption,
     MaxMemory,
     Overwrite,
@@ -35,39 +30,27 @@ from remus_ckpt.cli.options import (
     write_out,
 )
 from remus_ckpt.cli.store import At, is_store, parse_at, restore_from_store, verify_store
-from remus_ckpt.codec import kernels
-from remus_ckpt.codec.reference import Lru, Reference, Shadow
-from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, UnknownFormat
-from remus_ckpt.files import StreamWriter
-from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
-from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches, pages_for
-from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.sender import MAX_BUFFER_PAGES, Sender
-from remus_ckpt.walk import (
-    Walk,
-    complain,
-    detail_checkpoint,
-    list_checkpoint,
-    out,
-    print_checkpoints,
-    print_details,
-    print_deviations,
-    print_head,
-    progress,
-    shorten,
-    walk_stream,
-)
-from remus_ckpt.wire.xen import events
+from remus_ckpt.limits import MAX_BATCH_ENTRIES, MAX_BUFFER_PAGES
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
-from remus_ckpt.wire.xen.describe import describe
+from remus_ckpt.wire.xen.dialect import Guest, StreamCodec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from remus_ckpt.codec.reference import Reference
+    from remus_ckpt.pages import PageBatch, Pages
+    from remus_ckpt.restorer import Checkpoint
+    from remus_ckpt.walk import Walk
 
 
 @app.command(short_help="Write a stream from memory images.")
 def encode(
     images: Annotated[list[Path], typer.Argument(help="Memory images; checkpoint k is the k-th of them.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    codec: Annotated[StreamCodec, typer.Option(help="How changed pages are written.")] = "delta",
     buffer_pages: Annotated[
         int | None,
         typer.Option(min=1, max=MAX_BUFFER_PAGES, help="Pages compressed at a time. [default: 8196, 8192 for rle]"),
@@ -84,6 +67,14 @@ def encode(
 
     Example: remus-ckpt encode monday.img tuesday.img -o week.remus
     """
+    from remus_ckpt.codec.reference import Lru, Shadow
+    from remus_ckpt.codec.scan import dirty_pages
+    from remus_ckpt.files import StreamWriter
+    from remus_ckpt.memory import load_image, zeros
+    from remus_ckpt.pages import PAGE_SIZE, pages_for
+    from remus_ckpt.sender import Sender
+    from remus_ckpt.walk import print_checkpoints
+
     dialect_of(word, None, None)
     keep_apart(output, *images)
     keep_what_is_there(overwrite, output)
@@ -96,7 +87,7 @@ def encode(
             sizes[number] = max(sizes)
             complain(f"{images[number]}: {size} bytes, padded with zeros to {sizes[number]}")
     reference: Reference = Lru(reference_pages) if reference_pages else Shadow(zeros(pages))
-    sender = Sender(pages, codec=codec.value, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
+    sender = Sender(pages, codec=codec, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
     listed = []
     writer = StreamWriter(output)
     try:
@@ -120,7 +111,7 @@ def encode(
                 advance((number + 1) * pages * PAGE_SIZE)
     finally:
         writer.close()
-    report = {"stream": output, "codec": codec.value, "p2m_size": pages, "checkpoints": listed}
+    report = {"stream": output, "codec": codec, "p2m_size": pages, "checkpoints": listed}
     if output == "-":
         return
     if as_json:
@@ -130,6 +121,9 @@ def encode(
 
 
 def _scan(image: Pages, dirty: NDArray[np.int64]) -> Iterator[PageBatch]:
+    from remus_ckpt.codec.scan import gather
+    from remus_ckpt.pages import batches
+
     for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
         part = dirty[start : start + MAX_BATCH_ENTRIES]
         yield from batches(part, gather(image, part))
@@ -174,6 +168,9 @@ def restore(
         return
     if at is not None:
         raise typer.BadParameter("--at is for stores; of a stream, name the checkpoint by --checkpoint")
+    from remus_ckpt.memory import save_image
+    from remus_ckpt.walk import list_checkpoint, walk_stream
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
@@ -191,7 +188,7 @@ def restore(
 
 
 def _refuse_for_stores(
-    strict: bool, word: int | None, guest: GuestName | None, codec: CodecName | None, hashes: bool = False
+    strict: bool, word: int | None, guest: Guest | None, codec: StreamCodec | None, hashes: bool = False
 ) -> None:
     """What is an option for streams of all kinds, and would be ignored for a store. Raises typer.BadParameter."""
     given = {"--strict": strict, "--word": word, "--guest": guest, "--codec": codec, "--hash": hashes}
@@ -231,6 +228,18 @@ def inspect(
 
     Example: remus-ckpt inspect guest.save.xz --chunks
     """
+    from remus_ckpt.walk import (
+        detail_checkpoint,
+        list_checkpoint,
+        print_checkpoints,
+        print_details,
+        print_deviations,
+        print_head,
+        shorten,
+        walk_stream,
+    )
+    from remus_ckpt.wire.xen.describe import describe
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed, seen = [], []
     for event in walk.events():
@@ -258,8 +267,8 @@ def print_events(
     stream: Stream,
     strict: Annotated[bool, typer.Option("--strict", envvar="REMUS_STRICT", help="As for verify.")] = False,
     word: Annotated[int | None, typer.Option("--word", envvar="REMUS_WORD", help="As for verify.")] = None,
-    guest: Annotated[GuestName | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As for verify.")] = None,
-    codec: Annotated[CodecName | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As for verify.")] = None,
+    guest: Annotated[Guest | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As for verify.")] = None,
+    codec: Annotated[StreamCodec | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As for verify.")] = None,
     max_memory: MaxMemory = 64,
 ) -> None:
     """Print one line of JSON for each event of a stream, and the SHA-256 of memory after each checkpoint.
@@ -268,6 +277,11 @@ def print_events(
 
     Example: remus-ckpt events guest.save.xz | jq .event
     """
+    from remus_ckpt.memory import memory_sha256
+    from remus_ckpt.walk import walk_stream
+    from remus_ckpt.wire.xen import events
+    from remus_ckpt.wire.xen.describe import describe
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=True)
 
     def held() -> str | None:
@@ -298,6 +312,8 @@ def print_events(
 )
 def run_conformance(context: typer.Context) -> None:
     """Run a decoder or an encoder of yours against the vectors (specs/conformance.md)."""
+    from remus_ckpt import conformance
+
     raise typer.Exit(conformance.main(context.args))
 
 
@@ -323,6 +339,9 @@ def verify(
         _refuse_for_stores(strict, word, guest, codec, hashes)
         verify_store(stream, max_memory, as_json)
         return
+    from remus_ckpt.memory import memory_sha256
+    from remus_ckpt.walk import list_checkpoint, print_checkpoints, print_deviations, print_head, walk_stream
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed = []
     for checkpoint in walk.checkpoints():
@@ -358,6 +377,13 @@ def diff(
 
     Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img
     """
+    if third is not None and not second.isdecimal():
+        raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
+    from remus_ckpt.codec.scan import dirty_pages, gather
+    from remus_ckpt.memory import differing_ranges, load_image
+    from remus_ckpt.pages import PAGE_SIZE, pages_for
+    from remus_ckpt.walk import walk_stream
+
     if third is None:
         sizes = [os.stat(path).st_size for path in (first, second)]
         one, other = (load_image(path, pages_for(max(sizes))) for path in (first, second))
@@ -365,8 +391,6 @@ def diff(
         before, after = gather(one, numbers), gather(other, numbers)
         in_bytes = differing_ranges(numbers, before, after)
     else:
-        if not second.isdecimal():
-            raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
         walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
         numbers, before, after, sizes = _differing_pages(walk, int(second), third)
         in_bytes = differing_ranges(numbers, before, after)
@@ -385,6 +409,10 @@ def diff(
 
 def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages, list[int]]:
     """The pages that differ between two checkpoints, before and after; and the sizes of both in bytes."""
+    import numpy as np
+
+    from remus_ckpt.pages import PAGE_SIZE
+
     low, high = sorted((one, other))
     sizes: dict[int, int] = {}
     numbers = np.empty(0, dtype=np.int64)
@@ -440,6 +468,9 @@ def extract(
     """
     keep_apart(output, stream)
     keep_what_is_there(overwrite, output)
+    from remus_ckpt.pages import PAGE_SIZE
+    from remus_ckpt.walk import walk_stream
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     numbers = _page_range(pfn, len(found.memory))
@@ -471,6 +502,8 @@ def _page_range(text: str, pages: int) -> list[int]:
 
 
 def _hexdump(number: int, page: bytes) -> Iterator[str]:
+    from remus_ckpt.pages import PAGE_SIZE
+
     repeated = False
     for start in range(0, len(page), 16):
         row = page[start : start + 16]
@@ -495,6 +528,8 @@ def check(
 
     REMUS_CKPT_KERNEL demands one of them. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
     """
+    from remus_ckpt.codec import kernels
+
     report = kernels.report()
     if as_json:
         print_json(report)

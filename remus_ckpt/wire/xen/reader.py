@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
-from remus_ckpt.limits import Limits
-from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, pages_for
+from remus_ckpt.limits import MAX_BATCH_ENTRIES, Limits
+from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, PAGE_SIZE, Buffer, pages_for
 from remus_ckpt.wire.inbox import End, Inbox
 from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
 from remus_ckpt.wire.xen import chunks, events
