@@ -21,7 +21,7 @@ from remus_ckpt.wire.xen.dialect import Dialect
 
 
 class Walk:
-    """Reads a stream from end to end and keeps what there is to say of it."""
+    """Reads a stream from end to end and keeps what there is to say about it."""
 
     def __init__(self, path: str, restorer: Restorer, *, quiet: bool) -> None:
         self.path = path
@@ -85,36 +85,36 @@ class Walk:
         return result
 
     def say_how_it_ended(self) -> None:
-        """Tell on standard error what is wrong or missing, and what is in force."""
+        """Say on standard error what is wrong or missing, and which checkpoint is in force."""
         held = self.restorer.in_force
         in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
         if self.error is not None:
             raise_it = ""
             if isinstance(self.error, LimitExceeded) and self.error.limit == "memory_bytes":
-                raise_it = "; --max-memory raises it"
+                raise_it = "; raise it with --max-memory"
             complain(f"{self.name}: {self.error}{raise_it}; {in_force}")
         elif self.inflater is not None and self.inflater.is_cut:
             complain(f"{self.name}: the compressed file is cut off; {in_force}")
         elif self.inflater is not None and self.inflater.junk_bytes:
-            complain(f"{self.name}: {self.inflater.junk_bytes} bytes stand behind the compressed data; {in_force}")
+            complain(f"{self.name}: {self.inflater.junk_bytes} bytes follow the compressed data; {in_force}")
         elif self.restorer.end is not None and not self.restorer.end.complete:
             trailing = self.restorer.end.trailing_bytes
             reader = self.restorer.reader
             if reader.saw_last_checkpoint:
-                complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
+                complain(f"{self.name}: {trailing} bytes follow the last checkpoint; {in_force}")
             else:
                 complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
         if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
-            complain(f"{self.name}: {self.inflater.padding_bytes} bytes of zeros pad the compressed data")
+            complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
 
     def fail_if_corrupt(self) -> None:
-        """Leave with the exit code of the fault, if there is one."""
+        """Exit with the code of the fault, if there is one."""
         if self.error is not None:
             raise typer.Exit(self.error.exit_code)
 
 
 def walk_stream(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> Walk:
-    """A walk over a stream that is not begun yet; `max_memory` in GiB."""
+    """A walk over a stream, not begun yet. max_memory: in GiB."""
     limits = Limits(memory_bytes=max_memory * GIB)
     return Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
 

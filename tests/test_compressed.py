@@ -283,7 +283,7 @@ def test_junk_behind_a_last_checkpoint_is_trailing(command: Command, tmp_path: P
     ran = command("verify", path, "--json")
     said = json.loads(ran.out)
     assert (ran.code, len(said["checkpoints"]), said["complete"]) == (0, 1, False)
-    assert "4 bytes stand behind" in ran.err
+    assert "4 bytes follow" in ran.err
 
 
 def test_lz4s_legacy_frames_are_refused_by_name(command: Command, tmp_path: Path) -> None:

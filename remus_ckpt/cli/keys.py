@@ -17,7 +17,7 @@ from remus_ckpt.cli.terminal import complain, out
 if TYPE_CHECKING:
     from remus_ckpt.service.keys import Certificate
 
-keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys for tls://.", rich_markup_mode=None)
+keys_app = typer.Typer(no_args_is_help=True, help="Make and show TLS keys.", rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
 
 MAX_DAYS = 36_500
@@ -25,11 +25,13 @@ MAX_DAYS = 36_500
 
 @keys_app.command(short_help="Make a certificate authority.")
 def init(
-    directory: Annotated[Path, typer.Argument(help="A folder for it; it stays with you.")],
-    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="How long it is valid. [default: 3650]")] = None,
+    directory: Annotated[Path, typer.Argument(help="Folder for the authority. Keep it to yourself.")],
+    days: Annotated[
+        int | None, typer.Option(min=1, max=MAX_DAYS, help="Days until it expires. [default: 3650]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a certificate authority: ca.pem, and ca-key.pem, which issues certificates and leaves this folder never.
+    """Make a certificate authority: ca.pem, and ca-key.pem, which signs certificates and must never leave this folder.
 
     Example: remus-ckpt keys init keys/
     """
@@ -40,28 +42,28 @@ def init(
 
 @keys_app.command(short_help="Issue a certificate for one machine.")
 def issue(
-    directory: Annotated[Path, typer.Argument(help="The folder of the authority.")],
-    name: Annotated[str, typer.Argument(help="Of the machine or the service.")],
+    directory: Annotated[Path, typer.Argument(help="Folder of the authority.")],
+    name: Annotated[str, typer.Argument(help="Name of the machine or service.")],
     hosts: Annotated[
         list[str] | None,
         typer.Option(
             "--host",
             metavar="HOST",
-            help="A name or address by which it is reached; may be repeated. [default: NAME; those of the old one]",
+            help="Host name or address of the machine. Repeatable. [default: NAME, or the old hosts with --renew]",
         ),
     ] = None,
-    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="How long it is valid. [default: 825]")] = None,
+    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="Days until it expires. [default: 825]")] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Where to put it. [default: the folder NAME in DIRECTORY]")
+        Path | None, typer.Option("--out", help="Folder for the certificate. [default: DIRECTORY/NAME]")
     ] = None,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Replace the certificate and the key that are there, running or not.")
+        bool, typer.Option("--renew", help="Replace the existing certificate and key; services may keep running.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Issue a certificate into a folder that goes to one machine, and is what --tls-dir takes there.
+    """Issue a certificate for one machine. Copy its folder there and pass it to --tls-dir.
 
-    A backup or primary that runs takes a renewed one up for its next connection, without a restart.
+    A running backup or primary uses a renewed certificate from its next connection on, without a restart.
 
     Example: remus-ckpt keys issue keys/ backup --host backup.example.net --host 10.0.0.7
     """
@@ -73,12 +75,12 @@ def issue(
 
 @keys_app.command(short_help="List certificates and when they expire.")
 def show(
-    directory: Annotated[Path, typer.Argument(help="The folder of an authority, or one that was issued.")],
+    directory: Annotated[Path, typer.Argument(help="Folder of an authority, or of one machine.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the certificates in a folder and when they expire; exit code 1 where one that is in use has expired.
+    """List the certificates in a folder and when they expire. Exits with 1 if one in use has expired.
 
-    A ca.pem with several CAs is one in transition: the CA that issues here, or that issued this certificate, is in use.
+    If ca.pem holds several CAs, the one in use is the one that signs here, or that signed this certificate.
 
     Example: remus-ckpt keys show keys/
     """
@@ -117,7 +119,7 @@ def _advice(directory: Path, certificate: Certificate) -> str:
     from remus_ckpt.link.tls import RENEW, RENEW_CA
 
     if not certificate.in_use:
-        return "take it out of the file when nobody has a certificate of it any more"
+        return "remove it from the file once no certificate that it signed is in use"
     if certificate.is_ca:
         return RENEW_CA
     if not (directory / "ca-key.pem").is_file():

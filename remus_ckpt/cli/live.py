@@ -18,24 +18,29 @@ from remus_ckpt.errors import SourceError
 from remus_ckpt.wire.xen.dialect import StreamCodec
 
 
-@app.command(short_help="Take checkpoints of live shared memory.")
+@app.command(short_help="Record checkpoints of live shared memory.")
 def record(
-    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
-    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to it; may be repeated.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
-    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
-    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
-    codec: Annotated[StreamCodec, typer.Option(help="How changed pages are written.")] = "delta",
+    file: Annotated[
+        Path, typer.Argument(help="The memory: a file in /dev/shm, or any other file that the processes have mapped.")
+    ],
+    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to the memory. Repeatable.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
+    interval: Annotated[str, typer.Option(help="Time between pauses.")] = "25ms",
+    duration: Annotated[str | None, typer.Option(help="Stop after this long. [default: until Ctrl-C]")] = None,
+    codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
     bounded: Annotated[
-        bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
+        bool,
+        typer.Option(
+            "--bounded", help="Use less memory: encode and write during the pause, one page buffer at a time."
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a stream that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing stream.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take checkpoints of a process's shared memory until Ctrl-C, its death or the end of the duration.
+    """Record checkpoints of shared memory until Ctrl-C, until the processes end, or for --duration.
 
-    Each pause stops every thread of every --pid, takes the dirty pages, and lets them run on; a guard process does that
-    if this one dies. What is protected is memory: not registers, files or sockets.
+    Each pause stops every thread of every --pid, copies the dirty pages, and resumes the threads. If this command dies
+    during a pause, a guard process resumes them. Only memory is recorded: not registers, files or sockets.
 
     Example: remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms
     """
