@@ -221,7 +221,7 @@ def test_verify_says_what_is_behind(name: str, command: Command, tmp_path: Path)
     assert (code, len(said["checkpoints"]), said["complete"], complaint) == (0, 12, True, "")
     code, said, complaint = verify(whole + bytes(512))
     assert (code, len(said["checkpoints"]), said["complete"]) == (0, 12, True)
-    assert said["compressed"]["padding_bytes"] == 512 and "512 bytes of zeros" in complaint
+    assert said["compressed"]["padding_bytes"] == 512 and "512 zero bytes" in complaint
     code, said, complaint = verify(whole + b"junk")
     assert (code, len(said["checkpoints"]), said["complete"]) == (20, 12, False)
     assert said["compressed"]["junk_bytes"] == 4 and "checkpoint 11 is the last good one" in complaint

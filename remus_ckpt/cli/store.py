@@ -298,7 +298,7 @@ def prune(
 ) -> None:
     """Remove old checkpoints, oldest first, in whole segments. The segment with the newest checkpoint always stays.
 
-    A segment is removed as soon as one limit allows it. A running backup prunes by itself.
+    A segment is removed as soon as any limit calls for it. A running backup prunes by itself.
 
     Example: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G
     """
