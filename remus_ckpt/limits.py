@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
+MAX_BATCH_ENTRIES = 1024
+"""PFNs in one batch (specs/stream.md §5)."""
+MAX_BUFFER_PAGES = 16_000
+"""Pages that a sender compresses at a time: so many full ones still meet `Limits.compressed_chunk_bytes`."""
+MAX_WINDOW = 1024
+"""Checkpoints on their way to a backup at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

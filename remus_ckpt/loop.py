@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.errors import PauseBroken, SourceError
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.memory import expect, zeros
-from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, PageBatch, Pages, batches
+from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source
 

@@ -9,9 +9,10 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
+
 PAGE_SIZE = 4096
 PAGE_WORDS = PAGE_SIZE // 4
-MAX_BATCH_ENTRIES = 1024
 
 Pages = NDArray[np.uint8]
 """uint8[n, 4096]"""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.kernels import CODINGS
 from remus_ckpt.codec.reference import Reference, Shadow
+from remus_ckpt.limits import MAX_BUFFER_PAGES
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, pages_for
 from remus_ckpt.wire.record import CheckpointRecord, Position
@@ -24,9 +25,6 @@ from remus_ckpt.wire.xen.writer import Writer
 
 PAGE_BUFFER_PAGES = {coding.name: coding.page_buffer_pages for coding in CODINGS if coding.page_buffer_pages}
 """How many pages are compressed at a time."""
-
-MAX_BUFFER_PAGES = 16_000
-"""A chunk of so many full pages still meets the limit that a reader has by default, `compressed_chunk_bytes`."""
 
 
 @dataclass(slots=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
+from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
 from remus_ckpt.errors import LimitExceeded, StreamError
 from remus_ckpt.files import StreamFile, read_events
@@ -21,26 +19,9 @@ from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
 
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-out = Console(soft_wrap=True, highlight=False)
-
-
-def complain(message: str) -> None:
-    """One line on standard error."""
-    errors.print(Text(f"remus-ckpt: {message}"))
-
-
-@contextmanager
-def progress(what: str, total: int | None, quiet: bool) -> Iterator[Any]:
-    """A bar on standard error where that is a terminal; yields a function that takes the bytes done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
 
 class Walk:
-    """Reads a stream from end to end and keeps what there is to say of it."""
+    """Reads a stream from end to end and keeps what there is to say about it."""
 
     def __init__(self, path: str, restorer: Restorer, *, quiet: bool) -> None:
         self.path = path
@@ -104,38 +85,38 @@ class Walk:
         return result
 
     def say_how_it_ended(self) -> None:
-        """Tell on standard error what is wrong or missing, and what is in force."""
+        """Say on standard error what is wrong or missing, and which checkpoint is in force."""
         held = self.restorer.in_force
         in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
         if self.error is not None:
             raise_it = ""
             if isinstance(self.error, LimitExceeded) and self.error.limit == "memory_bytes":
-                raise_it = "; --max-memory raises it"
+                raise_it = "; raise it with --max-memory"
             complain(f"{self.name}: {self.error}{raise_it}; {in_force}")
         elif self.inflater is not None and self.inflater.is_cut:
             complain(f"{self.name}: the compressed file is cut off; {in_force}")
         elif self.inflater is not None and self.inflater.junk_bytes:
-            complain(f"{self.name}: {self.inflater.junk_bytes} bytes stand behind the compressed data; {in_force}")
+            complain(f"{self.name}: {self.inflater.junk_bytes} bytes follow the compressed data; {in_force}")
         elif self.restorer.end is not None and not self.restorer.end.complete:
             trailing = self.restorer.end.trailing_bytes
             reader = self.restorer.reader
             if not self.restorer.end.offset:
                 complain(f"{self.name}: it is empty; {in_force}")
             elif reader.saw_last_checkpoint:
-                complain(f"{self.name}: {trailing} bytes stand behind the last checkpoint; {in_force}")
+                complain(f"{self.name}: {trailing} bytes follow the last checkpoint; {in_force}")
             else:
                 complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
         if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
-            complain(f"{self.name}: {self.inflater.padding_bytes} bytes of zeros pad the compressed data")
+            complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
 
     def fail_if_corrupt(self) -> None:
-        """Leave with the exit code of the fault, if there is one."""
+        """Exit with the code of the fault, if there is one."""
         if self.error is not None:
             raise typer.Exit(self.error.exit_code)
 
 
 def walk_stream(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> Walk:
-    """A walk over a stream that is not begun yet; `max_memory` in GiB."""
+    """A walk over a stream, not begun yet. max_memory: in GiB."""
     limits = Limits(memory_bytes=max_memory * GIB)
     return Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
 

@@ -223,7 +223,7 @@ def test_verify_says_what_is_behind(name: str, command: Command, tmp_path: Path)
     assert (code, len(said["checkpoints"]), said["complete"], complaint) == (0, 12, True, "")
     code, said, complaint = verify(whole + bytes(512))
     assert (code, len(said["checkpoints"]), said["complete"]) == (0, 12, True)
-    assert said["compressed"]["padding_bytes"] == 512 and "512 bytes of zeros" in complaint
+    assert said["compressed"]["padding_bytes"] == 512 and "512 zero bytes" in complaint
     code, said, complaint = verify(whole + b"junk")
     assert (code, len(said["checkpoints"]), said["complete"]) == (20, 12, False)
     assert said["compressed"]["junk_bytes"] == 4 and "checkpoint 11 is the last good one" in complaint
@@ -285,7 +285,7 @@ def test_junk_behind_a_last_checkpoint_is_trailing(command: Command, tmp_path: P
     ran = command("verify", path, "--json")
     said = json.loads(ran.out)
     assert (ran.code, len(said["checkpoints"]), said["complete"]) == (0, 1, False)
-    assert "4 bytes stand behind" in ran.err
+    assert "4 bytes follow" in ran.err
 
 
 def test_a_zstd_window_may_be_as_large_as_an_xz_dictionary(command: Command, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from remus_ckpt.link.compression import Chooser
 from remus_ckpt.pages import Buffer
-from remus_ckpt.session.frames import Compression, Packing
+from remus_ckpt.session.frames import Packing
+from remus_ckpt.session.messages import Compression
 
 MIB = 1 << 20
 TEXT = np.frombuffer(b"orders of the day, once more; " * 40_000, dtype=np.uint8)

@@ -12,6 +12,7 @@ import typer
 
 import remus_ckpt
 from remus_ckpt import cli
+from remus_ckpt.service import keys
 
 
 @pytest.mark.parametrize("name", remus_ckpt.__all__)
@@ -43,9 +44,38 @@ def test_a_wrong_name_is_an_attribute_error() -> None:
     ],
 )
 def test_nothing_is_loaded_before_it_is_used(line: str, kept_out: str) -> None:
-    code = f"{line}\nimport sys\nprint(*[name for name in {kept_out.split()} if name in sys.modules])"
+    assert loaded(line, kept_out) == []
+
+
+HEAVY = "numpy cryptography prometheus_client sqlite3 ssl lz4 rich.progress rich.markdown remus_ckpt.walk"
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "keys init", "keys issue", "keys show"])
+def test_a_help_and_wrong_usage_come_fast(command: str) -> None:
+    """They load the options and nothing that does the work."""
+    run = "from remus_ckpt.cli import app\ntry: app({})\nexcept SystemExit as done: assert done.code == {}"
+    if command != "conformance":  # its help is that of what it runs
+        assert loaded(run.format([*command.split(), "--help"], 0), HEAVY) == []
+        assert loaded(run.format([*command.split(), "--nothing-of-ours"], 2), HEAVY) == []
+
+
+def test_a_stream_is_verified_without_what_the_services_need() -> None:
+    vectors = Path(remus_ckpt.__file__).parent.parent / "specs" / "vectors"
+    path = next(path for path in sorted(vectors.glob("*.bin")) if not path.name.startswith("bad-"))
+    run = f"from remus_ckpt.cli import app\napp(['verify', {str(path)!r}], standalone_mode=False)"
+    kept_out = "cryptography prometheus_client sqlite3 ssl remus_ckpt.service remus_ckpt.link remus_ckpt.store"
+    assert loaded(run, kept_out) == []
+
+
+def loaded(lines: str, names: str) -> list[str]:
+    """Which of these modules a fresh Python has loaded behind these lines."""
+    code = f"{lines}\nimport sys\nprint(*[name for name in {names.split()} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    return (done.stderr.splitlines() or [""])[-1].split()
+
+
+def test_the_days_of_a_certificate_are_those_that_the_help_names() -> None:
+    assert (keys.CA_DAYS, keys.CERTIFICATE_DAYS) == (3650, 825)
 
 
 def test_the_help_lists_every_command() -> None:

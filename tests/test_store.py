@@ -8,6 +8,7 @@ import stat
 import struct
 import threading
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -461,6 +462,28 @@ def test_flipped_bits_are_found_and_dropped(store: Store) -> None:
         writer.begin(full=False)
         commit(writer, data, source.position)
         assert memory_sha256(writer.memory) == sha(2)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_breaks_a_rule_is_never_written(store: Store, in_place: bool) -> None:
+    """The bytes are read first: where they are wrong, the segment does not get them."""
+    with store.writer("orders") as writer:
+        source = fill(writer, 2)
+        segment = writer.directory / "segments" / files(writer.history)[-1]
+        size = segment.stat().st_size
+        data = source.checkpoint()
+        good, bad = data[:100], (2000).to_bytes(4, "little") + data[4:100]
+        for sent, expected in ((good, size + 100), (bad, size)):
+            writer.begin(full=False)
+            with nullcontext() if sent is good else pytest.raises(Malformed):
+                if in_place:
+                    writer.get_buffer()[: len(sent)] = sent
+                    writer.buffer_updated(len(sent))
+                else:
+                    writer.feed(sent)
+            assert segment.stat().st_size == expected
+            writer.abandon()
+            assert segment.stat().st_size == size
 
 
 @settings(max_examples=60)

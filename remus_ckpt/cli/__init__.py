@@ -21,25 +21,25 @@ class _Entry(NamedTuple):
 
 COMMANDS = {
     "protect": _Entry("service", "Protect live shared memory on a backup."),
-    "backup": _Entry("service", "Keep the checkpoints of primaries, and take over."),
+    "backup": _Entry("service", "Keep checkpoints from primaries and take over when they fail."),
     "status": _Entry("service", "Show the status of a backup and its primaries."),
     "failover": _Entry("service", "Promote a backup by hand."),
-    "keys": _Entry("keys", "Make and show the keys for tls://."),
-    "demo": _Entry("service", "Protect a worker, kill its side, and see the backup go on."),
-    "record": _Entry("live", "Take checkpoints of live shared memory."),
-    "list": _Entry("store", "Print what a store holds."),
+    "keys": _Entry("keys", "Make and show TLS keys."),
+    "demo": _Entry("service", "Protect a worker, kill it, and watch the backup take over."),
+    "record": _Entry("live", "Record checkpoints of live shared memory."),
+    "list": _Entry("store", "List what a store holds."),
     "prune": _Entry("store", "Remove old checkpoints from a store."),
-    "compact": _Entry("store", "Shorten the chain of a store's newest checkpoint."),
-    "export": _Entry("store", "Write a store's checkpoint as a stream."),
-    "restore": _Entry("streams", "Write a checkpoint's memory as an image."),
-    "verify": _Entry("streams", "Walk and decode all of a stream."),
-    "inspect": _Entry("streams", "Print what a stream holds."),
-    "diff": _Entry("streams", "Print where two checkpoints differ."),
-    "extract": _Entry("streams", "Print pages of a checkpoint."),
-    "encode": _Entry("streams", "Write a stream from memory images."),
-    "events": _Entry("streams", "Print a stream as lines of JSON."),
+    "compact": _Entry("store", "Start a new segment in a store with a full copy of memory."),
+    "export": _Entry("store", "Export a checkpoint from a store as a stream."),
+    "restore": _Entry("streams", "Restore a checkpoint's memory to an image."),
+    "verify": _Entry("streams", "Read and check an entire stream or store."),
+    "inspect": _Entry("streams", "Describe a stream and its checkpoints."),
+    "diff": _Entry("streams", "Show where two checkpoints differ."),
+    "extract": _Entry("streams", "Print pages from a checkpoint."),
+    "encode": _Entry("streams", "Make a stream from memory images."),
+    "events": _Entry("streams", "Print a stream's events as JSON lines."),
     "conformance": _Entry("streams", "Test an implementation of the format."),
-    "check": _Entry("streams", "Show which kernels run, and why."),
+    "check": _Entry("streams", "Show which codec kernel is in use and why."),
 }
 
 
@@ -69,8 +69,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-    Exit codes: 0 good, 1 failure, 2 usage, 20 corrupt stream, 21 unknown or refused format, 22 fenced: another has
-    taken over.""",
+    Exit codes: 0 success, 1 failure, 2 usage error, 20 corrupt stream or damaged store, 21 unknown or refused format,
+    22 fenced: another side has taken over.""",
 )
 
 
@@ -98,7 +98,7 @@ def main() -> NoReturn:
 
 
 def _complain(text: str) -> None:
-    from remus_ckpt.walk import complain
+    from remus_ckpt.cli.terminal import complain
 
     complain(text)
 
@@ -111,6 +111,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass

@@ -6,76 +6,86 @@ import shlex
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from remus_ckpt.cli.options import AsJson, app, print_json
-from remus_ckpt.link.tls import RENEW, RENEW_CA
-from remus_ckpt.service import keys
-from remus_ckpt.walk import complain, out
+from remus_ckpt.cli.terminal import complain, out
 
-keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys for tls://.", rich_markup_mode=None)
+if TYPE_CHECKING:
+    from remus_ckpt.service.keys import Certificate
+
+keys_app = typer.Typer(no_args_is_help=True, help="Make and show TLS keys.", rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
 
-Days = Annotated[int, typer.Option(min=1, max=36_500, help="How long it is valid.")]
+MAX_DAYS = 36_500
 
 
 @keys_app.command(short_help="Make a certificate authority.")
 def init(
-    directory: Annotated[Path, typer.Argument(help="A folder for it; it stays with you.")],
-    days: Days = keys.CA_DAYS,
+    directory: Annotated[Path, typer.Argument(help="Folder for the authority. Keep it to yourself.")],
+    days: Annotated[
+        int | None, typer.Option(min=1, max=MAX_DAYS, help="Days until it expires. [default: 3650]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a certificate authority: ca.pem, and ca-key.pem, which issues certificates and leaves this folder never.
+    """Make a certificate authority: ca.pem, and ca-key.pem, which signs certificates and must never leave this folder.
 
     Example: remus-ckpt keys init keys/
     """
-    _report(keys.init(directory, days=days), as_json)
+    from remus_ckpt.service import keys
+
+    _report(keys.init(directory, days=days or keys.CA_DAYS), as_json)
 
 
 @keys_app.command(short_help="Issue a certificate for one machine.")
 def issue(
-    directory: Annotated[Path, typer.Argument(help="The folder of the authority.")],
-    name: Annotated[str, typer.Argument(help="Of the machine or the service.")],
+    directory: Annotated[Path, typer.Argument(help="Folder of the authority.")],
+    name: Annotated[str, typer.Argument(help="Name of the machine or service.")],
     hosts: Annotated[
         list[str] | None,
         typer.Option(
             "--host",
             metavar="HOST",
-            help="A name or address by which it is reached; may be repeated. [default: NAME; those of the old one]",
+            help="Host name or address of the machine. Repeatable. [default: NAME, or the old hosts with --renew]",
         ),
     ] = None,
-    days: Days = keys.CERTIFICATE_DAYS,
+    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="Days until it expires. [default: 825]")] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Where to put it. [default: the folder NAME in DIRECTORY]")
+        Path | None, typer.Option("--out", help="Folder for the certificate. [default: DIRECTORY/NAME]")
     ] = None,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Replace the certificate and the key that are there, running or not.")
+        bool, typer.Option("--renew", help="Replace the existing certificate and key; services may keep running.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Issue a certificate into a folder that goes to one machine, and is what --tls-dir takes there.
+    """Issue a certificate for one machine. Copy its folder there and pass it to --tls-dir.
 
-    A backup or primary that runs takes a renewed one up for its next connection, without a restart.
+    A running backup or primary uses a renewed certificate from its next connection on, without a restart.
 
     Example: remus-ckpt keys issue keys/ backup --host backup.example.net --host 10.0.0.7
     """
+    from remus_ckpt.service import keys
+
+    days = days or keys.CERTIFICATE_DAYS
     _report(keys.issue(directory, name, hosts=hosts or (), days=days, out=folder, renew=renew), as_json)
 
 
 @keys_app.command(short_help="List certificates and when they expire.")
 def show(
-    directory: Annotated[Path, typer.Argument(help="The folder of an authority, or one that was issued.")],
+    directory: Annotated[Path, typer.Argument(help="Folder of an authority, or of one machine.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the certificates in a folder and when they expire; exit code 1 where one that is in use has expired.
+    """List the certificates in a folder and when they expire. Exits with 1 if one in use has expired.
 
-    A ca.pem with several CAs is one in transition: the CA that issues here, or that issued this certificate, is in use.
+    If ca.pem holds several CAs, the one in use is the one that signs here, or that signed this certificate.
 
     Example: remus-ckpt keys show keys/
     """
+    from remus_ckpt.service import keys
+
     found = keys.show(directory)
     now = datetime.now(UTC)
     if as_json:
@@ -105,9 +115,11 @@ def _count(days: float) -> str:
     return "less than a day" if not whole else f"{whole:,} day{'s' if whole > 1 else ''}"
 
 
-def _advice(directory: Path, certificate: keys.Certificate) -> str:
+def _advice(directory: Path, certificate: Certificate) -> str:
+    from remus_ckpt.link.tls import RENEW, RENEW_CA
+
     if not certificate.in_use:
-        return "take it out of the file when nobody has a certificate of it any more"
+        return "remove it from the file once no certificate that it signed is in use"
     if certificate.is_ca:
         return RENEW_CA
     if not (directory / "ca-key.pem").is_file():
@@ -117,7 +129,7 @@ def _advice(directory: Path, certificate: keys.Certificate) -> str:
     return f"renew it with `remus-ckpt keys issue {shlex.quote(str(directory))} {certificate.name}{where} --renew`"
 
 
-def _row(certificate: keys.Certificate) -> dict[str, Any]:
+def _row(certificate: Certificate) -> dict[str, Any]:
     return asdict(certificate) | {
         "path": str(certificate.path),
         "starts": certificate.starts.isoformat(),
@@ -126,7 +138,7 @@ def _row(certificate: keys.Certificate) -> dict[str, Any]:
     }
 
 
-def _report(certificate: keys.Certificate, as_json: bool) -> None:
+def _report(certificate: Certificate, as_json: bool) -> None:
     if as_json:
         print_json(_row(certificate) | {"directory": str(certificate.path.parent)})
         return

@@ -3,60 +3,57 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.live import Live
 from rich.text import Text
 
-from remus_ckpt.cli.options import (
-    AsJson,
-    CodecName,
-    app,
-    keep_apart,
-    parse_duration,
-    stop_on_signals,
-)
-from remus_ckpt.codec.reference import Shadow
-from remus_ckpt.errors import RemusError, SourceError
-from remus_ckpt.files import StreamWriter
-from remus_ckpt.loop import CheckpointLoop, Totals
-from remus_ckpt.sender import Sender
-from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.walk import errors
+from remus_ckpt.cli.options import AsJson, app, keep_apart, keep_what_is_there, parse_duration, stop_on_signals
+from remus_ckpt.cli.terminal import errors
+from remus_ckpt.errors import SourceError
+from remus_ckpt.wire.xen.dialect import StreamCodec
 
 
-@app.command(short_help="Take checkpoints of live shared memory.")
+@app.command(short_help="Record checkpoints of live shared memory.")
 def record(
-    file: Annotated[Path, typer.Argument(help="The memory: a file in /dev/shm, or any file that is mapped.")],
-    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to it; may be repeated.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
-    interval: Annotated[str, typer.Option(help="Running time between two pauses.")] = "25ms",
-    duration: Annotated[str | None, typer.Option(help="How long in all. [default: until Ctrl-C]")] = None,
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    file: Annotated[
+        Path, typer.Argument(help="The memory: a file in /dev/shm, or any other file that the processes have mapped.")
+    ],
+    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to the memory. Repeatable.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
+    interval: Annotated[str, typer.Option(help="Time between pauses.")] = "25ms",
+    duration: Annotated[str | None, typer.Option(help="Stop after this long. [default: until Ctrl-C]")] = None,
+    codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
     bounded: Annotated[
-        bool, typer.Option("--bounded", help="Hold one page buffer at most; encode and write in the pause.")
+        bool,
+        typer.Option(
+            "--bounded", help="Use less memory: encode and write during the pause, one page buffer at a time."
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a stream that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing stream.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take checkpoints of a process's shared memory until Ctrl-C, its death or the end of the duration.
+    """Record checkpoints of shared memory until Ctrl-C, until the processes end, or for --duration.
 
-    Each pause stops every thread of every --pid, takes the dirty pages, and lets them run on; a guard process does that
-    if this one dies. What is protected is memory: not registers, files or sockets.
+    Each pause stops every thread of every --pid, copies the dirty pages, and resumes the threads. If this command dies
+    during a pause, a guard process resumes them. Only memory is recorded: not registers, files or sockets.
 
     Example: remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms
     """
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
     keep_apart(output, file)
-    if output != "-" and not overwrite and os.path.isfile(output) and os.path.getsize(output):
-        raise RemusError(f"{output} exists, and may be all that is left: name another file, or say --overwrite")
+    keep_what_is_there(overwrite, output)
+    from remus_ckpt.codec.reference import Shadow
+    from remus_ckpt.files import StreamWriter
+    from remus_ckpt.loop import CheckpointLoop, Totals
+    from remus_ckpt.sender import Sender
+    from remus_ckpt.source.processes import Processes
+    from remus_ckpt.source.shared_file import SharedFile
+
     totals = Totals()
     failure: Exception | None = None
     with ExitStack() as stack:
@@ -65,12 +62,14 @@ def record(
         stack.callback(source.close)
         writer = StreamWriter(output)
         stack.callback(writer.close)
-        sender = Sender(source.pages, codec=codec.value, reference=Shadow(source.shadow))
+        sender = Sender(source.pages, codec=codec, reference=Shadow(source.shadow))
         loop = CheckpointLoop(
             source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )
         show = None
         if errors.is_terminal and not as_json:
+            from rich.live import Live
+
             show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
         try:
             for taken in loop.run():

@@ -8,46 +8,34 @@ import re
 import signal
 import sys
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from remus_ckpt.errors import RemusError
-from remus_ckpt.files import create_private
 from remus_ckpt.limits import GIB, KIB, MIB
-from remus_ckpt.loop import StopSignal
-from remus_ckpt.wire.xen.dialect import Dialect
+from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
-app = typer.Typer()
+if TYPE_CHECKING:
+    from remus_ckpt.loop import StopSignal
+
+app = typer.Typer(rich_markup_mode=None)
 """The commands hang on it; `remus_ckpt.cli` lists them for the help."""
 
 
-class CodecName(StrEnum):
-    """The codecs that a save stream holds."""
-
-    delta = "delta"
-    rle = "rle"
-
-
-class GuestName(StrEnum):
-    """The kinds of guest."""
-
-    hvm = "hvm"
-    pv = "pv"
-
-
-Stream = Annotated[str, typer.Argument(help="A stream, - for standard input; xz, zst, lz4, gz and bz2 as they are.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse what is otherwise accepted (specs/permissive.md).")]
-WordOption = Annotated[int | None, typer.Option("--word", help="Toolstack word of the stream, 8 or 4; else detected.")]
-GuestOption = Annotated[GuestName | None, typer.Option("--guest", help="Kind of guest; else detected.")]
-CodecOption = Annotated[CodecName | None, typer.Option("--codec", help="Page codec; else detected.")]
-MaxMemory = Annotated[
-    int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse streams of larger memories.")
+Stream = Annotated[
+    str, typer.Argument(help="A stream, or - for standard input. May be compressed with xz, zstd, lz4, gzip or bzip2.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse the deviations listed in specs/permissive.md.")]
+WordOption = Annotated[
+    int | None, typer.Option("--word", help="Word size of the toolstack: 8 or 4 bytes. [default: detected]")
+]
+GuestOption = Annotated[Guest | None, typer.Option("--guest", help="Kind of guest. [default: detected]")]
+CodecOption = Annotated[StreamCodec | None, typer.Option("--codec", help="Page codec. [default: detected]")]
+MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse memory larger than this.")]
 
 
 def keep_apart(output: str, *inputs: str | Path) -> None:
@@ -57,14 +45,14 @@ def keep_apart(output: str, *inputs: str | Path) -> None:
             continue
         is_one = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
         if is_one or os.path.abspath(output) == os.path.abspath(path):
-            raise typer.BadParameter(f"{output} is read from or written to already: name another file")
+            raise typer.BadParameter(f"{output} is already an input or output of this command: name another file")
 
 
 def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
     """Refuse to write over a file that holds something. Raises RemusError."""
     for path in map(str, outputs):
         if path != "-" and not overwrite and os.path.isfile(path) and os.path.getsize(path):
-            raise RemusError(f"{path} exists, and may be all that is left: name another file, or say --overwrite")
+            raise RemusError(f"{path} already exists: name another file, or pass --overwrite")
 
 
 def print_json(value: Any) -> None:
@@ -72,15 +60,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def dialect_of(word: int | None, guest: GuestName | None, codec: CodecName | None) -> Dialect:
+def dialect_of(word: int | None, guest: Guest | None, codec: StreamCodec | None) -> Dialect:
     """What the options say of a stream."""
     if word not in (None, 4, 8):
-        raise typer.BadParameter(f"--word is 8 or 4, not {word}")
-    return Dialect(
-        word=word,  # type: ignore[arg-type]
-        guest=guest.value if guest else None,
-        codec=codec.value if codec else None,
-    )
+        raise typer.BadParameter(f"--word must be 8 or 4, not {word}")
+    return Dialect(word=word, guest=guest, codec=codec)  # type: ignore[arg-type]
 
 
 def write_out(output: str, data: bytes) -> None:
@@ -89,6 +73,8 @@ def write_out(output: str, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
+    from remus_ckpt.files import create_private
+
     with open(create_private(output), "wb") as file:
         file.write(data)
 
@@ -101,7 +87,7 @@ def parse_duration(text: str) -> float:
     """Seconds, from a number with its unit: us, ms, s, m, h or d. The one grammar of all options that take a time."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|d)", text.strip())
     if not match:
-        raise typer.BadParameter(f"{text!r} is no time: write a number with its unit, such as 25ms, 12h or 7d")
+        raise typer.BadParameter(f"{text!r} is not a duration: write a number and a unit, such as 25ms, 12h or 7d")
     return float(match[1]) * _SECONDS[match[2]]
 
 
@@ -112,12 +98,14 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip())
     if not match:
-        raise typer.BadParameter(f"{text!r} is no size: write a number with its unit, such as 512M or 20G")
+        raise typer.BadParameter(f"{text!r} is not a size: write a number and a unit, such as 512M or 20G")
     return int(float(match[1]) * _BYTES[match[2]])
 
 
 def stop_on_signals(stack: ExitStack) -> StopSignal:
     """Set by Ctrl-C, SIGTERM, and SIGHUP where it is not ignored: the terminal is gone then."""
+    from remus_ckpt.loop import StopSignal
+
     stop = StopSignal()
     stack.callback(stop.close)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -13,19 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from enum import StrEnum
 from functools import partial
 from logging import ERROR
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.live import Live
 from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
-    CodecName,
     MaxMemory,
     app,
     parse_bytes,
@@ -33,70 +30,44 @@ from remus_ckpt.cli.options import (
     print_json,
     stop_on_signals,
 )
-from remus_ckpt.demo import run_demo
+from remus_ckpt.cli.terminal import complain, errors, out
 from remus_ckpt.errors import LinkError
-from remus_ckpt.limits import GIB, Limits
-from remus_ckpt.link.address import Address, check_options
-from remus_ckpt.link.connection import Connection
-from remus_ckpt.link.control import ask
-from remus_ckpt.link.dial import connect
-from remus_ckpt.link.listener import Listener
-from remus_ckpt.link.tls import TlsFiles
-from remus_ckpt.loop import StopSignal, Totals
-from remus_ckpt.observe.http import metrics_address
-from remus_ckpt.observe.log import configure_logs, log
-from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.limits import GIB, MAX_WINDOW, Limits
+from remus_ckpt.observe.log import LogFormat, configure_logs, log
 from remus_ckpt.observe.systemd import notify, watchdog_interval_s
-from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.commands import ShellCommand
-from remus_ckpt.service.primary import MAX_WINDOW, Committed, Primary
-from remus_ckpt.service.standby import Policy
-from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, check_name
-from remus_ckpt.source.cgroup import CgroupFreezer
-from remus_ckpt.source.commands import PauseCommands
-from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.store import Retention
-from remus_ckpt.walk import complain, errors, out
+from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Compression, Level, check_name
+from remus_ckpt.wire.xen.dialect import StreamCodec
+
+if TYPE_CHECKING:
+    from remus_ckpt.link.address import Address
+    from remus_ckpt.link.connection import Connection
+    from remus_ckpt.link.tls import TlsFiles
+    from remus_ckpt.loop import StopSignal
+    from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.primary import Committed
+    from remus_ckpt.source.cgroup import CgroupFreezer
+    from remus_ckpt.source.commands import PauseCommands
+    from remus_ckpt.source.processes import Processes
 
 _LAST_WORDS_S = 10.0
 
 
-class LogFormat(StrEnum):
-    """How the log is written."""
-
-    text = "text"
-    json = "json"
-
-
-class LevelName(StrEnum):
-    """How far a checkpoint must have come on the backup to count as committed."""
-
-    received = "received"
-    durable = "durable"
-    applied = "applied"
-
-
-class CompressionName(StrEnum):
-    """The second stage."""
-
-    auto = "auto"
-    none = "none"
-    lz4 = "lz4"
-    zstd = "zstd"
-
-
 TlsDir = Annotated[
     Path | None,
-    typer.Option("--tls-dir", metavar="DIR", help="A folder made by `keys issue`: ca.pem, cert.pem and key.pem."),
+    typer.Option("--tls-dir", metavar="DIR", help="Folder made by `keys issue`, with ca.pem, cert.pem and key.pem."),
 ]
 Insecure = Annotated[
-    bool, typer.Option("--insecure-plain-tcp", help="Allow tcp:// between machines: anybody can read and change it.")
+    bool,
+    typer.Option(
+        "--insecure-plain-tcp",
+        help="Allow tcp:// between machines. Anyone on the network can then read and change the data.",
+    ),
 ]
 MetricsAt = Annotated[
-    str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there.")
+    str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics at this address.")
 ]
-Logs = Annotated[LogFormat, typer.Option("--log-format", help="How the log on standard error is written.")]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="Format of the log on standard error.")]
 
 
 def _name(text: str) -> str:
@@ -108,6 +79,9 @@ def _name(text: str) -> str:
 
 def _address(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
     """Where to connect or to listen, and our certificate. What the options alone make impossible is bad usage."""
+    from remus_ckpt.link.address import Address, check_options
+    from remus_ckpt.link.tls import TlsFiles
+
     with _usage():
         address = Address.parse(text, "tls")
         if address.scheme == "tls" and tls_dir is None:
@@ -134,73 +108,88 @@ def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: T
 
 
 def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
+    from remus_ckpt.link.dial import connect
+
     address, tls = _address(to, tls_dir, insecure)
     return connect(address, tls=tls, insecure=insecure)
 
 
 def _check_metrics(where: str | None) -> None:
     if where:
+        from remus_ckpt.observe.http import metrics_address
+
         with _usage():
             metrics_address(where)
 
 
-@app.command(short_help="Keep the checkpoints of primaries, and take over.")
+@app.command(short_help="Keep checkpoints from primaries and take over when they fail.")
 def backup(
     listen: Annotated[
         list[str],
-        typer.Option(metavar="ADDRESS", help="Where: tls://HOST:PORT (also HOST:PORT), unix:PATH, tcp://. Repeatable."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address to listen on: tls://HOST:PORT or just HOST:PORT, unix:PATH, tcp://HOST:PORT. Repeatable.",
+        ),
     ],
-    store: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder that holds the checkpoints; made if it is not there.")
-    ],
+    store: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoints; created if missing.")],
     tls_dir: TlsDir = None,
     name: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Take only this name. Repeatable. [default: any]")
+        list[str] | None, typer.Option(metavar="NAME", help="Accept only this name. Repeatable. [default: any]")
     ] = None,
     warm_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the warm copies lie, such as /dev/shm/remus. [default: in the store]"),
+        typer.Option(metavar="DIR", help="Folder for the warm copies, such as /dev/shm/remus. [default: in the store]"),
     ] = None,
-    lease: Annotated[str, typer.Option(metavar="TIME", help="A primary that is silent for so long is gone.")] = "5s",
+    lease: Annotated[str, typer.Option(metavar="TIME", help="Silence after which a primary counts as gone.")] = "5s",
     on_failover: Annotated[
         str | None,
-        typer.Option(metavar="CMD", help="Starts the work here after a failover; ends once it goes on."),
+        typer.Option(
+            metavar="CMD", help="Command that starts the work here after a failover, and exits once it is running."
+        ),
     ] = None,
     auto_failover: Annotated[
-        bool, typer.Option("--auto-failover", help="Take over when the lease is over. Needs --fence.")
+        bool, typer.Option("--auto-failover", help="Take over when the lease expires. Needs --fence.")
     ] = False,
     fence: Annotated[
         str | None,
-        typer.Option(metavar="CMD", help="Makes sure that the primary acts no more; exits with 0 only then."),
+        typer.Option(
+            metavar="CMD", help="Command that stops the primary for good. It must exit with 0 only if that is certain."
+        ),
     ] = None,
     keep_count: Annotated[
-        int | None, typer.Option(metavar="COUNT", min=1, help="Checkpoints to keep, at least.")
+        int | None, typer.Option(metavar="COUNT", min=1, help="Minimum number of checkpoints to keep.")
     ] = None,
     keep_age: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long to keep checkpoints, such as 12h or 7d.")
     ] = None,
     keep_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="How much to keep of each name, such as 20GiB.")
+        str | None, typer.Option(metavar="SIZE", help="How much to keep for each name, such as 20GiB.")
     ] = "16GiB",
     max_memory: MaxMemory = 64,
     metrics: MetricsAt = None,
-    log_format: Logs = LogFormat.text,
+    log_format: Logs = "text",
     insecure: Insecure = False,
 ) -> None:
-    """Keep every checkpoint that primaries commit, durably, and a warm copy of their memory.
+    """Store every checkpoint that primaries commit, and keep a warm copy of their memory.
 
-    CMD of --on-failover and --fence run in a shell, with REMUS_NAME, REMUS_EPOCH, REMUS_TERM, and REMUS_IMAGE and
-    REMUS_DEVICE_STATE (files), or REMUS_PEER.
+    The commands of --on-failover and --fence run in a shell. Both get REMUS_NAME, REMUS_EPOCH and REMUS_TERM;
+    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE, and --fence gets REMUS_PEER.
 
     Example: remus-ckpt backup --listen 0.0.0.0:7411 --store /var/lib/remus --tls-dir keys/backup
     """
     _check_metrics(metrics)
     places = [_address(text, tls_dir, insecure) for text in listen]
     if auto_failover and not fence:
-        raise typer.BadParameter("--auto-failover needs --fence: without it, two sides may go on at once")
+        raise typer.BadParameter("--auto-failover needs --fence: without it, both sides could run at once")
     lease_s = parse_duration(lease)
     if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
-        raise typer.BadParameter(f"--lease {lease}: it has {MIN_LEASE_S:g}s to {MAX_LEASE_S:g}s")
+        raise typer.BadParameter(f"--lease {lease}: it must be between {MIN_LEASE_S:g}s and {MAX_LEASE_S:g}s")
+    from remus_ckpt.link.listener import Listener
+    from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.backup import Backup
+    from remus_ckpt.service.standby import Policy
+    from remus_ckpt.store import Retention
+
     policy = Policy(
         lease_s=lease_s,
         automatic=auto_failover,
@@ -216,7 +205,7 @@ def backup(
     # Before the store is made: whoever typed a port that is in use means another store, or another port.
     for address, tls in places:
         Listener(address, tls=tls, insecure=insecure).close()
-    configure_logs(log_format.value)
+    configure_logs(log_format)
     counted = Metrics()
     with suppress(OSError, ValueError):  # each name takes a few; poll is used here, which knows no highest number
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -261,62 +250,70 @@ def _watchdog() -> Callable[[], None] | None:
 @app.command(short_help="Protect live shared memory on a backup.")
 def protect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The memory: a file in /dev/shm, or any file that is mapped.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="The memory: a file in /dev/shm, or any other file that the processes have mapped."
+        ),
     ],
     to: Annotated[
         str,
-        typer.Option(metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, or tcp:// on this machine."),
+        typer.Option(
+            metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, or tcp://HOST:PORT on this machine."
+        ),
     ],
-    name: Annotated[str, typer.Option(metavar="NAME", help="Under which the backup keeps it.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name for this memory on the backup.")],
     pid: Annotated[
-        list[int] | None, typer.Option(metavar="PID", min=1, help="A process that writes to it. Repeatable.")
+        list[int] | None, typer.Option(metavar="PID", min=1, help="A process that writes to the memory. Repeatable.")
     ] = None,
     cgroup: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="In place of --pid: the cgroup (v2) that holds all who write to it."),
+        typer.Option(metavar="DIR", help="Instead of --pid: the cgroup (v2) that holds all writers."),
     ] = None,
     pause: Annotated[
-        str | None, typer.Option(metavar="CMD", help="In place of --pid: stops all who write; needs --resume.")
+        str | None,
+        typer.Option(metavar="CMD", help="Instead of --pid: command that stops all writers. Needs --resume."),
     ] = None,
-    resume: Annotated[str | None, typer.Option(metavar="CMD", help="Lets them run on.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="CMD", help="Command that resumes the writers.")] = None,
     tls_dir: TlsDir = None,
-    interval: Annotated[str, typer.Option(metavar="TIME", help="Running time between two pauses, at least.")] = "25ms",
+    interval: Annotated[str, typer.Option(metavar="TIME", help="Minimum time between pauses.")] = "25ms",
     duration: Annotated[
-        str | None, typer.Option(metavar="TIME", help="How long in all. [default: until Ctrl-C]")
+        str | None, typer.Option(metavar="TIME", help="Stop after this long. [default: until Ctrl-C]")
     ] = None,
     on_commit: Annotated[
         str | None,
         typer.Option(
             metavar="CMD",
-            help="Started once; reads a line for each commit: its epoch and its digest. All ends when it does.",
+            help="Command that runs throughout and reads one line per commit: epoch and digest. If it exits, "
+            "protection stops.",
         ),
     ] = None,
     window: Annotated[
-        int, typer.Option(metavar="COUNT", min=1, max=MAX_WINDOW, help="Checkpoints on their way at once, at most.")
+        int, typer.Option(metavar="COUNT", min=1, max=MAX_WINDOW, help="Maximum number of checkpoints in flight.")
     ] = 2,
-    wait: Annotated[LevelName, typer.Option(help="What counts as committed.")] = LevelName.durable,
+    wait: Annotated[Level, typer.Option(help="What counts as committed.")] = "durable",
     compression: Annotated[
-        CompressionName, typer.Option(help="Of the stream on the link; auto measures link and data.")
-    ] = CompressionName.auto,
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+        Literal["auto", Compression],
+        typer.Option(help="How to compress the stream on the link; auto measures the link and the data."),
+    ] = "auto",
+    codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
     term: Annotated[
         int | None,
         typer.Option(
             metavar="TERM",
             min=0,
-            help="To go on after a failover: on another backup, the term that it printed (REMUS_TERM); on the same "
-            "backup, one more.",
+            help="To continue after a failover: the term it printed (REMUS_TERM) for another backup, or that term plus "
+            "one for the same backup.",
         ),
     ] = None,
     metrics: MetricsAt = None,
-    log_format: Logs = LogFormat.text,
+    log_format: Logs = "text",
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take checkpoints of shared memory and have a backup keep them, until Ctrl-C or the death of all who write.
+    """Protect shared memory: send checkpoints to a backup until Ctrl-C, or until all writers have exited.
 
-    A lost link is made again; meanwhile the processes run on and nothing is committed. When another side has taken
-    over, this one stops with exit code 22: what was held back for a commit must not be released.
+    If the link breaks, it reconnects; meanwhile the processes keep running and nothing is committed. If another side
+    has taken over, it stops with exit code 22: output that waits for a commit must not be released.
 
     Example: remus-ckpt protect /dev/shm/orders --pid 4711 --to tls://backup:7411 --tls-dir keys/orders --name orders
     """
@@ -325,7 +322,13 @@ def protect(
     _check_metrics(metrics)
     address, tls = _address(to, tls_dir, insecure)
     _name(name)
-    configure_logs(log_format.value)
+    from remus_ckpt.link.dial import connect
+    from remus_ckpt.loop import Totals
+    from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.primary import Primary
+    from remus_ckpt.source.shared_file import SharedFile
+
+    configure_logs(log_format)
     totals = Totals()
     counted = Metrics()
     counted.set_connected(name, False)
@@ -343,12 +346,12 @@ def protect(
             name,
             source,
             partial(connect, address, tls=tls, insecure=insecure),
-            codec=codec.value,
+            codec=codec,
             interval_s=interval_s,
             duration_s=duration_s,
             window=window,
-            wait=wait.value,
-            compression=compression.value,
+            wait=wait,
+            compression=compression,
             term=term,
             on_commit=release,
             on_turn=_watchdog(),
@@ -358,6 +361,8 @@ def protect(
         stack.callback(primary.close)
         show = None
         if errors.is_terminal and not as_json:
+            from rich.live import Live
+
             show = stack.enter_context(Live(console=errors, transient=True, refresh_per_second=8))
         notify("READY=1")
         try:
@@ -384,7 +389,7 @@ def protect(
     if release and release.has_failed:
         raise typer.Exit(1)
     if committed is None and primary.ended != "stopped":
-        raise LinkError(f"{to}: nothing was committed: {file} is as unprotected as before")
+        raise LinkError(f"{to}: nothing was committed: {file} is not protected")
 
 
 def _stopper(
@@ -393,23 +398,31 @@ def _stopper(
     if (pause is None) != (resume is None):
         raise typer.BadParameter("--pause and --resume go together")
     if sum((bool(pid), cgroup is not None, pause is not None)) != 1:
-        raise typer.BadParameter("say who writes to it: --pid, or --cgroup, or --pause and --resume")
+        raise typer.BadParameter("say who writes to the memory: --pid, --cgroup, or --pause and --resume")
     if cgroup is not None:
+        from remus_ckpt.source.cgroup import CgroupFreezer
+
         return CgroupFreezer(cgroup)
     if pause is not None and resume is not None:
+        from remus_ckpt.source.commands import PauseCommands
+
         return PauseCommands(pause, resume)
+    from remus_ckpt.source.processes import Processes
+
     return Processes(pid or [])
 
 
 class _Released:
-    """The user's command, which reads a line for each commit.
+    """The --on-commit command, which reads a line for each commit.
 
-    It may be slow: checkpoints wait for it then, and after a while that is said. Once the end has come it has ten
-    seconds for what it has not read; then it is killed, with all that it started.
-    stop: set when it reads no more: what is held back for a commit can be released by nobody else
+    If it is slow, checkpoints wait for it, and after a while a line in the log says so. At the end it gets ten seconds
+    to read what is left; then it is killed, with everything it started.
+    stop: set when it stops reading: nobody else can release the output that waits for a commit
     """
 
     def __init__(self, name: str, command: str, stop: StopSignal) -> None:
+        from remus_ckpt.loop import StopSignal
+
         self._name = name
         self._stop = stop
         self._shell = ShellCommand(command, stdin=subprocess.PIPE, stdout=None, grace_s=_LAST_WORDS_S)
@@ -433,7 +446,7 @@ class _Released:
         poll.poll()
         if not self._is_over.is_set:
             self.is_gone = True
-            log("the command of --on-commit reads no more", level=ERROR, name=self._name)
+            log("the --on-commit command has stopped reading", level=ERROR, name=self._name)
             self._stop.set()
 
     def __call__(self, committed: Committed) -> None:
@@ -451,7 +464,7 @@ class _Released:
             except BlockingIOError:
                 if now >= say_at:
                     say_at = math.inf
-                    log("the command of --on-commit does not read; checkpoints wait", level=ERROR, name=self._name)
+                    log("the --on-commit command does not read; checkpoints wait for it", level=ERROR, name=self._name)
                 if self._stop.is_set:
                     self.hurry()
                 poll.poll(100)
@@ -472,19 +485,19 @@ class _Released:
         self._pipe.close()
         status = self._shell.wait(max(self._deadline - time.monotonic(), 1.0))
         if status is None:
-            complain("the command of --on-commit does not end: it is killed")
+            complain("the --on-commit command does not exit: it is killed")
             self._shell.kill()
             status = self._shell.wait(_LAST_WORDS_S)
         self.has_failed = status != 0 or self.is_gone or self._lost is not None
         if self.has_failed:
-            lost = f"; commits from epoch {self._lost} on were not given to it" if self._lost is not None else ""
-            held = "; what is held back will not be released by it" if self.is_gone else ""
+            lost = f"; it did not get the commits from epoch {self._lost} on" if self._lost is not None else ""
+            held = "; it will not release what it holds back" if self.is_gone else ""
             early = " before the end" if self.is_gone else ""
             ended = "cannot be killed" if status is None else f"ended{early} with status {status}"
-            complain(f"the command of --on-commit {ended}{lost}{held}")
+            complain(f"the --on-commit command {ended}{lost}{held}")
 
 
-@app.command(short_help="Say how a backup and its primaries are.")
+@app.command(short_help="Show the status of a backup and its primaries.")
 def status(
     source: Annotated[
         str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
@@ -493,16 +506,18 @@ def status(
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print, for each name, what the backup and its primary say of themselves, and what is wrong.
+    """Show, for each name, the state of the backup and of its primary, and any trouble.
 
     Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
     """
+    from remus_ckpt.link.control import ask
+
     report = ask(_dial(source, tls_dir, insecure), "status", {})
     if as_json:
         print_json(report)
         return
     if not report["names"]:
-        out.print("nothing is protected here yet")
+        out.print("nothing is protected on this backup yet")
     for name, found in report["names"].items():
         out.print(Text("\n".join(_tell(name, found))))
 
@@ -536,14 +551,14 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
     for command in ("fence", "takeover"):
         again = found.get(f"{command}_retry_s")
         if again is not None:
-            lines.append(f"  {command} failed, tried again in {again:.0f} s")
+            lines.append(f"  {command} failed; next try in {again:.0f} s")
         elif found.get(command) == "running":
             lines.append(f"  {command} running")
     if found["role"] == "promoted":
         if found.get("image"):
             lines.append(f"  taken over at epoch {found['epoch']}: memory {found['image']}")
         if found.get("takeover") == "succeeded":
-            lines.append("  takeover succeeded: the work goes on here")
+            lines.append("  takeover succeeded: the work continues here")
     if found.get("trouble"):
         lines.append(f"  trouble: {found['trouble']}")
     lines += [f"  warning: {warning}" for warning in found["warnings"]]
@@ -552,22 +567,28 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
 
 @app.command(short_help="Promote a backup by hand.")
 def failover(
-    name: Annotated[str, typer.Option(metavar="NAME", help="What to take over.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name to take over.")],
     source: Annotated[
         str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
     ],
     fence: Annotated[
-        bool, typer.Option("--fence", help="Run the backup's fencing command first; without it, you vouch for it.")
+        bool,
+        typer.Option(
+            "--fence",
+            help="Run the backup's --fence command first. Without this, you vouch that the primary has stopped.",
+        ),
     ] = False,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Promote at once: the backup takes nothing more from the old primary, and runs its --on-failover command.
+    """Promote a backup now: it refuses the old primary from then on, and runs its --on-failover command.
 
     Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
     """
     arguments = {"name": _name(name), "fence": fence}
+    from remus_ckpt.link.control import ask
+
     report = ask(_dial(source, tls_dir, insecure), "failover", arguments)
     if as_json:
         print_json(report)
@@ -575,27 +596,30 @@ def failover(
     out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
     out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
     again = f"remus-ckpt protect {report['image']} --term {report['term']} …"
-    out.print(Text(f"to protect it from there on another backup: {again} (on this one: --term {report['term'] + 1})"))
+    out.print(Text(f"to protect it again on another backup: {again} (on this one: --term {report['term'] + 1})"))
 
 
-@app.command(short_help="Protect a worker, kill its side, and see the backup go on.")
+@app.command(short_help="Protect a worker, kill it, and watch the backup take over.")
 def demo(
     seconds: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.5, max=600, help="How long the worker runs before it is killed.")
     ] = 3.0,
-    interval: Annotated[str, typer.Option(metavar="TIME", help="Running time between two pauses.")] = "25ms",
+    interval: Annotated[str, typer.Option(metavar="TIME", help="Time between pauses.")] = "25ms",
     directory: Annotated[
         Path | None, typer.Option("--keep", metavar="DIR", help="Keep the store in this folder.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="NUMBER", help="Of the worker and of the instant of the kill.")
+        int | None, typer.Option(metavar="NUMBER", help="Seed for the worker and for the moment of the kill.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Protect a real worker over TLS, kill its side at a random instant, let the backup take over, and prove it.
+    """Protect a real worker over TLS, kill it and its primary at a random moment, let the backup take over, and check
+    that nothing committed was lost.
 
     Example: remus-ckpt demo --seconds 5
     """
+    from remus_ckpt.demo import run_demo
+
     # As Ctrl-C does: those who were started are ended.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

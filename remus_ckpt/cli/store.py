@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.text import Text
@@ -23,27 +23,26 @@ from remus_ckpt.cli.options import (
     print_json,
     write_out,
 )
+from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import BadCheckpoint, StoreError
 from remus_ckpt.limits import GIB, Limits
-from remus_ckpt.memory import save_image
-from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.store import Entry, History, HistoryWriter, Report, Retention, State, Store, Survey
-from remus_ckpt.store.history import Progress
-from remus_ckpt.store.state import FILE, is_history
-from remus_ckpt.walk import complain, out, progress
+
+if TYPE_CHECKING:
+    from remus_ckpt.restorer import Checkpoint
+    from remus_ckpt.store import Entry, History, HistoryWriter, Report, State, Survey
+    from remus_ckpt.store.history import Progress
 
 T = TypeVar("T")
 PREFIX = "store:"
 _TABLE_ROWS = _LISTED = 1_000
 
-HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="The checkpoints of one name.")]
+HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="One name in a store.")]
 At = Annotated[
     str | None,
     typer.Option(
         "--at",
         metavar="EPOCH|TIME",
-        help="Which one: its number, or the last one not after a time, which is local if it names no zone.",
+        help="Number of a checkpoint, or a time: the last one taken by then. Local time unless it names a zone.",
     ),
 ]
 
@@ -60,9 +59,12 @@ def open_history(text: str, max_memory: int = 64) -> History:
 
 def _history(path: Path, limits: Limits | None = None) -> History:
     """Raises StoreError, which names the histories where the path is that of a store."""
+    from remus_ckpt.store import History, Store
+    from remus_ckpt.store.state import is_history
+
     if path.is_dir() and not is_history(path) and (names := Store(path).names()):
         raise StoreError(
-            f"{path} is a store: name one of what it holds: {', '.join(f'{PREFIX}{path / n}' for n in names)}"
+            f"{path} is a store; choose one of its names: {', '.join(f'{PREFIX}{path / n}' for n in names)}"
         )
     return History(path, limits=limits)
 
@@ -77,7 +79,7 @@ def parse_at(text: str | None) -> int | datetime | None:
         return datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError, OSError):
         raise typer.BadParameter(
-            f"--at {text!r} is neither a number of a checkpoint nor a time such as 2026-01-31T12:00:05"
+            f"--at {text!r} is neither a checkpoint number nor a time such as 2026-01-31T12:00:05"
         ) from None
 
 
@@ -97,6 +99,8 @@ def restore_from_store(
         sys.stdout.buffer.write(found.image.data)
         sys.stdout.buffer.flush()
     elif Path(output).exists() and not Path(output).is_file():
+        from remus_ckpt.memory import save_image
+
         save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
         write_out(str(device_state), found.device_state)
@@ -140,42 +144,49 @@ def verify_store(text: str, max_memory: int, as_json: bool) -> None:
     if as_json:
         print_json(_report(text, report))
     else:
-        held = "no checkpoint is good" if report.newest is None else f"the newest good one is {report.newest.epoch}"
+        held = (
+            "no checkpoint is good" if report.newest is None else f"the newest good checkpoint is {report.newest.epoch}"
+        )
         read = f"{report.checkpoints:,} checkpoints in {report.segments} segments, {report.bytes:,} bytes"
-        out.print(f"{read} read back; {held}")
+        out.print(f"read {read}; {held}")
         if report.unfinished_bytes:
-            out.print(
-                f"{report.unfinished_bytes:,} bytes of a checkpoint that did not come to its end, or is on its way"
-            )
+            out.print(f"{report.unfinished_bytes:,} bytes belong to a checkpoint that is unfinished or still arriving")
     for bad in report.bad:
         where = f"{bad.segment}: checkpoint {bad.epoch}, at byte {bad.byte}: {bad.reason}"
         section = f" ({bad.section})" if bad.section else ""
-        good = "no good one before it" if bad.good is None else f"the newest good one before it is {bad.good}"
+        good = (
+            "no good checkpoint before it"
+            if bad.good is None
+            else f"the newest good checkpoint before it is {bad.good}"
+        )
         lost = f"; unreachable: {_numbers(bad.unreachable)}" if bad.unreachable else ""
         complain(f"{where}{section}; {good}{lost}")
     if report.bad:
         raise typer.Exit(BadCheckpoint.exit_code)
 
 
-@app.command("list", short_help="Print what a store holds.")
+@app.command("list", short_help="List what a store holds.")
 def list_store(
-    store: Annotated[str, typer.Argument(metavar="store:DIR[/NAME]", help="A store, or the checkpoints of one name.")],
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Of one name: also every checkpoint.")] = False,
+    store: Annotated[str, typer.Argument(metavar="store:DIR[/NAME]", help="A store, or one name in it.")],
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Also list every checkpoint of NAME.")] = False,
     last: Annotated[
-        int | None, typer.Option("--last", metavar="N", min=1, help="Of one name: also the last N.")
+        int | None, typer.Option("--last", metavar="N", min=1, help="Also list the last N checkpoints of NAME.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the names in a store with their newest checkpoints, or the segments and checkpoints of one name.
+    """List the names in a store and their newest checkpoints, or the segments and checkpoints of one name.
 
     Examples: remus-ckpt list store:/var/lib/remus;  remus-ckpt list store:/var/lib/remus/orders --last 20
     """
     path = _path(store)
+    from remus_ckpt.store import History, Store
+    from remus_ckpt.store.state import FILE
+
     if (path / FILE).exists() or (path / "segments").exists():
         _list_history(History(path), None if checkpoints else last or 0, as_json)
         return
     if checkpoints or last is not None:
-        raise typer.BadParameter("--checkpoints and --last are for the checkpoints of one name: store:DIR/NAME")
+        raise typer.BadParameter("--checkpoints and --last need a name: store:DIR/NAME")
     rows, faults = [], []
     for name in Store(path).names():
         try:
@@ -230,7 +241,7 @@ def _list_history(history: History, last: int | None, as_json: bool) -> None:
         table.append([row["segment"], *map(_cell, numbers), _time(row["first_time_ns"]), _time(row["last_time_ns"])])
     _print_table(table)
     if newest := survey.newest:
-        out.print(Text(f"the newest is {newest.epoch}, taken {_time(newest.time_ns)}, position {newest.position}"))
+        out.print(Text(f"newest: {newest.epoch}, taken {_time(newest.time_ns)}, position {newest.position}"))
     for name, reason in state.damaged.items():
         if all(name != lost.segment for lost in survey.lost):
             complain(f"{name}: {reason}")
@@ -271,28 +282,30 @@ def _print_json_list(fields: dict[str, Any], name: str, rows: Iterator[dict[str,
 
 
 def _loss(lost: dict[str, Any]) -> str:
-    epochs = f"; lost, though they were committed: {lost['epochs']}" if lost["epochs"] else ""
+    epochs = f"; lost committed checkpoints: {lost['epochs']}" if lost["epochs"] else ""
     return f"{lost['segment']}, at byte {lost['byte']}: {lost['reason']}{epochs}"
 
 
 @app.command(short_help="Remove old checkpoints from a store.")
 def prune(
     store: HistoryName,
-    keep_count: Annotated[int | None, typer.Option(min=1, help="Keep so many checkpoints.")] = None,
+    keep_count: Annotated[int | None, typer.Option(min=1, help="Keep this many checkpoints.")] = None,
     keep_age: Annotated[
-        str | None, typer.Option(help="Keep those of this time before the newest, such as 12h or 7d.")
+        str | None, typer.Option(help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.")
     ] = None,
-    keep_size: Annotated[str | None, typer.Option(help="Keep no more bytes than this, such as 500M or 20G.")] = None,
+    keep_size: Annotated[str | None, typer.Option(help="Keep at most this many bytes, such as 500M or 20G.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove old checkpoints: whole segments, from the oldest on; the one with the newest checkpoint always stays.
+    """Remove old checkpoints, oldest first, in whole segments. The segment with the newest checkpoint always stays.
 
-    A segment goes when one of the limits says so. A backup that is running prunes by itself.
+    A segment is removed as soon as any limit calls for it. A running backup prunes by itself.
 
     Example: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G
     """
     if keep_count is None and keep_age is None and keep_size is None:
-        raise typer.BadParameter("say what is to be kept: --keep-count, --keep-age or --keep-size")
+        raise typer.BadParameter("say what to keep: --keep-count, --keep-age or --keep-size")
+    from remus_ckpt.store import Retention
+
     retention = Retention(
         count=keep_count,
         age_s=None if keep_age is None else parse_duration(keep_age),
@@ -307,14 +320,14 @@ def prune(
     else:
         for name in removed:
             out.print(Text(f"removed {name}"))
-        out.print(f"{left:,} checkpoints are left")
+        out.print(f"{left:,} checkpoints left")
 
 
-@app.command(short_help="Shorten the chain of a store's newest checkpoint.")
+@app.command(short_help="Start a new segment in a store with a full copy of memory.")
 def compact(store: HistoryName, as_json: AsJson = False) -> None:
-    """Begin a new segment with a full copy of memory, so that the newest checkpoint is restored from that alone.
+    """Start a new segment with a full copy of memory, so that restoring the newest checkpoint needs only that segment.
 
-    Older segments stay; `prune` removes them. A backup that is running compacts by itself.
+    Older segments stay until you `prune` them. A running backup compacts by itself.
 
     Example: remus-ckpt compact store:/var/lib/remus/orders
     """
@@ -332,18 +345,19 @@ def compact(store: HistoryName, as_json: AsJson = False) -> None:
         out.print(Text(f"{entry.segment}: checkpoint {entry.epoch}, {entry.end:,} bytes"))
 
 
-@app.command(short_help="Write a store's checkpoint as a stream.")
+@app.command(short_help="Export a checkpoint from a store as a stream.")
 def export(
     store: HistoryName,
-    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
     at: At = None,
     overwrite: Overwrite = False,
-    max_memory: Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="As for restore.")] = 64,
+    max_memory: Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="As in restore.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Write a save stream that ends with the newest checkpoint, or with another: its segment, up to there, checked.
+    """Write a save stream that ends with the newest checkpoint, or with the one that --at names.
 
-    Where the newest is bad or lost, it ends with the newest good one before it, and the exit code is 20.
+    The stream is the checkpoint's segment up to that point, checked on the way. If the newest checkpoint is bad or
+    lost, the stream ends with the newest good one before it, and the exit code is 20.
 
     Example: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711
     """
@@ -364,13 +378,15 @@ def export(
 
 def _path(text: str) -> Path:
     if not is_store(text) or text == PREFIX:
-        raise typer.BadParameter(f"{text!r} names no store: write store:DIR or store:DIR/NAME")
+        raise typer.BadParameter(f"{text!r} is not a store: write store:DIR or store:DIR/NAME")
     return Path(text.removeprefix(PREFIX))
 
 
 def _writer(text: str) -> HistoryWriter:
     path = _path(text)
     name = _history(path).name  # only one that is there
+    from remus_ckpt.store import HistoryWriter
+
     return HistoryWriter(path, name, compact_bytes=None)
 
 
@@ -405,6 +421,8 @@ def _summary(state: State, survey: Survey) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
+    from remus_ckpt.pages import PAGE_SIZE
+
     return {
         "epoch": entry.epoch,
         "position": str(entry.position),

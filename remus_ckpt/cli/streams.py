@@ -8,19 +8,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.text import Text
 
-from remus_ckpt import conformance
 from remus_ckpt.cli.options import (
     AsJson,
-    CodecName,
     CodecOption,
-    GuestName,
     GuestOption,
     MaxMemory,
     Overwrite,
@@ -35,55 +30,53 @@ from remus_ckpt.cli.options import (
     write_out,
 )
 from remus_ckpt.cli.store import At, is_store, parse_at, restore_from_store, verify_store
-from remus_ckpt.codec import kernels
-from remus_ckpt.codec.reference import Lru, Reference, Shadow
-from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, UnknownFormat
-from remus_ckpt.files import StreamWriter
-from remus_ckpt.memory import differing_ranges, load_image, memory_sha256, save_image, zeros
-from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, PageBatch, Pages, batches, pages_for
-from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.sender import MAX_BUFFER_PAGES, Sender
-from remus_ckpt.walk import (
-    Walk,
-    complain,
-    detail_checkpoint,
-    list_checkpoint,
-    out,
-    print_checkpoints,
-    print_details,
-    print_deviations,
-    print_head,
-    progress,
-    shorten,
-    walk_stream,
-)
-from remus_ckpt.wire.xen import events
+from remus_ckpt.limits import MAX_BATCH_ENTRIES, MAX_BUFFER_PAGES
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
-from remus_ckpt.wire.xen.describe import describe
+from remus_ckpt.wire.xen.dialect import Guest, StreamCodec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from remus_ckpt.codec.reference import Reference
+    from remus_ckpt.pages import PageBatch, Pages
+    from remus_ckpt.restorer import Checkpoint
+    from remus_ckpt.walk import Walk
 
 
-@app.command(short_help="Write a stream from memory images.")
+@app.command(short_help="Make a stream from memory images.")
 def encode(
-    images: Annotated[list[Path], typer.Argument(help="Memory images; checkpoint k is the k-th of them.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The stream, - for standard output.")],
-    codec: Annotated[CodecName, typer.Option(help="How changed pages are written.")] = CodecName.delta,
+    images: Annotated[list[Path], typer.Argument(help="Memory images, one per checkpoint.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
+    codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
     buffer_pages: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_BUFFER_PAGES, help="Pages compressed at a time. [default: 8196, 8192 for rle]"),
+        typer.Option(min=1, max=MAX_BUFFER_PAGES, help="Pages to compress at a time. [default: 8196; 8192 for rle]"),
     ] = None,
     reference_pages: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_P2M_SIZE, help="Keep the N pages used last as reference. [default: all]"),
+        typer.Option(
+            min=1, max=MAX_P2M_SIZE, help="Keep only the N most recently used pages as reference. [default: all]"
+        ),
     ] = None,
-    word: Annotated[int, typer.Option(help="Toolstack word of the stream, 8 or 4.")] = 8,
+    word: Annotated[int, typer.Option(help="Word size of the toolstack: 8 or 4 bytes.")] = 8,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a stream from a series of memory images; dirty pages are found by comparison.
+    """Make a stream from a series of memory images. Each image is compared with the one before to find dirty pages.
 
     Example: remus-ckpt encode monday.img tuesday.img -o week.remus
     """
+    from remus_ckpt.codec.reference import Lru, Shadow
+    from remus_ckpt.codec.scan import dirty_pages
+    from remus_ckpt.files import StreamWriter
+    from remus_ckpt.memory import load_image, zeros
+    from remus_ckpt.pages import PAGE_SIZE, pages_for
+    from remus_ckpt.sender import Sender
+    from remus_ckpt.walk import print_checkpoints
+
     dialect_of(word, None, None)
     keep_apart(output, *images)
     keep_what_is_there(overwrite, output)
@@ -94,9 +87,9 @@ def encode(
     for number, size in enumerate(sizes):
         if pages_for(size) != pages:
             sizes[number] = max(sizes)
-            complain(f"{images[number]}: {size} bytes, padded with zeros to {sizes[number]}")
+            complain(f"{images[number]}: {size} bytes; padded with zeros to {sizes[number]}")
     reference: Reference = Lru(reference_pages) if reference_pages else Shadow(zeros(pages))
-    sender = Sender(pages, codec=codec.value, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
+    sender = Sender(pages, codec=codec, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
     listed = []
     writer = StreamWriter(output)
     try:
@@ -120,7 +113,7 @@ def encode(
                 advance((number + 1) * pages * PAGE_SIZE)
     finally:
         writer.close()
-    report = {"stream": output, "codec": codec.value, "p2m_size": pages, "checkpoints": listed}
+    report = {"stream": output, "codec": codec, "p2m_size": pages, "checkpoints": listed}
     if output == "-":
         return
     if as_json:
@@ -130,19 +123,24 @@ def encode(
 
 
 def _scan(image: Pages, dirty: NDArray[np.int64]) -> Iterator[PageBatch]:
+    from remus_ckpt.codec.scan import gather
+    from remus_ckpt.pages import batches
+
     for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
         part = dirty[start : start + MAX_BATCH_ENTRIES]
         yield from batches(part, gather(image, part))
 
 
-@app.command(short_help="Write a checkpoint's memory as an image.")
+@app.command(short_help="Restore a checkpoint's memory to an image.")
 def restore(
     stream: Stream,
-    output: Annotated[str, typer.Option("--output", "-o", help="The image, - for standard output.")],
-    checkpoint: Annotated[int | None, typer.Option(min=0, help="Which one. [default: the last complete]")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the image; - for standard output.")],
+    checkpoint: Annotated[
+        int | None, typer.Option(min=0, help="Number of the checkpoint. [default: the last complete one]")
+    ] = None,
     at: At = None,
     device_state: Annotated[
-        Path | None, typer.Option(help="Also write the device state that came with the checkpoint to this file.")
+        Path | None, typer.Option(help="Also write the checkpoint's device state to this file.")
     ] = None,
     overwrite: Overwrite = False,
     strict: Strict = False,
@@ -152,10 +150,10 @@ def restore(
     max_memory: MaxMemory = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Write the memory of the last complete checkpoint, or of checkpoint K, as a sparse image of mode 0600.
+    """Restore the memory of a checkpoint, by default the last complete one, to a sparse image of mode 0600.
 
-    A stream that is cut off or corrupt gives the last checkpoint that is complete and right; a corrupt one exits with
-    20 all the same. Of a store, `store:DIR/NAME`, any checkpoint that it keeps, while a backup may be writing to it.
+    A truncated or corrupt stream yields its last good checkpoint; if it is corrupt, the exit code is still 20.
+    From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it.
 
     Examples: remus-ckpt restore orders.remus -o orders.img;
     remus-ckpt restore store:/var/lib/remus/orders --at 2026-01-31T12:00 -o orders.img
@@ -166,14 +164,17 @@ def restore(
     if is_store(stream):
         _refuse_for_stores(strict, word, guest, codec)
         if at is not None and checkpoint is not None:
-            raise typer.BadParameter("--at and --checkpoint both say which one: give one of them")
+            raise typer.BadParameter("give --at or --checkpoint, not both")
     keep_what_is_there(overwrite, output, *([] if device_state is None else [device_state]))
     if is_store(stream):
         which = checkpoint if at is None else parse_at(at)
         restore_from_store(stream, output, which, device_state, max_memory, as_json)
         return
     if at is not None:
-        raise typer.BadParameter("--at is for stores; of a stream, name the checkpoint by --checkpoint")
+        raise typer.BadParameter("--at is for stores; use --checkpoint with a stream")
+    from remus_ckpt.memory import save_image
+    from remus_ckpt.walk import list_checkpoint, walk_stream
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     found = _seek(walk, checkpoint)
     if output == "-":
@@ -191,13 +192,13 @@ def restore(
 
 
 def _refuse_for_stores(
-    strict: bool, word: int | None, guest: GuestName | None, codec: CodecName | None, hashes: bool = False
+    strict: bool, word: int | None, guest: Guest | None, codec: StreamCodec | None, hashes: bool = False
 ) -> None:
     """What is an option for streams of all kinds, and would be ignored for a store. Raises typer.BadParameter."""
     given = {"--strict": strict, "--word": word, "--guest": guest, "--codec": codec, "--hash": hashes}
     for name, value in given.items():
         if value:
-            raise typer.BadParameter(f"{name} is for streams; `export` makes one of what a store holds")
+            raise typer.BadParameter(f"{name} is for streams, not stores; `export` turns a store into a stream")
 
 
 def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
@@ -211,15 +212,15 @@ def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
     found = walk.restorer.in_force
     if found is None or epoch is not None:
         walk.fail_if_corrupt()
-        held = f"it holds {epochs[0]} to {epochs[-1]}" if epochs else "it holds no complete one"
+        held = f"the stream holds {epochs[0]} to {epochs[-1]}" if epochs else "the stream holds no complete one"
         raise NoCheckpoint(f"{walk.name}: no checkpoint {'' if epoch is None else epoch}; {held}".replace(" ;", ";"))
     return found
 
 
-@app.command(short_help="Print what a stream holds.")
+@app.command(short_help="Describe a stream and its checkpoints.")
 def inspect(
     stream: Stream,
-    chunks: Annotated[bool, typer.Option("--chunks", help="Also print every chunk with its offset.")] = False,
+    chunks: Annotated[bool, typer.Option("--chunks", help="Also print every chunk and its offset.")] = False,
     strict: Strict = False,
     word: WordOption = None,
     guest: GuestOption = None,
@@ -227,10 +228,22 @@ def inspect(
     max_memory: MaxMemory = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a stream holds: its dialect, and for each checkpoint offsets, counts, ratio, parameters and tail.
+    """Print a stream's dialect and, for each checkpoint, its offsets, counts, ratio, parameters and tail.
 
     Example: remus-ckpt inspect guest.save.xz --chunks
     """
+    from remus_ckpt.walk import (
+        detail_checkpoint,
+        list_checkpoint,
+        print_checkpoints,
+        print_details,
+        print_deviations,
+        print_head,
+        shorten,
+        walk_stream,
+    )
+    from remus_ckpt.wire.xen.describe import describe
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed, seen = [], []
     for event in walk.events():
@@ -253,21 +266,26 @@ def inspect(
     walk.fail_if_corrupt()
 
 
-@app.command("events", short_help="Print a stream as lines of JSON.")
+@app.command("events", short_help="Print a stream's events as JSON lines.")
 def print_events(
     stream: Stream,
-    strict: Annotated[bool, typer.Option("--strict", envvar="REMUS_STRICT", help="As for verify.")] = False,
-    word: Annotated[int | None, typer.Option("--word", envvar="REMUS_WORD", help="As for verify.")] = None,
-    guest: Annotated[GuestName | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As for verify.")] = None,
-    codec: Annotated[CodecName | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As for verify.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", envvar="REMUS_STRICT", help="As in verify.")] = False,
+    word: Annotated[int | None, typer.Option("--word", envvar="REMUS_WORD", help="As in verify.")] = None,
+    guest: Annotated[Guest | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As in verify.")] = None,
+    codec: Annotated[StreamCodec | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As in verify.")] = None,
     max_memory: MaxMemory = 64,
 ) -> None:
-    """Print one line of JSON for each event of a stream, and the SHA-256 of memory after each checkpoint.
+    """Print one JSON line per event, and the SHA-256 of memory after each checkpoint.
 
-    This is what a decoder says in the conformance suite (specs/conformance.md).
+    This is the decoder output that the conformance suite expects (specs/conformance.md).
 
     Example: remus-ckpt events guest.save.xz | jq .event
     """
+    from remus_ckpt.memory import memory_sha256
+    from remus_ckpt.walk import walk_stream
+    from remus_ckpt.wire.xen import events
+    from remus_ckpt.wire.xen.describe import describe
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=True)
 
     def held() -> str | None:
@@ -293,18 +311,20 @@ def print_events(
 
 @app.command(
     "conformance",
-    short_help="Try an implementation of the format.",
+    short_help="Test an implementation of the format.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def run_conformance(context: typer.Context) -> None:
-    """Run a decoder or an encoder of yours against the vectors (specs/conformance.md)."""
+    """Test your decoder or encoder against the vectors (specs/conformance.md)."""
+    from remus_ckpt import conformance
+
     raise typer.Exit(conformance.main(context.args))
 
 
-@app.command(short_help="Walk and decode all of a stream.")
+@app.command(short_help="Read and check an entire stream or store.")
 def verify(
     stream: Stream,
-    hashes: Annotated[bool, typer.Option("--hash", help="SHA-256 of memory after each checkpoint.")] = False,
+    hashes: Annotated[bool, typer.Option("--hash", help="Print the SHA-256 of memory after each checkpoint.")] = False,
     strict: Strict = False,
     word: WordOption = None,
     guest: GuestOption = None,
@@ -312,10 +332,10 @@ def verify(
     max_memory: MaxMemory = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Walk all of a stream and decode all of it.
+    """Read and decode an entire stream, or every segment of a store (`store:DIR/NAME`).
 
-    A stream that is cut off in the middle of a checkpoint is not complete, and good up to there: exit code 0. Of a
-    store, `store:DIR/NAME`, every segment is read back.
+    A stream that ends in the middle of a checkpoint is reported as incomplete, but what comes before is good: exit
+    code 0.
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
@@ -323,6 +343,9 @@ def verify(
         _refuse_for_stores(strict, word, guest, codec, hashes)
         verify_store(stream, max_memory, as_json)
         return
+    from remus_ckpt.memory import memory_sha256
+    from remus_ckpt.walk import list_checkpoint, print_checkpoints, print_deviations, print_head, walk_stream
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
     listed = []
     for checkpoint in walk.checkpoints():
@@ -338,26 +361,33 @@ def verify(
         print_checkpoints(listed, hashes)
         print_deviations(walk)
         if walk.error is None:
-            out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'not complete'}")
+            out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'incomplete'}")
     walk.say_how_it_ended()
     walk.fail_if_corrupt()
 
 
-@app.command(short_help="Print where two checkpoints differ.")
+@app.command(short_help="Show where two checkpoints differ.")
 def diff(
     first: Annotated[str, typer.Argument(metavar="STREAM|IMAGE", help="A stream, or the first of two images.")],
-    second: Annotated[str, typer.Argument(metavar="K1|IMAGE", help="A checkpoint, or the second image.")],
-    third: Annotated[int | None, typer.Argument(metavar="K2", help="The other checkpoint.", min=0)] = None,
+    second: Annotated[str, typer.Argument(metavar="K1|IMAGE", help="Number of a checkpoint, or the second image.")],
+    third: Annotated[int | None, typer.Argument(metavar="K2", help="Number of the other checkpoint.", min=0)] = None,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
     max_memory: MaxMemory = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Print the pages and byte ranges in which two checkpoints of a stream, or two images, differ.
+    """Print the pages and byte ranges that differ between two checkpoints of a stream, or between two images.
 
     Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img
     """
+    if third is not None and not second.isdecimal():
+        raise typer.BadParameter(f"{second!r} is not a checkpoint number")
+    from remus_ckpt.codec.scan import dirty_pages, gather
+    from remus_ckpt.memory import differing_ranges, load_image
+    from remus_ckpt.pages import PAGE_SIZE, pages_for
+    from remus_ckpt.walk import walk_stream
+
     if third is None:
         sizes = [os.stat(path).st_size for path in (first, second)]
         one, other = (load_image(path, pages_for(max(sizes))) for path in (first, second))
@@ -365,8 +395,6 @@ def diff(
         before, after = gather(one, numbers), gather(other, numbers)
         in_bytes = differing_ranges(numbers, before, after)
     else:
-        if not second.isdecimal():
-            raise typer.BadParameter(f"{second!r} is no number of a checkpoint")
         walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
         numbers, before, after, sizes = _differing_pages(walk, int(second), third)
         in_bytes = differing_ranges(numbers, before, after)
@@ -378,13 +406,17 @@ def diff(
         return
     for start, stop in ranges:
         out.print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
-    out.print(f"{len(numbers):,} pages differ, in {count:,} bytes and {len(ranges):,} ranges")
+    out.print(f"{len(numbers):,} pages differ: {count:,} bytes in {len(ranges):,} ranges")
     if sizes[0] != sizes[1]:
-        out.print(f"the first has {sizes[0]:,} bytes, the second {sizes[1]:,}")
+        out.print(f"the first is {sizes[0]:,} bytes long, the second {sizes[1]:,}")
 
 
 def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages, list[int]]:
     """The pages that differ between two checkpoints, before and after; and the sizes of both in bytes."""
+    import numpy as np
+
+    from remus_ckpt.pages import PAGE_SIZE
+
     low, high = sorted((one, other))
     sizes: dict[int, int] = {}
     numbers = np.empty(0, dtype=np.int64)
@@ -409,7 +441,7 @@ def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64
     else:
         walk.say_how_it_ended()
         walk.fail_if_corrupt()
-        raise NoCheckpoint(f"{walk.name}: it does not hold both of checkpoint {low} and {high}")
+        raise NoCheckpoint(f"{walk.name}: the stream does not hold both checkpoints, {low} and {high}")
     if reached is None:
         raise NoCheckpoint(f"{walk.name}: no checkpoint {low}")
     order = np.argsort(numbers)
@@ -420,13 +452,15 @@ def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64
     return (numbers[differ], *(pair if one <= other else pair[::-1]), [sizes[one], sizes[other]])
 
 
-@app.command(short_help="Print pages of a checkpoint.")
+@app.command(short_help="Print pages from a checkpoint.")
 def extract(
     stream: Stream,
-    pfn: Annotated[str, typer.Option(help="Pages: 5, 0x10-0x1f (both included), or several with commas.")],
-    checkpoint: Annotated[int | None, typer.Option(min=0, help="Which one. [default: the last complete]")] = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="A file; by default standard output.")] = "-",
-    hexdump: Annotated[bool, typer.Option("--hex", help="A hexdump; the default on a terminal.")] = False,
+    pfn: Annotated[str, typer.Option(help="Pages to print: 5, 0x10-0x1f (inclusive), or a comma-separated list.")],
+    checkpoint: Annotated[
+        int | None, typer.Option(min=0, help="Number of the checkpoint. [default: the last complete one]")
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write them; - for standard output.")] = "-",
+    hexdump: Annotated[bool, typer.Option("--hex", help="Print a hexdump; the default on a terminal.")] = False,
     overwrite: Overwrite = False,
     word: WordOption = None,
     guest: GuestOption = None,
@@ -434,12 +468,15 @@ def extract(
     max_memory: MaxMemory = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Print pages of a checkpoint as bytes or as a hexdump.
+    """Print pages from a checkpoint as raw bytes or as a hexdump.
 
     Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
     """
     keep_apart(output, stream)
     keep_what_is_there(overwrite, output)
+    from remus_ckpt.pages import PAGE_SIZE
+    from remus_ckpt.walk import walk_stream
+
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     numbers = _page_range(pfn, len(found.memory))
@@ -461,16 +498,18 @@ def _page_range(text: str, pages: int) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(0x[0-9a-fA-F]+|\d+)(?:-(0x[0-9a-fA-F]+|\d+))?\s*", part)
         if not match:
-            raise typer.BadParameter(f"--pfn {part!r}: write 5, 0x10-0x1f, or several with commas")
+            raise typer.BadParameter(f"--pfn {part!r}: write 5, 0x10-0x1f, or a comma-separated list")
         first = int(match[1], 0)
         last = int(match[2], 0) if match[2] else first
         if not first <= last < pages:
-            raise typer.BadParameter(f"--pfn {part}: memory has the pages 0x0-{pages - 1:#x}")
+            raise typer.BadParameter(f"--pfn {part}: memory has pages 0x0-{pages - 1:#x}")
         numbers += range(first, last + 1)
     return numbers
 
 
 def _hexdump(number: int, page: bytes) -> Iterator[str]:
+    from remus_ckpt.pages import PAGE_SIZE
+
     repeated = False
     for start in range(0, len(page), 16):
         row = page[start : start + 16]
@@ -484,17 +523,19 @@ def _hexdump(number: int, page: bytes) -> Iterator[str]:
         yield f"{number * PAGE_SIZE + start:012x}  {row[:8].hex(' '):23}  {row[8:].hex(' '):23}  |{text}|"
 
 
-@app.command(short_help="Say which kernels run, and why.")
+@app.command(short_help="Show which codec kernel is in use and why.")
 def check(
     require_native: Annotated[
-        bool, typer.Option("--require-native", help="Fail if the C extension is not there.")
+        bool, typer.Option("--require-native", help="Fail if the C extension is missing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say which kernels run the codecs, why, which others there are, and what CPU features were seen.
+    """Show which kernel runs the codecs and why, which others are available, and which CPU features were found.
 
-    REMUS_CKPT_KERNEL demands one of them. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
+    Set REMUS_CKPT_KERNEL to require one. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
     """
+    from remus_ckpt.codec import kernels
+
     report = kernels.report()
     if as_json:
         print_json(report)
@@ -504,7 +545,7 @@ def check(
         for name, reason in report["missing"].items():
             out.print(Text(f"missing: {name}: {reason}"))
         seen = [name for name, is_seen in report["features"].items() if is_seen]
-        out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not looked for'}"))
+        out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not checked'}"))
     if report["kernel"] is None:
         raise RemusError(report["why"])
     if require_native and not report["built"]:

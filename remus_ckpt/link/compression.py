@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from remus_ckpt.pages import Buffer
-from remus_ckpt.session.frames import Compression, Packing
+from remus_ckpt.session.frames import Packing
+from remus_ckpt.session.messages import Compression
 
 _SAMPLE_BYTES = 1 << 18
 _SAMPLE_EVERY_BYTES = 32 << 20

@@ -8,8 +8,6 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-import numpy as np
-
 LogFormat = Literal["text", "json"]
 
 _logger = logging.getLogger("remus_ckpt")
@@ -51,7 +49,7 @@ def configure_logs(
 
 
 def _as_plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
+    if getattr(value, "shape", None) == ():  # one of numpy's, which need not be loaded here
         return value.item()
     if isinstance(value, bytes):
         return value.hex()

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError, UnknownFormat
+from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
@@ -49,7 +50,6 @@ from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 
 LASTING = frozenset({"version", "name", "limit", "fenced"})
 """Refusals that another try would not change."""
-MAX_WINDOW = 1024
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _LOOK_S = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import google_crc32c
 import lz4.block
@@ -20,6 +20,7 @@ from remus_ckpt.session.messages import (
     FIELDS,
     TREE_ENTRIES,
     VERSION,
+    Compression,
     Hello,
     Message,
     Reply,
@@ -44,8 +45,6 @@ _HEADER = struct.Struct("<BBHII")
 _CRC = struct.Struct("<I")
 _RAW = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
-
-Compression = Literal["none", "lz4", "zstd"]
 
 FLAGS: dict[str, int] = {"none": 0, "lz4": 1, "zstd": 2}
 """How the payload of a DATA frame is packed (specs/session.md §2.3)."""

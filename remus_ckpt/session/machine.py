@@ -17,8 +17,8 @@ from remus_ckpt.errors import LinkError, UnknownFormat
 from remus_ckpt.limits import KIB
 from remus_ckpt.pages import Buffer
 from remus_ckpt.session import frames
-from remus_ckpt.session.frames import Compression, FrameType
-from remus_ckpt.session.messages import Ack, Begin, Commit, Error, Goodbye, Hello, Message, Welcome
+from remus_ckpt.session.frames import FrameType
+from remus_ckpt.session.messages import Ack, Begin, Commit, Compression, Error, Goodbye, Hello, Message, Welcome
 from remus_ckpt.wire.inbox import End, Inbox
 from remus_ckpt.wire.record import Position
 

@@ -35,6 +35,8 @@ MAX_EPOCH = 1 << 62
 """So that there is always a next one."""
 _MOST = (1 << 63) - 1
 
+Compression = Literal["none", "lz4", "zstd"]
+"""How the payload of a DATA frame may be packed (specs/session.md §2.3)."""
 Level = Literal["received", "durable", "applied"]
 LEVELS: tuple[Level, ...] = ("received", "durable", "applied")
 """How far a checkpoint has come on the backup, in that order (specs/session.md §3.6)."""

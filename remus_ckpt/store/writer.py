@@ -573,21 +573,22 @@ class HistoryWriter:
     def buffer_updated(self, size: int) -> None:
         """Take in what was received into `get_buffer`. Raises StreamError, and StoreError where there is no room."""
         with self._receiving() as chain:
-            self._write(chain, self._room[:size])
             chain.restorer.buffer_updated(size)
-            self._room = memoryview(b"")
             self._read(chain)
+            self._write(chain, self._room[:size])
+            self._room = memoryview(b"")
 
     def feed(self, data: Buffer) -> None:
         """Take in bytes that are there already. Raises as `buffer_updated`."""
         if not len(data):
             return
         with self._receiving() as chain:
-            self._write(chain, data)
             chain.restorer.feed(data)
             self._read(chain)
+            self._write(chain, data)
 
     def _write(self, chain: _Chain, data: Buffer) -> None:
+        """What was read without a fault. A buffer that was lent still holds it: reading moves no byte."""
         if chain is not self._chain:
             most = _BASE_COPIES * chain.restorer.memory.nbytes + _BASE_EXTRA_BYTES
             if chain.written + len(data) > most:

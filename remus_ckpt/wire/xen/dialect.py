@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from remus_ckpt.errors import UnknownFormat
-from remus_ckpt.pages import MAX_BATCH_ENTRIES
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.wire.xen.chunks import LOWEST_CHUNK_ID, MAX_P2M_SIZE
 
 Word = Literal[4, 8]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import struct
-from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol, Self
@@ -18,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
-from remus_ckpt.limits import Limits
-from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, MAX_BATCH_ENTRIES, PAGE_SIZE, Buffer, pages_for
+from remus_ckpt.limits import MAX_BATCH_ENTRIES, Limits
+from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, PAGE_SIZE, Buffer, pages_for
+from remus_ckpt.wire.inbox import End, Inbox
 from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
 from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.chunks import ChunkId, ChunkKind, Layout, Signature
@@ -41,7 +41,7 @@ NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further event."""
 
 _BUFFER_BYTES = 1 << 18
-_GROWTH_BYTES = 8 << 20
+_FIRST_BYTES = 8 << 20
 
 Parser = Generator[events.Event | None, None, Any]
 
@@ -85,10 +85,6 @@ class Boundary:
         return cls(offset=offset, epoch=epoch, dialect=dialect, p2m_size=p2m_size, position=position, course=course)
 
 
-class _End(Exception):
-    """The bytes end within something."""
-
-
 class Reader:
     """One stream, from its first byte to its last.
 
@@ -120,15 +116,9 @@ class Reader:
         self.checkpoint_end = 0
         """The first byte behind the last complete checkpoint."""
         self._course = Course()
-        self._small = bytearray(_BUFFER_BYTES)
-        self._begin = self._stop = 0  # what of it is received and not yet consumed
-        self._base = 0  # where in the stream _small[0] stands
-        self._pending: deque[memoryview] = deque()
-        self._payload: memoryview | None = None  # the rest of a payload that is being received in place
-        self._eof = False
+        self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_FIRST_BYTES, on_consumed=self._take_digest)
         self._error: StreamError | None = None
         self._hash: Digest | None = new_digest()
-        self._hashed = 0  # how far into _small the digest has come
         self._position: Position | None = None  # that the last record of ours made
         self._p2m_size = 0
         self._opening = b""  # the first bytes of the checkpoint's compressed data
@@ -147,7 +137,7 @@ class Reader:
     @property
     def buffered(self) -> int:
         """Bytes that came and have not been read yet."""
-        return self._stop - self._begin + sum(map(len, self._pending))
+        return self._inbox.buffered
 
     def boundary(self) -> Boundary:
         """The place where the reader is: at the beginning, or behind the tail that `next_event` gave last."""
@@ -169,12 +159,10 @@ class Reader:
         self.dialect = boundary.dialect
         self.deviations = {deviation.name: copy.copy(deviation) for deviation in boundary.deviations}
         self.epoch = boundary.epoch
-        self.checkpoint_end = self._base = boundary.offset
+        self.checkpoint_end = boundary.offset
         self._course = copy.copy(boundary.course)
-        self._begin = self._stop = self._hashed = 0
-        self._pending.clear()
-        self._payload = None
-        self._eof = False
+        self._parser.close()  # it may be in the middle of a payload that the inbox has lent
+        self._inbox.reset(boundary.offset)
         self._error = None
         self._hash = None if boundary.is_foreign else self.new_digest()
         self._position = boundary.position
@@ -186,29 +174,19 @@ class Reader:
 
     def get_buffer(self) -> memoryview:
         """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
-        if self._payload is not None:
-            return self._payload
-        if self._stop == len(self._small):
-            self._compact()
-            if self._stop == len(self._small):
-                raise BufferError("the buffer is full: call next_event until it returns NEED_DATA")
-        return memoryview(self._small)[self._stop :]
+        return self._inbox.get_buffer()
 
     def buffer_updated(self, size: int) -> None:
         """`size` bytes were received into what `get_buffer` returned."""
-        if self._payload is not None:
-            self._payload = self._payload[size:]
-        else:
-            self._stop += size
+        self._inbox.buffer_updated(size)
 
     def feed(self, data: Buffer) -> None:
         """Bytes that are there already; they are kept, not copied, until `next_event` comes to them."""
-        if len(data):
-            self._pending.append(memoryview(data).cast("B"))
+        self._inbox.feed(data)
 
     def feed_eof(self) -> None:
         """No more bytes will come."""
-        self._eof = True
+        self._inbox.feed_eof()
 
     # Events out
 
@@ -222,101 +200,25 @@ class Reader:
             except StreamError as error:
                 self._error = error
                 raise
-            except StopIteration:
+            except (StopIteration, End):
                 self._parser = self._drain()
                 continue
-            except _End:
-                self._parser = self._drain()
-                continue
-            if event is not NEED_DATA or not self._pending:
+            if event is not NEED_DATA or not self._inbox.pull():
                 return event
-            self._pull()
-
-    def _pull(self) -> None:
-        data = self._pending.popleft()
-        room = self.get_buffer()
-        size = min(len(room), len(data))
-        room[:size] = data[:size]
-        self.buffer_updated(size)
-        if size < len(data):
-            self._pending.appendleft(data[size:])
 
     # The buffer
 
     @property
     def _offset(self) -> int:
-        return self._base + self._begin
+        return self._inbox.offset
 
-    def _compact(self) -> None:
-        self._digest()
-        left = self._small[self._begin : self._stop]
-        self._small[: len(left)] = left
-        self._base += self._begin
-        self._begin, self._stop, self._hashed = 0, len(left), 0
-
-    def _digest(self) -> None:
+    def _take_digest(self, consumed: memoryview) -> None:
         if self._hash is not None:
-            self._hash.update(memoryview(self._small)[self._hashed : self._begin])
-        self._hashed = self._begin
-
-    def _have(self, size: int) -> Parser:
-        """Wait until `size` bytes can be consumed; at most what the buffer holds."""
-        while self._stop - self._begin < size:
-            if self._begin + size > len(self._small):
-                self._compact()
-            if self._eof and not self._pending:
-                raise _End
-            yield NEED_DATA
-
-    def _peek(self, size: int) -> Generator[events.Event | None, None, bytes]:
-        """The next bytes, fewer only where the stream ends; they stay."""
-        try:
-            yield from self._have(size)
-        except _End:
-            size = self._stop - self._begin
-        return bytes(self._small[self._begin : self._begin + size])
-
-    def _unpack(self, layout: struct.Struct) -> Generator[events.Event | None, None, tuple[Any, ...]]:
-        yield from self._have(layout.size)
-        values = layout.unpack_from(self._small, self._begin)
-        self._begin += layout.size
-        return values
+            self._hash.update(consumed)
 
     def _word(self) -> Generator[events.Event | None, None, int]:
-        (value,) = yield from self._unpack(chunks.U64 if self.dialect.word == 8 else chunks.U32)
+        (value,) = yield from self._inbox.unpack(chunks.U64 if self.dialect.word == 8 else chunks.U32)
         return int(value)
-
-    def _bytes(self, size: int) -> Generator[events.Event | None, None, NDArray[np.uint8]]:
-        """A payload, received where it stays. A long one is taken in steps, so that a length alone costs no memory."""
-        data = np.empty(min(size, _GROWTH_BYTES), dtype=np.uint8)
-        filled = 0
-        while True:
-            yield from self._into(memoryview(data)[filled:])
-            filled = len(data)
-            if filled == size:
-                return data
-            larger = np.empty(min(size, filled * 4), dtype=np.uint8)
-            larger[:filled] = data
-            data = larger
-
-    def _into(self, target: memoryview) -> Parser:
-        take = min(len(target), self._stop - self._begin)
-        target[:take] = memoryview(self._small)[self._begin : self._begin + take]
-        self._begin += take
-        if take == len(target):
-            return
-        self._compact()
-        self._payload = target[take:]
-        while len(self._payload):
-            if self._eof and not self._pending:
-                self._base += len(target) - take - len(self._payload)
-                self._payload = None
-                raise _End
-            yield NEED_DATA
-        self._payload = None
-        self._base += len(target) - take
-        if self._hash is not None:
-            self._hash.update(target[take:])
 
     # What is wrong
 
@@ -351,7 +253,7 @@ class Reader:
     # The grammar, in the order of the specification
 
     def _stream(self) -> Parser:
-        front = yield from self._peek(FRONT_BYTES)
+        front = yield from self._inbox.peek(FRONT_BYTES)
         if front == V2_MAGIC:
             raise UnknownFormat(
                 "this is a Xen v2 stream (from 4.6 on); only the legacy stream is read here",
@@ -379,10 +281,10 @@ class Reader:
 
     def _file_header(self, kind: str, magic: bytes, section: str) -> Parser:
         """§2"""
-        yield from self._have(len(magic))
-        if self._small[self._begin : self._begin + len(magic)] != magic:
+        yield from self._inbox.have(len(magic))
+        if self._inbox.front(len(magic)) != magic:
             self._refuse(f"the file header begins like that of {kind} and goes on otherwise", 0, section)
-        self._begin += len(magic)
+        self._inbox.skip(len(magic))
         header = yield from {
             "xl": self._xl_header,
             "xend": self._xend_header,
@@ -393,13 +295,13 @@ class Reader:
 
     def _configuration(self, length: int, offset: int, section: str) -> Generator[events.Event | None, None, bytes]:
         self._limit(length, "file_header_bytes", offset, section, None, "the configuration's length")
-        data = yield from self._bytes(length)
+        data = yield from self._inbox.array(length)
         return data.tobytes()
 
     def _xl_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.1"""
         section = "stream.md §2.1"
-        order, mandatory, optional, length = yield from self._unpack(struct.Struct("<4I"))
+        order, mandatory, optional, length = yield from self._inbox.unpack(struct.Struct("<4I"))
         if order != 0x01020304:
             raise UnknownFormat(
                 f"the byte order mark is {order:#010x}: only little-endian streams are read", offset=32, section=section
@@ -419,7 +321,7 @@ class Reader:
 
     def _xend_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.2"""
-        (length,) = yield from self._unpack(struct.Struct(">i"))
+        (length,) = yield from self._inbox.unpack(struct.Struct(">i"))
         if length < 0:
             self._refuse(f"the configuration has the length {length}", 16, "stream.md §2.2")
         data = yield from self._configuration(length, 16, "stream.md §2.2")
@@ -427,7 +329,7 @@ class Reader:
 
     def _libvirt_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.4"""
-        version, length = yield from self._unpack(chunks.LIBVIRT_HEADER)
+        version, length = yield from self._inbox.unpack(chunks.LIBVIRT_HEADER)
         if version == 2:
             raise UnknownFormat(
                 "libvirt's header announces a v2 stream (Xen 4.6 or later); only the legacy stream is read",
@@ -449,7 +351,7 @@ class Reader:
     def _header(self) -> Parser:
         """§3"""
         start = self._offset
-        front = yield from self._peek(DETECT_BYTES)
+        front = yield from self._inbox.peek(DETECT_BYTES)
         if front.startswith(V2_MAGIC):
             raise UnknownFormat(
                 "behind the file header stands a Xen v2 stream; only the legacy stream is read",
@@ -457,7 +359,7 @@ class Reader:
                 section="stream.md §2.3",
             )
         if len(front) < DETECT_BYTES and (self.dialect.word is None or self.dialect.guest is None):
-            raise _End
+            raise End
         self.dialect = detect_header(self.dialect, front, start)
         word, guest = self.dialect.word, self.dialect.guest
         assert word is not None and guest is not None
@@ -482,7 +384,7 @@ class Reader:
         if first == chunks.EXTENDED_INFO_MARK[word]:
             extended = []
             start = self._offset
-            (total,) = yield from self._unpack(chunks.U32)
+            (total,) = yield from self._inbox.unpack(chunks.U32)
             self._limit(total, "extended_info_bytes", start, "stream.md §3.3", "header", "the extended info's length")
             left = total
             while left:
@@ -494,7 +396,7 @@ class Reader:
                         "stream.md §3.3",
                         "header",
                     )
-                block_id, size = yield from self._unpack(struct.Struct("<4sI"))
+                block_id, size = yield from self._inbox.unpack(struct.Struct("<4sI"))
                 if size > left - 8:
                     self._refuse(
                         f"block {block_id!r} of {size} bytes where {left - 8} are left",
@@ -502,13 +404,13 @@ class Reader:
                         "stream.md §3.3",
                         "header",
                     )
-                data = yield from self._bytes(size)
+                data = yield from self._inbox.array(size)
                 left -= 8 + size
                 guest_word = self._extended_block(block_id, size, data.tobytes(), here, guest_word)
                 extended.append(events.ExtendedInfo(id=block_id, data=data.tobytes()))
             first = yield from self._word()
         count = chunks.p2m_frames(p2m_size, guest_word)
-        rest = yield from self._bytes((count - 1) * word)
+        rest = yield from self._inbox.array((count - 1) * word)
         frames = np.empty(count, dtype=np.uint64)
         frames[0] = first
         frames[1:] = rest.view(f"<u{word}")
@@ -546,7 +448,7 @@ class Reader:
     def _chunk(self) -> Parser:
         """§4.1"""
         start = self._offset
-        (number,) = yield from self._unpack(chunks.I32)
+        (number,) = yield from self._inbox.unpack(chunks.I32)
         if number > MAX_BATCH_ENTRIES:
             self._refuse(
                 f"a batch of {number} entries; it has {MAX_BATCH_ENTRIES} at most", start, "stream.md §5", "batch"
@@ -571,19 +473,19 @@ class Reader:
             case Layout.FLAG:
                 return self._flag(kind, name, start)
             case Layout.PARAM:
-                pad, value = yield from self._unpack(chunks.PARAM)
+                pad, value = yield from self._inbox.unpack(chunks.PARAM)
                 if pad:
                     self.deviate("nonzero-pad", start, kind.section, name)
                 return events.HvmParam(id=kind.id, value=value, pad=pad, offset=start)
             case Layout.TSC_INFO:
-                mode, nsec, khz, incarnation = yield from self._unpack(chunks.TSC_INFO)
+                mode, nsec, khz, incarnation = yield from self._inbox.unpack(chunks.TSC_INFO)
                 return events.TscInfo(mode=mode, nsec=nsec, khz=khz, incarnation=incarnation, offset=start)
             case Layout.VCPU_INFO:
                 return (yield from self._vcpu_info(kind, name, start))
             case Layout.BLOB:
-                (size,) = yield from self._unpack(chunks.U32)
+                (size,) = yield from self._inbox.unpack(chunks.U32)
                 self._limit(size, "toolstack_bytes", start, kind.section, name, "its length")
-                data = yield from self._bytes(size)
+                data = yield from self._inbox.array(size)
                 return events.Toolstack(data=data.tobytes(), offset=start)
             case Layout.COMPRESSED:
                 return (yield from self._compressed_data(kind, name, start))
@@ -607,7 +509,7 @@ class Reader:
         """§5"""
         if self._course.state is State.ARMED_BODY:
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", "batch")
-        raw = yield from self._bytes(count * (self.dialect.word or 8))
+        raw = yield from self._inbox.array(count * (self.dialect.word or 8))
         entries = raw.view(f"<u{self.dialect.word}")
         if int(entries.max()) < self._p2m_size:
             # All of them normal pages of this memory, as in nearly every batch: there is nothing to be taken apart.
@@ -638,17 +540,17 @@ class Reader:
     def _batch_data(self, pfns: NDArray[np.uint64], types: NDArray[np.uint8], pages: int, start: int) -> Parser:
         data = None
         if not self._course.in_compressed_body:
-            flat = yield from self._bytes(pages * PAGE_SIZE)
+            flat = yield from self._inbox.array(pages * PAGE_SIZE)
             data = flat.reshape(-1, PAGE_SIZE)
         yield from self._emit(events.Batch(pfns=pfns, types=types, data=data, offset=start), "stream.md §5", "batch")
 
     def _vcpu_info(self, kind: ChunkKind, name: str, start: int) -> Generator[events.Event | None, None, events.Event]:
         """§4.2"""
-        (highest,) = yield from self._unpack(chunks.I32)
+        (highest,) = yield from self._inbox.unpack(chunks.I32)
         if highest < 0:
             self._refuse(f"the highest virtual CPU is {highest}", start, kind.section, name)
         self._limit(highest + 1, "vcpus", start, kind.section, name, "the number of virtual CPUs")
-        data = yield from self._bytes((highest // 64 + 1) * 8)
+        data = yield from self._inbox.array((highest // 64 + 1) * 8)
         return events.VcpuInfo(highest_id=highest, online=tuple(data.view("<u8").tolist()), offset=start)
 
     def _compressed_data(
@@ -662,33 +564,33 @@ class Reader:
         self._limit(size, "compressed_chunk_bytes", start, kind.section, name, "its length")
         if not size:
             self.deviate("empty-compressed-data", start, kind.section, name)
-        data = yield from self._bytes(size)
+        data = yield from self._inbox.array(size)
         if len(self._opening) < CODEC_BYTES:
             self._opening += data[: CODEC_BYTES - len(self._opening)].tobytes()
         return events.CompressedData(data=data, offset=start)
 
     def _tmem(self, kind: ChunkKind, name: str, start: int) -> Generator[events.Event | None, None, events.Event]:
         """§4.4"""
-        version, max_pools, ones, flags, weight, cap, ones_too = yield from self._unpack(chunks.TMEM_HEADER)
+        version, max_pools, ones, flags, weight, cap, ones_too = yield from self._inbox.unpack(chunks.TMEM_HEADER)
         if (ones, ones_too) != (chunks.TMEM_ALL_ONES,) * 2:
             self._refuse("its head lacks the two words of ones", start, kind.section, name)
         pools = []
         while True:
             self._limit(self._offset - start, "tmem_bytes", start, kind.section, name, "its length")
-            (pool_id,) = yield from self._unpack(chunks.U32)
+            (pool_id,) = yield from self._inbox.unpack(chunks.U32)
             if pool_id == chunks.TMEM_ALL_ONES:
                 break
-            pool_flags, announced, *uuid = yield from self._unpack(struct.Struct("<2I2Q"))
+            pool_flags, announced, *uuid = yield from self._inbox.unpack(struct.Struct("<2I2Q"))
             pages: list[events.TmemPage] = []
             while len(pages) < announced:
-                oid = yield from self._unpack(chunks.TMEM_OID)
+                oid = yield from self._inbox.unpack(chunks.TMEM_OID)
                 if oid == chunks.TMEM_NO_OBJECT:
                     break
-                (index,) = yield from self._unpack(chunks.U32)
+                (index,) = yield from self._inbox.unpack(chunks.U32)
                 size = chunks.tmem_page_bytes(pool_flags)
                 length = self._offset - start + size
                 self._limit(length, "tmem_bytes", start, kind.section, name, "its length")
-                data = yield from self._bytes(size)
+                data = yield from self._inbox.array(size)
                 pages.append(events.TmemPage(object_id=oid, index=index, data=data.tobytes()))
             pools.append(
                 events.TmemPool(
@@ -707,11 +609,11 @@ class Reader:
         """§4.4"""
         keys: list[tuple[int, tuple[int, int, int], int]] = []
         while True:
-            (pool_id,) = yield from self._unpack(chunks.U32)
+            (pool_id,) = yield from self._inbox.unpack(chunks.U32)
             if pool_id == chunks.TMEM_ALL_ONES:
                 return events.TmemExtra(keys=tuple(keys), offset=start)
-            oid = yield from self._unpack(chunks.TMEM_OID)
-            (index,) = yield from self._unpack(chunks.U32)
+            oid = yield from self._inbox.unpack(chunks.TMEM_OID)
+            (index,) = yield from self._inbox.unpack(chunks.U32)
             self._limit(self._offset - start, "tmem_bytes", start, kind.section, name, "its length")
             keys.append((pool_id, oid, index))
 
@@ -727,47 +629,47 @@ class Reader:
         self.checkpoint_end = self._offset
         self.epoch += 1
         if self._hash is not None:
-            self._digest()
+            self._inbox.settle()
             self._hash = self.new_digest()
         yield from self._emit(event, "stream.md §7", "tail")
 
     def _tail_hvm(self) -> Generator[events.Event | None, None, events.Event]:
         """§7.1, §7.2"""
         start = self._offset
-        magic_pfns = yield from self._unpack(chunks.HVM_MAGIC_PFNS)
+        magic_pfns = yield from self._inbox.unpack(chunks.HVM_MAGIC_PFNS)
         here = self._offset
-        (size,) = yield from self._unpack(chunks.U32)
+        (size,) = yield from self._inbox.unpack(chunks.U32)
         self._limit(size, "hvm_context_bytes", here, "stream.md §7.1", "tail", "the HVM context's length")
-        context = yield from self._bytes(size)
+        context = yield from self._inbox.array(size)
         here = self._offset
-        yield from self._have(chunks.SIGNATURE_BYTES)
-        raw = bytes(self._small[self._begin : self._begin + chunks.SIGNATURE_BYTES])
+        yield from self._inbox.have(chunks.SIGNATURE_BYTES)
+        raw = bytes(self._inbox.front(chunks.SIGNATURE_BYTES))
         try:
             signature = Signature(raw)
         except ValueError:
             self._refuse(f"the device model's record has the signature {raw!r}", here, "stream.md §7.2", "tail")
-        self._begin += chunks.SIGNATURE_BYTES
-        if signature is Signature.QEMU and (yield from self._peek(1)) == b"\n":
+        self._inbox.skip(chunks.SIGNATURE_BYTES)
+        if signature is Signature.QEMU and (yield from self._inbox.peek(1)) == b"\n":
             signature = Signature.XENSERVER
-            self._begin += 1
+            self._inbox.skip(1)
         here = self._offset
         record = None
         if signature is Signature.QEMU:
             state = yield from self._rest(here)
             if len(state) < len(chunks.QEMU_MAGIC) and chunks.QEMU_MAGIC.startswith(state):
-                raise _End
+                raise End
             if not state.startswith(chunks.QEMU_MAGIC):
                 self._refuse("the device state does not begin with QEVM", here, "stream.md §7.2", "tail")
             # The state ends with the bytes, and the stream with it.
             self._course.last_checkpoint = True
         else:
-            (size,) = yield from self._unpack(chunks.U32_BE if signature is Signature.XENSERVER else chunks.U32)
+            (size,) = yield from self._inbox.unpack(chunks.U32_BE if signature is Signature.XENSERVER else chunks.U32)
             self._limit(size, "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
             if signature is Signature.REMUS:
                 has_our_shape = not any(magic_pfns) and not len(context)
                 state, record = yield from self._remus_state(size, has_our_shape)
             else:
-                state = (yield from self._bytes(size)).tobytes()
+                state = (yield from self._inbox.array(size)).tobytes()
                 self._course.last_checkpoint |= signature is Signature.XENSERVER
         if record is None:
             if self._position is not None:
@@ -788,11 +690,12 @@ class Reader:
         parts = bytearray()
         while True:
             try:
-                yield from self._have(1)
-            except _End:
+                yield from self._inbox.have(1)
+            except End:
                 return bytes(parts)
-            parts += self._small[self._begin : self._stop]
-            self._begin = self._stop
+            data = self._inbox.front(_BUFFER_BYTES)
+            parts += data
+            self._inbox.skip(len(data))
             self._limit(len(parts), "device_state_bytes", here, "stream.md §7.2", "tail", "the device state's length")
 
     def _remus_state(
@@ -800,9 +703,9 @@ class Reader:
     ) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
         """§9.2. A record of this signature is Xen's, or ours and right."""
         start = self._offset
-        data = (yield from self._bytes(max(size - DIGEST_BYTES, 0))).tobytes()
+        data = (yield from self._inbox.array(max(size - DIGEST_BYTES, 0))).tobytes()
         if not data.startswith(RECORD_MAGIC):
-            data += (yield from self._bytes(size - len(data))).tobytes()
+            data += (yield from self._inbox.array(size - len(data))).tobytes()
             # Xen's tail is never of our shape, so that in this shape a damaged record of ours is none of Xen's.
             is_short = data.startswith(RECORD_MAGIC)
             if data.startswith(chunks.QEMU_MAGIC) or not (has_our_shape or is_short):
@@ -810,9 +713,9 @@ class Reader:
             self._refuse("the record is neither QEMU's nor one of ours", start, "stream.md §9.2", "tail")
         if self._hash is None:
             self._refuse("a checkpoint with a record behind one without it", start, "stream.md §9.2", "tail")
-        self._digest()
+        self._inbox.settle()
         digest = self._hash.digest()
-        stated = (yield from self._bytes(DIGEST_BYTES)).tobytes()
+        stated = (yield from self._inbox.array(DIGEST_BYTES)).tobytes()
         # The checksum first: what it does not cover is not worth reading.
         if stated != digest:
             self._refuse(
@@ -851,33 +754,33 @@ class Reader:
         """§7.3"""
         start = self._offset
         section = "stream.md §7.3"
-        (count,) = yield from self._unpack(chunks.U32)
+        (count,) = yield from self._inbox.unpack(chunks.U32)
         if count > self._p2m_size:
             self._refuse(f"{count} PFNs are unmapped of {self._p2m_size}", start, section, "tail")
         word = self.dialect.word or 8
-        unmapped = (yield from self._bytes(count * word)).view(f"<u{word}").astype(np.uint64)
+        unmapped = (yield from self._inbox.array(count * word)).view(f"<u{word}").astype(np.uint64)
         size = self._course.context_bytes or {8: 5168, 4: 2800}[word]
         vcpus = []
         for vcpu in self._course.vcpus:
-            context = (yield from self._bytes(size)).tobytes()
+            context = (yield from self._inbox.array(size)).tobytes()
             extended = None
             if self._course.extended_context:
-                extended = (yield from self._bytes(chunks.EXTENDED_CONTEXT_BYTES)).tobytes()
+                extended = (yield from self._inbox.array(chunks.EXTENDED_CONTEXT_BYTES)).tobytes()
             mask = xsave_size = None
             xsave = b""
             if self._course.xsave_bytes is not None:
                 here = self._offset
-                mask, xsave_size = yield from self._unpack(chunks.XSAVE_HEADER)
+                mask, xsave_size = yield from self._inbox.unpack(chunks.XSAVE_HEADER)
                 expected = self._course.xsave_bytes - chunks.XSAVE_HEADER.size
                 if xsave_size != expected:
                     self.deviate("xsave-size", here, section, "tail")
-                xsave = (yield from self._bytes(expected)).tobytes()
+                xsave = (yield from self._inbox.array(expected)).tobytes()
             vcpus.append(
                 events.VcpuContext(
                     id=vcpu, context=context, extended=extended, xsave_mask=mask, xsave_size=xsave_size, xsave=xsave
                 )
             )
-        shared_info = (yield from self._bytes(PAGE_SIZE)).tobytes()
+        shared_info = (yield from self._inbox.array(PAGE_SIZE)).tobytes()
         self._hash = None
         return events.TailPv(
             unmapped=unmapped, vcpus=tuple(vcpus), shared_info=shared_info, offset=start, end=self._offset
@@ -885,11 +788,10 @@ class Reader:
 
     def _drain(self) -> Parser:
         """Behind the last checkpoint, and behind a cut: the rest is counted, not read."""
-        while True:
-            self._begin = self._stop
-            while not self._eof or self._pending:
+        for _ in self._inbox.drain():
+            if not self._inbox.is_over:
                 yield NEED_DATA
-                self._begin = self._stop
+                continue
             trailing = self._offset - self.checkpoint_end
             complete = self.checkpoint_end > 0 and trailing == 0
             yield events.EndOfStream(complete=complete, trailing_bytes=trailing, offset=self._offset)
