@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
-from functools import partial
 from logging import ERROR
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +57,7 @@ from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Retention
 from remus_ckpt.walk import complain, errors, out
 
+_CONNECT_S = 10.0
 _LAST_WORDS_S = 10.0
 
 
@@ -349,7 +349,7 @@ def protect(
         primary = Primary(
             name,
             source,
-            partial(connect, address, tls=tls, insecure=insecure),
+            lambda: connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S)),
             codec=codec.value,
             interval_s=interval_s,
             duration_s=duration_s,
