@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import CORPORA, EDGES, changed, corpus, guarded, guarded_pages, page_pairs, vector_pages
@@ -108,14 +109,14 @@ def test_size_limits_are_met_exactly(kernel: str) -> None:
 
 
 @BOTH
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=many(8, 25), deadline=None)
 @given(pages=page_pairs())
 def test_made_up_pages(codec: str, kernel: str, pages: tuple[Pages, Pages]) -> None:
     agree(codec, kernel, *pages)
 
 
 @BOTH
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=many(8, 15), deadline=None)
 @given(pages=page_pairs(), data=st.data())
 def test_scattered_full_and_repeated_pages(
     codec: str, kernel: str, pages: tuple[Pages, Pages], data: st.DataObject
@@ -144,7 +145,7 @@ def test_scattered_full_and_repeated_pages(
 
 
 @BOTH
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=many(8, 40), deadline=None)
 @given(pages=page_pairs(), data=st.data())
 def test_damaged_pages(codec: str, kernel: str, pages: tuple[Pages, Pages], data: st.DataObject) -> None:
     old, new = pages
@@ -160,7 +161,7 @@ def test_damaged_pages(codec: str, kernel: str, pages: tuple[Pages, Pages], data
 
 
 @BOTH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=many(12, 60), deadline=None)
 @given(encoded=st.binary(max_size=80), count=st.integers(0, 4))
 def test_arbitrary_bytes(codec: str, kernel: str, encoded: bytes, count: int) -> None:
     old = np.full((count, PAGE_SIZE), 7, dtype=np.uint8)
@@ -264,7 +265,7 @@ def test_corpora(codec: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=many(8, 30), deadline=None)
 @given(pages=page_pairs(), data=st.data())
 def test_scan(kernel: str, pages: tuple[Pages, Pages], data: st.DataObject) -> None:
     old, new = pages

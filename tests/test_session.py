@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -763,7 +764,7 @@ def answer(session: Session, event: Any) -> None:
             before = after
 
 
-@settings(max_examples=60)
+@settings(max_examples=many(12, 60))
 @given(
     st.sampled_from([LONG, MIXED]),
     st.lists(st.integers(1, 3000), max_size=200),
@@ -814,7 +815,7 @@ def test_a_flipped_bit_in_what_went_straight_to_the_lender():
     assert (error.section, error.offset, error.chunk) == ("session.md §2.1", begin, "DATA")
 
 
-@settings(max_examples=300)
+@settings(max_examples=many(60, 300))
 @given(st.sampled_from(State), st.sampled_from(["client", "server"]), st.binary(max_size=200), st.data())
 def test_garbage_is_refused_by_our_own_errors(state: State, side: str, junk: bytes, data: st.DataObject):
     session = reach(state)[side]
@@ -837,7 +838,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=many(80, 400))
 @given(st.sampled_from(sorted(MESSAGES)), st.data())
 def test_any_value_in_any_field_is_taken_or_refused(number: FrameType, data: st.DataObject):
     fields = fields_of(number)

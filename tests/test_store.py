@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import streams as s
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_support import PAGES, Source, commit, fill, memory_at, sha
@@ -462,7 +463,7 @@ def test_flipped_bits_are_found_and_dropped(store: Store) -> None:
         assert memory_sha256(writer.memory) == sha(2)
 
 
-@settings(max_examples=60)
+@settings(max_examples=many(12, 60))
 @given(st.binary(max_size=200), st.integers(0, 2), st.data())
 def test_garbage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, good: int, data: st.DataObject) -> None:
     """Nothing but our own errors, and what was there stays."""
