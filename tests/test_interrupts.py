@@ -37,7 +37,8 @@ OURS = tuple(
     f"{HERE}/{name}"
     for name in (
         "loop.py", "sender.py", "codec/reference.py", "source/own_memory.py", "wire/xen/writer.py",
-        "session/machine.py", "service/primary.py", "link/client.py", "link/connection.py", "service/protect.py", "files.py",
+        "session/machine.py", "service/primary.py", "service/protect.py", "link/client.py", "link/connection.py",
+        "files.py",
     )
 )  # fmt: skip
 assert all(map(os.path.exists, OURS))
