@@ -37,7 +37,7 @@ HOSTILE = Limits(memory_bytes=256 * MIB, checkpoint_bytes=256 * MIB)
 
 
 def tries(name: str) -> int:
-    return many(10, 20) if name == OVERFLOW else many(40, 200)
+    return many(10, 20) if name == OVERFLOW else many(60, 200)
 
 
 def restorer_of(name: str, stop: int | None = None, *, strict: bool = False, limits: Limits | None = None) -> Restorer:
