@@ -783,7 +783,7 @@ def test_every_flipped_bit_is_found(side: str, compression: str):
     data = conversation(compression, [b"ab" * 10, b"short"])[side == "client"]
     truth = said(receive(side, data)[0])
     assert isinstance(truth[-1], Goodbye)
-    for bit in range(8 * len(data)):
+    for bit in range(0, 8 * len(data), many(5, 1)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         found: list[Any] = []
