@@ -950,7 +950,7 @@ def test_a_reader_beside_a_busy_writer_sees_no_loss(store: Store) -> None:
 
     def write(writer: HistoryWriter) -> None:
         source = fill(writer, 1)
-        for number in range(400):
+        for number in range(many(130, 400)):
             if number % 60 == 59:
                 source = Source(position=writer.position)
                 writer.begin(full=True)
