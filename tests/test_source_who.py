@@ -463,7 +463,7 @@ def test_children_without_the_memory_are_left_alone(memory: Path) -> None:
         wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
         for _ in range(2):
             source.pause()
-            assert process_state(child) == "S"
+            assert process_state(child) != "T"
             assert process_state(worker.pid) == "T"
             source.resume()
         source.close()

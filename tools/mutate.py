@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,7 +43,7 @@ TESTS = {
     "link/": f"test_transport.py {SERVICE}",
     "link/compression.py": f"test_compression.py {SERVICE}",
     "link/tls.py": "test_keys.py test_transport.py",
-    "loop.py": "test_own_memory.py test_record.py test_source*.py test_interrupts.py test_primary.py test_service*.py",
+    "loop.py": "test_own_memory.py test_record.py test_interrupts.py test_source_contract.py test_primary.py test_source.py",
     "observe/": f"test_observe.py {SERVICE}",
     "restorer.py": f"test_restorer.py {STREAM} test_store.py test_store_recovery.py",
     "sender.py": f"test_sender.py {STREAM} test_store.py test_service.py",
@@ -340,6 +341,7 @@ def main() -> int:
             trees.put(Tree(Path(temporary) / str(number)))
 
         usual: dict[tuple[str, ...], float] = {}
+        is_wrong = threading.Event()
 
         def attempt(mutant: Mutant) -> str:
             tree, tests = trees.get(), tuple(tests_of(ROOT, mutant.file))
@@ -350,8 +352,9 @@ def main() -> int:
                     usual[tests] = time.monotonic() - begin
                     print(f"{mutant.file} without any change: {usual[tests]:.0f} s, {verdict}", flush=True)
                     if verdict != "survives":
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        return _WRONG
+                        is_wrong.set()
+                if is_wrong.is_set():
+                    return _WRONG
                 return tree.attempt(mutant, options.all, 3 * usual[tests] + 20)
             finally:
                 trees.put(tree)
@@ -360,9 +363,9 @@ def main() -> int:
         results: dict[Mutant, str] = {}
         for future in as_completed(futures):
             one = futures[future]
-            if future.cancelled():
-                continue
             results[one] = future.result()
+            if results[one] == _WRONG:
+                continue
             print(f"{one.file}:{one.line:<5} {one.what}  [{results[one]}]", flush=True)
     if _WRONG in results.values():
         return 2
