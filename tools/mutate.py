@@ -43,7 +43,7 @@ TESTS = {
     "link/": f"test_transport.py {SERVICE}",
     "link/compression.py": f"test_compression.py {SERVICE}",
     "link/tls.py": "test_keys.py test_transport.py",
-    "loop.py": "test_own_memory.py test_record.py test_interrupts.py test_source_contract.py test_primary.py test_source.py",
+    "loop.py": "test_own_memory.py test_record.py test_interrupts.py test_source_contract.py test_primary.py",
     "observe/": f"test_observe.py {SERVICE}",
     "restorer.py": f"test_restorer.py {STREAM} test_store.py test_store_recovery.py",
     "sender.py": f"test_sender.py {STREAM} test_store.py test_service.py",
