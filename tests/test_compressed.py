@@ -80,7 +80,7 @@ def inflate(data: bytes, *, is_pipe: bool = False, room: int = 1000) -> tuple[by
 def by_the_byte(name: str, data: bytes) -> tuple[bytes, bool]:
     """What the library gives for one member, fed byte by byte, and whether it met a fault."""
     member, out = UNPACK[name](), b""
-    for at in range(0, len(data), many(7, 1)):
+    for at in range(len(data)):
         try:
             out += member.decompress(data[at : at + 1])
         except Exception:
