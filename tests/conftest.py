@@ -10,19 +10,30 @@ from hypothesis import HealthCheck, settings
 LONG = ("kill", "hostile", "slow")
 """Markers of suites that take minutes. They run with --all, by -m, or where a file or test is named."""
 _left_out = pytest.StashKey[int]()
-
-settings.register_profile(
-    "same-every-time",
-    derandomize=True,
-    deadline=None,
-    print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("same-every-time")
+_is_all = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help=f"run the {', '.join(LONG)} suites too")
+    parser.addoption("--all", action="store_true", help=f"run the {', '.join(LONG)} suites too, and try more cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_all  # noqa: PLW0603 - decorators ask before there is a fixture
+    _is_all = config.getoption("--all")
+    settings.register_profile(
+        "same-every-time",
+        derandomize=True,
+        deadline=None,
+        print_blob=False,
+        max_examples=many(25, 100),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.load_profile("same-every-time")
+
+
+def many(usual: int, full: int) -> int:
+    """How many cases a test tries: usually, and with --all."""
+    return full if _is_all else usual
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,4 +50,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
     yield
     if count := config.stash.get(_left_out, 0):
-        terminalreporter.write_line(f"{', '.join(LONG)} suites: {count} tests not run; run them with --all")
+        terminalreporter.write_line(
+            f"not run: {count} tests of the {', '.join(LONG)} suites, and most of the random cases; --all runs them too"
+        )

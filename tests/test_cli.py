@@ -388,9 +388,8 @@ def test_one_grammar_for_sizes_and_times(take: list[str], option: str, bad: str,
 def test_check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(command("check", "--json").out)
     assert report["kernel"] in report["available"]
-    assert command("check").out.startswith(f"kernel: {report['kernel']}")
     monkeypatch.setenv("REMUS_CKPT_KERNEL", "numpy")
-    assert json.loads(command("check", "--json").out)["kernel"] == "numpy"
+    assert command("check").out.startswith("kernel: numpy")
     monkeypatch.setenv("REMUS_CKPT_KERNEL", "abacus")
     assert command("check").code == 1
     assert command("demo").code == 1

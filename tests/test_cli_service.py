@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import many
 from services import LONG_S, Service, command, make_keys, service, until
 from support import Command, Ran, process_state, writer_process
 from writers import cgroup_mount, own_cgroup
@@ -143,6 +144,7 @@ def test_a_day_in_the_life(tmp_path: Path, folder: Path, memory: Path, remus: Co
     assert (len(pruned["removed"]), pruned["checkpoints"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_both_sides_are_scraped(tmp_path: Path, folder: Path, memory: Path) -> None:
     ports = free_ports(2)
     with (
@@ -204,7 +206,7 @@ def test_other_ways_to_stop_the_writers(served: Service, memory: Path, tmp_path:
         assert process_state(worker.pid) in "SR"
 
 
-@pytest.mark.parametrize("does", ["read line; exit 3", "read line", "exec <&-; sleep 0.1"])
+@pytest.mark.parametrize("does", ["read line; exit 3", "read line", "exec <&-; sleep 0.1"][:: many(3, 1)])
 @pytest.mark.parametrize("interval", ["5ms", "1h"])
 def test_a_command_that_dies_ends_the_protection(
     served: Service, memory: Path, remus: Command, does: str, interval: str
@@ -223,7 +225,9 @@ def test_a_command_that_dies_ends_the_protection(
         assert process_state(worker.pid) in "SR"
 
 
-@pytest.mark.parametrize("does", ["cat > /dev/null; {lasting}", "setsid {lasting} & {lasting}", "{lasting} | cat"])
+@pytest.mark.parametrize(
+    "does", ["setsid {lasting} & {lasting}", "cat > /dev/null; {lasting}", "{lasting} | cat"][:: many(3, 1)]
+)
 def test_a_command_that_does_not_end_is_killed_whole(
     served: Service, memory: Path, remus: Command, does: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +280,7 @@ def test_both_sides_report_in_the_same_words(served: Service, memory: Path, remu
     assert "pause_ms" not in backup
 
 
+@pytest.mark.slow
 def test_status_says_what_is_wrong_and_nothing_where_all_is_well(
     tmp_path: Path, folder: Path, memory: Path, remus: Command
 ) -> None:
@@ -337,6 +342,7 @@ def test_a_terminal_that_goes_away_is_a_goodbye(served: Service, memory: Path, t
     assert end(served.process, signal.SIGHUP)[0] == 0
 
 
+@pytest.mark.slow
 def test_signals_before_there_is_anything_to_do(tmp_path: Path, folder: Path, memory: Path, remus: Command) -> None:
     """Nobody listens, or somebody who says nothing: a signal is heard, and the time that was given is kept."""
     with writer_process(memory) as worker, socket.create_server(("127.0.0.1", 0)) as silent:
@@ -357,6 +363,7 @@ def test_signals_before_there_is_anything_to_do(tmp_path: Path, folder: Path, me
         assert (ran.code, json.loads(ran.out)["ended"]) == (1, "duration"), "nothing was committed"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said_at_once(
     served: Service, tmp_path: Path, folder: Path, memory: Path, remus: Command
 ) -> None:

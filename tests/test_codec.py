@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import Pair, changed_bytes, changed_words, edges, noise, page_pairs, scattered_words, stacked
@@ -158,7 +159,7 @@ def test_the_edges_come_back_and_agree_with_the_oracle(name: str) -> None:
 
 @every_codec
 @given(st.lists(page_pairs(), min_size=1, max_size=3))
-@settings(max_examples=60)
+@settings(max_examples=many(12, 60))
 def test_made_pages_come_back(name: str, pairs: list[Pair]) -> None:
     old, new = stacked(pairs)
     expected = encoded(get_codec(name, kernel="oracle"), old, new)
@@ -172,7 +173,7 @@ def test_made_pages_come_back(name: str, pairs: list[Pair]) -> None:
 
 
 @given(page_pairs())
-@settings(max_examples=150)
+@settings(max_examples=many(30, 150))
 def test_folding_is_never_longer_and_needs_no_decoder_of_its_own(pair: Pair) -> None:
     old, new = stacked([pair])
     plain, folded = (encoded(get_codec(name), old, new) for name in ("xbzrle", "xbzrle-fold"))
@@ -616,7 +617,7 @@ def test_mutated_bytes_are_the_same_to_every_kernel(name: str) -> None:
 
 @every_codec
 @given(st.binary(max_size=200), st.integers(0, 4))
-@settings(max_examples=150)
+@settings(max_examples=many(30, 150))
 def test_garbage_is_the_same_to_every_kernel(name: str, data: bytes, n: int) -> None:
     results = {kernel: outcome(get_codec(name, kernel=kernel).check, data, n) for kernel in kernels.TABLE[name]}
     assert [kernel for kernel, result in results.items() if result != results["oracle"]] == []
@@ -635,6 +636,7 @@ def long_batch() -> tuple[Any, Any]:
     return np.broadcast_to(old, pages.shape).copy(), pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "xbzrle-fold"])
 def test_long_batches_cross_every_window(name: str) -> None:
     old, new = long_batch()
@@ -704,7 +706,7 @@ def test_wire_and_reference_agree_while_the_source_changes(name: str, kernel: st
     try:
         reference = np.zeros_like(source)
         receiver = np.zeros_like(source)
-        for _ in range(8):
+        for _ in range(many(3, 8)):
             ours = codec.encode(source, reference)
             assert codec.apply(ours, receiver) == len(ours)
             assert np.array_equal(receiver, reference)

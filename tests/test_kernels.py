@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import CORPORA, EDGES, changed, corpus, guarded, guarded_pages, page_pairs, vector_pages
@@ -108,14 +109,14 @@ def test_size_limits_are_met_exactly(kernel: str) -> None:
 
 
 @BOTH
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=many(8, 25), deadline=None)
 @given(pages=page_pairs())
 def test_made_up_pages(codec: str, kernel: str, pages: tuple[Pages, Pages]) -> None:
     agree(codec, kernel, *pages)
 
 
 @BOTH
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=many(8, 15), deadline=None)
 @given(pages=page_pairs(), data=st.data())
 def test_scattered_full_and_repeated_pages(
     codec: str, kernel: str, pages: tuple[Pages, Pages], data: st.DataObject
@@ -144,7 +145,7 @@ def test_scattered_full_and_repeated_pages(
 
 
 @BOTH
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=many(8, 40), deadline=None)
 @given(pages=page_pairs(), data=st.data())
 def test_damaged_pages(codec: str, kernel: str, pages: tuple[Pages, Pages], data: st.DataObject) -> None:
     old, new = pages
@@ -160,7 +161,7 @@ def test_damaged_pages(codec: str, kernel: str, pages: tuple[Pages, Pages], data
 
 
 @BOTH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=many(12, 60), deadline=None)
 @given(encoded=st.binary(max_size=80), count=st.integers(0, 4))
 def test_arbitrary_bytes(codec: str, kernel: str, encoded: bytes, count: int) -> None:
     old = np.full((count, PAGE_SIZE), 7, dtype=np.uint8)
@@ -172,7 +173,7 @@ def test_every_cut(codec: str, kernel: str) -> None:
     pairs = [changed(), changed((0, 4), (300, 60)), changed((4090, 6)), changed(*((i * 40, 3) for i in range(20)))]
     old, new = np.stack([old for old, _ in pairs]), np.stack([new for _, new in pairs])
     encoded, _ = encode(codec, "numpy", old, new)
-    for size in range(len(encoded)):
+    for size in range(0, len(encoded), many(5, 1)):
         assert outcome(codec, kernel, encoded[:size], old) == outcome(codec, "oracle", encoded[:size], old)
 
 
@@ -182,7 +183,7 @@ def test_a_fault_at_every_byte_of_one_page_of_three(codec: str, kernel: str) -> 
     old, new = changed((0, 4), (300, 60), (700, 3))
     encoded, _ = encode(codec, "numpy", old[None], new[None])
     three = np.stack([old] * 3)
-    for at in range(len(encoded)):
+    for at in range(0, len(encoded), many(11, 1)):
         for byte in (0, 0x7F, 0xFF):
             damaged = encoded[:at] + bytes([byte]) + encoded[at + 1 :]
             for pages in ([damaged, encoded, encoded], [encoded, damaged, encoded], [encoded, damaged, damaged]):
@@ -211,7 +212,7 @@ def test_a_source_that_is_being_written(codec: str, kernel: str) -> None:
     try:
         wanted = get_codec(codec, kernel=kernel)
         reference, standby = old.copy(), old.copy()
-        for _ in range(30):
+        for _ in range(many(6, 30)):
             encoded = wanted.encode(source, reference)
             assert wanted.apply(encoded, standby) == len(encoded)
             assert np.array_equal(standby, reference)
@@ -264,7 +265,7 @@ def test_corpora(codec: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=many(8, 30), deadline=None)
 @given(pages=page_pairs(), data=st.data())
 def test_scan(kernel: str, pages: tuple[Pages, Pages], data: st.DataObject) -> None:
     old, new = pages

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import noise
@@ -103,7 +104,7 @@ def ranges(numbers: list[int], before: Pages, after: Pages) -> list[tuple[int, i
     st.lists(st.tuples(st.integers(0, 4 * PAGE_SIZE), st.integers(1, 6000)), max_size=5),
     st.sets(st.integers(0, 3)),
 )
-@settings(max_examples=60)
+@settings(max_examples=many(12, 60))
 def test_where_pages_differ(changes: list[tuple[int, int]], picked: set[int]) -> None:
     before = noise(4, 4)
     after = before.copy()

@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
@@ -322,7 +323,7 @@ def test_a_manifest_comes_back(rows: list[tuple[str, np.dtype[Any], Any, str]], 
 GOOD = OwnMemory(all_kinds()).manifest
 
 
-@settings(max_examples=300)
+@settings(max_examples=many(60, 300))
 @given(st.data())
 def test_only_our_errors_come_of_broken_bytes(data: st.DataObject) -> None:
     broken = bytearray(GOOD.pack(b"state"))

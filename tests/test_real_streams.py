@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import many
 from shared import XEN_IDS, needs_xen, xen_manifest, xen_stream
 from streams import events_of
 
@@ -36,7 +37,7 @@ HOSTILE = Limits(memory_bytes=256 * MIB, checkpoint_bytes=256 * MIB)
 
 
 def tries(name: str) -> int:
-    return 20 if name == OVERFLOW else 200
+    return many(10, 20) if name == OVERFLOW else many(60, 200)
 
 
 def restorer_of(name: str, stop: int | None = None, *, strict: bool = False, limits: Limits | None = None) -> Restorer:

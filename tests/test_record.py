@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -194,14 +195,12 @@ def test_what_is_recorded_is_what_was_there_in_the_pause(
         sender,
         output,
         interval_s=0.003,
-        duration_s=0.5,
         bounded=bounded,
         on_paused=lambda epoch: seen.update({epoch: memory.read_bytes()}),
     )
-    taken = list(loop.run())
+    taken = list(islice(loop.run(), 10))
     output.close()
     source.close()
-    assert len(taken) > 5
     if bounded:
         # Three pages fill the buffer, so that encoding and writing fall into the pause, which is reported.
         assert any(one.blocked_s > 0 for one in taken)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import noise
@@ -304,7 +305,7 @@ class XenCache:
         max_size=12,
     ),
 )
-@settings(max_examples=100)
+@settings(max_examples=many(20, 100))
 def test_hits_and_misses_are_those_of_xens_cache(capacity: int, rounds: list[list[tuple[int, bool]]]) -> None:
     ours, xens = Lru(capacity), XenCache(capacity)
     for entries in rounds:
@@ -357,7 +358,7 @@ REFERENCES = {
     reference=st.sampled_from(sorted(REFERENCES)),
     batch_sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
 )
-@settings(max_examples=120)
+@settings(max_examples=many(24, 120))
 def test_what_is_sent_is_what_is_restored(
     rounds: list[list[tuple[int, int, int, int]]],
     codec: Any,

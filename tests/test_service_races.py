@@ -281,6 +281,7 @@ def test_a_backup_that_fails_again_and_again_is_asked_less_and_less_often(tmp_pa
             dials.append(0)
             if len(dials) == 5:
                 stop.set()
+                primary.hurry(0.0)
             return connect(Address.parse(backup.addresses[0]))
 
         primary = Primary("orders", OwnMemory({"array": np.ones(512)}), dial, stop=stop)
@@ -292,6 +293,36 @@ def test_a_backup_that_fails_again_and_again_is_asked_less_and_less_often(tmp_pa
     assert pauses == sorted(pauses)
     assert len(pauses) >= 3
     assert pauses[-1] >= 4 * pauses[0] > 0
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_primary_that_is_stopped_as_its_link_breaks(tmp_path: Path, comes_back: bool) -> None:
+    """It tries for another one, so that what it has sent is committed; but not for long."""
+    stop = StopSignal()
+    with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
+        primary = Primary(
+            "orders", OwnMemory({"array": np.ones(512)}), lambda: connect(Address.parse(proxy.address)), stop=stop
+        )
+        newest = -1
+        for taken in primary.run():
+            newest = taken.sent.epoch
+            if newest == 1:
+                primary.wait_for(newest)
+                proxy.silent.set()  # the next is lost on its way
+            elif newest == 2 and not stop.is_set:
+                stop.set()
+                begin = time.monotonic()
+                proxy.refusing.set()
+                proxy.cut()
+                proxy.silent.clear()
+                if comes_back:
+                    threading.Timer(0.1, proxy.refusing.clear).start()
+        assert primary.ended == "stopped"
+        assert primary.committed is not None
+        assert primary.committed.epoch == (2 if comes_back else 1)
+        assert time.monotonic() - begin < LONG_S
+        primary.close()
+    stop.close()
 
 
 @pytest.mark.parametrize("in_thread", [False, True])

@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -763,7 +764,7 @@ def answer(session: Session, event: Any) -> None:
             before = after
 
 
-@settings(max_examples=60)
+@settings(max_examples=many(12, 60))
 @given(
     st.sampled_from([LONG, MIXED]),
     st.lists(st.integers(1, 3000), max_size=200),
@@ -782,7 +783,7 @@ def test_every_flipped_bit_is_found(side: str, compression: str):
     data = conversation(compression, [b"ab" * 10, b"short"])[side == "client"]
     truth = said(receive(side, data)[0])
     assert isinstance(truth[-1], Goodbye)
-    for bit in range(8 * len(data)):
+    for bit in range(0, 8 * len(data), many(5, 1)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         found: list[Any] = []
@@ -814,7 +815,7 @@ def test_a_flipped_bit_in_what_went_straight_to_the_lender():
     assert (error.section, error.offset, error.chunk) == ("session.md §2.1", begin, "DATA")
 
 
-@settings(max_examples=300)
+@settings(max_examples=many(60, 300))
 @given(st.sampled_from(State), st.sampled_from(["client", "server"]), st.binary(max_size=200), st.data())
 def test_garbage_is_refused_by_our_own_errors(state: State, side: str, junk: bytes, data: st.DataObject):
     session = reach(state)[side]
@@ -837,7 +838,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=many(80, 400))
 @given(st.sampled_from(sorted(MESSAGES)), st.data())
 def test_any_value_in_any_field_is_taken_or_refused(number: FrameType, data: st.DataObject):
     fields = fields_of(number)

@@ -24,7 +24,7 @@ from support import writer_process
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import SourceError
 from remus_ckpt.files import StreamWriter, read_checkpoints
-from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.loop import CheckpointLoop, StopSignal
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.sender import Sender
 from remus_ckpt.source import Source
@@ -204,17 +204,22 @@ def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, tmp_path: P
     seen: dict[int, str] = {}
     source = subject.source
     output = StreamWriter(tmp_path / "stream")
+    stop = StopSignal()
     loop = CheckpointLoop(
         source,
         Sender(source.pages, reference=Shadow(source.shadow)),
         output,
         interval_s=0.003,
-        duration_s=0.2,
         on_paused=lambda epoch: seen.update({epoch: hashlib.sha256(subject.image()).hexdigest()}),
+        stop=stop,
     )
-    assert len(list(loop.run())) > 2
+    for taken in loop.run():
+        if taken.sent.epoch == 5:
+            stop.set()
     output.close()
-    assert loop.ended == "duration"
+    stop.close()
+    assert loop.ended == "stopped"
+    assert len(seen) == 6
     restored = {
         checkpoint.epoch: hashlib.sha256(checkpoint.memory.tobytes()).hexdigest()
         for checkpoint in read_checkpoints(tmp_path / "stream", strict=True)

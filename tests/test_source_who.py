@@ -373,7 +373,7 @@ def test_a_number_that_was_given_to_a_stranger(memory: Path) -> None:
         text=True,
         timeout=60,
     )
-    if "unshare failed" in done.stderr:
+    if done.stderr.startswith("unshare: "):
         pytest.skip(done.stderr)
     assert done.stdout == "well 1\n", done.stderr
 
@@ -398,7 +398,7 @@ def test_the_proc_of_another_namespace_is_refused() -> None:
         text=True,
         timeout=60,
     )
-    if "unshare failed" in done.stderr:
+    if done.stderr.startswith("unshare: "):
         pytest.skip(done.stderr)
     assert done.stdout == "refused\n", done.stderr
 
@@ -463,7 +463,7 @@ def test_children_without_the_memory_are_left_alone(memory: Path) -> None:
         wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
         for _ in range(2):
             source.pause()
-            assert process_state(child) == "S"
+            assert process_state(child) != "T"
             assert process_state(worker.pid) == "T"
             source.resume()
         source.close()
@@ -799,7 +799,7 @@ def test_a_broken_pause_is_taken_again_and_never_recorded(
 
         def break_in(pfns: np.ndarray, out: np.ndarray) -> np.ndarray:
             pages = read(pfns, out)
-            if seen and len(broken) < times:
+            if seen and len(pages) and len(broken) < times:
                 broken.append(pages.tobytes())
                 os.kill(worker.pid, signal.SIGCONT)
                 wait_until(lambda: not memory.read_bytes().startswith(broken[-1][:8]))
@@ -813,11 +813,12 @@ def test_a_broken_pause_is_taken_again_and_never_recorded(
             Sender(source.pages, reference=Shadow(source.shadow)),
             output := StreamWriter(tmp_path / "stream"),
             interval_s=0.002,
-            duration_s=0.1,
             on_paused=lambda epoch: seen.update({epoch: memory.read_bytes()}),
         )
         if times == 1:
-            assert len(list(loop.run())) > 2
+            for _ in loop.run():
+                if broken and len(seen) > 3:
+                    break
         else:
             with pytest.raises(PauseBroken):
                 list(loop.run())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import streams as s
+from conftest import many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_support import PAGES, Source, commit, fill, memory_at, sha
@@ -486,7 +487,7 @@ def test_what_breaks_a_rule_is_never_written(store: Store, in_place: bool) -> No
             assert segment.stat().st_size == size
 
 
-@settings(max_examples=60)
+@settings(max_examples=many(12, 60))
 @given(st.binary(max_size=200), st.integers(0, 2), st.data())
 def test_garbage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, good: int, data: st.DataObject) -> None:
     """Nothing but our own errors, and what was there stays."""
@@ -998,7 +999,7 @@ def test_a_reader_beside_a_busy_writer_sees_no_loss(store: Store) -> None:
 
     def write(writer: HistoryWriter) -> None:
         source = fill(writer, 1)
-        for number in range(400):
+        for number in range(many(130, 400)):
             if number % 60 == 59:
                 source = Source(position=writer.position)
                 writer.begin(full=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import many
 from store_support import Source, commit, fill, sha
 
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, RemusError
@@ -75,11 +76,8 @@ def at(epoch: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=(BEGAN_NS + epoch * STEP_NS) // 1000 + 1)
 
 
-LONG = pytest.mark.skipif("REMUS_CKPT_LONG" not in os.environ, reason="minutes; set REMUS_CKPT_LONG")
-
-
-@pytest.mark.parametrize("rows", [200_000, pytest.param(10_000_000, marks=[LONG, pytest.mark.long])])
-def test_a_long_history(tmp_path: Path, rows: int) -> None:
+def test_a_long_history(tmp_path: Path) -> None:
+    rows = many(60_000, 1_000_000)
     make_long(Store(tmp_path), rows)
     before = memory_peak(reset=True)
     with Store(tmp_path).writer("n") as writer:
@@ -100,7 +98,8 @@ def test_a_long_history(tmp_path: Path, rows: int) -> None:
 
 
 def test_listing_a_long_history_holds_none_of_it(tmp_path: Path) -> None:
-    make_long(Store(tmp_path), 100_000)
+    rows = many(40_000, 100_000)
+    make_long(Store(tmp_path), rows)
     code = (
         "import resource, sys; from remus_ckpt.cli import main\n"
         "try: main()\n"
@@ -112,7 +111,7 @@ def test_listing_a_long_history_holds_none_of_it(tmp_path: Path) -> None:
         done = subprocess.run(words, capture_output=True, check=True)
         peaks.append(int(done.stderr.split()[-1]) * 1024)
     listed = [row["epoch"] for row in json.loads(done.stdout)["entries"]]
-    assert listed == list(range(100_001))
+    assert listed == list(range(rows + 1))
     assert peaks[1] - peaks[0] < 16 * MIB
 
 
@@ -204,7 +203,7 @@ def test_a_time_that_no_store_can_keep(tmp_path: Path, time_ns: int) -> None:
 EDGES = [-(1 << 63), -1, 0, 1, 1 << 62, (1 << 63) - 1]
 
 
-@pytest.mark.parametrize("time_ns", EDGES)
+@pytest.mark.parametrize("time_ns", EDGES[:: many(5, 1)])
 def test_the_times_that_can_be_kept(tmp_path: Path, time_ns: int) -> None:
     with Store(tmp_path).writer("n") as writer:
         sender = Sender(8)
@@ -218,7 +217,7 @@ def test_the_times_that_can_be_kept(tmp_path: Path, time_ns: int) -> None:
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(many(12, 60)))
 def test_any_bytes_in_the_index_and_in_segments(tmp_path: Path, seed: int) -> None:
     """Only our own errors come out of a store whose files hold anything, and what is whole is given back right."""
     with Store(tmp_path).writer("n") as writer:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from conftest import many
 from support import Command
 
 from remus_ckpt import Restorer
@@ -74,7 +75,7 @@ def _tell(monkeypatch: pytest.MonkeyPatch, vector: dict[str, Any]) -> None:
 # Our own
 
 
-@pytest.mark.parametrize("vector", DECODE, ids=_id)
+@pytest.mark.parametrize("vector", DECODE[:: many(5, 1)], ids=_id)
 def test_our_decoder(vector: dict[str, Any], command: Command, monkeypatch: pytest.MonkeyPatch):
     _tell(monkeypatch, vector)
     load_vector(FOLDER, vector)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from remus_ckpt.source.commands import PauseCommands
     from remus_ckpt.source.processes import Processes
 
+_CONNECT_S = 10.0
 _LAST_WORDS_S = 10.0
 
 
@@ -345,7 +345,7 @@ def protect(
         primary = Primary(
             name,
             source,
-            partial(connect, address, tls=tls, insecure=insecure),
+            lambda: connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S)),
             codec=codec,
             interval_s=interval_s,
             duration_s=duration_s,

@@ -56,6 +56,10 @@ _LOOK_S = 0.1
 """How often whoever waits looks for what nobody tells it."""
 _SAY_S = 10.0
 """Checkpoints that wait for longer are worth a line in the log."""
+_LAST_LINK_S = 2.0
+"""How long a primary that ends tries for a new link, so that what it has sent is committed."""
+_LAST_COMMIT_S = 10.0
+"""How long it waits for commits over one that is well, at least."""
 _MAX_UNRELEASED = 1000
 """Commits that may wait for on_commit; then checkpoints wait too."""
 
@@ -361,7 +365,7 @@ class Primary:
             self._await(newest.epoch, timeout_s, is_patient=False)
 
     def _drain_patiently(self) -> None:
-        """For two leases: a link that is dead is found so after one, and made anew.
+        """For two leases, or 10 s where that is longer: a link that is dead is found so after one, and made anew.
 
         A backup that is there and slower than that is told goodbye all the same.
         """
@@ -369,7 +373,7 @@ class Primary:
         if link is None:
             return
         try:
-            self.drain(self.left_s(2 * link.welcome.lease_s))
+            self.drain(self.left_s(max(2 * link.welcome.lease_s, _LAST_COMMIT_S)))
         except LinkError as error:
             if isinstance(error, Refused):
                 raise
@@ -444,11 +448,12 @@ class Primary:
             if self._is_closed:
                 raise ValueError(f"the protection of {self.name!r} has been closed")
             until = min((at for at in (deadline, end) if at is not None), default=math.inf)
+            if (reason := self._reason_to_end) and self._gives_up():
+                self.ended = reason
+                return
             left_s = min(self._backoff_s, until - time.monotonic())
-            if left_s > 0:
-                self._sleep(left_s)
-                if self.ended:
-                    return
+            if left_s > 0 and self._sleep(left_s):
+                continue
             if end is not None and said and time.monotonic() >= end:
                 self.ended = "duration"
                 return
@@ -458,17 +463,17 @@ class Primary:
             except Refused as error:
                 if error.code in LASTING:
                     raise
-                reason: RemusError = error
+                fault: RemusError = error
             except (LinkError, StreamError) as error:
                 if isinstance(error, UnknownFormat) and not self._connections:
                     raise  # it has never been a backup
-                reason = error
+                fault = error
             self._back_off()
-            if str(reason) != said:
-                log("no link", level=logging.WARNING, name=self.name, reason=str(reason))
-                said = str(reason)
+            if str(fault) != said:
+                log("no link", level=logging.WARNING, name=self.name, reason=str(fault))
+                said = str(fault)
             if deadline is not None and time.monotonic() + self._backoff_s > deadline:
-                raise reason if isinstance(reason, LinkError) else LinkError(str(reason))
+                raise fault if isinstance(fault, LinkError) else LinkError(str(fault))
 
     def _back_off(self) -> None:
         """Before the next link, which is made at once only where the last one carried a commit.
@@ -477,22 +482,32 @@ class Primary:
         """
         self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S, self._lease_s / 4)
 
-    def _gives_up(self) -> bool:
-        is_stopped = self._stop is not None and self._stop.is_set
-        return is_stopped or not self._source.alive() or time.monotonic() >= self._until
+    @property
+    def _reason_to_end(self) -> str:
+        if not self._is_running:
+            return ""  # a single checkpoint has its deadline
+        if self._stop is not None and self._stop.is_set:
+            return "stopped"
+        return "" if self._source.alive() else "source gone"
 
-    def _sleep(self, seconds: float) -> None:
+    def _gives_up(self) -> bool:
+        """Whether to wait for a link no longer. Who ends does so only for what has been sent, and not for long."""
+        if self._reason_to_end:
+            if not self._flights and self._coming is None and not (self._sender and self._sender.unfinished):
+                return True
+            self._until = min(self._until, time.monotonic() + _LAST_LINK_S)
+        return time.monotonic() >= self._until
+
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep; True as soon as there is a reason to end, but only the first time."""
         self._turn()
         poll = select.poll()
-        for fd in self._source.death_fds():
-            poll.register(fd, select.POLLIN)
-        if self._stop is not None:
-            poll.register(self._stop.fd, select.POLLIN)
-        poll.poll(int(seconds * 1000))
-        if self._stop is not None and self._stop.is_set:
-            self.ended = "stopped"
-        elif not self._source.alive():
-            self.ended = "source gone"
+        if self._is_running and not self._reason_to_end:
+            for fd in self._source.death_fds():
+                poll.register(fd, select.POLLIN)
+            if self._stop is not None:
+                poll.register(self._stop.fd, select.POLLIN)
+        return bool(poll.poll(int(self.left_s(seconds) * 1000)))
 
     def _open(self) -> None:
         hello = Hello(

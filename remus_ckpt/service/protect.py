@@ -176,8 +176,8 @@ class Protection:
                 self._let_go()
 
     def _end_thread(self, thread: threading.Thread, timeout_s: float) -> None:
-        self._stop.set()
         self._primary.hurry(timeout_s)
+        self._stop.set()
         thread.join(min(timeout_s, threading.TIMEOUT_MAX))
         if thread.is_alive():
             self._primary.hang_up()
