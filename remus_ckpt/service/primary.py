@@ -484,7 +484,7 @@ class Primary:
 
     @property
     def _reason_to_end(self) -> str:
-        if not self._is_running:
+        if not self.is_running:
             return ""  # a single checkpoint has its deadline
         if self._stop is not None and self._stop.is_set:
             return "stopped"
@@ -502,7 +502,7 @@ class Primary:
         """Sleep; True as soon as there is a reason to end, but only the first time."""
         self._turn()
         poll = select.poll()
-        if self._is_running and not self._reason_to_end:
+        if self.is_running and not self._reason_to_end:
             for fd in self._source.death_fds():
                 poll.register(fd, select.POLLIN)
             if self._stop is not None:
