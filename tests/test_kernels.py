@@ -250,6 +250,7 @@ def test_page_vectors(codec: str, kernel: str) -> None:
         agree(codec, kernel, old[some], new[some])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORPORA)
 @pytest.mark.parametrize("codec", CODECS)
 def test_corpora(codec: str, name: str) -> None:
