@@ -236,6 +236,7 @@ def test_a_batch_that_passes_every_threshold(codec: str) -> None:
         assert outcome(codec, kernel, expected, old) == (len(expected), new.tobytes())
 
 
+@pytest.mark.slow
 @BOTH
 def test_page_vectors(codec: str, kernel: str) -> None:
     old = np.frombuffer(vector_pages("old"), dtype=np.uint8).reshape(-1, PAGE_SIZE)
