@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import many
 from services import LONG_S, Service, command, make_keys, service, until
 from support import Command, Ran, process_state, writer_process
 from writers import cgroup_mount, own_cgroup
@@ -206,7 +205,8 @@ def test_other_ways_to_stop_the_writers(served: Service, memory: Path, tmp_path:
         assert process_state(worker.pid) in "SR"
 
 
-@pytest.mark.parametrize("does", ["read line; exit 3", "read line", "exec <&-; sleep 0.1"][:: many(3, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("does", ["read line; exit 3", "read line", "exec <&-; sleep 0.1"])
 @pytest.mark.parametrize("interval", ["5ms", "1h"])
 def test_a_command_that_dies_ends_the_protection(
     served: Service, memory: Path, remus: Command, does: str, interval: str
@@ -225,9 +225,8 @@ def test_a_command_that_dies_ends_the_protection(
         assert process_state(worker.pid) in "SR"
 
 
-@pytest.mark.parametrize(
-    "does", ["setsid {lasting} & {lasting}", "cat > /dev/null; {lasting}", "{lasting} | cat"][:: many(3, 1)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("does", ["setsid {lasting} & {lasting}", "cat > /dev/null; {lasting}", "{lasting} | cat"])
 def test_a_command_that_does_not_end_is_killed_whole(
     served: Service, memory: Path, remus: Command, does: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def test_the_bytes_are_what_the_format_says(name: str, pair: Pair, expected: byt
     assert np.array_equal(target, new)
 
 
+@pytest.mark.slow
 @needs_pages
 @every_kernel
 def test_603_pairs_give_the_real_encoders_bytes(name: str, kernel: str) -> None:

@@ -236,6 +236,7 @@ def test_a_batch_that_passes_every_threshold(codec: str) -> None:
         assert outcome(codec, kernel, expected, old) == (len(expected), new.tobytes())
 
 
+@pytest.mark.slow
 @BOTH
 def test_page_vectors(codec: str, kernel: str) -> None:
     old = np.frombuffer(vector_pages("old"), dtype=np.uint8).reshape(-1, PAGE_SIZE)
@@ -250,6 +251,7 @@ def test_page_vectors(codec: str, kernel: str) -> None:
         agree(codec, kernel, old[some], new[some])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORPORA)
 @pytest.mark.parametrize("codec", CODECS)
 def test_corpora(codec: str, name: str) -> None:

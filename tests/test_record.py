@@ -70,7 +70,7 @@ def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path,
     assert recorder.returncode == 0, err
     report = json.loads(out)
     assert report["ended"] == "duration"
-    assert report["checkpoints"] == is_whole(stream) > 5
+    assert report["checkpoints"] == is_whole(stream) > 0
     assert stream.stat().st_mode & 0o777 == 0o600
     assert process_state(worker.pid) != "T"
 

@@ -10,6 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 import streams as s
+from conftest import many
 from pairs import noise
 from streams import ENABLE_COMPRESSION, END, entry, page, restore
 
@@ -50,7 +51,7 @@ def test_any_flipped_bit_is_found(word: Any, detect: bool) -> None:
     assert error is None and len(good) == 3 and restorer.end is not None and restorer.end.complete
     limits = Limits(memory_bytes=GIB)
     flipped = bytearray(data)
-    for bit in range(8 * len(data)):
+    for bit in range(0, 8 * len(data), many(7, 1)):
         flipped[bit // 8] ^= 1 << bit % 8
         memories, error, restorer = restore(flipped, dialect=dialect, limits=limits)
         assert error is not None or (restorer.end is not None and not restorer.end.complete), bit
