@@ -27,7 +27,8 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.service import primary
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Committed
-from remus_ckpt.service.protect import arrays_of, protect
+from remus_ckpt.service.protect import protect
+from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Store
 
