@@ -479,6 +479,26 @@ def test_a_takeover_that_was_done_says_nothing_of_the_next_term(tmp_path: Path) 
             assert history.state.more["takeover_done"] is False
 
 
+def test_a_survivor_is_not_ended_for_the_memory_that_it_began_with(tmp_path: Path) -> None:
+    """It is protected from its first commit on; before that, a takeover would undo what it has done."""
+    shot = tmp_path / "shot"
+    standby = standing_by(tmp_path, lease_s=0.2, automatic=True, fence=f"touch {shot}")
+    asking = threading.Thread(target=lambda: standby.take_over(fence=False), daemon=True)
+    asking.start()
+    until(lambda: turn(standby) or standby.status()["role"] == "promoted")
+    asking.join(LONG_S)
+    survivor = Guest(1)
+    with standby.hosting(survivor, survivor.hello(term=2)):
+        pass
+    for _ in range(10):
+        standby._looked_at = time.monotonic()
+        turn(standby, time.monotonic() + 1.0)
+        time.sleep(0.02)
+    assert standby.status()["role"] == "standby"
+    assert not shot.exists()
+    standby.close()
+
+
 def test_two_who_ask_for_a_takeover(tmp_path: Path) -> None:
     """One vouches for the old side, and is not made to wait for the fence that the other asks for."""
     standby = standing_by(tmp_path, fence="sleep 60")

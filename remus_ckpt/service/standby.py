@@ -437,7 +437,8 @@ class Standby:
             term=state.term,
             role=Role(state.role),
             has_checkpoint=self._writer.position is not None,
-            expects_primary=bool(state.more.get("expects_primary")),
+            # Who was started from what is held here has done work since, which no takeover from it would have.
+            expects_primary=bool(state.more.get("expects_primary")) and not self._writer.is_handed_out,
             takeover_done=bool(state.more.get("takeover_done")),
             listening_since=self._listening_since,
             last_heard=max(heard, default=None),

@@ -466,9 +466,13 @@ class HistoryWriter:
         chain = self._chain
         if chain is None or chain.is_sealed or self._epoch < self._highest:
             return None
-        if (self.state.more.get("handed_out") or {}).get("position") == str(self.position):
-            return None  # somebody goes on from there
-        return chain.shape
+        return None if self.is_handed_out else chain.shape
+
+    @property
+    def is_handed_out(self) -> bool:
+        """Whether somebody has gone on from `position`: it is not the newest state of that memory any more."""
+        given = self.state.more.get("handed_out") or {}
+        return self.position is not None and given.get("position") == str(self.position)
 
     @property
     def highest_epoch(self) -> int:
