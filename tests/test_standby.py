@@ -490,9 +490,10 @@ def test_a_survivor_is_not_ended_for_the_memory_that_it_began_with(tmp_path: Pat
     survivor = Guest(1)
     with standby.hosting(survivor, survivor.hello(term=2)):
         pass
-    for _ in range(10):
+    over = time.monotonic() + 5 * 0.2
+    while time.monotonic() < over:
         standby._looked_at = time.monotonic()
-        turn(standby, time.monotonic() + 1.0)
+        turn(standby)
         time.sleep(0.02)
     assert standby.status()["role"] == "standby"
     assert not shot.exists()
