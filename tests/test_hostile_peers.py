@@ -668,7 +668,7 @@ def hangs_up(peer: Peer) -> None:
 
 def hangs_up_at_the_commit(peer: Peer) -> None:
     peer.welcome()
-    while not isinstance(peer.hear(), messages.Commit):
+    while (event := peer.hear()) is not None and not isinstance(event, messages.Commit):
         pass
 
 
