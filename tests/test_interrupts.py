@@ -253,13 +253,13 @@ def test_a_checkpoint_that_is_interrupted(tmp_path: Path, scenario: Any, stride:
     assert strike_at_each(tmp_path, scenario, "line", os.getpid() % stride, stride) * stride > 100
 
 
-@pytest.mark.kill
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_checkpoint_that_is_interrupted_at_each_line(tmp_path: Path, scenario: Any) -> None:
     strike_at_each(tmp_path, scenario, "line", 0, 1)
 
 
-@pytest.mark.kill
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_checkpoint_that_is_interrupted_at_an_instruction(tmp_path: Path, scenario: Any) -> None:
     strike_at_each(tmp_path, scenario, "opcode", os.getpid() % 29, 29)
