@@ -723,8 +723,8 @@ class Primary:
 
     def fds(self) -> Sequence[int]:
         """Becomes readable when the link is lost."""
-        wake = -1 if self._link is None else self._link.wake
-        return () if wake < 0 else (wake,)
+        failed = -1 if self._link is None else self._link.failed.fileno()
+        return () if failed < 0 else (failed,)
 
     def check(self) -> None:
         """Raise what has ended the link."""
