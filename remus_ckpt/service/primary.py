@@ -17,14 +17,15 @@ import logging
 import math
 import os
 import select
+import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -129,11 +130,25 @@ class _Bell:
             self._waiters.discard(waiter)
 
 
-class _Turn:
-    """Of one call of `checkpoint`."""
+@dataclass(slots=True)
+class _Call:
+    """One call of `checkpoint`, in its place in the queue.
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    thread: its thread's number
+    frame: where it runs. Whether it does is asked of the frame itself: a call that an interrupt cut short, wherever
+        that was, is over although it still stands in the queue, and although a traceback still knows its frame
+    """
+
+    thread: int
+    frame: FrameType
+
+    @property
+    def is_over(self) -> bool:
+        try:
+            self.frame.clear()  # refused while it runs
+        except RuntimeError:
+            return False
+        return True
 
 
 class Primary:
@@ -212,8 +227,9 @@ class Primary:
         self._flights: deque[_Flight] = deque()
         self._bell = _Bell()  # rung when they, the link or `committed` have changed
         self._until = math.inf  # when the call that is under way must be over
-        # Of the calls of `checkpoint`, the one that is under way first; a dead one is of a call that was cut short.
-        self._turns: deque[weakref.ref[_Turn]] = deque()
+        # Calls of `checkpoint`, the one that is under way first, by what they call themselves: a call that knew its own
+        # frame would be garbage that only the collector finds.
+        self._calls: dict[object, _Call] = {}
         self._pid = os.getpid()
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
@@ -274,33 +290,30 @@ class Primary:
         """
         self._check_process()
         deadline = deadline_in(timeout_s)
-        turn = _Turn()
-        place = weakref.ref(turn)
+        key = object()
         try:
-            self._turns.append(place)
-            if not self._bell.wait(lambda: self._is_first(turn), deadline):
+            self._calls[key] = _Call(threading.get_ident(), sys._getframe())
+            if not self._bell.wait(lambda: self._is_first(key), deadline):
                 raise RemusError(f"the checkpoint that another thread takes was not done in {timeout_s:g} s")
             return self._take(deadline, wait)
         finally:
-            self._leave(place)
+            self._leave(key)
 
-    def _is_first(self, turn: _Turn) -> bool:
+    def _is_first(self, key: object) -> bool:
         """Whether it is a call's turn."""
-        for place in tuple(self._turns):
-            other = place()
-            if other is None:
-                self._leave(place)
-            elif other is turn:
+        for other, call in tuple(self._calls.items()):
+            if other is key:
                 return True
-            elif other.thread != turn.thread:
+            if call.is_over:
+                self._leave(other)
+            elif call.thread != threading.get_ident():
                 return False
             else:
                 raise ValueError("checkpoint() was called within checkpoint(): by a callback, or a signal's handler?")
-        raise AssertionError("a turn that is waited for is there")
+        raise AssertionError("a call that waits for its turn stands in the queue")
 
-    def _leave(self, place: weakref.ref[_Turn]) -> None:
-        with suppress(ValueError):  # another thread saw that it was dead
-            self._turns.remove(place)
+    def _leave(self, key: object) -> None:
+        self._calls.pop(key, None)  # another thread may have seen that it was over
         self._bell.ring()
 
     def _take(self, deadline: float, wait: bool) -> int:
