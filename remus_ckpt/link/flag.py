@@ -34,3 +34,7 @@ class Flag:
     def close(self) -> None:
         """May be called again."""
         self._file.close()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # there was no descriptor to be had
+            self.close()  # or its file would warn that nobody did
