@@ -351,6 +351,62 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
         disk.may_go_on.set()
 
 
+@pytest.mark.parametrize("where", ["looking", "opening"])
+def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The other names are served, and it is said what is missing; once the disk goes on, so is that one."""
+    for name in ("bad", "orders"):
+        with Store(tmp_path / "store").writer(name) as writer:
+            fill(writer, 2)
+    (tmp_path / "store" / "nothing").mkdir()
+    may_go_on = threading.Event()
+
+    def hanging(real: Callable[..., Any]) -> Callable[..., Any]:
+        def hang(self: Store, name: str, **options: Any) -> Any:
+            assert name != "bad" or may_go_on.wait(LONG_S)
+            return real(self, name, **options)
+
+        return hang
+
+    monkeypatch.setattr("remus_ckpt.service.backup._OPEN_S", 1.0)
+    method = {"looking": "may_hold", "opening": "writer"}[where]
+    monkeypatch.setattr(Store, method, hanging(getattr(Store, method)))
+    try:
+        with backup_in(tmp_path / "store") as backup:
+            with Memory(backup.addresses[0]) as memory:
+                memory.step(1)
+                assert of(backup)["epoch"] == 2
+            assert backup.status()["names"].keys() == {"bad", "orders"}
+            assert (of(backup, "bad")["role"], of(backup, "bad")["epoch"]) == ("opening", None)
+            assert "hangs" in of(backup, "bad")["trouble"]
+            assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
+            with pytest.raises(StoreError):
+                backup.failover("bad")
+            with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad") as protection:
+                with pytest.raises(RemusError):
+                    protection.checkpoint(timeout_s=2.0)
+                may_go_on.set()
+                until(lambda: of(backup, "bad")["role"] == "standby")
+                assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
+                assert protection.checkpoint(timeout_s=LONG_S) == 2
+    finally:
+        may_go_on.set()
+
+
+def test_a_backup_that_ends_while_a_store_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for a disk that hangs, and what is then opened is let go of."""
+    Store(tmp_path).writer("orders").close()
+    may_go_on, real = threading.Event(), Store.writer
+    with monkeypatch.context() as patched:
+        patched.setattr("remus_ckpt.service.backup._OPEN_S", 0.1)
+        patched.setattr(Store, "writer", lambda *given, **options: may_go_on.wait(LONG_S) and real(*given, **options))
+        begin = time.monotonic()
+        Backup(tmp_path, [ANY]).close()
+        assert time.monotonic() - begin < LONG_S / 2
+        may_go_on.set()
+        until(lambda: not any(thread.name.startswith("opening") for thread in threading.enumerate()))
+    Store(tmp_path).writer("orders").close()
+
+
 def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be ended, so nothing is promoted; once it can be, it is."""
     monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
