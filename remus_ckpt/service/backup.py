@@ -32,6 +32,7 @@ from remus_ckpt.errors import (
     StreamError,
     UnknownFormat,
 )
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
@@ -92,6 +93,8 @@ class Backup:
     on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
 
     `run` serves in the calling thread; used in a `with`, it serves in a thread of its own.
+    A fork has no part in it: what it has got of locks and listeners is closed there, and only `close` and `stop` may be
+    called, which do nothing.
     A name whose store cannot be opened, or not within seconds, is refused, with the reason, until it is; the others are
     served.
     Raises StoreError or LinkError where it cannot begin.
@@ -136,7 +139,10 @@ class Backup:
                 stack.callback(self._stop.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(self._close_wake)
-            stack.callback(os.close, self._lock_store())
+            self._store_lock = -1
+            disown_in_forks(self)
+            stack.callback(self._unlock_store)
+            self._lock_store()
             stack.callback(self._close_standbys)
             self._open_all()
             tls = TlsFiles(tls_dir) if tls_dir is not None else None
@@ -169,6 +175,7 @@ class Backup:
         on_turn: called at least every quarter of the lease, while all is well
         Nothing here waits for a disk, or for a peer for more than a moment.
         """
+        self._check_process()
         poll = select.poll()
         for fd in (self._stop.fd, self._wake, *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
@@ -219,6 +226,7 @@ class Backup:
         Returns or raises within a minute. Raises NoCheckpoint if nothing is committed under that name, StoreError if
         its store cannot be opened, RemusError if the fencing fails.
         """
+        self._check_process()
         with self._names:
             standby, refused = self._standbys.get(name), self._refused.get(name)
         if refused is not None:
@@ -229,6 +237,7 @@ class Backup:
 
     def status(self) -> dict[str, Any]:
         """What there is to say of this side, for users."""
+        self._check_process()
         return {
             "program": f"remus_ckpt {__version__}",
             "lease_s": self.policy.lease_s,
@@ -296,26 +305,37 @@ class Backup:
         with self._lock:
             self._visits.append(visit)
 
-    def _lock_store(self) -> int:
-        """A descriptor that keeps other backups out: a new name would else be made by two."""
+    def _lock_store(self) -> None:
+        """Keep other backups out: a new name would else be made by two. Raises StoreError."""
         path = self._store.directory / _LOCK
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = self._store_lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(fd)
             if isinstance(error, BlockingIOError):
                 raise StoreError(f"{self._store.directory} is served by another backup: stop that one first") from None
             raise StoreError(f"{path}: {error.strerror}") from error
-        return fd
+
+    def _unlock_store(self) -> None:
+        fd, self._store_lock = self._store_lock, -1  # a fork in between must not close what then has this number
+        if fd >= 0:
+            os.close(fd)
 
     def _close_wake(self) -> None:
         with self._wake_lock:
-            os.close(self._wake)
-            self._wake = -1
+            fd, self._wake = self._wake, -1
+            os.close(fd)
+
+    def disown(self) -> None:
+        """In a fork: let go of the parent's store. Listeners, histories and commands do so by themselves."""
+        self._unlock_store()
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise ValueError(f"this backup is run by process {self._pid}, not by its fork {os.getpid()}")
 
     def _close_standbys(self) -> None:
         deadline = time.monotonic() + _CLOSE_S
@@ -331,6 +351,7 @@ class Backup:
 
         Raises Refusal for one that is not taken here, StoreError for one whose store cannot be opened.
         """
+        self._check_process()
         try:
             messages.check_name(name)
         except ValueError as error:
