@@ -37,9 +37,11 @@ LARGE = (CheckpointLoop, Connection, Link, Sender, Session)
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
     gc.collect()
+    gc.freeze()  # what is there is not this test's
     gc.disable()
     yield
     gc.enable()
+    gc.unfreeze()
 
 
 def alive() -> dict[str, int]:
