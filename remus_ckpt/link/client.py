@@ -309,4 +309,8 @@ class Link:
         # Alive: it may never have been started.
         if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(_GOODBYE_S)
+        if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():
+            # Its traceback refers back to this link, whose buffers would stay until the next full garbage collection.
+            self._error = None
+            self._session.close()
         self.failed.close()
