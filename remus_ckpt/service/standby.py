@@ -10,7 +10,6 @@ hangs stops what needs that disk, and nothing else: not the clock, not `status`,
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -594,11 +593,13 @@ class Standby:
         if self._handed_out is None:
             with self._writing():
                 image, device_state = self._writer.hand_out()
+                position = self._writer.handed_out or self._writer.position
+            assert position is not None  # there would be nothing to hand out
             handed_out = {
                 "name": self.name,
                 "term": self._known_state().term,
-                "epoch": self._epoch(),
-                "position": self._whole_position(),
+                "epoch": position.epoch,
+                "position": f"{position.epoch}:{position.digest.hex()}",
                 "image": str(image),
                 "device_state": str(device_state),
             }
@@ -652,6 +653,7 @@ class Standby:
                     "REMUS_IMAGE": given["image"],
                     "REMUS_DEVICE_STATE": given["device_state"],
                     "REMUS_POSITION": given["position"],
+                    "REMUS_EPOCH": str(given["epoch"]),
                 },
             )
             with self._changed:
@@ -789,8 +791,7 @@ class Standby:
             if not self.looks_empty() or any((self._writer.directory / "segments").iterdir()):
                 return False
             self._is_closed = True
-            self._writer.close()
-            shutil.rmtree(self._writer.directory)
+            self._writer.remove()
         return self._is_closed
 
     def stop(self) -> None:
