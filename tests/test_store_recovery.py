@@ -255,6 +255,23 @@ def test_an_index_that_cannot_be_read_for_now_is_kept(store: Store, monkeypatch:
     assert len(index.load()) == 2
 
 
+def test_an_index_in_the_middle_of_a_change(store: Store, tmp_path: Path) -> None:
+    """A loss of power has left the journal by which SQLite takes that back: who only reads may not do it."""
+    _, _, source = two_segments(store)
+    path = store.directory / "orders" / "index.sqlite"
+    database = sqlite3.connect(path, isolation_level=None)
+    for statement in ("PRAGMA journal_mode = DELETE", "PRAGMA cache_size = 1", "BEGIN", "DELETE FROM checkpoints"):
+        database.execute(statement)
+    rows = ((f"{number:020}-900000.remus",) for number in range(5_000))
+    database.executemany("INSERT INTO segments VALUES (?, NULL, 'delta', 8, 4)", rows)
+    shutil.copytree(store.directory, tmp_path / "left")
+    database.close()
+    left = Store(tmp_path / "left")
+    assert (left.directory / "orders" / "index.sqlite-journal").stat().st_size
+    with left.writer("orders") as writer:
+        assert writer.position == source.position and writer.warnings == []
+
+
 def test_a_segment_that_is_not_looked_at_closely_and_says_nonsense(store: Store) -> None:
     """All rows of the newest few are counted; of the others the edges are believed, if they can be."""
     with store.writer("orders") as writer:

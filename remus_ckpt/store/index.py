@@ -284,7 +284,7 @@ class Index:
 
     def _load(self) -> dict[str, Contents]:
         with _believing():
-            database = _connect(self._path, "mode=ro")
+            database = _connect(self._path, "mode=rw")  # SQLite may have to take back half a change
         try:
             rows = Rows(database)
             found = rows.segments()
