@@ -532,6 +532,13 @@ def test_a_warm_copy_that_was_cut_is_not_handed_out(tmp_path: Path) -> None:
         until(lambda: image()[: memory.array.nbytes] == memory.array.tobytes())
 
 
+def test_a_name_without_checkpoints_leaves_nothing(tmp_path: Path) -> None:
+    writer = Store(tmp_path / "store").writer("orders", warm_directory=tmp_path / "warm")
+    standby = Standby("orders", writer, Policy(), Metrics(), lambda: None)
+    assert standby.close_if_empty()
+    assert [*(tmp_path / "store").iterdir(), *(tmp_path / "warm").iterdir()] == []
+
+
 # Fences
 
 

@@ -10,7 +10,6 @@ hangs stops what needs that disk, and nothing else: not the clock, not `status`,
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -613,11 +612,13 @@ class Standby:
             raise Refusal("busy", f"{self.name!r} is protected again, under term {state.term}")
         with self._writing():
             image, device_state = self._writer.hand_out()
+            position = self._writer.handed_out or self._writer.position
+        assert position is not None  # there would be nothing to hand out
         handed_out = {
             "name": self.name,
             "term": state.term,
-            "epoch": self._epoch(),
-            "position": self._whole_position(),
+            "epoch": position.epoch,
+            "position": f"{position.epoch}:{position.digest.hex()}",
             "image": str(image),
             "device_state": str(device_state),
         }
@@ -693,6 +694,7 @@ class Standby:
                     "REMUS_IMAGE": given["image"],
                     "REMUS_DEVICE_STATE": given["device_state"],
                     "REMUS_POSITION": given["position"],
+                    "REMUS_EPOCH": str(given["epoch"]),
                 },
             )
             with self._changed:
@@ -835,8 +837,7 @@ class Standby:
             if not self.looks_empty() or any((self._writer.directory / "segments").iterdir()):
                 return False
             self._is_closed = True
-            self._writer.close()
-            shutil.rmtree(self._writer.directory)
+            self._writer.remove()
         return self._is_closed
 
     def stop(self) -> None:
