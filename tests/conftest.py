@@ -14,22 +14,21 @@ MARKERS = {
     "kill": ("ends real processes at random instants", "--all"),
     "hostile": ("peers that lie, stall or flood a real backup", "--all"),
     "slow": ("tries very many cases", "--all"),
-    "exhaustive": ("an interrupt at every line and instruction", "-m exhaustive"),
     "root": ("mounts file systems, makes cgroups and namespaces", "root"),
     "node": ("compiles the grammar; tools/grammar.py names what that needs", "node"),
 }
 """What the tests of each suite do, and what it takes to run them.
 
---all: they run too by any -m, and where a file or test is named.
+--all: they run too by -m, and where a file or test is named.
 root, node: they are skipped where the machine lacks it.
 """
+LONG = [name for name, (_, needs) in MARKERS.items() if needs == "--all"]
 _left_out = pytest.StashKey[Counter[str]]()
 _is_all = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    suites = [name for name, (_, needs) in MARKERS.items() if needs == "--all"]
-    parser.addoption("--all", action="store_true", help=f"run the {', '.join(suites)} suites too, and try more cases")
+    parser.addoption("--all", action="store_true", help=f"run the {', '.join(LONG)} suites too, and try more cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,13 +53,10 @@ def many(usual: int, full: int) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    is_by_marker = bool(config.option.markexpr)
-    is_chosen = _is_all or is_by_marker or any(".py" in name for name in config.args)
-    wanted = {"--all": is_chosen, "-m exhaustive": is_by_marker}
-    unwanted = [name for name, (_, needs) in MARKERS.items() if not wanted.get(needs, True)]
+    is_chosen = _is_all or config.option.markexpr or any(".py" in name for name in config.args)
     runs, left_out, suites = [], [], Counter[str]()
     for item in items:
-        suite = next((name for name in unwanted if item.get_closest_marker(name)), None)
+        suite = None if is_chosen else next(filter(item.get_closest_marker, LONG), None)
         if suite is not None:
             suites[suite] += 1
             left_out.append(item)
@@ -90,10 +86,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     skipped = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
     for reason, count in skipped.items():
         terminalreporter.write_line(f"skipped: {count} ({reason.removeprefix('Skipped: ')})")
-    left_out = config.stash.get(_left_out, Counter())
-    for option in ("--all", "-m exhaustive"):
-        suites = [f"{count} {name}" for name, count in left_out.items() if MARKERS[name][1] == option]
-        if suites:
-            terminalreporter.write_line(f"not run: {', '.join(suites)} (run with {option})")
+    if left_out := config.stash.get(_left_out, None):
+        suites = ", ".join(f"{count} {name}" for name, count in left_out.items())
+        terminalreporter.write_line(f"not run: {suites} (run with --all)")
     if not _is_all:
         terminalreporter.write_line("not run: most of the random cases (run with --all)")
