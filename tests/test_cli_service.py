@@ -196,8 +196,8 @@ def test_other_ways_to_stop_the_writers(served: Service, memory: Path, tmp_path:
             protects("--pause", f"kill -STOP {worker.pid}", "--resume", f"kill -CONT {worker.pid}")
         else:
             mount = cgroup_mount()
-            if mount is None or os.geteuid():
-                pytest.skip("no cgroup can be made here")
+            if mount is None:
+                pytest.skip("no cgroup2 is mounted")
             with own_cgroup(mount, f"remus-test-{os.getpid()}") as group:
                 (group / "cgroup.procs").write_text(str(worker.pid))
                 protects("--cgroup", group)
