@@ -94,7 +94,7 @@ class Sender:
         self._codec_name = codec
         self._codec = get_codec(codec)
         self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
-        self._reference: Reference = reference or Shadow(zeros(p2m_size))
+        self.reference: Reference = reference or Shadow(zeros(p2m_size))
         self._writer = Writer(word)
         self._started = False
         self.unfinished = False
@@ -127,7 +127,7 @@ class Sender:
         self._writer.abandon()
         self.position = position
         self.owed = np.union1d(self.owed, pfns)
-        self._reference.invalidate(self.owed)
+        self.reference.invalidate(self.owed)
         self.unfinished = False
 
     def checkpoint(
@@ -212,9 +212,9 @@ class Sender:
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
             seen[pfns] = True
             self.carried.append(pfns)
-            if len(self._reference.pages) == self.p2m_size:
-                expect(self._reference.pages, pfns)
-            self._reference.sent_raw(pfns, batch.data)
+            if len(self.reference.pages) == self.p2m_size:
+                expect(self.reference.pages, pfns)
+            self.reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
             yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
 
@@ -243,7 +243,7 @@ class Sender:
 
     def _wait(self, waiting: _PageBuffer, pfns: NDArray[np.int64], tables: NDArray[np.bool_], data: Pages) -> None:
         # Page tables leave the reference when they are added, before any page of this buffer is looked up: as in Xen.
-        self._reference.invalidate(pfns[tables])
+        self.reference.invalidate(pfns[tables])
         self.carried.append(pfns)
         waiting.pieces.append((pfns, tables, data))
         waiting.count += len(data)
@@ -252,9 +252,9 @@ class Sender:
         out = np.empty(waiting.count * self._codec.max_page_bytes, dtype=np.uint8)
         size = 0
         for numbers, tables, data in waiting.pieces:
-            slots, full = self._reference.choose(numbers, tables)
+            slots, full = self.reference.choose(numbers, tables)
             size += len(
-                self._codec.encode(data, self._reference.pages, reference_index=slots, full=full, out=out[size:])
+                self._codec.encode(data, self.reference.pages, reference_index=slots, full=full, out=out[size:])
             )
         waiting.count = 0
         waiting.pieces.clear()

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
 from remus_ckpt import read_checkpoints
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import LimitExceeded, Malformed, SourceError, StreamError, UnknownFormat
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.limits import Limits
@@ -29,13 +28,21 @@ from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Pages, batches
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
+from remus_ckpt.source import Source
+from remus_ckpt.source.compare import Compare
+from remus_ckpt.source.lock import LockStopper
 from remus_ckpt.source.manifest import MAGIC, Entry, Manifest
-from remus_ckpt.source.own_memory import OwnMemory
+from remus_ckpt.source.own_memory import Buffers, OwnMemory
 
 RECORD = np.dtype([("id", "<u4"), ("at", "<M8[ns]"), ("corner", "<f4", (2, 3)), ("name", "U5")], align=True)
 
 
-def image(source: OwnMemory, buffers: dict[str, Any]) -> bytes:
+def shadow(source: OwnMemory) -> Pages:
+    assert source.tracker.reference is not None
+    return source.tracker.reference.pages
+
+
+def image(buffers: dict[str, Any]) -> bytes:
     """What the memory of these buffers must be: by the text of specs/manifest.md §3, not by the source's code."""
     whole = b""
     for buffer in buffers.values():
@@ -46,10 +53,10 @@ def image(source: OwnMemory, buffers: dict[str, Any]) -> bytes:
 
 def take(source: OwnMemory) -> list[int]:
     """What a checkpoint would take; the shadow follows."""
-    dirty = source.dirty()
-    pages = source.read(dirty, np.full((len(dirty) + 1, PAGE_SIZE), 0xEE, dtype=np.uint8))
-    source.shadow[dirty] = pages
-    return [int(number) for number in dirty]
+    source.memory.check()
+    written = source.tracker.written()
+    shadow(source)[written] = source.memory.read(written, np.full((len(written) + 1, PAGE_SIZE), 0xEE, dtype=np.uint8))
+    return [int(number) for number in written]
 
 
 def unaligned(size: int, offset: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -77,8 +84,8 @@ def test_every_kind_of_buffer() -> None:
     buffers = all_kinds()
     source = OwnMemory(buffers)
     take(source)
-    assert source.shadow.tobytes() == image(source, buffers)
-    assert source.sample(0, source.pages).tobytes() == image(source, buffers)
+    assert shadow(source).tobytes() == image(buffers)
+    assert source.memory.sample(0, source.memory.pages).tobytes() == image(buffers)
     assert take(source) == []
 
     first = {entry.name: entry.page for entry in source.manifest.entries}
@@ -96,21 +103,20 @@ def test_every_kind_of_buffer() -> None:
         first["area"] + 1,
         first["last"],
     ]
-    assert source.shadow.tobytes() == image(source, buffers)
+    assert shadow(source).tobytes() == image(buffers)
 
 
 def test_arrays_come_back_through_a_stream() -> None:
     buffers = all_kinds()
     buffers["records"]["name"] = "before"
     source = OwnMemory(buffers)
-    sender = Sender(source.pages)
+    sender = Sender(source.memory.pages, reference=source.tracker.reference)
     restorer = Restorer(strict=True)
     for number in range(3):
         buffers["grid"][3] = number
         buffers["records"]["id"] = number
-        pfns = source.dirty()
-        pages = source.read(pfns, np.empty((len(pfns), PAGE_SIZE), dtype=np.uint8))
-        source.shadow[pfns] = pages
+        pfns = source.tracker.written()
+        pages = source.memory.read(pfns, np.empty((len(pfns), PAGE_SIZE), dtype=np.uint8))
         state = source.manifest.pack(b"mine %d" % number)
         for group in sender.checkpoint(list(batches(pfns, pages)), device_state=state):
             for part in group:
@@ -151,17 +157,17 @@ def test_any_layout_and_any_writes(pieces: list[tuple[int, int]], data: st.DataO
             buffer = buffers[data.draw(st.sampled_from(sorted(buffers)))]
             if len(buffer):
                 buffer[data.draw(st.integers(0, len(buffer) - 1))] ^= data.draw(st.integers(1, 255))
-        want = np.frombuffer(image(source, buffers), dtype=np.uint8).reshape(-1, PAGE_SIZE)
-        differ = np.flatnonzero((want != source.shadow).any(axis=1)).tolist()
-        first = data.draw(st.integers(0, source.pages - 1))
-        stop = data.draw(st.integers(first + 1, source.pages))
-        assert (source.sample(first, stop) == want[first:stop]).all()
+        want = np.frombuffer(image(buffers), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+        differ = np.flatnonzero((want != shadow(source)).any(axis=1)).tolist()
+        first = data.draw(st.integers(0, source.memory.pages - 1))
+        stop = data.draw(st.integers(first + 1, source.memory.pages))
+        assert (source.memory.sample(first, stop) == want[first:stop]).all()
         # Not only what is dirty can be read, and the room may be anywhere.
-        some = np.array(sorted(data.draw(st.sets(st.integers(0, source.pages - 1)))), dtype=np.int64)
+        some = np.array(sorted(data.draw(st.sets(st.integers(0, source.memory.pages - 1)))), dtype=np.int64)
         room = unaligned((len(some) + 1) * PAGE_SIZE, 1).reshape(-1, PAGE_SIZE)
-        assert (source.read(some, room) == want[some]).all()
+        assert (source.memory.read(some, room) == want[some]).all()
         assert take(source) == differ
-        assert (source.shadow == want).all()
+        assert (shadow(source) == want).all()
 
 
 def test_read_only_arrays_are_followed() -> None:
@@ -217,9 +223,9 @@ def test_an_mmap_is_free_again_after_close() -> None:
     source = OwnMemory({"area": area})
     with pytest.raises(BufferError):
         area.close()
-    assert source.alive()
+    assert source.stopper.alive()
     source.close()
-    assert not source.alive()
+    assert not source.stopper.alive()
     area.close()
 
 
@@ -232,9 +238,9 @@ def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path: Path, as_arra
     source = OwnMemory({"area": np.frombuffer(area, dtype=np.uint8)[8:].view("<u4") if as_array else memoryview(area)})
     os.truncate(path, PAGE_SIZE)
     with pytest.raises(SourceError):
-        source.dirty()
+        source.memory.check()
     with pytest.raises(SourceError):
-        source.sample(0, source.pages)
+        source.memory.sample(0, source.memory.pages)
 
 
 @pytest.mark.parametrize("make", [threading.Lock, threading.RLock, multiprocessing.Lock, multiprocessing.RLock])
@@ -256,10 +262,10 @@ def test_the_lock_is_held_in_a_pause_and_only_there(make: Any) -> None:
         return answers[0]
 
     for _ in range(2):
-        source.pause()
-        source.check_paused()
+        source.stopper.stop()
+        source.stopper.check_stopped()
         assert not is_free()
-        source.resume()
+        source.stopper.resume()
         assert is_free()
 
 
@@ -267,13 +273,13 @@ def test_a_lock_that_is_not_given_back() -> None:
     lock = threading.Lock()
     source = OwnMemory({"a": bytearray(5)}, lock=lock, lock_timeout_s=0.01)
     with lock, pytest.raises(SourceError):
-        source.pause()
-    source.pause()
+        source.stopper.stop()
+    source.stopper.stop()
     lock.release()
     with pytest.raises(SourceError):
-        source.check_paused()
+        source.stopper.check_stopped()
     with pytest.raises(SourceError):
-        source.resume()
+        source.stopper.resume()
 
 
 # The manifest
@@ -483,16 +489,17 @@ def test_a_first_copy_is_gone_over_again_where_that_may_help(tmp_path: Path, eve
     pages = 4 * MAX_BATCH_ENTRIES
     array = np.ones((pages, PAGE_SIZE // 8), dtype=np.int64)
 
-    class Busy(OwnMemory):
+    class Busy(Buffers):
         def sample(self, first: int, stop: int) -> Pages:
             copy = super().sample(first, stop)
             if every and stop == pages:  # the end of a round
                 array[::every] += 1
             return copy
 
-    source = Busy({"array": array})
+    memory = Busy({"array": array})
+    source = Source(memory, Compare(memory), LockStopper(None))
     output = StreamWriter(tmp_path / "stream")
-    taken = CheckpointLoop(source, Sender(source.pages, reference=Shadow(source.shadow)), output).take()
+    taken = CheckpointLoop(source, Sender(pages, reference=source.tracker.reference), output).take()
     output.close()
     source.close()
     assert taken.sent.pages == copies * pages

@@ -20,7 +20,8 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.primary import Committed, Primary, deadline_in
 from remus_ckpt.session.messages import Level
-from remus_ckpt.source.own_memory import Lock, OwnMemory
+from remus_ckpt.source.lock import Lock
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec
 

@@ -1,38 +1,29 @@
-"""Memory that is this process's own: numpy arrays, mmaps, bytearrays, by name. Dirty pages by comparison.
+"""Memory that is this process's own: numpy arrays, mmaps, bytearrays, by name.
 
-The buffers lie one behind the other as specs/manifest.md §3 says. Who writes to them is stopped by a lock that the
-writers take too; without one, the caller sees to it that nobody writes between `pause` and `resume`.
+The buffers lie one behind the other as specs/manifest.md §3 says.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import compress, islice, pairwise, starmap
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.codec.scan import gather
 from remus_ckpt.errors import SourceError
-from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.source import Source
+from remus_ckpt.source.compare import Compare
+from remus_ckpt.source.lock import Lock, LockStopper
 from remus_ckpt.source.manifest import ARRAY, BYTES, Entry, Manifest
 
-
-class Lock(Protocol):
-    """What writers hold while they write: a `Lock` or `RLock` of threading or multiprocessing, or what acts as one."""
-
-    def acquire(self, *, timeout: float) -> bool:
-        """Take it; False if that was not possible in `timeout` seconds."""
-
-    def release(self) -> None:
-        """Give it back."""
+_TAILS = 64
+"""How many last pages of buffers are looked at together: small buffers lie page beside page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +52,34 @@ class _Part:
         page[len(self.tail) :] = 0
 
 
-class OwnMemory:
-    """Named buffers of this process, and a shadow of them.
+class OwnMemory(Source):
+    """Named buffers of this process as a source.
 
-    buffers: numpy arrays (contiguous in C or Fortran order, of any dtype without objects, of any shape, also () and
-        with a 0 in it), and all else that is one piece of bytes: mmap, bytearray, memoryview, array.array; at any
-        address. They are held: an mmap cannot be closed nor a bytearray resized until `close`. Read-only ones may be
-        written by others. No two may overlap: restored, they would be two. A file behind an mmap must not shrink
+    buffers: what `Buffers` takes
     lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
     lock_timeout_s: how long a pause waits for it
     Raises TypeError or ValueError for what cannot be taken.
     """
 
     def __init__(self, buffers: Mapping[str, Any], *, lock: Lock | None = None, lock_timeout_s: float = 10.0) -> None:
+        memory = Buffers(buffers)
+        super().__init__(memory, Compare(memory), LockStopper(lock, timeout_s=lock_timeout_s))
+        self.manifest = memory.manifest
+
+
+class Buffers:
+    """Named buffers of this process as memory.
+
+    buffers: numpy arrays (contiguous in C or Fortran order, of any dtype without objects, of any shape, also () and
+        with a 0 in it), and all else that is one piece of bytes: mmap, bytearray, memoryview, array.array; at any
+        address. They are held: an mmap cannot be closed nor a bytearray resized until `close`. Read-only ones may be
+        written by others. No two may overlap: restored, they would be two. A file behind an mmap must not shrink
+    Raises TypeError or ValueError for what cannot be taken.
+    """
+
+    def __init__(self, buffers: Mapping[str, Any]) -> None:
         if not buffers:
             raise ValueError("no buffers: there is no memory to protect")
-        self._lock = lock
-        self._lock_timeout_s = lock_timeout_s
-        self._is_open = True
-        self._held: list[tuple[()]] = []  # one item while we hold the lock
-        self._pid = os.getpid()
         self._parts: list[_Part] = []
         self._files: list[tuple[str, mmap.mmap, int]] = []
         entries = []
@@ -109,58 +108,23 @@ class OwnMemory:
         self.pages = self.manifest.pages
         ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
         self.size = max(ends, default=PAGE_SIZE)
-        self.shadow: Pages = zeros(self.pages)
         self._starts = np.array([part.first for part in self._parts], dtype=np.int64)
 
     def close(self) -> None:
-        """Let go of the buffers, and of the lock if it is held."""
-        self._is_open = False
+        """Let go of the buffers."""
         self._parts.clear()
         self._files.clear()
         self._starts = np.empty(0, dtype=np.int64)
-        self.resume()
 
-    def pause(self) -> None:
-        """Take the lock. Raises SourceError if nobody gives it back in time."""
-        if self._lock is None:
-            return
-        # A signal's handler may raise wherever Python code runs, also between taking the lock and noting it: the lock
-        # would stay taken for ever. These iterators are C, so that `_held` changes with the lock; `resume` alike.
-        acquire = iter(partial(self._lock.acquire, timeout=self._lock_timeout_s), None)
-        self._held.extend(compress([()], acquire))
-        if not self._held:
-            raise SourceError(
-                f"the lock was not given back in {self._lock_timeout_s:g} s: "
-                "does a writer hold it too long, or does this thread hold it itself?"
-            )
-
-    def resume(self) -> None:
-        """Give the lock back if we hold it. Raises SourceError if it is not ours to give."""
-        # In a fork it is the parent that holds it.
-        if self._lock is None or not self._held or self._pid != os.getpid():
-            return
-        try:
-            deque(starmap(self._lock.release, islice(iter(self._held.pop, None), 1)), maxlen=0)
-        except (RuntimeError, ValueError, AssertionError) as error:  # threading's, and multiprocessing's two
-            raise SourceError(f"the lock cannot be given back: {error}") from None
-
-    def check_paused(self) -> None:
-        """Raise SourceError if somebody else has given our lock back, as far as such a lock can tell."""
-        locked = getattr(self._lock, "locked", None)
-        if locked is not None and not locked():
-            raise SourceError("the lock was given back by somebody else in a pause")
-
-    def alive(self) -> bool:
-        """Whether it has not been closed: the one who writes is this process."""
-        return self._is_open
-
-    def death_fds(self) -> Sequence[int]:
-        """None: whoever could look at one would be dead as well."""
-        return ()
+    def check(self) -> None:
+        """Raise SourceError if the file behind an mmap has shrunk: to touch what is behind its end would end us."""
+        for name, area, size in self._files:
+            if area.size() < size:
+                raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn."""
-        self._check_files()
+        self.check()
         out = np.zeros((stop - first, PAGE_SIZE), dtype=np.uint8)
         number = max(int(np.searchsorted(self._starts, first, side="right")) - 1, 0)
         for part in self._parts[number:]:
@@ -171,19 +135,23 @@ class OwnMemory:
                 part.copy(begin - part.first, end - part.first, out[begin - first : end - first])
         return out
 
-    def dirty(self) -> NDArray[np.int64]:
-        """The pages that differ from the shadow. Raises SourceError if the file behind an mmap has shrunk."""
-        self._check_files()
-        found = [np.empty(0, dtype=np.int64)]
+    def pieces(self) -> Iterator[tuple[int, Pages]]:
+        """What fills pages in place, and copies of the pages that buffers end within."""
+        tails = np.empty((_TAILS, PAGE_SIZE), dtype=np.uint8)
+        first = count = 0
         for part in self._parts:
-            edge = part.first + len(part.whole)
+            if count and (len(part.whole) or count == _TAILS):
+                yield first, tails[:count]
+                count = 0
             if len(part.whole):
-                numbers = dirty_pages(part.whole, self.shadow[part.first : edge])
-                if len(numbers):
-                    found.append(numbers + part.first)
-            if len(part.tail) and (part.tail != self.shadow[edge, : len(part.tail)]).any():
-                found.append(np.array([edge], dtype=np.int64))
-        return np.concatenate(found)
+                yield part.first, part.whole
+            if len(part.tail):
+                if not count:
+                    first = part.first + len(part.whole)
+                part.copy_tail(tails[count])
+                count += 1
+        if count:
+            yield first, tails[:count]
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
         """Copy pages, given in ascending order, into `out`; returns that part of it."""
@@ -204,12 +172,6 @@ class OwnMemory:
                 part.copy_tail(target[tail])
             at = stop
         return target
-
-    def _check_files(self) -> None:
-        """Memory behind the end of its file must not be touched: that would end us."""
-        for name, area, size in self._files:
-            if area.size() < size:
-                raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")
 
 
 def _look(name: str, buffer: Any, page: int) -> tuple[Entry, NDArray[np.uint8]]:
