@@ -69,25 +69,21 @@ class Compare:
 
     def written(self) -> NDArray[np.int64]:
         """The pages that differ, no others."""
+        shadow = self.reference.pages
         found = [np.empty(0, dtype=np.int64)]
-        end = 0
+        is_held = np.zeros(len(shadow), dtype=bool)
         for first, pages in self._memory.pieces():
-            if end < first:
-                found.append(self._emptied(end, first))
-            end = first + len(pages)
-            self._is_filled[first:end] = True
-            if len(numbers := dirty_pages(pages, self.reference.pages[first:end])):
+            stop = first + len(pages)
+            is_held[first:stop] = True
+            if len(numbers := dirty_pages(pages, shadow[first:stop])):
                 found.append(numbers + first)
-        if end < self._memory.pages:
-            found.append(self._emptied(end, self._memory.pages))
-        return np.concatenate(found)
-
-    def _emptied(self, first: int, stop: int) -> NDArray[np.int64]:
-        """The pages in a hole of memory that are not zeros in the copy."""
-        filled = first + np.flatnonzero(self._is_filled[first:stop])
-        still = self.reference.pages[filled].any(axis=1)
-        self._is_filled[filled[~still]] = False
-        return filled[still]
+        emptied = np.flatnonzero(self._is_filled & ~is_held)
+        emptied = emptied[shadow[emptied].any(axis=1)]
+        # Until a checkpoint has taken them, they are filled in the copy.
+        is_held[emptied] = True
+        self._is_filled = is_held
+        numbers = np.concatenate(found)
+        return np.union1d(numbers, emptied) if len(emptied) else numbers
 
     def taken(self) -> None:
         """Nothing: the copy has them by now."""
