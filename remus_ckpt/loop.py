@@ -24,6 +24,7 @@ from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source, Stopper
+from remus_ckpt.wire.parts import Parts
 
 _PAUSES = 3
 """How many pauses are tried for one checkpoint before one that is broken is an error."""
@@ -87,7 +88,6 @@ class CheckpointLoop:
     interval_s: running time of the source between two pauses
     duration_s: how long in all, None for no end
     bounded: hold one page buffer of the capture at most; encoding and writing then happen in the pause
-    device_state: called while the source is paused, for what goes with each checkpoint
     on_capture: called with the epoch just before the source is paused
     on_paused: called with the epoch while the source is paused, after the capture
     """
@@ -101,7 +101,6 @@ class CheckpointLoop:
         interval_s: float = 0.025,
         duration_s: float | None = None,
         bounded: bool = False,
-        device_state: Callable[[], bytes] = bytes,
         on_capture: Callable[[int], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         stop: StopSignal | None = None,
@@ -117,8 +116,8 @@ class CheckpointLoop:
         self._interval_s = interval_s
         self._duration_s = duration_s
         self._bounded = bounded
-        self._device_state = device_state
-        self._state = b""
+        self._give_parts = source.parts
+        self._parts = Parts()
         self._on_capture = on_capture
         self._on_paused = on_paused
         self._stop = stop
@@ -174,7 +173,7 @@ class CheckpointLoop:
                 # Each group of buffers has been encoded and is written while the scan stands still.
                 for group in self._sender.checkpoint(
                     self._scan(pause),
-                    device_state=lambda: self._state,
+                    parts=lambda: self._parts,
                     time_ns=time.time_ns(),
                     memory_bytes=self._memory.size,
                 ):
@@ -229,7 +228,7 @@ class CheckpointLoop:
             dirty = self._tracker.written()
             if len(self._sender.owed):
                 dirty = np.union1d(dirty, self._sender.owed)
-            self._state = self._device_state()
+            self._parts = self._give_parts()
         pause.dirty_pages = len(dirty)
         return dirty
 

@@ -17,6 +17,7 @@ from remus_ckpt.codec.reference import Reference, Shadow
 from remus_ckpt.limits import MAX_BUFFER_PAGES
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, pages_for
+from remus_ckpt.wire.parts import Parts
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, Signature
@@ -135,6 +136,7 @@ class Sender:
         scan: Iterable[PageBatch],
         *,
         device_state: bytes | Callable[[], bytes] = b"",
+        parts: Callable[[], Parts] | None = None,
         time_ns: int | None = None,
         position: Position | None = None,
         memory_bytes: int | None = None,
@@ -145,6 +147,7 @@ class Sender:
             taken: a list holds the whole capture, and a generator that captures as it goes needs memory for one page
             buffer only, and is held up while that is encoded and written.
         device_state: the user's bytes, which come back with the checkpoint; or what gives them once the scan has ended
+        parts: gives all that goes with memory once the scan has ended; `device_state` is not looked at then
         time_ns: when it was taken, in nanoseconds since 1970
         position: the position that this state has already, for one who encodes it anew; by default it is made
         memory_bytes: how many bytes memory has, if it ends within its last page
@@ -179,7 +182,10 @@ class Sender:
         closing += self._writer.write(events.EndOfBody())
         if len(self.owed) and len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
-        state = device_state() if callable(device_state) else device_state
+        if parts is not None:
+            state = parts().pack()
+        else:
+            state = device_state() if callable(device_state) else device_state
         after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
         record = CheckpointRecord(
             epoch=epoch,

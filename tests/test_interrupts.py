@@ -36,8 +36,8 @@ HERE = str(Path(remus_ckpt.__file__).parent)
 OURS = tuple(
     f"{HERE}/{name}"
     for name in (
-        "loop.py", "sender.py", "codec/reference.py", "source/compare.py", "source/lock.py",
-        "source/own_memory.py", "wire/xen/writer.py",
+        "loop.py", "sender.py", "codec/reference.py", "source/__init__.py", "source/compare.py",
+        "source/lock.py", "source/own_memory.py", "wire/xen/writer.py",
         "session/machine.py", "service/primary.py", "service/protect.py", "link/client.py", "link/connection.py",
         "files.py",
     )

@@ -31,8 +31,9 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.source import Source
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.lock import LockStopper
-from remus_ckpt.source.manifest import MAGIC, Entry, Manifest
+from remus_ckpt.source.manifest import Entry, Manifest, arrays_of
 from remus_ckpt.source.own_memory import Buffers, OwnMemory
+from remus_ckpt.wire.parts import MAGIC, Parts
 
 RECORD = np.dtype([("id", "<u4"), ("at", "<M8[ns]"), ("corner", "<f4", (2, 3)), ("name", "U5")], align=True)
 
@@ -88,7 +89,7 @@ def test_every_kind_of_buffer() -> None:
     assert source.memory.sample(0, source.memory.pages).tobytes() == image(buffers)
     assert take(source) == []
 
-    first = {entry.name: entry.page for entry in source.manifest.entries}
+    first = {entry.name: entry.page for entry in Buffers(buffers).manifest.entries}
     buffers["number"][...] = 8
     buffers["grid"][59, 99] = 1
     buffers["records"]["name"][299] = "Ω"
@@ -109,7 +110,8 @@ def test_every_kind_of_buffer() -> None:
 def test_arrays_come_back_through_a_stream() -> None:
     buffers = all_kinds()
     buffers["records"]["name"] = "before"
-    source = OwnMemory(buffers)
+    state = b""
+    source = OwnMemory(buffers, device_state=lambda: state)
     sender = Sender(source.memory.pages, reference=source.tracker.reference)
     restorer = Restorer(strict=True)
     for number in range(3):
@@ -117,15 +119,15 @@ def test_arrays_come_back_through_a_stream() -> None:
         buffers["records"]["id"] = number
         pfns = source.tracker.written()
         pages = source.memory.read(pfns, np.empty((len(pfns), PAGE_SIZE), dtype=np.uint8))
-        state = source.manifest.pack(b"mine %d" % number)
-        for group in sender.checkpoint(list(batches(pfns, pages)), device_state=state):
+        state = b"mine %d" % number
+        for group in sender.checkpoint(list(batches(pfns, pages)), parts=source.parts):
             for part in group:
                 restorer.feed(part)
         checkpoint = list(restorer.checkpoints())[-1]
-        unpacked = Manifest.unpack(checkpoint.device_state, pages=len(checkpoint.memory))
-        assert unpacked is not None
-        manifest, mine = unpacked
-        assert mine == b"mine %d" % number
+        assert checkpoint.parts == source.parts()
+        assert arrays_of(checkpoint)[1] == b"mine %d" % number
+        manifest = manifest_in(checkpoint.device_state, len(checkpoint.memory))
+        assert manifest is not None
         for copy in (False, True):
             arrays = manifest.arrays(checkpoint.memory, copy=copy)
             assert list(arrays) == list(buffers)
@@ -285,6 +287,12 @@ def test_a_lock_that_is_not_given_back() -> None:
 # The manifest
 
 
+def manifest_in(data: bytes, pages: int) -> Manifest | None:
+    """The one that a device state as it stands in a record begins with."""
+    parts = Parts.unpack(data)
+    return None if parts.manifest is None else Manifest.unpack(parts.manifest, pages=pages)
+
+
 def entries(dtypes: st.SearchStrategy[np.dtype[Any]]) -> st.SearchStrategy[list[tuple[str, np.dtype[Any], Any, str]]]:
     names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
     shapes = hn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=50)
@@ -319,31 +327,32 @@ def untitled(dtype: np.dtype[Any]) -> bool:
 @given(entries(hn.nested_dtypes(SIMPLE).filter(untitled)), st.binary(max_size=20))
 def test_a_manifest_comes_back(rows: list[tuple[str, np.dtype[Any], Any, str]], state: bytes) -> None:
     manifest = manifest_of(rows)
-    data = manifest.pack(state)
-    assert Manifest.unpack(data, pages=manifest.pages) == (manifest, state)
+    data = Parts(state, manifest.pack()).pack()
+    assert Parts.unpack(data).device_state == state
+    assert manifest_in(data, manifest.pages) == manifest
     if manifest.entries and manifest.pages > 1:
         with pytest.raises(Malformed):
-            Manifest.unpack(data, pages=manifest.pages - 1)
+            manifest_in(data, manifest.pages - 1)
 
 
-GOOD = OwnMemory(all_kinds()).manifest
+GOOD = Buffers(all_kinds()).manifest
 
 
 @settings(max_examples=many(60, 300))
 @given(st.data())
 def test_only_our_errors_come_of_broken_bytes(data: st.DataObject) -> None:
-    broken = bytearray(GOOD.pack(b"state"))
+    broken = bytearray(Parts(b"state", GOOD.pack()).pack())
     for _ in range(data.draw(st.integers(1, 3))):
         broken[data.draw(st.integers(8, len(broken) - 1))] = data.draw(st.integers(0, 255))
     del broken[data.draw(st.integers(8, len(broken))) :]
     try:
-        found = Manifest.unpack(bytes(broken), pages=GOOD.pages)
+        found = manifest_in(bytes(broken), GOOD.pages)
     except StreamError as error:
         assert error.section is not None and error.section.startswith("manifest.md")
     else:
         assert found is not None
         # Whatever it says now, it stays within memory.
-        found[0].arrays(np.zeros((GOOD.pages, PAGE_SIZE), dtype=np.uint8))
+        found.arrays(np.zeros((GOOD.pages, PAGE_SIZE), dtype=np.uint8))
 
 
 def packed(fields: object, *, version: int = 1, size: int | None = None) -> bytes:
@@ -419,47 +428,65 @@ def structure(**changes: Any) -> dict[str, Any]:
 )
 def test_a_manifest_is_held_against_its_rules(row: object, section: str) -> None:
     with pytest.raises(Malformed) as caught:
-        Manifest.unpack(packed({"buffers": [row]}), pages=4)
+        manifest_in(packed({"buffers": [row]}), 4)
     assert caught.value.section == f"manifest.md {section}"
 
 
 def test_the_row_that_the_table_breaks_is_good() -> None:
     for good in (buffer(), buffer(dtype=structure()), buffer(dtype=nested(16)), buffer(unknown=5)):
-        assert Manifest.unpack(packed({"buffers": [good], "later": 1}), pages=1) is not None
+        assert manifest_in(packed({"buffers": [good], "later": 1}), 1) is not None
 
 
 def test_two_rows_against_each_other() -> None:
     for other in (buffer(page=1), buffer(name="b", page=0), buffer(name="b", page=2)):
         with pytest.raises(Malformed):
-            Manifest.unpack(packed({"buffers": [buffer(), other]}), pages=9)
-    assert Manifest.unpack(packed({"buffers": [buffer(), buffer(name="b", page=1)]}), pages=2) is not None
+            manifest_in(packed({"buffers": [buffer(), other]}), 9)
+    assert manifest_in(packed({"buffers": [buffer(), buffer(name="b", page=1)]}), 2) is not None
 
 
 @pytest.mark.parametrize("fields", [5, [], {}, {"buffers": {}}, {5: 6}])
 def test_maps_that_are_none(fields: object) -> None:
     with pytest.raises(Malformed):
-        Manifest.unpack(packed(fields), pages=4)
+        manifest_in(packed(fields), 4)
 
 
 def test_the_head() -> None:
-    assert Manifest.unpack(b"", pages=4) is None
-    assert Manifest.unpack(b"the user's own", pages=4) is None
+    assert Parts.unpack(b"") == Parts()
+    assert Parts.unpack(b"the user's own") == Parts(b"the user's own")
     good = packed({"buffers": [buffer()]})
     for size in range(8, len(good)):
         with pytest.raises(Malformed):
-            Manifest.unpack(good[:size], pages=4)
+            Parts.unpack(good[:size])
     with pytest.raises(UnknownFormat) as unknown:
-        Manifest.unpack(packed({}, version=2), pages=4)
+        Parts.unpack(packed({}, version=2))
     assert unknown.value.offset == 8
     with pytest.raises(LimitExceeded) as limit:
-        Manifest.unpack(packed({}, size=2**32 - 1), pages=4)
+        Parts.unpack(packed({}, size=2**32 - 1))
     assert (limit.value.limit, limit.value.offset) == ("manifest_bytes", 12)
     with pytest.raises(LimitExceeded):
-        Manifest.unpack(good, pages=4, limits=Limits(manifest_bytes=10))
+        Parts.unpack(good, limits=Limits(manifest_bytes=10))
+
+
+@given(st.binary(max_size=20), st.none() | st.binary(max_size=20))
+def test_parts_come_back(device_state: bytes, manifest: bytes | None) -> None:
+    parts = Parts(device_state, manifest)
+    assert Parts.unpack(parts.pack()) == parts
+    assert manifest is not None or parts.pack() == device_state, "a device state alone stands as it is"
+
+
+def test_what_device_state_gives_is_bytes_that_do_not_change() -> None:
+    state: Any = bytearray(b"mine")
+    source = OwnMemory({"a": bytearray(5)}, device_state=lambda: state)
+    parts = source.parts()
+    state[:] = b"more"
+    assert parts.device_state == b"mine"
+    state = "text"
+    with pytest.raises(TypeError):
+        source.parts()
 
 
 def test_arrays_ask_for_memory_that_holds_them() -> None:
-    manifest = OwnMemory({"a": np.zeros(5000, dtype=np.uint8)}).manifest
+    manifest = Buffers({"a": np.zeros(5000, dtype=np.uint8)}).manifest
     for memory in (
         np.zeros((1, PAGE_SIZE), dtype=np.uint8),
         np.zeros((2, PAGE_SIZE), dtype=np.int8),
@@ -473,8 +500,8 @@ def test_arrays_ask_for_memory_that_holds_them() -> None:
 def test_the_example_of_the_specification() -> None:
     text = (Path(__file__).parents[1] / "specs" / "manifest.md").read_text()
     rows = re.findall(r"^    \d+: +((?:[0-9a-f]{2} ?)+)$", text, re.MULTILINE)
-    source = OwnMemory({"prices": np.zeros((2, 600)), "seen": bytearray(10)})
-    assert source.manifest.pack(b"mine") == bytes.fromhex("".join(rows))
+    source = OwnMemory({"prices": np.zeros((2, 600)), "seen": bytearray(10)}, device_state=lambda: b"mine")
+    assert source.parts().pack() == bytes.fromhex("".join(rows))
 
 
 @pytest.mark.parametrize(

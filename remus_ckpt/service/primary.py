@@ -142,7 +142,6 @@ class Primary:
     window: checkpoints that may be on their way at once; with 1, each waits until the one before is committed
     wait: what counts as committed: "received", "durable" or "applied"
     term: under which this side was promoted; None: whatever the backup's is, if it has not been promoted itself
-    device_state: called in each pause, for what goes with the checkpoint
     on_commit: called for each commit, in order, in a thread of its own. Whatever it raises is logged, and the commits
         behind it are delivered all the same. While 1,000 wait for it, so do checkpoints
     on_paused: called with the epoch while the source is paused
@@ -166,7 +165,6 @@ class Primary:
         wait: Level = "durable",
         compression: str = "auto",
         term: int | None = None,
-        device_state: Callable[[], bytes] = bytes,
         on_commit: Callable[[Committed], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
@@ -194,7 +192,6 @@ class Primary:
         self._window = window
         self._wait: Level = wait
         self._compression = compression
-        self._device_state = device_state
         self._on_paused = on_paused
         self._phase = on_phase or (lambda name, epoch: None)
         self._turn = on_turn or (lambda: None)
@@ -639,7 +636,6 @@ class Primary:
             self,
             interval_s=self._interval_s,
             duration_s=duration_s,
-            device_state=self._device_state,
             on_capture=lambda epoch: self._phase("capture", epoch),
             on_paused=self._on_paused,
             stop=self._stop,

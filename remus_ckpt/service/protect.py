@@ -74,7 +74,7 @@ def protect(
         raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")
     address = Address.parse(to) if isinstance(to, str) else to
     tls = TlsFiles(tls_dir) if tls_dir is not None else None
-    source = OwnMemory(buffers, lock=lock)
+    source = OwnMemory(buffers, lock=lock, device_state=device_state)
     stop = StopSignal()
     primary = Primary(
         name,
@@ -86,7 +86,6 @@ def protect(
         wait=wait,
         compression=compression,
         term=term,
-        device_state=lambda: source.manifest.pack(device_state()),
         on_commit=on_commit,
         metrics=metrics,
         stop=stop,

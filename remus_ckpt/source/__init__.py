@@ -6,7 +6,7 @@ the loop that uses them; `SharedFile` and `OwnMemory` put them together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt.codec.reference import Reference
 from remus_ckpt.pages import Pages
+from remus_ckpt.wire.parts import Parts
 
 if TYPE_CHECKING:
     from remus_ckpt.source.mappings import FileIdentity
@@ -118,12 +119,31 @@ class FileStopper(Stopper, Protocol):
 
 
 class Source:
-    """Live memory, who writes to it, and how what they write is found."""
+    """Live memory, who writes to it, how what they write is found, and what goes with it.
 
-    def __init__(self, memory: Memory, tracker: Tracker, stopper: Stopper) -> None:
+    device_state: called in each pause, for bytes that come back with the checkpoint
+    manifest: names what lies in memory (specs/manifest.md §2)
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        tracker: Tracker,
+        stopper: Stopper,
+        *,
+        device_state: Callable[[], bytes] = bytes,
+        manifest: bytes | None = None,
+    ) -> None:
         self.memory = memory
         self.tracker = tracker
         self.stopper = stopper
+        self._device_state = device_state
+        self._manifest = manifest
+
+    def parts(self) -> Parts:
+        """What goes with memory. In a pause; raises what `device_state` does."""
+        # A copy of what may change behind the pause, and a TypeError for what is no bytes.
+        return Parts(b"".join((self._device_state(),)), self._manifest)
 
     def close(self) -> None:
         """Let go of the memory and of those who write to it, who run on."""

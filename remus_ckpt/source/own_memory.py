@@ -6,7 +6,7 @@ The buffers lie one behind the other as specs/manifest.md §3 says.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,13 +58,27 @@ class OwnMemory(Source):
     buffers: what `Buffers` takes
     lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
     lock_timeout_s: how long a pause waits for it
+    device_state: called in each pause, for bytes that come back with the checkpoint
     Raises TypeError or ValueError for what cannot be taken.
     """
 
-    def __init__(self, buffers: Mapping[str, Any], *, lock: Lock | None = None, lock_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        buffers: Mapping[str, Any],
+        *,
+        lock: Lock | None = None,
+        lock_timeout_s: float = 10.0,
+        device_state: Callable[[], bytes] = bytes,
+    ) -> None:
         memory = Buffers(buffers)
-        super().__init__(memory, Compare(memory), LockStopper(lock, timeout_s=lock_timeout_s))
-        self.manifest = memory.manifest
+        super().__init__(
+            memory,
+            Compare(memory),
+            LockStopper(lock, timeout_s=lock_timeout_s),
+            device_state=device_state,
+            # A dtype that cannot be written down is found here, not at the first checkpoint.
+            manifest=memory.manifest.pack(),
+        )
 
 
 class Buffers:
@@ -103,8 +117,7 @@ class Buffers:
             if start < end:
                 raise ValueError(f"{one!r} and {other!r} overlap: name the memory once")
         self.manifest = Manifest(tuple(entries))
-        """What lies where; it belongs in front of the device state of every checkpoint."""
-        self.manifest.pack()  # a dtype that cannot be written down is found here, not at the first checkpoint
+        """What lies where."""
         self.pages = self.manifest.pages
         ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
         self.size = max(ends, default=PAGE_SIZE)

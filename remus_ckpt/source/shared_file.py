@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,16 +25,17 @@ class SharedFile(Source):
 
     path: as for `MappedFile`
     stopper: all who write to it; closed with this, and where this raises
+    device_state: called in each pause, for bytes that come back with the checkpoint
     Raises as `MappedFile`, and SourceError if they do not write to it.
     """
 
-    def __init__(self, path: str | Path, stopper: FileStopper) -> None:
+    def __init__(self, path: str | Path, stopper: FileStopper, *, device_state: Callable[[], bytes] = bytes) -> None:
         with ExitStack() as stack:
             stack.callback(stopper.close)
             memory = MappedFile(path)
             stack.callback(memory.close)
             stopper.check_memory(memory.identity())
-            super().__init__(memory, Compare(memory), stopper)
+            super().__init__(memory, Compare(memory), stopper, device_state=device_state)
             stack.pop_all()
 
 
