@@ -76,7 +76,8 @@ class Tracker(Protocol):
     def written(self) -> NDArray[np.int64]:
         """The pages written since a checkpoint last took them, int64[n], ascending. In a pause, after `Memory.check`.
 
-        Until `taken` is called they are named again: the checkpoint may break off.
+        Until `taken` is called they are named again: the checkpoint may break off. Raises SourceError where it cannot
+        tell any longer, as when the memory has been mapped anew.
         """
 
     def taken(self) -> None:

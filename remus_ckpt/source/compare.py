@@ -20,12 +20,17 @@ _LOOK_EVERY = 16
 
 
 class Comparable(Memory, Protocol):
-    """Memory that can be looked at without a copy."""
+    """Memory that can be looked at in place.
+
+    partial: int64[n], ascending: pages that it does not fill, padded with zeros; they can only be read
+    """
+
+    partial: NDArray[np.int64]
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
-        """All that it holds, ascending: the number of a piece's first page, and its pages, uint8[n, 4096].
+        """All other pages that it holds, ascending: the number of a piece's first, and the pages, uint8[n, 4096].
 
-        A page in no piece is zeros. In a pause, after `check`; a piece is good until the next one is asked for.
+        A page that is neither here nor in `partial` is zeros. In a pause, after `check`.
         """
 
 
@@ -37,6 +42,7 @@ class Compare:
 
     def __init__(self, memory: Comparable) -> None:
         self._memory = memory
+        self._rooms: tuple[Pages, Pages] = zeros(_LOOK_PAGES), zeros(_LOOK_PAGES)
         self.restart()
 
     def restart(self) -> Shadow:
@@ -77,13 +83,19 @@ class Compare:
             is_held[first:stop] = True
             if len(numbers := dirty_pages(pages, shadow[first:stop])):
                 found.append(numbers + first)
+        ours, theirs = self._rooms
+        for start in range(0, len(self._memory.partial), _LOOK_PAGES):
+            pfns = self._memory.partial[start : start + _LOOK_PAGES]
+            numbers = dirty_pages(self._memory.read(pfns, theirs), gather(shadow, pfns, ours))
+            found.append(pfns[numbers])
+        is_held[self._memory.partial] = True
         emptied = np.flatnonzero(self._is_filled & ~is_held)
         emptied = emptied[shadow[emptied].any(axis=1)]
         # Until a checkpoint has taken them, they are filled in the copy.
         is_held[emptied] = True
         self._is_filled = is_held
-        numbers = np.concatenate(found)
-        return np.union1d(numbers, emptied) if len(emptied) else numbers
+        found.append(emptied)
+        return np.sort(np.concatenate(found), kind="stable")
 
     def taken(self) -> None:
         """Nothing: the copy has them by now."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,35 +20,6 @@ from remus_ckpt.source import Source
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.lock import Lock, LockStopper
 from remus_ckpt.source.manifest import ARRAY, BYTES, Entry, Manifest
-
-_TAILS = 64
-"""How many last pages of buffers are looked at together: small buffers lie page beside page."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One buffer in place.
-
-    first, stop: its pages
-    whole: uint8[n, 4096], its bytes as far as they fill pages
-    tail: uint8[0…4095], the rest
-    """
-
-    first: int
-    stop: int
-    whole: Pages
-    tail: NDArray[np.uint8]
-
-    def copy(self, first: int, stop: int, out: Pages) -> None:
-        """Copy its pages first…stop, counted from its own first."""
-        whole = self.whole[first:stop]
-        out[: len(whole)] = whole
-        if stop > len(self.whole):
-            self.copy_tail(out[stop - first - 1])
-
-    def copy_tail(self, page: NDArray[np.uint8]) -> None:
-        page[: len(self.tail)] = self.tail
-        page[len(self.tail) :] = 0
 
 
 class OwnMemory(Source):
@@ -94,7 +64,7 @@ class Buffers:
     def __init__(self, buffers: Mapping[str, Any]) -> None:
         if not buffers:
             raise ValueError("no buffers: there is no memory to protect")
-        self._parts: list[_Part] = []
+        pieces: list[tuple[int, NDArray[np.uint8]]] = []
         self._files: list[tuple[str, mmap.mmap, int]] = []
         entries = []
         spans = []
@@ -102,16 +72,18 @@ class Buffers:
         for name, buffer in buffers.items():
             entry, data = _look(name, buffer, page)
             entries.append(entry)
-            stop = page + pages_for(len(data))
             whole = len(data) // PAGE_SIZE
             edge = whole * PAGE_SIZE
-            self._parts.append(_Part(page, stop, data[:edge].reshape(whole, PAGE_SIZE), data[edge:]))
+            if whole:
+                pieces.append((page, data[:edge].reshape(whole, PAGE_SIZE)))
+            if edge < len(data):
+                pieces.append((page + whole, data[edge:]))
             if len(data):
                 start = data.__array_interface__["data"][0]
                 spans.append((start, start + len(data), name))
             if (file := _mapped_file(buffer)) is not None:
                 self._files.append((name, *file))
-            page = stop
+            page += pages_for(len(data))
         spans.sort()
         for (_, end, one), (start, _, other) in pairwise(spans):
             if start < end:
@@ -121,13 +93,15 @@ class Buffers:
         self.pages = self.manifest.pages
         ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
         self.size = max(ends, default=PAGE_SIZE)
-        self._starts = np.array([part.first for part in self._parts], dtype=np.int64)
+        # In place: uint8[n, 4096], whole pages side by side, or uint8[1…4095], the page that a buffer ends within.
+        self._pieces = [data for _, data in pieces]
+        self._firsts = np.array([first for first, _ in pieces], dtype=np.int64)
+        self.partial = np.array([first for first, data in pieces if data.ndim == 1], dtype=np.int64)
 
     def close(self) -> None:
         """Let go of the buffers."""
-        self._parts.clear()
+        self._pieces.clear()
         self._files.clear()
-        self._starts = np.empty(0, dtype=np.int64)
 
     def check(self) -> None:
         """Raise SourceError if the file behind an mmap has shrunk: to touch what is behind its end would end us."""
@@ -138,52 +112,30 @@ class Buffers:
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn."""
         self.check()
-        out = np.zeros((stop - first, PAGE_SIZE), dtype=np.uint8)
-        number = max(int(np.searchsorted(self._starts, first, side="right")) - 1, 0)
-        for part in self._parts[number:]:
-            if part.first >= stop:
-                break
-            begin, end = max(first, part.first), min(stop, part.stop)
-            if begin < end:
-                part.copy(begin - part.first, end - part.first, out[begin - first : end - first])
-        return out
+        return self.read(np.arange(first, stop), np.empty((stop - first, PAGE_SIZE), dtype=np.uint8))
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
-        """What fills pages in place, and copies of the pages that buffers end within."""
-        tails = np.empty((_TAILS, PAGE_SIZE), dtype=np.uint8)
-        first = count = 0
-        for part in self._parts:
-            if count and (len(part.whole) or count == _TAILS):
-                yield first, tails[:count]
-                count = 0
-            if len(part.whole):
-                yield part.first, part.whole
-            if len(part.tail):
-                if not count:
-                    first = part.first + len(part.whole)
-                part.copy_tail(tails[count])
-                count += 1
-        if count:
-            yield first, tails[:count]
+        """The whole pages in place."""
+        for first, data in zip(self._firsts.tolist(), self._pieces, strict=True):
+            if data.ndim == 2:
+                yield first, data
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
-        """Copy pages, given in ascending order, into `out`; returns that part of it."""
+        """Copy pages, ascending, to the first rows of `out`, and return these rows."""
         target = out[: len(pfns)]
-        at = 0
-        while at < len(pfns):
-            # An empty buffer shares its number with the one behind it, which comes later.
-            number = int(np.searchsorted(self._starts, pfns[at], side="right")) - 1
-            part = self._parts[number]
-            if pfns[at] >= part.stop:  # the page that a memory of empty buffers has
-                target[at:] = 0
-                break
-            edge = part.first + len(part.whole)
-            tail, stop = np.searchsorted(pfns, [edge, part.stop]).tolist()
-            if at < tail:
-                gather(part.whole, pfns[at:tail] - part.first, target[at:tail])
-            if tail < stop:
-                part.copy_tail(target[tail])
-            at = stop
+        if not self._pieces:  # the page that a memory of empty buffers has
+            target[:] = 0
+            return target
+        numbers = np.searchsorted(self._firsts, pfns, side="right") - 1
+        borders = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(pfns)]
+        for begin, end in pairwise(borders):
+            number = numbers[begin]
+            data = self._pieces[number]
+            if data.ndim == 2:
+                gather(data, pfns[begin:end] - self._firsts[number], target[begin:end])
+            else:
+                target[begin, : len(data)] = data
+                target[begin, len(data) :] = 0
         return target
 
 

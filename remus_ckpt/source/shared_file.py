@@ -62,6 +62,7 @@ class MappedFile:
             self.pages = pages_for(self.size)
             """The last one is padded with zeros where the size is no multiple of 4,096."""
             whole = self.size // PAGE_SIZE
+            self.partial = np.arange(whole, self.pages)
             self._mapped: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
             if whole:
                 area = mmap.mmap(self._fd, whole * PAGE_SIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -79,7 +80,7 @@ class MappedFile:
             os.close(fd)
 
     def identity(self) -> FileIdentity:
-        """By which its mappings in any process are known."""
+        """What its mappings are known by, in any process."""
         return FileIdentity.of(self.path, self._fd)
 
     def check(self) -> None:
@@ -108,8 +109,6 @@ class MappedFile:
         """All but the holes of a sparse file: in /dev/shm, to look at them would fill them."""
         for first, stop in self._extents.tolist():
             yield first, self._mapped[first:stop]
-        if self.size % PAGE_SIZE:
-            yield self.pages - 1, self._tail()[np.newaxis]
 
     def _check_name(self) -> None:
         """A file that has lost its name is the memory of those who have it mapped; another under the name is not it."""
@@ -123,7 +122,7 @@ class MappedFile:
             raise SourceError(f"{self.path} has been replaced by another file under this name: record that one anew")
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
-        """Copy pages, ascending."""
+        """Copy pages, ascending, to the first rows of `out`, and return these rows."""
         target = out[: len(pfns)]
         mapped = int(np.searchsorted(pfns, len(self._mapped)))
         if (holes := self._are_holes(pfns[:mapped])).any():
