@@ -54,6 +54,9 @@ class Noted:
     def taken(self) -> None:
         self._named = set()
 
+    def close(self) -> None:
+        self.noted = set()
+
 
 class Shaky(LockStopper):
     """Some of its pauses do not hold."""
@@ -159,6 +162,24 @@ def test_a_source_that_begins_anew_sends_all_of_memory(desk: Desk) -> None:
     assert desk.take() == 0
     desk.poke(4)
     assert desk.take() == 1
+
+
+def test_a_source_closes_its_tracker_before_its_memory() -> None:
+    closed = []
+
+    class Closing(Buffers):
+        def close(self) -> None:
+            closed.append("memory")
+
+    class Tracking(Noted):
+        def close(self) -> None:
+            closed.append("tracker")
+
+    memory = Closing({"array": bytearray(5)})
+    source = Source(memory, Tracking(memory), LockStopper(None))
+    source.close()
+    assert closed == ["tracker", "memory"]
+    assert not source.stopper.alive()
 
 
 def test_the_sender_must_have_what_the_tracker_compares_with() -> None:

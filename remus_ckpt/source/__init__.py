@@ -83,6 +83,9 @@ class Tracker(Protocol):
     def taken(self) -> None:
         """The checkpoint has taken the pages that `written` named."""
 
+    def close(self) -> None:
+        """Let go of what it tracks with. Called before the memory is let go of."""
+
 
 class Stopper(Protocol):
     """All who write to some memory: stopped and resumed together."""
@@ -148,5 +151,8 @@ class Source:
 
     def close(self) -> None:
         """Let go of the memory and of those who write to it, who run on."""
-        self.memory.close()
-        self.stopper.close()
+        try:
+            self.tracker.close()
+            self.memory.close()
+        finally:
+            self.stopper.close()

@@ -99,3 +99,6 @@ class Compare:
 
     def taken(self) -> None:
         """Nothing: the copy has them by now."""
+
+    def close(self) -> None:
+        """Nothing: the copy goes when the sender does."""
