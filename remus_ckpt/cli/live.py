@@ -61,7 +61,7 @@ def record(
         stack.callback(source.close)
         writer = StreamWriter(output)
         stack.callback(writer.close)
-        sender = Sender(source.memory.pages, codec=codec, reference=source.tracker.reference)
+        sender = Sender(source.memory.pages, codec=codec, reference=source.tracker.restart())
         loop = CheckpointLoop(
             source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )

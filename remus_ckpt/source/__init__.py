@@ -47,7 +47,10 @@ class Memory(Protocol):
 
 
 class Tracker(Protocol):
-    """Which pages were written. It may name others too, but never leaves out one that was."""
+    """Which pages were written. It may name others too, but never leaves out one that was.
+
+    A new one is as `restart` leaves it.
+    """
 
     @property
     def reference(self) -> Reference | None:
