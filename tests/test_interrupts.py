@@ -19,7 +19,6 @@ import pytest
 from conftest import many
 
 import remus_ckpt
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.link.flag import Flag
@@ -39,7 +38,8 @@ HERE = str(Path(remus_ckpt.__file__).parent)
 OURS = tuple(
     f"{HERE}/{name}"
     for name in (
-        "loop.py", "sender.py", "codec/reference.py", "source/own_memory.py", "wire/xen/writer.py",
+        "loop.py", "sender.py", "codec/reference.py", "source/__init__.py", "source/compare.py",
+        "source/lock.py", "source/own_memory.py", "wire/xen/writer.py",
         "session/machine.py", "service/primary.py", "service/protect.py", "link/client.py", "link/connection.py",
         "link/flag.py", "files.py",
     )
@@ -278,7 +278,7 @@ def record(path: Path, at: int, kind: str) -> tuple[bool, list[bytes], list[byte
     array = np.zeros((4, 4096), dtype=np.uint8)
     source = OwnMemory({"array": array})
     writer = StreamWriter(path)
-    loop = CheckpointLoop(source, Sender(source.pages, reference=Shadow(source.shadow)), writer)
+    loop = CheckpointLoop(source, Sender(source.memory.pages, reference=source.tracker.reference), writer)
     images = []
     with interrupted(at, kind=kind) as striking:
         for step in range(3):
@@ -337,7 +337,7 @@ class Keeping:
 def test_buffers_do_not_change_before_the_commit(bounded: bool) -> None:
     array = np.random.default_rng(1).integers(0, 256, (3000, 4096), dtype=np.uint8)
     source, output = OwnMemory({"array": array}), Keeping()
-    sender = Sender(source.pages, reference=Shadow(source.shadow), buffer_pages=100)
+    sender = Sender(source.memory.pages, reference=source.tracker.reference, buffer_pages=100)
     loop = CheckpointLoop(source, sender, output, bounded=bounded)
     restorer = Restorer()
     for step in range(3):

@@ -512,10 +512,11 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
     lock = threading.Lock()
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], lock=lock) as memory:
         primary = memory.protection._primary
+        owner = primary._source if hook == "_device_state" else primary
         for raising in (1, 2):
             memory.step(raising)
             calls: list[int] = []
-            before = getattr(primary, hook)
+            before = getattr(owner, hook)
 
             def strike(*arguments: Any, before: Any = before, calls: Any = calls, raising: int = raising) -> Any:
                 calls.append(1)
@@ -523,7 +524,7 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
                     raise error
                 return before(*arguments) if before else None
 
-            setattr(primary, hook, strike)
+            setattr(owner, hook, strike)
             primary._one_by_one = None
             if hook == "_connect":
                 primary._link.hang_up()  # type: ignore[union-attr]
@@ -531,7 +532,7 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
             with suppress(SystemExit, GeneratorExit, OSError):
                 memory.step(raising + 10)
             assert not lock.locked()
-            setattr(primary, hook, before)
+            setattr(owner, hook, before)
             primary._one_by_one = None
             memory.step(raising + 20)
             assert np.array_equal(restored(tmp_path / "store"), memory.array)
@@ -738,11 +739,9 @@ def test_a_pause_that_somebody_else_ended_makes_no_checkpoint(tmp_path: Path) ->
                     until(lambda: process_state(worker.pid) not in "Tt")
                 return b""
 
-            source = SharedFile(memory, Processes([worker.pid]))
+            source = SharedFile(memory, Processes([worker.pid]), device_state=device_state)
             stack.callback(source.close)
-            primary = Primary(
-                "orders", source, lambda: connect(Address.parse(backup.addresses[0])), device_state=device_state
-            )
+            primary = Primary("orders", source, lambda: connect(Address.parse(backup.addresses[0])))
             stack.callback(primary.close)
             primary.checkpoint(wait=True)
             interfering[0] = True

@@ -31,13 +31,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError, UnknownFormat
 from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
-from remus_ckpt.memory import zeros
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, flatten
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -159,7 +157,6 @@ class Primary:
     window: checkpoints that may be on their way at once; with 1, each waits until the one before is committed
     wait: what counts as committed: "received", "durable" or "applied"
     term: under which this side was promoted; None: whatever the backup's is, if it has not been promoted itself
-    device_state: called in each pause, for what goes with the checkpoint
     on_commit: called for each commit, in order, in a thread of its own. Whatever it raises is logged, and the commits
         behind it are delivered all the same. While 1,000 wait for it, so do checkpoints
     on_paused: called with the epoch while the source is paused
@@ -183,7 +180,6 @@ class Primary:
         wait: Level = "durable",
         compression: str = "auto",
         term: int | None = None,
-        device_state: Callable[[], bytes] = bytes,
         on_commit: Callable[[Committed], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
@@ -211,7 +207,6 @@ class Primary:
         self._window = window
         self._wait: Level = wait
         self._compression = compression
-        self._device_state = device_state
         self._on_paused = on_paused
         self._phase = on_phase or (lambda name, epoch: None)
         self._turn = on_turn or (lambda: None)
@@ -444,7 +439,7 @@ class Primary:
             "committed_epoch": self.committed.epoch if self.committed else None,
             "committed_position": f"{self.committed.epoch}:{self.committed.digest.hex()}" if self.committed else None,
             "lag_checkpoints": len(self._flights),
-            "memory_bytes": self._source.pages * PAGE_SIZE,
+            "memory_bytes": self._source.memory.pages * PAGE_SIZE,
         }
 
     # The link
@@ -503,7 +498,7 @@ class Primary:
             return ""  # a single checkpoint has its deadline
         if self._stop is not None and self._stop.is_set:
             return "stopped"
-        return "" if self._source.alive() else "source gone"
+        return "" if self._source.stopper.alive() else "source gone"
 
     def _gives_up(self) -> bool:
         """Whether to wait for a link no longer. Who ends does so only for what has been sent, and not for long."""
@@ -518,7 +513,7 @@ class Primary:
         self._turn()
         poll = select.poll()
         if self.is_running and not self._reason_to_end:
-            for fd in self._source.death_fds():
+            for fd in self._source.stopper.death_fds():
                 poll.register(fd, select.POLLIN)
             if self._stop is not None:
                 poll.register(self._stop.fd, select.POLLIN)
@@ -531,7 +526,7 @@ class Primary:
             name=self.name,
             run=self._run,
             term=self.term,
-            memory_pages=self._source.pages,
+            memory_pages=self._source.memory.pages,
             page_size=PAGE_SIZE,
             codec=self._codec,
             word=self._word,
@@ -575,7 +570,7 @@ class Primary:
         """Go on with deltas if the backup holds what our reference can be brought back to, else begin anew."""
         welcome = link.welcome
         self.term = welcome.term
-        shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.pages)
+        shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.memory.pages)
         held = welcome.position
         if self._sender is not None and held is not None and welcome.stream == shape and self._rewind(held):
             return Begin(mode="continue", term=welcome.term, position=held, wait=self._wait)
@@ -595,15 +590,14 @@ class Primary:
         floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
         if newest is not None and newest.epoch < floor:
             newest = None  # what came behind it is lost, and nothing can follow it under a number that was used
-        # No sender before its reference is the source's shadow: interrupted here, the next call comes here again.
+        # No sender while the tracker begins anew: interrupted here, the next call comes here again.
         self._sender = self._one_by_one = self._anchor = None
         self._forget_flights()
-        self._source.shadow = zeros(self._source.pages)
         self._sender = Sender(
-            self._source.pages,
+            self._source.memory.pages,
             codec=self._codec,
             word=self._word,
-            reference=Shadow(self._source.shadow),
+            reference=self._source.tracker.restart(),
             position=newest,
             first_epoch=floor + 1,
         )
@@ -657,7 +651,6 @@ class Primary:
             self,
             interval_s=self._interval_s,
             duration_s=duration_s,
-            device_state=self._device_state,
             on_capture=lambda epoch: self._phase("capture", epoch),
             on_paused=self._on_paused,
             stop=self._stop,
@@ -687,7 +680,7 @@ class Primary:
         if time.monotonic() >= self._until:
             raise LinkError(
                 f"{self._link.peer}: the time was over in the middle of a checkpoint: memory of "
-                f"{self._source.pages * PAGE_SIZE:,} bytes may need a longer timeout_s"
+                f"{self._source.memory.pages * PAGE_SIZE:,} bytes may need a longer timeout_s"
             )
         self._link.write(buffers)
 
