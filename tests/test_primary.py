@@ -154,7 +154,7 @@ def test_a_peer_that_keeps_us_waiting(serve: Callable[[Peer], None]) -> None:
 
 def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path) -> None:
     """The first peer takes nothing; the next one finds a primary that goes on right."""
-    array = np.random.default_rng(1).integers(0, 256, (4 << 20) // 8, dtype=np.int64)
+    array = np.random.default_rng(1).integers(0, 256, (32 << 20) // 8, dtype=np.int64)
     with Liar(stops_reading) as liar, backup_in(tmp_path / "store") as backup:
         memory = Memory(liar.address, array=array.reshape(-1, 512))
         with within(0.3), pytest.raises(LinkError):
