@@ -28,8 +28,8 @@ from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
 from remus_ckpt.service import primary
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import protect
+from remus_ckpt.service.release import Committed
 from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Store
@@ -40,8 +40,8 @@ OURS = tuple(
     f"{HERE}/{name}"
     for name in (
         "loop.py", "sender.py", "codec/reference.py", "source/own_memory.py", "wire/xen/writer.py",
-        "session/machine.py", "service/primary.py", "service/protect.py", "link/client.py", "link/connection.py",
-        "link/flag.py", "files.py",
+        "session/machine.py", "link/client.py", "link/connection.py", "link/flag.py", "files.py",
+        "service/primary.py", "service/protect.py", "service/turns.py", "service/window.py",
     )
 )  # fmt: skip
 assert all(map(os.path.exists, OURS))

@@ -30,8 +30,8 @@ from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import primary as primaries
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed, Primary
-from remus_ckpt.service.protect import protect
+from remus_ckpt.service.protect import primary_of, protect
+from remus_ckpt.service.release import Committed
 from remus_ckpt.session import messages
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
@@ -409,7 +409,7 @@ def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
         memory.step(1)
         slow = threading.Thread(target=memory.protection.checkpoint)
         slow.start()
-        until(lambda: bool(memory.protection._primary._calls))
+        until(lambda: bool(memory.protection._primary._turns._calls))
         with within(0.2), pytest.raises(RemusError, match="another thread"):
             memory.protection.checkpoint(timeout_s=0.2)
         go_on.set()
@@ -438,24 +438,24 @@ def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_call_that_was_cut_short_is_over(tmp_path: Path, is_other_thread: bool) -> None:
     """An interrupt may fall where a call gives its turn back, and its traceback may be kept."""
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
-        primary = memory.protection._primary
-        leave = primary._leave
+        turns = memory.protection._primary._turns
+        leave = turns._leave
 
         def strike(key: object) -> None:
             raise KeyboardInterrupt
 
-        primary._leave = strike  # type: ignore[method-assign]
+        turns._leave = strike  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt) as cut:
             memory.step(1)
-        primary._leave = leave  # type: ignore[method-assign]
-        assert primary._calls
+        turns._leave = leave  # type: ignore[method-assign]
+        assert turns._calls
         if is_other_thread:
             other = threading.Thread(target=memory.step, args=[2])
             other.start()
             other.join(LONG_S)
         else:
             memory.step(2)
-        assert not primary._calls
+        assert not turns._calls
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
         assert cut.tb is not None
 
@@ -740,9 +740,7 @@ def test_a_pause_that_somebody_else_ended_makes_no_checkpoint(tmp_path: Path) ->
 
             source = SharedFile(memory, Processes([worker.pid]))
             stack.callback(source.close)
-            primary = Primary(
-                "orders", source, lambda: connect(Address.parse(backup.addresses[0])), device_state=device_state
-            )
+            primary = primary_of(source, "orders", backup.addresses[0], device_state=device_state)
             stack.callback(primary.close)
             primary.checkpoint(wait=True)
             interfering[0] = True

@@ -25,8 +25,8 @@ from remus_ckpt.link.client import Link
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import Protection, protect
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import machine, messages
 from remus_ckpt.source.manifest import arrays_of

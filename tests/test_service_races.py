@@ -24,6 +24,7 @@ from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.protect import primary_of
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.session import messages
 from remus_ckpt.source.own_memory import OwnMemory
@@ -300,9 +301,7 @@ def test_a_primary_that_is_stopped_as_its_link_breaks(tmp_path: Path, comes_back
     """It tries for another one, so that what it has sent is committed; but not for long."""
     stop = StopSignal()
     with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
-        primary = Primary(
-            "orders", OwnMemory({"array": np.ones(512)}), lambda: connect(Address.parse(proxy.address)), stop=stop
-        )
+        primary = primary_of(OwnMemory({"array": np.ones(512)}), "orders", proxy.address, stop=stop)
         newest = -1
         for taken in primary.run():
             newest = taken.sent.epoch

@@ -19,7 +19,8 @@ from remus_ckpt.errors import Fenced
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
