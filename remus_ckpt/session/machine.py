@@ -9,9 +9,9 @@ has come.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NoReturn, Protocol, cast
 
 from remus_ckpt.errors import LinkError, UnknownFormat
 from remus_ckpt.limits import KIB
@@ -96,51 +96,128 @@ class Lender(Protocol):
 Parser = Generator["Message | DataReceived | None", None, Any]
 
 
-class Session:
-    """One connection, from its preface to its end.
+@dataclass
+class Agreed:
+    """What both directions of a session go by.
 
-    One thread may receive while another sends. Two that send must take turns, each until its buffers are on the way:
-    nothing but their order says which frame follows which.
+    hello, welcome, begin: as they were sent or received; they do not change once the stream has begun
+    made: the newest positions of this session, the oldest first, which an ack may name. The direction that the stream
+        travels in adds to it; each step is one of a dict's own
+    """
 
-    `next_event` raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end
-    and nobody has ended the session, and the same again from then on. An Error can still be sent then. When this side
-    has sent one, what still comes is counted and not read.
+    hello: Hello | None = None
+    welcome: Welcome | None = None
+    begin: Begin | None = None
+    made: dict[Position, None] = field(default_factory=dict)
+
+
+class Direction:
+    """What one side says, and so what it may say next. Each session has two, and each may have a thread of its own.
+
+    speaker: whose frames go this way
+
+    Hello, Welcome and Begin move both directions: until Begin is through, one thread has them both, but for heartbeats
+    that another may send. From then on a direction moves by its own frames alone. All that it looks at in the other is
+    `ended_with`, which is written once.
+    """
+
+    def __init__(self, speaker: Side, agreed: Agreed) -> None:
+        self.speaker: Side = speaker
+        self.state = State.START
+        self.ended_with: Message | None = None
+        """The Error or Goodbye that ended it."""
+        self._agreed = agreed
+        self._other: Direction = self  # until there is another
+        self._stream_bytes = 0  # since the last commit
+        self._position: Position | None = None  # of the last commit, or that Begin names
+
+    @staticmethod
+    def pair(one: Direction, other: Direction) -> None:
+        """Make them the two of one session."""
+        one._other, other._other = other, one
+
+    def _move(self, number: FrameType, message: Message | None, offset: int | None) -> None:
+        """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
+        following = TRANSITIONS.get((self.state, self.speaker, number))
+        if following is None:
+            self._refuse(number, offset)
+        agreed = self._agreed
+        match message:
+            case Hello():
+                agreed.hello = message
+                if message.role == "control":
+                    following = State.CONTROL_HELLO
+            case Welcome():
+                assert agreed.hello is not None
+                if message.version not in agreed.hello.versions:
+                    frames.refuse(f"version {message.version} was not in the hello", offset, "§3.2", number)
+                strange = set(message.compressions) - set(agreed.hello.compressions)
+                if strange:
+                    frames.refuse(f"compressions {sorted(strange)} were not in the hello", offset, "§3.2", number)
+                agreed.welcome = message
+            case Begin():
+                self._check_begin(message, offset)
+                agreed.begin = message
+                self._position = message.position
+                if message.position is not None:
+                    agreed.made[message.position] = None
+            case Commit():
+                self._check_commit(message, offset)
+                self._stream_bytes = 0
+                self._position = message.position
+                agreed.made[message.position] = None
+                if len(agreed.made) > ACKABLE:
+                    del agreed.made[next(iter(agreed.made))]
+            case Ack():
+                if message.position not in agreed.made:
+                    frames.refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
+            case Error() | Goodbye():
+                self.ended_with = message
+        if isinstance(message, Hello | Welcome | Begin):
+            self._other.state = following
+        self.state = following
+
+    def _refuse(self, number: FrameType, offset: int | None) -> NoReturn:
+        frames.refuse(f"the {self.speaker} may not say it in the state {self.state.name}", offset, "§4", number)
+
+    def _check_begin(self, begin: Begin, offset: int | None) -> None:
+        """§5"""
+        welcome = self._agreed.welcome
+        assert welcome is not None
+        if begin.term != welcome.term:
+            frames.refuse(f"term {begin.term} in a session of term {welcome.term}", offset, "§6", FrameType.BEGIN)
+        if begin.mode == "continue" and (welcome.stream is None or begin.position != welcome.position):
+            frames.refuse(f"it cannot be continued at {begin.position}", offset, "§5", FrameType.BEGIN)
+
+    def _check_commit(self, commit: Commit, offset: int | None) -> None:
+        """§3.5"""
+        if commit.stream_bytes != self._stream_bytes:
+            text = f"{commit.stream_bytes} bytes are committed of {self._stream_bytes}"
+            frames.refuse(text, offset, "§3.5", FrameType.COMMIT)
+        # A full copy need not say in its Begin what it follows.
+        if self._position is not None and commit.before != self._position:
+            text = f"it follows {commit.before}, the one before made {self._position}"
+            frames.refuse(text, offset, "§5", FrameType.COMMIT)
+
+
+class Incoming(Direction):
+    """Bytes to messages.
 
     A DATA frame's checksum stands for the whole frame, and its bytes come out before all of them are there: after an
     error the checkpoint that they belong to must be given up. One whose Commit came out of `next_event` is whole.
     """
 
-    def __init__(self, side: Side) -> None:
-        self.side: Side = side
-        self.peer: Side = "server" if side == "client" else "client"
+    def __init__(self, speaker: Side, agreed: Agreed) -> None:
+        super().__init__(speaker, agreed)
         self.lender: Lender | None = None
         """To be set before the first DATA comes: when Begin came out of `next_event`, at the latest."""
-        self.state = State.START
-        self.hello: Hello | None = None
-        self.welcome: Welcome | None = None
-        self.begin: Begin | None = None
-        """These three as they were sent or received."""
-        self.sent_bytes = 0
-        self.last_sent: Message | None = None
-        """The Error or Goodbye that this side ended with."""
-        self.last_received: Message | None = None
-        """The one that the other side ended with."""
-        self._stream_bytes = 0  # since the last commit
-        self._position: Position | None = None  # of the last commit, or that Begin names
-        self._made: dict[Position, None] = {}  # the newest positions of this session, which an ack may name
-        self._prefaced = False
         self._packing = frames.Packing()
         self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_BUFFER_BYTES * 4)
         self._rest = 0  # of a payload that may be received into the lender's buffer
         self._lent: memoryview | None = None  # that buffer, while it is being received into
         self._crc = 0
         self._error: BaseException | None = None
-        self._parser = self._session()
-
-    @property
-    def ended(self) -> bool:
-        """Whether Error or Goodbye has been sent or received."""
-        return self.last_sent is not None or self.last_received is not None
+        self._parser = self._frames()
 
     @property
     def received_bytes(self) -> int:
@@ -177,14 +254,19 @@ class Session:
     # Events out
 
     def next_event(self) -> Message | DataReceived | None:
-        """The next message, or NEED_DATA."""
+        """The next message, or NEED_DATA.
+
+        Raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end and nobody
+        has ended the session, and the same again from then on. When this side has sent an Error, what still comes is
+        counted and not read.
+        """
         if self._error is not None:
             raise self._error
         self._give_up()
         try:
             return next(self._parser)
         except End:
-            if self.ended:
+            if self.ended_with is not None or self._other.ended_with is not None:
                 self._parser = self._inbox.drain()
                 return NEED_DATA
             self._error = LinkError("the connection ended without a goodbye")
@@ -194,13 +276,13 @@ class Session:
 
     # The grammar
 
-    def _session(self) -> Parser:
+    def _frames(self) -> Parser:
         yield from self._preface()
         while True:
             yield from self._frame()
 
     def _give_up(self) -> None:
-        if isinstance(self.last_sent, Error):
+        if isinstance(self._other.ended_with, Error):
             # What was under way when this side ended it is of no use any longer.
             self._rest = 0
             self._parser.close()
@@ -226,7 +308,7 @@ class Session:
         number, flags, length, crc = self._header(offset)
         self._inbox.skip(frames.HEADER_BYTES)
         if number is FrameType.DATA:
-            self._move(self.peer, number, None, offset)
+            self._move(number, None, offset)
             if flags == frames.FLAGS["none"]:
                 yield from self._plain_data(length, crc, offset)
             else:
@@ -236,18 +318,17 @@ class Session:
         if frames.extend(0, payload) != crc:
             frames.refuse("the payload's checksum is wrong", offset, "§2.1", number)
         message = frames.unpack(number, payload, offset + frames.HEADER_BYTES)
-        self._move(self.peer, number, message, offset)
+        self._move(number, message, offset)
         yield message
         return None
 
     def _header(self, offset: int) -> frames.Header:
         """§2.1"""
         header = frames.parse_head(bytes(self._inbox.front(frames.HEADER_BYTES)), offset)
-        if self.last_received is not None:
+        if self.ended_with is not None:
             frames.refuse("a frame behind the end of the session", offset, "§4")
-        if (self.state, self.peer, header.number) not in TRANSITIONS:
-            text = f"the {self.peer} may not say it in the state {self.state.name}"
-            frames.refuse(text, offset, "§4", header.number)
+        if (self.state, self.speaker, header.number) not in TRANSITIONS:
+            self._refuse(header.number, offset)
         return header
 
     def _plain_data(self, length: int, crc: int, offset: int) -> Parser:
@@ -280,7 +361,8 @@ class Session:
     def _packed_data(self, flags: int, length: int, crc: int, offset: int) -> Parser:
         """§2.3"""
         name = next(name for name, value in frames.FLAGS.items() if value == flags)
-        if self.welcome is None or name not in self.welcome.compressions:
+        welcome = self._agreed.welcome
+        if welcome is None or name not in welcome.compressions:
             frames.refuse(f"{name} has not been agreed on", offset, "§2.3", FrameType.DATA)
         payload = memoryview((yield from self._inbox.array(length)))
         if frames.extend(0, payload) != crc:
@@ -289,71 +371,16 @@ class Session:
         self._stream_bytes += len(raw)
         yield DataReceived(len(raw), raw)
 
-    # The rules, for both directions
 
-    def _move(self, side: Side, number: FrameType, message: Message | None, offset: int | None) -> None:
-        """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
-        here = self.state
-        following = TRANSITIONS.get((here, side, number))
-        if following is None:
-            frames.refuse(f"the {side} may not say it in the state {here.name}", offset, "§4", number)
-        match message:
-            case Hello():
-                self.hello = message
-                if message.role == "control":
-                    following = State.CONTROL_HELLO
-            case Welcome():
-                assert self.hello is not None
-                if message.version not in self.hello.versions:
-                    frames.refuse(f"version {message.version} was not in the hello", offset, "§3.2", number)
-                strange = set(message.compressions) - set(self.hello.compressions)
-                if strange:
-                    frames.refuse(f"compressions {sorted(strange)} were not in the hello", offset, "§3.2", number)
-                self.welcome = message
-            case Begin():
-                self._check_begin(message, offset)
-                self.begin = message
-                self._position = message.position
-                if message.position is not None:
-                    self._made[message.position] = None
-            case Commit():
-                self._check_commit(message, offset)
-                self._stream_bytes = 0
-                self._position = message.position
-                self._made[message.position] = None
-                if len(self._made) > ACKABLE:
-                    del self._made[next(iter(self._made))]
-            case Ack():
-                if message.position not in self._made:
-                    frames.refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
-            case Error() | Goodbye():
-                if offset is None:
-                    self.last_sent = message
-                else:
-                    self.last_received = message
-        # What leaves the state alone does not write it either: the other thread may have, meanwhile.
-        if following is not here:
-            self.state = following
+class Outgoing(Direction):
+    """Messages to bytes. What it gives must be on its way before more is asked for: nothing but the order of the frames
+    says which follows which. Several threads that send take turns."""
 
-    def _check_begin(self, begin: Begin, offset: int | None) -> None:
-        """§5"""
-        assert self.welcome is not None
-        if begin.term != self.welcome.term:
-            frames.refuse(f"term {begin.term} in a session of term {self.welcome.term}", offset, "§6", FrameType.BEGIN)
-        if begin.mode == "continue" and (self.welcome.stream is None or begin.position != self.welcome.position):
-            frames.refuse(f"it cannot be continued at {begin.position}", offset, "§5", FrameType.BEGIN)
-
-    def _check_commit(self, commit: Commit, offset: int | None) -> None:
-        """§3.5"""
-        if commit.stream_bytes != self._stream_bytes:
-            text = f"{commit.stream_bytes} bytes are committed of {self._stream_bytes}"
-            frames.refuse(text, offset, "§3.5", FrameType.COMMIT)
-        # A full copy need not say in its Begin what it follows.
-        if self._position is not None and commit.before != self._position:
-            text = f"it follows {commit.before}, the one before made {self._position}"
-            frames.refuse(text, offset, "§5", FrameType.COMMIT)
-
-    # Bytes out
+    def __init__(self, speaker: Side, agreed: Agreed) -> None:
+        super().__init__(speaker, agreed)
+        self.sent_bytes = 0
+        self._packing = frames.Packing()
+        self._prefaced = False
 
     def send(self, message: Message) -> list[Buffer]:
         """The bytes that say it, the preface before the first.
@@ -364,7 +391,7 @@ class Session:
         self._may_send()
         number = frames.TYPES[type(message)]
         payload = frames.pack(message)
-        self._move(self.side, number, message, None)
+        self._move(number, message, None)
         return self._out([frames.head(number, 0, len(payload), frames.extend(0, payload)) + payload])
 
     def send_data(self, buffers: Iterable[Buffer], compression: Compression = "none") -> list[Buffer]:
@@ -374,11 +401,12 @@ class Session:
         compression: a frame that it would not make shorter goes as it is
         """
         self._may_send()
-        if compression != "none" and (self.welcome is None or compression not in self.welcome.compressions):
+        welcome = self._agreed.welcome
+        if compression != "none" and (welcome is None or compression not in welcome.compressions):
             raise ValueError(f"{compression} has not been agreed on")
         out: list[Buffer] = []
         for parts in frames.portions(buffers):
-            self._move(self.side, FrameType.DATA, None, None)
+            self._move(FrameType.DATA, None, None)
             size = sum(len(part) for part in parts)
             self._stream_bytes += size
             packed = None if compression == "none" else self._packing.pack(compression, parts, size)
@@ -396,10 +424,10 @@ class Session:
         return self._out(out)
 
     def _may_send(self) -> None:
-        if self.last_sent is not None:
-            raise ValueError(f"this side has ended the session: {self.last_sent}")
-        if isinstance(self.last_received, Error):
-            raise ValueError(f"the other side has ended the session: {self.last_received}")
+        if self.ended_with is not None:
+            raise ValueError(f"this side has ended the session: {self.ended_with}")
+        if isinstance(self._other.ended_with, Error):
+            raise ValueError(f"the other side has ended the session: {self._other.ended_with}")
 
     def _out(self, buffers: list[Buffer]) -> list[Buffer]:
         if buffers and not self._prefaced:
@@ -407,3 +435,74 @@ class Session:
             buffers.insert(0, frames.PREFACE)
         self.sent_bytes += sum(len(buffer) for buffer in buffers)
         return buffers
+
+
+class Session:
+    """One connection, from its preface to its end, in two directions.
+
+    side: which of the two this is
+
+    `incoming` and `outgoing` may have a thread each (`Direction` says from when on). What follows is for who has both.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self.agreed = Agreed()
+        self.outgoing = Outgoing(side, self.agreed)
+        self.incoming = Incoming("server" if side == "client" else "client", self.agreed)
+        Direction.pair(self.outgoing, self.incoming)
+
+    @property
+    def state(self) -> State:
+        """Where the session is: in the stream, the client's frames alone move it."""
+        return self.outgoing.state if self.outgoing.speaker == "client" else self.incoming.state
+
+    @property
+    def begin(self) -> Begin | None:
+        """As it was sent or received."""
+        return self.agreed.begin
+
+    @property
+    def last_sent(self) -> Message | None:
+        """The Error or Goodbye that this side ended with."""
+        return self.outgoing.ended_with
+
+    @property
+    def last_received(self) -> Message | None:
+        """The one that the other side ended with."""
+        return self.incoming.ended_with
+
+    @property
+    def ended(self) -> bool:
+        """Whether Error or Goodbye has been sent or received."""
+        return self.last_sent is not None or self.last_received is not None
+
+    @property
+    def received_bytes(self) -> int:
+        """As of `Incoming`; so what follows, and `send` and `send_data` as of `Outgoing`."""
+        return self.incoming.received_bytes
+
+    @property
+    def lender(self) -> Lender | None:
+        return self.incoming.lender
+
+    @lender.setter
+    def lender(self, lender: Lender | None) -> None:
+        self.incoming.lender = lender
+
+    def get_buffer(self) -> memoryview:
+        return self.incoming.get_buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        self.incoming.buffer_updated(size)
+
+    def feed_eof(self) -> None:
+        self.incoming.feed_eof()
+
+    def next_event(self) -> Message | DataReceived | None:
+        return self.incoming.next_event()
+
+    def send(self, message: Message) -> list[Buffer]:
+        return self.outgoing.send(message)
+
+    def send_data(self, buffers: Iterable[Buffer], compression: Compression = "none") -> list[Buffer]:
+        return self.outgoing.send_data(buffers, compression)
