@@ -37,7 +37,7 @@ from remus_ckpt.session.frames import (
     FrameType,
     negotiate,
 )
-from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Session, State
+from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Direction, Session, State
 from remus_ckpt.session.messages import (
     FIELDS,
     Ack,
@@ -259,7 +259,7 @@ def test_every_frame_from_either_side_in_every_state(state: State, side: str, nu
 
 
 def test_a_control_hello_leads_elsewhere():
-    assert reach(State.CONTROL_HELLO)["server"].agreed.hello == CONTROL
+    assert reach(State.CONTROL_HELLO)["server"].common.hello == CONTROL
 
 
 def test_what_leaves_the_state_alone_can_cross_what_does_not():
@@ -294,7 +294,7 @@ def test_one_thread_receives_while_another_sends():
             client.send_data([b"abcde"])
             return super().__contains__(position)
 
-    client.agreed.made = Meanwhile(client.agreed.made)
+    client.common.made = Meanwhile(client.common.made)
     assert len(push(client, packed(Ack(level="durable", position=FIRST)))) == 1
     assert client.state is State.WITHIN
 
@@ -302,8 +302,9 @@ def test_one_thread_receives_while_another_sends():
 def test_in_the_stream_no_direction_changes_the_other():
     """So that each may have a thread of its own."""
 
-    def fields(direction: object) -> dict[str, int]:
-        return {name: id(value) for name, value in vars(direction).items()}
+    def fields(direction: Direction) -> dict[str, object]:
+        own = {name: id(value) for name, value in vars(direction).items()}
+        return own | {"state": direction.state, "end": direction.ended_with}
 
     ack, goodbye = Ack(level="applied", position=FIRST), Goodbye(reason="")
     for side, said, heard in (
@@ -321,7 +322,7 @@ def test_in_the_stream_no_direction_changes_the_other():
         assert fields(session.outgoing) == before
         session.send(said[-1])
         assert session.incoming.ended_with is None
-        assert session.outgoing.ended_with == said[-1]
+        assert session.outgoing.ended_with == session.incoming.answered_with == said[-1]
 
 
 # The end

@@ -110,11 +110,6 @@ class Link:
         """Address and name of the backup."""
         return self._connection.peer
 
-    @property
-    def _has_ended(self) -> bool:
-        """Whether either side has said that it is over."""
-        return self._outgoing.ended_with is not None or self._incoming.ended_with is not None
-
     def take_wire_bytes(self) -> int:
         """Bytes sent since this was asked last."""
         before, self._counted = self._counted, self._connection.bytes_sent
@@ -180,7 +175,7 @@ class Link:
                     frames += self._outgoing.send(commit)
             except ValueError:
                 # The listening thread has read, since we checked, what ended the session, or has ended it.
-                if self._has_ended:
+                if self._outgoing.is_over:
                     raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
             begin = time.monotonic()
@@ -242,7 +237,7 @@ class Link:
                     # Behind data that do not move, a heartbeat would wait, and whoever wants to send wait for it.
                     if self._connection.is_writable() and self._sending.acquire(blocking=False):
                         try:
-                            if not self._has_ended:  # behind a goodbye nothing follows
+                            if not self._outgoing.is_over:  # behind a goodbye nothing follows
                                 self._connection.send(
                                     self._outgoing.send(Heartbeat(number=number, status=self._status())),
                                     self._lease_s,
@@ -257,7 +252,7 @@ class Link:
         except RemusError as error:
             self._fail(error)
         except Exception as error:
-            if self._has_ended:  # a heartbeat was due when we had just said goodbye
+            if self._outgoing.is_over:  # a heartbeat was due when we had just said goodbye
                 self._fail(LinkError(f"{self.peer}: the session has ended"))
                 return
             self._fail(LinkError(f"the link to {self.peer} broke: {type(error).__name__}: {error}"))
@@ -324,4 +319,8 @@ class Link:
         # Alive: it may never have been started.
         if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(_GOODBYE_S)
+        if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():
+            # Its traceback refers back to this link, whose buffers would stay until the next full garbage collection.
+            self._error = None
+            self._incoming.close()
         self.failed.close()

@@ -195,28 +195,31 @@ class Primary:
         self._until = deadline
         epoch = None
         lost: LinkError | None = None
-        while True:
-            try:
-                self._connect_patiently(deadline)
-                if epoch is None or not self._window.has_committed(epoch):
-                    self._await_room(stoppable=False)  # an earlier call may have given up on it
-                    if self._one_by_one is None:
-                        self._one_by_one = self._make_loop(None)
-                    taken = self._one_by_one.take()
-                    self._count(taken)
-                    epoch = taken.sent.epoch
-                if wait:
-                    self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
-                return epoch
-            except LinkError as error:
-                if time.monotonic() >= deadline:
-                    self.check()  # the link may be well, and the backup slow
-                    # Why a link broke says more than that the time is over.
-                    raise (lost or error) from None
-                lost = error
-                self._lost(error)
-                if time.monotonic() + self._backoff_s > deadline:
-                    raise  # what was wrong says more than that the time is over
+        try:
+            while True:
+                try:
+                    self._connect_patiently(deadline)
+                    if epoch is None or not self._window.has_committed(epoch):
+                        self._await_room(stoppable=False)  # an earlier call may have given up on it
+                        if self._one_by_one is None:
+                            self._one_by_one = self._make_loop(None)
+                        taken = self._one_by_one.take()
+                        self._count(taken)
+                        epoch = taken.sent.epoch
+                    if wait:
+                        self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
+                    return epoch
+                except LinkError as error:
+                    if time.monotonic() >= deadline:
+                        self.check()  # the link may be well, and the backup slow
+                        # Why a link broke says more than that the time is over.
+                        raise (lost or error) from None
+                    lost = error
+                    self._lost(error)
+                    if time.monotonic() + self._backoff_s > deadline:
+                        raise  # what was wrong says more than that the time is over
+        finally:
+            lost = None  # its traceback refers to this frame, and to the link's: a cycle
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
@@ -346,20 +349,19 @@ class Primary:
             try:
                 self._open()
                 return
-            except Refused as error:
-                if error.code in LASTING:
-                    raise
-                fault: RemusError = error
             except (LinkError, StreamError) as error:
+                if isinstance(error, Refused) and error.code in LASTING:
+                    raise
                 if isinstance(error, UnknownFormat) and not self._connections:
                     raise  # it has never been a backup
-                fault = error
-            self._back_off()
-            if str(fault) != said:
-                log("no link", level=logging.WARNING, name=self.name, reason=str(fault))
-                said = str(fault)
-            if deadline is not None and time.monotonic() + self._backoff_s > deadline:
-                raise fault if isinstance(fault, LinkError) else LinkError(str(fault))
+                self._back_off()
+                if str(error) != said:
+                    log("no link", level=logging.WARNING, name=self.name, reason=str(error))
+                    said = str(error)
+                if deadline is not None and time.monotonic() + self._backoff_s > deadline:
+                    if isinstance(error, LinkError):
+                        raise
+                    raise LinkError(str(error)) from error
 
     def _back_off(self) -> None:
         """Before the next link, which is made at once only where the last one carried a commit.

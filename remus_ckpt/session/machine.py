@@ -1,9 +1,9 @@
 """Who may say what when, and bytes to messages and back (specs/session.md §1, §4 to §6). No I/O, no clock.
 
-Bytes come in by `get_buffer` and `buffer_updated`, messages go out by `next_event`; `send` and `send_data` make the
-bytes for the other side. One table says who may say what when, in both directions. The save stream that travels in
-DATA frames is not read here, nor is it moved: the session lends room for it, uncopied where it is long, and says what
-has come.
+Bytes come in by `get_buffer` and `buffer_updated`, messages go out by `next_event` (`Incoming`); `send` and `send_data`
+make the bytes for the other side (`Outgoing`). One table says who may say what when, in both directions. The save
+stream that travels in DATA frames is not read here, nor is it moved: the session lends room for it, uncopied where it
+is long, and says what has come.
 """
 
 from __future__ import annotations
@@ -96,18 +96,25 @@ class Lender(Protocol):
 Parser = Generator["Message | DataReceived | None", None, Any]
 
 
+def _both(state: State) -> dict[Side, State]:
+    return {"client": state, "server": state}
+
+
 @dataclass
-class Agreed:
-    """What both directions of a session go by.
+class Common:
+    """What both directions of a session look at. Each step of either is one of a dict's own, or sets one field.
 
     hello, welcome, begin: as they were sent or received; they do not change once the stream has begun
-    made: the newest positions of this session, the oldest first, which an ack may name. The direction that the stream
-        travels in adds to it; each step is one of a dict's own
+    states: where each side is that speaks
+    ended: the Error or Goodbye that each side has ended with
+    made: the newest positions of this session, the oldest first, which an ack may name; the client's direction adds
     """
 
     hello: Hello | None = None
     welcome: Welcome | None = None
     begin: Begin | None = None
+    states: dict[Side, State] = field(default_factory=lambda: _both(State.START))
+    ended: dict[Side, Message] = field(default_factory=dict)
     made: dict[Position, None] = field(default_factory=dict)
 
 
@@ -117,72 +124,83 @@ class Direction:
     speaker: whose frames go this way
 
     Hello, Welcome and Begin move both directions: until Begin is through, one thread has them both, but for heartbeats
-    that another may send. From then on a direction moves by its own frames alone. All that it looks at in the other is
-    `ended_with`, which is written once.
+    that another may send. From then on a direction moves by its own frames alone.
     """
 
-    def __init__(self, speaker: Side, agreed: Agreed) -> None:
+    def __init__(self, speaker: Side, common: Common) -> None:
         self.speaker: Side = speaker
-        self.state = State.START
-        self.ended_with: Message | None = None
-        """The Error or Goodbye that ended it."""
-        self._agreed = agreed
-        self._other: Direction = self  # until there is another
+        self._listener: Side = "server" if speaker == "client" else "client"
+        self._common = common
         self._stream_bytes = 0  # since the last commit
         self._position: Position | None = None  # of the last commit, or that Begin names
 
-    @staticmethod
-    def pair(one: Direction, other: Direction) -> None:
-        """Make them the two of one session."""
-        one._other, other._other = other, one
+    @property
+    def state(self) -> State:
+        return self._common.states[self.speaker]
+
+    @property
+    def ended_with(self) -> Message | None:
+        """The Error or Goodbye that ended it."""
+        return self._common.ended.get(self.speaker)
+
+    @property
+    def answered_with(self) -> Message | None:
+        """The one that ended the other direction."""
+        return self._common.ended.get(self._listener)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether either of them has ended the session."""
+        return bool(self._common.ended)
 
     def _move(self, number: FrameType, message: Message | None, offset: int | None) -> None:
         """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
         following = TRANSITIONS.get((self.state, self.speaker, number))
         if following is None:
             self._refuse(number, offset)
-        agreed = self._agreed
+        common = self._common
         match message:
             case Hello():
-                agreed.hello = message
+                common.hello = message
                 if message.role == "control":
                     following = State.CONTROL_HELLO
             case Welcome():
-                assert agreed.hello is not None
-                if message.version not in agreed.hello.versions:
+                assert common.hello is not None
+                if message.version not in common.hello.versions:
                     frames.refuse(f"version {message.version} was not in the hello", offset, "§3.2", number)
-                strange = set(message.compressions) - set(agreed.hello.compressions)
+                strange = set(message.compressions) - set(common.hello.compressions)
                 if strange:
                     frames.refuse(f"compressions {sorted(strange)} were not in the hello", offset, "§3.2", number)
-                agreed.welcome = message
+                common.welcome = message
             case Begin():
                 self._check_begin(message, offset)
-                agreed.begin = message
+                common.begin = message
                 self._position = message.position
                 if message.position is not None:
-                    agreed.made[message.position] = None
+                    common.made[message.position] = None
             case Commit():
                 self._check_commit(message, offset)
                 self._stream_bytes = 0
                 self._position = message.position
-                agreed.made[message.position] = None
-                if len(agreed.made) > ACKABLE:
-                    del agreed.made[next(iter(agreed.made))]
+                common.made[message.position] = None
+                if len(common.made) > ACKABLE:
+                    del common.made[next(iter(common.made))]
             case Ack():
-                if message.position not in agreed.made:
+                if message.position not in common.made:
                     frames.refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
             case Error() | Goodbye():
-                self.ended_with = message
+                self._common.ended[self.speaker] = message
         if isinstance(message, Hello | Welcome | Begin):
-            self._other.state = following
-        self.state = following
+            self._common.states.update(_both(following))
+        else:
+            self._common.states[self.speaker] = following
 
     def _refuse(self, number: FrameType, offset: int | None) -> NoReturn:
         frames.refuse(f"the {self.speaker} may not say it in the state {self.state.name}", offset, "§4", number)
 
     def _check_begin(self, begin: Begin, offset: int | None) -> None:
         """§5"""
-        welcome = self._agreed.welcome
+        welcome = self._common.welcome
         assert welcome is not None
         if begin.term != welcome.term:
             frames.refuse(f"term {begin.term} in a session of term {welcome.term}", offset, "§6", FrameType.BEGIN)
@@ -207,8 +225,8 @@ class Incoming(Direction):
     error the checkpoint that they belong to must be given up. One whose Commit came out of `next_event` is whole.
     """
 
-    def __init__(self, speaker: Side, agreed: Agreed) -> None:
-        super().__init__(speaker, agreed)
+    def __init__(self, speaker: Side, common: Common) -> None:
+        super().__init__(speaker, common)
         self.lender: Lender | None = None
         """To be set before the first DATA comes: when Begin came out of `next_event`, at the latest."""
         self._packing = frames.Packing()
@@ -251,6 +269,15 @@ class Incoming(Direction):
         """No more bytes will come."""
         self._inbox.feed_eof()
 
+    def close(self) -> None:
+        """Drop the parser and the error. `next_event` gives nothing more; no other thread may be in it.
+
+        Both refer back to it. Without this call its buffers stay until the next full garbage collection.
+        """
+        self._parser.close()
+        self._parser = self._inbox.drain()
+        self._error = None
+
     # Events out
 
     def next_event(self) -> Message | DataReceived | None:
@@ -266,7 +293,7 @@ class Incoming(Direction):
         try:
             return next(self._parser)
         except End:
-            if self.ended_with is not None or self._other.ended_with is not None:
+            if self.is_over:
                 self._parser = self._inbox.drain()
                 return NEED_DATA
             self._error = LinkError("the connection ended without a goodbye")
@@ -282,7 +309,7 @@ class Incoming(Direction):
             yield from self._frame()
 
     def _give_up(self) -> None:
-        if isinstance(self._other.ended_with, Error):
+        if isinstance(self.answered_with, Error):
             # What was under way when this side ended it is of no use any longer.
             self._rest = 0
             self._parser.close()
@@ -361,7 +388,7 @@ class Incoming(Direction):
     def _packed_data(self, flags: int, length: int, crc: int, offset: int) -> Parser:
         """§2.3"""
         name = next(name for name, value in frames.FLAGS.items() if value == flags)
-        welcome = self._agreed.welcome
+        welcome = self._common.welcome
         if welcome is None or name not in welcome.compressions:
             frames.refuse(f"{name} has not been agreed on", offset, "§2.3", FrameType.DATA)
         payload = memoryview((yield from self._inbox.array(length)))
@@ -376,8 +403,8 @@ class Outgoing(Direction):
     """Messages to bytes. What it gives must be on its way before more is asked for: nothing but the order of the frames
     says which follows which. Several threads that send take turns."""
 
-    def __init__(self, speaker: Side, agreed: Agreed) -> None:
-        super().__init__(speaker, agreed)
+    def __init__(self, speaker: Side, common: Common) -> None:
+        super().__init__(speaker, common)
         self.sent_bytes = 0
         self._packing = frames.Packing()
         self._prefaced = False
@@ -401,7 +428,7 @@ class Outgoing(Direction):
         compression: a frame that it would not make shorter goes as it is
         """
         self._may_send()
-        welcome = self._agreed.welcome
+        welcome = self._common.welcome
         if compression != "none" and (welcome is None or compression not in welcome.compressions):
             raise ValueError(f"{compression} has not been agreed on")
         out: list[Buffer] = []
@@ -426,8 +453,8 @@ class Outgoing(Direction):
     def _may_send(self) -> None:
         if self.ended_with is not None:
             raise ValueError(f"this side has ended the session: {self.ended_with}")
-        if isinstance(self._other.ended_with, Error):
-            raise ValueError(f"the other side has ended the session: {self._other.ended_with}")
+        if isinstance(self.answered_with, Error):
+            raise ValueError(f"the other side has ended the session: {self.answered_with}")
 
     def _out(self, buffers: list[Buffer]) -> list[Buffer]:
         if buffers and not self._prefaced:
@@ -446,20 +473,19 @@ class Session:
     """
 
     def __init__(self, side: Side) -> None:
-        self.agreed = Agreed()
-        self.outgoing = Outgoing(side, self.agreed)
-        self.incoming = Incoming("server" if side == "client" else "client", self.agreed)
-        Direction.pair(self.outgoing, self.incoming)
+        self.common = Common()
+        self.outgoing = Outgoing(side, self.common)
+        self.incoming = Incoming("server" if side == "client" else "client", self.common)
 
     @property
     def state(self) -> State:
         """Where the session is: in the stream, the client's frames alone move it."""
-        return self.outgoing.state if self.outgoing.speaker == "client" else self.incoming.state
+        return self.common.states["client"]
 
     @property
     def begin(self) -> Begin | None:
         """As it was sent or received."""
-        return self.agreed.begin
+        return self.common.begin
 
     @property
     def last_sent(self) -> Message | None:
@@ -474,7 +500,7 @@ class Session:
     @property
     def ended(self) -> bool:
         """Whether Error or Goodbye has been sent or received."""
-        return self.last_sent is not None or self.last_received is not None
+        return bool(self.common.ended)
 
     @property
     def received_bytes(self) -> int:
@@ -497,6 +523,9 @@ class Session:
 
     def feed_eof(self) -> None:
         self.incoming.feed_eof()
+
+    def close(self) -> None:
+        self.incoming.close()
 
     def next_event(self) -> Message | DataReceived | None:
         return self.incoming.next_event()
