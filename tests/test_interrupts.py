@@ -127,9 +127,7 @@ class Desk:
             self.array[(3 * self._step) % 5] = 0 if self._step % 3 else self._step % 251
 
     def cut(self) -> None:
-        link = self.protection._primary._link
-        if link is not None:
-            link._connection.close()
+        self.protection._primary.hang_up()
 
     def checkpoint(self, *, wait: bool = True) -> int:
         return self.protection.checkpoint(wait=wait, timeout_s=LONG_S)

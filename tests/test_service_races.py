@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from proxy import Proxy
 from store_support import fill
-from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
+from test_service import ANY, LONG_S, Memory, backup_in, entries, is_lost, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, StoreError
 from remus_ckpt.link.address import Address
@@ -33,10 +33,8 @@ from remus_ckpt.store import Store
 
 def cut(proxy: Proxy, memory: Memory) -> None:
     """Break the link, and wait until the primary knows."""
-    link = memory.protection._primary._link
-    assert link is not None
     proxy.cut()
-    until(lambda: link._error is not None)
+    until(lambda: is_lost(memory.protection._primary))
 
 
 def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ class Primary:
         capture
     on_turn: called often while all is well, also while a link or the backup is waited for
     What the other callbacks raise goes to the caller; the next checkpoint goes on right behind it.
+
+    One thread at a time takes checkpoints: that of `run`, or by turns those that call `checkpoint`. All else may be
+    called from any thread.
     """
 
     def __init__(
@@ -90,12 +93,7 @@ class Primary:
         stop: StopSignal | None = None,
     ) -> None:
         self.name = name
-        self.term = term
-        self.ended = ""
-        self.is_running = False
-        """Whether `run` is there to make a lost link anew."""
-        self._has_run = False
-        self._is_closed = False
+        self._pid = os.getpid()
         self._source = source
         self._connect = connect
         self._codec: StreamCodec = codec
@@ -111,9 +109,7 @@ class Primary:
         self._metrics = metrics or Metrics()
         self._stop = stop
         self._run = os.urandom(16)
-        self._sender: Sender | None = None
-        self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
-        self._link: Link | None = None
+        self._turns = Turns("checkpoint()")
         self._bell = Bell()  # rung when the link, or what is in the window, has changed
         self._window = Window(
             name,
@@ -124,14 +120,24 @@ class Primary:
             bell=self._bell,
             metrics=self._metrics,
         )
-        self._turns = Turns("checkpoint()")
-        self._until = math.inf  # when the call that is under way must be over
-        self._pid = os.getpid()
+        # Of the thread that takes checkpoints:
+        self._sender: Sender | None = None
+        self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
         self._commits_before = 0  # when the link was made
         self._backoff_s = 0.0
+        # Of that thread too, for others to look at; each is set in one step.
+        self.term = term
+        self.ended = ""
+        self.is_running = False
+        """Whether `run` is there to make a lost link anew."""
+        self._has_run = False
         self._fenced: Fenced | None = None
+        # That others set as well. Who closes says so before it looks for a link, who makes one looks after it has.
+        self._until = math.inf  # when the call that is under way must be over
+        self._is_closed = False
+        self._link: Link | None = None
 
     @property
     def committed(self) -> Position | None:
@@ -201,8 +207,7 @@ class Primary:
                     self._connect_patiently(deadline)
                     if epoch is None or not self._window.has_committed(epoch):
                         self._await_room(stoppable=False)  # an earlier call may have given up on it
-                        if self._one_by_one is None:
-                            self._one_by_one = self._make_loop(None)
+                        self._one_by_one = self._one_by_one or self._make_loop(None)
                         taken = self._one_by_one.take()
                         self._count(taken)
                         epoch = taken.sent.epoch
@@ -232,6 +237,7 @@ class Primary:
 
     def _await(self, epoch: int, timeout_s: float | None, *, is_patient: bool) -> Position:
         def is_over() -> bool:
+            is_on_its_way = bool(self._window.lag)  # asked first: what is committed next no longer is
             if self._window.has_committed(epoch):
                 return True
             if self._fenced is not None:
@@ -240,7 +246,7 @@ class Primary:
                 self.check()
                 if self._link is None:
                     raise LinkError("the link to the backup is lost; take another checkpoint")
-                if self._has_run and not self.is_running and not self._window.lag:
+                if self._has_run and not self.is_running and not is_on_its_way:
                     raise LinkError(f"epoch {epoch} was not taken, and no more checkpoints are")
             return False
 
@@ -301,6 +307,10 @@ class Primary:
         """How many of so many seconds the call that is under way may still take."""
         return max(min(seconds, self._until - time.monotonic()), 0.0)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError(f"the protection of {self.name!r} has been closed")
+
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise ValueError(
@@ -334,8 +344,7 @@ class Primary:
             self._lost(LinkError("a checkpoint broke off"))
         said = ""
         while self._link is None and not self.ended:
-            if self._is_closed:
-                raise ValueError(f"the protection of {self.name!r} has been closed")
+            self._check_open()
             until = min((at for at in (deadline, end) if at is not None), default=math.inf)
             if (reason := self._reason_to_end) and self._gives_up():
                 self.ended = reason
@@ -435,6 +444,7 @@ class Primary:
             if self._window.commits != self._commits_before:  # it has turned out that the last link carried some
                 self._commits_before, self._backoff_s = self._window.commits, 0.0
             self._link = link
+            self._check_open()
         except BaseException:
             self._link = None
             if link is not None:
@@ -484,7 +494,7 @@ class Primary:
 
     def _lost(self, error: LinkError) -> None:
         if isinstance(error, Fenced):
-            self._fenced = error
+            self._fenced, self.ended = error, "fenced"
         link = self._link
         if link is not None:
             link.close()
@@ -497,7 +507,6 @@ class Primary:
         self._bell.ring()
         if isinstance(error, Fenced):
             self._metrics.fence(self.name)
-            self.ended = "fenced"
             log("fenced", level=logging.ERROR, name=self.name, term=error.term)
             raise error
         if isinstance(error, Refused) and error.code in LASTING:
