@@ -25,8 +25,9 @@ from remus_ckpt.link.client import Link
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
+from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import Protection, protect
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import machine, messages
 from remus_ckpt.source.manifest import arrays_of
@@ -78,6 +79,15 @@ class Memory:
         epoch = self.protection.checkpoint(wait=wait, timeout_s=LONG_S)
         self.at[epoch] = self.array.copy()
         return epoch
+
+
+def is_lost(primary: Primary) -> bool:
+    """Whether it knows that its link is broken."""
+    try:
+        primary.check()
+    except LinkError:
+        return True
+    return False
 
 
 def restored(store: Path, at: int | None = None) -> np.ndarray:
