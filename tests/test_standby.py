@@ -367,7 +367,7 @@ def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytes
 
         return hang
 
-    monkeypatch.setattr("remus_ckpt.service.backup._OPEN_S", 1.0)
+    monkeypatch.setattr("remus_ckpt.service.names._OPEN_S", 1.0)
     method = {"looking": "may_hold", "opening": "writer"}[where]
     monkeypatch.setattr(Store, method, hanging(getattr(Store, method)))
     try:
@@ -397,7 +397,7 @@ def test_a_backup_that_ends_while_a_store_is_being_opened(tmp_path: Path, monkey
     Store(tmp_path).writer("orders").close()
     may_go_on, real = threading.Event(), Store.writer
     with monkeypatch.context() as patched:
-        patched.setattr("remus_ckpt.service.backup._OPEN_S", 0.1)
+        patched.setattr("remus_ckpt.service.names._OPEN_S", 0.1)
         patched.setattr(Store, "writer", lambda *given, **options: may_go_on.wait(LONG_S) and real(*given, **options))
         begin = time.monotonic()
         Backup(tmp_path, [ANY]).close()
@@ -637,7 +637,7 @@ def test_a_sign_of_life_behind_the_decision_to_promote(tmp_path: Path) -> None:
         standby.turn(max(time.monotonic(), later))
         time.sleep(0.02)
         assert time.monotonic() < later + LONG_S
-    with standby._settling():
+    with standby._durable.settling():
         standby._looked_at = time.monotonic()
         standby.turn(time.monotonic())
         assert standby._is_settling, "it is about to be promoted"
