@@ -409,7 +409,7 @@ def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
         memory.step(1)
         slow = threading.Thread(target=memory.protection.checkpoint)
         slow.start()
-        until(lambda: bool(memory.protection._primary._turns))
+        until(lambda: bool(memory.protection._primary._calls))
         with within(0.2), pytest.raises(RemusError, match="another thread"):
             memory.protection.checkpoint(timeout_s=0.2)
         go_on.set()
@@ -434,21 +434,30 @@ def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
 
 
-def test_a_turn_that_was_cut_short_is_over(tmp_path: Path) -> None:
-    """An interrupt may fall where a call gives its turn back."""
+@pytest.mark.parametrize("is_other_thread", [False, True])
+def test_a_call_that_was_cut_short_is_over(tmp_path: Path, is_other_thread: bool) -> None:
+    """An interrupt may fall where a call gives its turn back, and its traceback may be kept."""
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
         primary = memory.protection._primary
         leave = primary._leave
 
-        def strike(place: Any) -> None:
+        def strike(key: object) -> None:
             raise KeyboardInterrupt
 
         primary._leave = strike  # type: ignore[method-assign]
-        with suppress(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as cut:
             memory.step(1)
         primary._leave = leave  # type: ignore[method-assign]
-        memory.step(2)
-        assert not primary._turns
+        assert primary._calls
+        if is_other_thread:
+            other = threading.Thread(target=memory.step, args=[2])
+            other.start()
+            other.join(LONG_S)
+        else:
+            memory.step(2)
+        assert not primary._calls
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+        assert cut.tb is not None
 
 
 def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ class Peer:
             log("connection failed", level=logging.ERROR, error=error, **self._who)
         finally:
             self.connection.close()
+            if self._session is not None:
+                self._session.close()
 
     def _await_hello(self) -> messages.Hello:
         deadline = time.monotonic() + _HELLO_S

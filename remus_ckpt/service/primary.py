@@ -17,14 +17,15 @@ import logging
 import math
 import os
 import select
+import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -129,11 +130,25 @@ class _Bell:
             self._waiters.discard(waiter)
 
 
-class _Turn:
-    """Of one call of `checkpoint`."""
+@dataclass(slots=True)
+class _Call:
+    """One call of `checkpoint`, in its place in the queue.
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    thread: its thread's number
+    frame: where it runs. Whether it does is asked of the frame itself: a call that an interrupt cut short, wherever
+        that was, is over although it still stands in the queue, and although a traceback still knows its frame
+    """
+
+    thread: int
+    frame: FrameType
+
+    @property
+    def is_over(self) -> bool:
+        try:
+            self.frame.clear()  # refused while it runs
+        except RuntimeError:
+            return False
+        return True
 
 
 class Primary:
@@ -212,8 +227,9 @@ class Primary:
         self._flights: deque[_Flight] = deque()
         self._bell = _Bell()  # rung when they, the link or `committed` have changed
         self._until = math.inf  # when the call that is under way must be over
-        # Of the calls of `checkpoint`, the one that is under way first; a dead one is of a call that was cut short.
-        self._turns: deque[weakref.ref[_Turn]] = deque()
+        # Calls of `checkpoint`, the one that is under way first, by what they call themselves: a call that knew its own
+        # frame would be garbage that only the collector finds.
+        self._calls: dict[object, _Call] = {}
         self._pid = os.getpid()
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
@@ -274,61 +290,61 @@ class Primary:
         """
         self._check_process()
         deadline = deadline_in(timeout_s)
-        turn = _Turn()
-        place = weakref.ref(turn)
+        key = object()
         try:
-            self._turns.append(place)
-            if not self._bell.wait(lambda: self._is_first(turn), deadline):
+            self._calls[key] = _Call(threading.get_ident(), sys._getframe())
+            if not self._bell.wait(lambda: self._is_first(key), deadline):
                 raise RemusError(f"the checkpoint that another thread takes was not done in {timeout_s:g} s")
             return self._take(deadline, wait)
         finally:
-            self._leave(place)
+            self._leave(key)
 
-    def _is_first(self, turn: _Turn) -> bool:
+    def _is_first(self, key: object) -> bool:
         """Whether it is a call's turn."""
-        for place in tuple(self._turns):
-            other = place()
-            if other is None:
-                self._leave(place)
-            elif other is turn:
+        for other, call in tuple(self._calls.items()):
+            if other is key:
                 return True
-            elif other.thread != turn.thread:
+            if call.is_over:
+                self._leave(other)
+            elif call.thread != threading.get_ident():
                 return False
             else:
                 raise ValueError("checkpoint() was called within checkpoint(): by a callback, or a signal's handler?")
-        raise AssertionError("a turn that is waited for is there")
+        raise AssertionError("a call that waits for its turn stands in the queue")
 
-    def _leave(self, place: weakref.ref[_Turn]) -> None:
-        with suppress(ValueError):  # another thread saw that it was dead
-            self._turns.remove(place)
+    def _leave(self, key: object) -> None:
+        self._calls.pop(key, None)  # another thread may have seen that it was over
         self._bell.ring()
 
     def _take(self, deadline: float, wait: bool) -> int:
         self._until = deadline
         epoch = None
         lost: LinkError | None = None
-        while True:
-            try:
-                self._connect_patiently(deadline)
-                if epoch is None or self.committed is None or self.committed.epoch < epoch:
-                    self._await_room(stoppable=False)  # an earlier call may have given up on it
-                    if self._one_by_one is None:
-                        self._one_by_one = self._make_loop(None)
-                    taken = self._one_by_one.take()
-                    self._count(taken)
-                    epoch = taken.sent.epoch
-                if wait:
-                    self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
-                return epoch
-            except LinkError as error:
-                if time.monotonic() >= deadline:
-                    self.check()  # the link may be well, and the backup slow
-                    # Why a link broke says more than that the time is over.
-                    raise (lost or error) from None
-                lost = error
-                self._lost(error)
-                if time.monotonic() + self._backoff_s > deadline:
-                    raise  # what was wrong says more than that the time is over
+        try:
+            while True:
+                try:
+                    self._connect_patiently(deadline)
+                    if epoch is None or self.committed is None or self.committed.epoch < epoch:
+                        self._await_room(stoppable=False)  # an earlier call may have given up on it
+                        if self._one_by_one is None:
+                            self._one_by_one = self._make_loop(None)
+                        taken = self._one_by_one.take()
+                        self._count(taken)
+                        epoch = taken.sent.epoch
+                    if wait:
+                        self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
+                    return epoch
+                except LinkError as error:
+                    if time.monotonic() >= deadline:
+                        self.check()  # the link may be well, and the backup slow
+                        # Why a link broke says more than that the time is over.
+                        raise (lost or error) from None
+                    lost = error
+                    self._lost(error)
+                    if time.monotonic() + self._backoff_s > deadline:
+                        raise  # what was wrong says more than that the time is over
+        finally:
+            lost = None  # its traceback refers to this frame, and to the link's: a cycle
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
@@ -460,20 +476,19 @@ class Primary:
             try:
                 self._open()
                 return
-            except Refused as error:
-                if error.code in LASTING:
-                    raise
-                fault: RemusError = error
             except (LinkError, StreamError) as error:
+                if isinstance(error, Refused) and error.code in LASTING:
+                    raise
                 if isinstance(error, UnknownFormat) and not self._connections:
                     raise  # it has never been a backup
-                fault = error
-            self._back_off()
-            if str(fault) != said:
-                log("no link", level=logging.WARNING, name=self.name, reason=str(fault))
-                said = str(fault)
-            if deadline is not None and time.monotonic() + self._backoff_s > deadline:
-                raise fault if isinstance(fault, LinkError) else LinkError(str(fault))
+                self._back_off()
+                if str(error) != said:
+                    log("no link", level=logging.WARNING, name=self.name, reason=str(error))
+                    said = str(error)
+                if deadline is not None and time.monotonic() + self._backoff_s > deadline:
+                    if isinstance(error, LinkError):
+                        raise
+                    raise LinkError(str(error)) from error
 
     def _back_off(self) -> None:
         """Before the next link, which is made at once only where the last one carried a commit.
@@ -723,8 +738,8 @@ class Primary:
 
     def fds(self) -> Sequence[int]:
         """Becomes readable when the link is lost."""
-        wake = -1 if self._link is None else self._link.wake
-        return () if wake < 0 else (wake,)
+        failed = -1 if self._link is None else self._link.failed.fileno()
+        return () if failed < 0 else (failed,)
 
     def check(self) -> None:
         """Raise what has ended the link."""
