@@ -36,7 +36,10 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "remus_ckpt"
-SERVICE = "test_service*.py test_primary.py test_standby.py test_failover.py test_cli_service.py test_takeover.py"
+SERVICE = (
+    "test_service*.py test_primary.py test_standby.py test_names.py test_failover.py test_cli_service.py "
+    "test_takeover*.py"
+)
 STREAM = "test_reader.py test_record_format.py test_vectors.py test_restorer.py test_sender.py test_real_streams.py"
 TESTS = {
     "disk.py": "test_store_disk.py test_store_crash.py test_store*.py",
@@ -54,10 +57,10 @@ TESTS = {
     "service/primary.py": f"test_primary.py test_interrupts.py {SERVICE}",
     "service/protect.py": f"test_primary.py test_interrupts.py test_own_memory.py {SERVICE}",
     "service/durable.py": f"test_standby.py {SERVICE}",
-    "service/names.py": f"test_standby.py test_store_errors.py {SERVICE} test_hostile_peers.py",
+    "service/names.py": f"test_names.py test_store_errors.py {SERVICE} test_hostile_peers.py",
     "service/peer.py": f"test_hostile_peers.py {SERVICE}",
     "service/standby.py": f"test_standby.py {SERVICE} test_hostile_peers.py",
-    "service/takeover.py": f"test_standby.py {SERVICE}",
+    "service/takeover.py": f"test_takeover_steps.py {SERVICE}",
     "session/": f"test_session.py {SERVICE} test_hostile_peers.py",
     "source/": "test_source*.py test_own_memory.py test_record.py",
     "store/": "test_store*.py test_retention.py test_power*.py",
