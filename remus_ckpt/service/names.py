@@ -182,19 +182,22 @@ class Names:
     # Opening
 
     def open_all(self) -> None:
-        """Open what the store holds, side by side, and wait for those whose disks do not hang. Raises StoreError."""
+        """Open what the store holds, side by side; wait as long as one after the other opens. Raises StoreError."""
         names = self._store.candidates()
         with self._changed:
             self._refused = {name: _Refused.not_yet(name) for name in names}
+        unopened = dict(self._refused)
         deadline = time.monotonic() + _OPEN_S
-        while (now := time.monotonic()) < deadline:
+        while unopened and (now := time.monotonic()) < deadline:
             self._try_refused(now)
             with self._changed:
-                hanging = {name: one for name, one in self._refused.items() if one.is_opening}
-                if not hanging:
-                    return
-                self._changed.wait(min(deadline - now, FIRST_RETRY_S))
-        for name, one in hanging.items():
+                before = len(unopened)
+                unopened = {name: one for name, one in self._refused.items() if one.is_opening}
+                if len(unopened) < before:
+                    deadline = time.monotonic() + _OPEN_S
+                else:
+                    self._changed.wait(min(deadline - now, FIRST_RETRY_S))
+        for name, one in unopened.items():
             log("store refused", level=logging.ERROR, name=name, reason=one.reason)
             self._metrics.store_refused(name)
 
