@@ -310,7 +310,7 @@ def test_another_primary_of_the_same_name_is_turned_away(tmp_path: Path) -> None
         memory.step(1)
         with Memory(backup.addresses[0]) as other:
             with pytest.raises(Refused) as caught:
-                other.protection.checkpoint(timeout_s=0.3)
+                other.protection.checkpoint(timeout_s=2.0)
             assert caught.value.code == "busy"
         memory.step(2)
     assert np.array_equal(restored(tmp_path / "store"), memory.array)

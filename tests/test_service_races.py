@@ -149,7 +149,7 @@ def test_a_takeover_that_outlives_its_term_is_not_that_of_the_next(tmp_path: Pat
         with Memory(backup.addresses[0], term=2) as survivor:
             survivor.step(2)
             may_end.touch()
-            until(lambda: not any(thread.name.startswith("_run_takeover") for thread in threading.enumerate()))
+            until(lambda: not any(thread.name.startswith("run_takeover") for thread in threading.enumerate()))
             backup.failover("orders")
         until(lambda: terms() == ["1", "3"])
 
@@ -247,8 +247,8 @@ def test_a_promotion_between_the_check_and_the_acknowledgement(
     def on_phase(name: str, epoch: int) -> None:
         if name == "stored" and epoch == 1:
             asking.start()
-            visit = backup._visits[0]
-            until(lambda: visit.session.last_sent is not None)
+            peer = backup._peers[0]
+            until(lambda: peer.session.last_sent is not None)
             go_on.set()
 
     with Backup(tmp_path / "store", [ANY], on_phase=on_phase) as backup:
