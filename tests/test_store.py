@@ -1061,7 +1061,7 @@ def test_a_compacted_segment_that_may_come_back_after_a_loss_of_power(
         def fail(path: Path) -> None:
             raise OSError(errno.EIO, "no")
 
-        monkeypatch.setattr("remus_ckpt.store.writer.sync_directory", fail)
+        monkeypatch.setattr("remus_ckpt.store.chain.sync_directory", fail)
         writer.compact(wait=True)
         assert writer.stream is None
         assert not writer.compacting

@@ -8,7 +8,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import index, segments
-from remus_ckpt.store.hashing import HashThread
+from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.segments import (
     Contents,
     Entry,
@@ -37,7 +37,6 @@ from remus_ckpt.store.segments import (
 from remus_ckpt.store.state import State, load_state
 from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.warm import MappedFile
-from remus_ckpt.wire.xen.reader import Digest
 
 Progress = Callable[[int], None]
 """Called with the bytes read so far."""
@@ -745,16 +744,6 @@ def _bad_of(lost: Lost, one: Contents | None, survey: Survey) -> Bad:
         epoch = lost.epochs[0] if lost.epochs else first_epoch_of(lost.segment)
     section = None if fault is None else fault.section
     return Bad(lost.segment, lost.byte, lost.reason, section, epoch, survey.newest_before(epoch + 1), lost.epochs)
-
-
-@contextmanager
-def hashing() -> Iterator[Callable[[], Digest]]:
-    """Digests by a second thread, for the time of the block."""
-    thread = HashThread()
-    try:
-        yield thread.new
-    finally:
-        thread.close()
 
 
 def _copy(source: int, target: int, size: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import remus_ckpt.store.writer as writer_module
+import remus_ckpt.store.hand_over as hand_over_module
 from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
 from remus_ckpt.errors import BadCheckpoint, RemusError, StreamError
 from remus_ckpt.memory import load_image
@@ -87,7 +87,7 @@ class Check:
         self._store = Store(mounted / "store")
         self._address = f"unix:{mounted}/socket"
         # The machine was started anew: nothing that was handed out before may be given again.
-        writer_module._boot_id = lambda: f"after the loss on {mounted}"
+        hand_over_module._boot_id = lambda: f"after the loss on {mounted}"
         try:
             self._look()
         except Exception as error:  # whatever it is: nobody can go on from there
