@@ -1,4 +1,4 @@
-"""The directories of a history in the hands of the one who writes it: made, locked, and the names in them (§2)."""
+"""The directories of a history, locked by the one who writes it, and the names in them (specs/store.md §2)."""
 
 from __future__ import annotations
 
