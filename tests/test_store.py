@@ -31,6 +31,7 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store, compaction
 from remus_ckpt.store.index import read_index
 from remus_ckpt.store.segments import Contents
+from remus_ckpt.store.survey import Surveyor
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import Signature
@@ -990,11 +991,11 @@ def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) 
 def test_what_is_pruned_while_it_is_looked_at_is_not_lost(store: Store) -> None:
     """The first segment has been looked at; it and the next are gone before the next is."""
 
-    class Slow(History):
-        def _contents(self, name: str, known: Contents | None) -> Contents:
+    class Slow(Surveyor):
+        def look_at(self, name: str, known: Contents | None) -> Contents:
             if name == names[1]:
                 assert writer.prune(Retention(count=1)) == names[:2]
-            return super()._contents(name, known)
+            return super().look_at(name, known)
 
     with store.writer("m") as writer:
         source = fill(writer, 3)
@@ -1002,7 +1003,7 @@ def test_what_is_pruned_while_it_is_looked_at_is_not_lost(store: Store) -> None:
             writer.compact(wait=True)
             fill(writer, 3, source)
         names = files(writer.history)
-        survey = Slow(writer.directory).survey()
+        survey = Slow(writer.directory, None).survey()
         assert [one.name for one in survey.contents] == [names[0], names[2]] and survey.lost == ()
         assert files(writer.history) == names[2:]
 
@@ -1061,7 +1062,7 @@ def test_a_compacted_segment_that_may_come_back_after_a_loss_of_power(
         def fail(path: Path) -> None:
             raise OSError(errno.EIO, "no")
 
-        monkeypatch.setattr("remus_ckpt.store.writer.sync_directory", fail)
+        monkeypatch.setattr("remus_ckpt.store.chain.sync_directory", fail)
         writer.compact(wait=True)
         assert writer.stream is None
         assert not writer.compacting

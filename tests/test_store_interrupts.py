@@ -26,7 +26,8 @@ from remus_ckpt.store.state import load_state
 from remus_ckpt.wire.record import Position
 
 PACKAGE = Path(remus_ckpt.__file__).parent
-FOLLOWED = {str(PACKAGE / "store" / f"{name}.py") for name in ("writer", "state", "warm", "compaction")} | {
+ROOMS = ("chain", "compaction", "directory", "hand_over", "pruning", "recovery", "state", "warm", "writer")
+FOLLOWED = {str(PACKAGE / "store" / f"{name}.py") for name in ROOMS} | {
     str(PACKAGE / f"{name}.py") for name in ("disk", "restorer")
 }
 assert all(map(os.path.exists, FOLLOWED))

@@ -244,7 +244,7 @@ def test_an_index_that_can_be_written_again_without_another_checkpoint(tmp_path:
             writer.compact(wait=True)
             attempts = counting_writes(writer)
             wait_until(lambda: attempts[0] >= 2)
-        wait_until(lambda: rows_of(writer) == [*range(1_202), 1_201])
+        wait_until(lambda: rows_of(writer)[:1_202] == [*range(1_202)])  # of the segment that has come to its end
 
 
 def overwrite(path: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 from remus_ckpt.disk import guarding, make_directory
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
-from remus_ckpt.store.history import Bad, History, Lost, Report, Survey
+from remus_ckpt.store.history import Bad, History, Report
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import Role, State, is_history
 from remus_ckpt.store.stored import Stored
+from remus_ckpt.store.survey import Lost, Survey
 from remus_ckpt.store.warm import WarmCopyDamaged
 from remus_ckpt.store.writer import HistoryWriter, Torn
 

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 
 from remus_ckpt.disk import guarding, write_all
 from remus_ckpt.errors import StoreError
+from remus_ckpt.limits import MIB
 from remus_ckpt.pages import Pages
-from remus_ckpt.store.segments import Shape
+from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.store.chain import Chain, publish
+from remus_ckpt.store.segments import Entry, Shape, record_of
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.record import CheckpointRecord
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import Signature
 from remus_ckpt.wire.xen.writer import Writer
 
+COMPACT_BYTES = 64 * MIB
+COMPACT_CHECKPOINTS = 20_000
 _CHUNK_PAGES = 256
 _FEW_PAGES = 1024
 _SYNC_CHUNKS = 8
@@ -198,3 +203,92 @@ class Compaction:
             # Where it cannot be removed, the next who opens the store does that.
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
+
+
+class Compactor:
+    """Begins compactions, one at a time, and closes them. The lock is held by whoever calls.
+
+    compact_bytes, compact_checkpoints: what the deltas of a chain may come to before one is due; no bytes: never
+    on_ready: called with the lock held when one could be closed; note: called with what went wrong
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        *,
+        compact_bytes: int | None,
+        compact_checkpoints: int,
+        on_ready: Callable[[], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.current: Compaction | None = None
+        """The one that is under way."""
+        self._lock = lock
+        self._bytes, self._checkpoints = compact_bytes, compact_checkpoints
+        self._on_ready, self._note = on_ready, note
+
+    def is_due(self, chain: Chain) -> bool:
+        """Whether its segment has come to its length."""
+        return self._bytes is not None and chain.is_long(self._bytes, self._checkpoints)
+
+    def begin(self, chain: Chain, path: Path) -> None:
+        """Begin to write a base from the chain's warm copy. Raises StoreError."""
+        assert chain.shape is not None
+        compaction = Compaction(
+            self._lock,
+            chain.restorer.memory,
+            chain.home,
+            chain.shape,
+            path,
+            on_ready=self._on_ready,
+            on_failed=lambda error: self.fail(chain, error),
+        )
+        compaction.start()  # it waits for our lock
+        self.current = compaction
+
+    def touch(self, checkpoint: Checkpoint) -> None:
+        """It has been applied."""
+        if self.current is not None:
+            for pfns in checkpoint.pfn_lists:
+                self.current.touch(pfns)
+
+    def fail(self, chain: Chain, error: StoreError) -> None:
+        """It is not tried again at each checkpoint: it may have written all of memory before it failed."""
+        self.current = None
+        chain.compact_over = chain.delta_bytes + COMPACT_BYTES
+        chain.compact_behind = chain.checkpoints + self._checkpoints
+        self._note(f"compaction: {error}")
+
+    def cancel(self) -> None:
+        """Give up the one that is under way."""
+        if self.current is not None:
+            self.current.cancel()
+            self.current = None
+
+    def close(self, chain: Chain, name_for: Callable[[int], Path]) -> tuple[int, Entry] | None:
+        """Between two checkpoints: the new segment is durable; its descriptor and its base. None where that failed.
+
+        name_for: gives the path of a segment that begins with an epoch
+        """
+        compaction, checkpoint = self.current, chain.restorer.in_force
+        assert compaction is not None and checkpoint is not None
+        record = record_of(checkpoint)
+        try:
+            final = name_for(record.epoch)
+            fd = compaction.close(record)
+            publish(compaction.path, final, chain)
+        except StoreError as error:
+            compaction.is_over = False
+            compaction.cancel()
+            self.fail(chain, error)
+            return None
+        self.current = None
+        return fd, Entry(
+            position=record.after,
+            time_ns=record.time_ns,
+            segment=final.name,
+            start=0,
+            end=compaction.written,
+            pages=compaction.pages,
+            is_base=True,
+        )

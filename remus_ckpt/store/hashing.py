@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 _BY_THREAD_BYTES = 1 << 16
@@ -50,3 +52,13 @@ class ThreadedSha256:
         while self._waiting:
             self._waiting.popleft().result()
         return self._hash.digest()
+
+
+@contextmanager
+def hashing() -> Iterator[Callable[[], ThreadedSha256]]:
+    """Digests by a second thread, for the time of the block."""
+    thread = HashThread()
+    try:
+        yield thread.new
+    finally:
+        thread.close()

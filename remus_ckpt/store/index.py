@@ -407,6 +407,7 @@ class Index:
                 for _, statement, values in self._waiting:
                     self._database.execute(statement, values)
         self._waiting.clear()
+        self._not_before = 0.0
         if not self._behind:
             self.warning = None
 
@@ -447,7 +448,6 @@ class Index:
         tried: set[str] = set()  # what cannot be read back: it is read where it is asked for
         wait_s = 0.0
         while not self._over.wait(wait_s):
-            begin = time.monotonic()
             with self._lock:
                 self.flush(now=True)
                 name = self._next_behind(tried)
@@ -461,7 +461,7 @@ class Index:
                 tried.add(name)
                 wait_s = 0.0
             else:
-                wait_s = max(_RETRY_S, _RETRY_FACTOR * (time.monotonic() - begin))
+                wait_s = max(_RETRY_S, self._not_before - time.monotonic())
         with self._lock:
             self._thread = None
 

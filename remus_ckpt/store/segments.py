@@ -17,7 +17,7 @@ from remus_ckpt.errors import Malformed, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.store.hashing import HashThread
+from remus_ckpt.store.hashing import hashing
 from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
 from remus_ckpt.wire.xen.chunks import Signature
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
@@ -224,23 +224,20 @@ def walk(
     Raises OSError where it cannot be read.
     """
     start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
-    hashing = HashThread()
+    fd = open_to_read(path)
     try:
-        fd = open_to_read(path)
-        try:
-            restorer = Restorer(limits=limits, home=Nowhere(), new_digest=hashing.new, start=start)
+        with hashing() as new_digest:
+            restorer = Restorer(limits=limits, home=Nowhere(), new_digest=new_digest, start=start)
             for checkpoint in replay(fd, restorer, start=contents.end if start else 0, end=end, advance=advance):
                 entry = entry_of(checkpoint, path.name)
                 restorer.skip()
                 contents.shape = shape_of(restorer)
                 contents.add(entry)
                 yield entry
-        finally:
-            os.close(fd)
     except StreamError as error:
         contents.fault = error
     finally:
-        hashing.close()
+        os.close(fd)
 
 
 def scan(

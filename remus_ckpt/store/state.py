@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from remus_ckpt.disk import keep_room, open_to_read, replace_file, spare_of
+from remus_ckpt.disk import guarding, keep_room, open_to_read, replace_file, spare_of, sync_directory, sync_file
 from remus_ckpt.errors import StoreError
 from remus_ckpt.store import segments
 
@@ -141,6 +141,54 @@ def reserve(directory: Path) -> None:
     with suppress(OSError):
         used = len(_read(path).rstrip())
         keep_room(spare_of(path), -(-(used + _SLACK) // _BLOCK) * _BLOCK)
+
+
+class StateFile:
+    """store.json in the hands of the one who writes the history, and holds its lock.
+
+    It is made where there is no history yet, and durable then. Raises StoreError.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        path = directory / FILE
+        if not path.exists() and not segments.list_segments(directory):
+            save_state(directory, State(name))
+        self._directory = directory
+        self.state = load_state(directory)
+        """What it says: after an exception too, this is what whoever opens the history would read."""
+        self._is_settled = True  # a loss of power would not change that
+        with guarding(path):
+            # Whoever put it there may have died before this. Only then is the spare no longer what a loss of power
+            # would bring back, and may be written to.
+            sync_file(path)
+            sync_directory(directory)
+        reserve(directory)
+
+    def save(self, state: State) -> None:
+        """Whole or not at all, and durable. Raises StoreError; `state` says what is in force then."""
+        self._is_settled = False
+        try:
+            save_state(self._directory, state)
+            self.state, self._is_settled = state, True
+        except BaseException:
+            self._take_back()
+            raise
+
+    def _take_back(self) -> None:
+        """A new state could not be written: put the old one back if need be, and learn which one is there."""
+        try:
+            if load_state(self._directory) != self.state:
+                save_state(self._directory, self.state)
+            self._is_settled = True
+        except StoreError:
+            with suppress(StoreError):
+                self.state = load_state(self._directory)
+
+    def settle(self) -> None:
+        """Make sure that a loss of power does not change who may act. Raises StoreError."""
+        if not self._is_settled:
+            save_state(self._directory, self.state)
+            self._is_settled = True
 
 
 def _not_json(text: str) -> None:

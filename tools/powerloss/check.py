@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-import remus_ckpt.store.writer as writer_module
+import remus_ckpt.store.hand_over as hand_over_module
 from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
 from remus_ckpt.errors import BadCheckpoint, RemusError, StreamError
 from remus_ckpt.memory import load_image
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.wire.parts import Parts
 
 PROMOTED = 1
 
@@ -87,7 +88,7 @@ class Check:
         self._store = Store(mounted / "store")
         self._address = f"unix:{mounted}/socket"
         # The machine was started anew: nothing that was handed out before may be given again.
-        writer_module._boot_id = lambda: f"after the loss on {mounted}"
+        hand_over_module._boot_id = lambda: f"after the loss on {mounted}"
         try:
             self._look()
         except Exception as error:  # whatever it is: nobody can go on from there
@@ -118,7 +119,7 @@ class Check:
                     self._wrong(name, f"promoted at {given['position']}; {told.position} was said")
                 memory = load_image(given["image"])
                 device_state = Path(given["device_state"]).read_bytes()
-                self._compare(name, "what is handed out", SimpleNamespace(memory=memory, device_state=device_state))
+                self._compare(name, "what is handed out", SimpleNamespace(memory=memory, parts=Parts.unpack(device_state)))
                 self._go_on(name, given["term"] + 1)
         for name, told in due.items():
             self._read_all(name, told)

@@ -1,0 +1,242 @@
+"""The segment that grows: appended to, checked, synced, given its name, cut back (specs/store.md §4, §6.1)."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from remus_ckpt.disk import guarding, sync_directory, write_again, write_all
+from remus_ckpt.errors import Malformed, StoreError
+from remus_ckpt.limits import MIB
+from remus_ckpt.pages import PAGE_SIZE, Buffer
+from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.store.segments import Shape, can_keep, record_of, shape_of
+from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen import events
+
+_BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
+"""What a base may have: a first copy goes over memory more than once, but never so often."""
+_NOT_OURS = (
+    events.FileHeader,
+    events.VcpuInfo,
+    events.HvmParam,
+    events.TscInfo,
+    events.Toolstack,
+    events.Tmem,
+    events.TmemExtra,
+    events.EnableVerifyMode,
+    events.LastCheckpoint,
+    events.TailPv,
+)
+"""What no stream of our own has, and a compaction would lose."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """A segment, and the restorer that its stream is for. Whoever uses it holds the writer's lock.
+
+    end: the first byte behind its last durable checkpoint; written: behind all that came
+    shift: how much further on a byte stands in the segment than in the restorer's stream
+    is_sealed: nothing may be appended
+    compact_over, compact_behind: bytes of deltas, and checkpoints, that the next compaction waits for
+    """
+
+    restorer: Restorer
+    home: MappedFile
+    path: Path
+    fd: int
+    shape: Shape | None = None
+    end: int = 0
+    written: int = 0
+    shift: int = 0
+    base_bytes: int = 0
+    checkpoints: int = 0
+    is_sealed: bool = False
+    compact_over: int = 0
+    compact_behind: int = 0
+
+    @classmethod
+    def begin(cls, path: Path, restorer: Restorer, home: MappedFile) -> Chain:
+        """A new segment, under a name that counts for nothing yet. Raises StoreError."""
+        with guarding(path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        return cls(restorer, home, path, fd)
+
+    @classmethod
+    def resume(cls, path: Path, restorer: Restorer, home: MappedFile, *, synced: int, end: int, cut: bool) -> Chain:
+        """A segment that is there, behind its checkpoint in force. It is durable up to there then. Raises StoreError.
+
+        synced: its first bytes, which somebody has synced; end: behind the checkpoint
+        cut: cut off what stands behind that
+        """
+        with guarding(path):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if cut:
+                    os.ftruncate(fd, end)
+                write_again(fd, synced, end)
+                os.lseek(fd, end, os.SEEK_SET)
+            except BaseException:
+                os.close(fd)
+                raise
+        return cls(restorer, home, path, fd, shape_of(restorer), end, end)
+
+    def close(self) -> None:
+        """Close the segment. May be called again. What counts has been synced: an error says nothing new."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with suppress(OSError):
+                os.close(fd)
+
+    def discard(self) -> None:
+        """Remove the segment and the warm copy: its base is not durable. Raises StoreError."""
+        self.close()
+        self.home.close()
+        with guarding(self.path):
+            self.path.unlink(missing_ok=True)
+        self.home.remove()
+
+    # A checkpoint
+
+    @property
+    def coming_start(self) -> int:
+        """Where the checkpoint that is coming begins in the restorer's stream."""
+        staged = self.restorer.staged
+        return self.restorer.reader.checkpoint_end if staged is None else staged.start
+
+    def expect_more(self) -> None:
+        """Raises Malformed where a checkpoint has come to its end, and waits."""
+        if self.restorer.staged is not None:
+            raise Malformed(
+                "bytes behind the end of a checkpoint that has not been committed",
+                offset=self.restorer.staged.end,
+                section="store.md §4.2",
+            )
+
+    def read(self) -> None:
+        """Read what the restorer has been fed, up to a checkpoint's end. Raises StreamError."""
+        restorer = self.restorer
+        while restorer.staged is None and (event := restorer.next_event()) is not None:
+            if isinstance(event, _NOT_OURS):
+                raise Malformed(
+                    f"{type(event).__name__} stands in no stream of our own",
+                    offset=event.offset,
+                    section="store.md §4.1",
+                )
+
+    def append(self, data: Buffer) -> None:
+        """Write what was read without a fault. Raises Malformed, StoreError."""
+        if not self.end:
+            most = _BASE_COPIES * self.restorer.memory.nbytes + _BASE_EXTRA_BYTES
+            if self.written + len(data) > most:
+                raise Malformed(
+                    f"a base of more than {most} bytes", offset=self.written, section="store.md §4.2", chunk="base"
+                )
+        with guarding(self.path):
+            self.written += write_all(self.fd, [data])
+
+    def check(self, position: Position, highest: int) -> Checkpoint:
+        """What is staged: it leads to this position, and its epoch is above the highest. Raises Malformed."""
+        staged, reader = self.restorer.staged, self.restorer.reader
+        if staged is None:
+            at = self.written - self.shift
+            raise Malformed("the checkpoint is not whole", offset=at, section="store.md §4.2")
+        record = record_of(staged)
+        at = staged.tail.offset if staged.tail is not None else staged.end
+        if reader.buffered:
+            raise Malformed(f"{reader.buffered} bytes behind its end", offset=staged.end, section="store.md §4.2")
+        if record.after != position:
+            raise Malformed(
+                f"the checkpoint leads to the position {record.after}, not to {position}",
+                offset=at,
+                section="store.md §4.2",
+            )
+        if not reader.compressing:
+            raise Malformed("its first body does not enable compression", offset=at, section="store.md §4.1")
+        if isinstance(staged.tail, events.TailHvm) and (staged.tail.context or any(staged.tail.magic_pfns)):
+            raise Malformed("its tail holds the state of a hypervisor", offset=at, section="store.md §4.1")
+        if self.shape is not None and self.shape.codec != record.codec:
+            raise Malformed(
+                f"the codec changes from {self.shape.codec} to {record.codec}", offset=at, section="store.md §4.1"
+            )
+        if not can_keep(record.time_ns):
+            raise Malformed(f"its time is {record.time_ns} ns", offset=at, section="store.md §4.2")
+        if record.epoch <= highest:
+            raise Malformed(
+                f"epoch {record.epoch} behind epoch {highest}, which the store has seen",
+                offset=at,
+                section="store.md §4.2",
+            )
+        return staged
+
+    def sync(self) -> None:
+        """What came is durable when this returns. Else nobody knows what the disk holds, and nothing is put behind it.
+
+        Raises StoreError.
+        """
+        was_sealed, self.is_sealed = self.is_sealed, True
+        with guarding(self.path):
+            os.fdatasync(self.fd)
+        self.is_sealed = was_sealed
+
+    def cut_back(self) -> None:
+        """Cut off what came behind the last durable checkpoint. Raises StoreError; it is sealed then."""
+        self.restorer.rewind()
+        was_sealed, self.is_sealed = self.is_sealed, True
+        with guarding(self.path):
+            os.ftruncate(self.fd, self.end)
+            os.lseek(self.fd, self.end, os.SEEK_SET)
+            os.fdatasync(self.fd)
+        self.written, self.is_sealed = self.end, was_sealed
+
+    # The length of a segment
+
+    def count_base(self, end: int) -> None:
+        """The base goes up to there. A first copy may hold pages more than once: what one copy needs not is overhead,
+        and counts as deltas do."""
+        self.base_bytes = min(end, int(np.count_nonzero(self.home.has_room)) * PAGE_SIZE)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Bytes behind the base."""
+        return self.end - self.base_bytes
+
+    def is_long(self, compact_bytes: int, compact_checkpoints: int) -> bool:
+        """Whether its deltas have more bytes than the base and than this, or are more than so many."""
+        most = max(self.base_bytes, compact_bytes, self.compact_over)
+        return self.delta_bytes > most or self.checkpoints > max(compact_checkpoints, self.compact_behind)
+
+    def go_on_in(self, fd: int, path: Path, size: int) -> None:
+        """What follows goes to another segment, which holds the checkpoint in force as its base."""
+        self.close()
+        self.fd, self.path = fd, path
+        self.end = self.written = self.base_bytes = size
+        self.shift = size - self.restorer.boundary.offset
+        self.checkpoints, self.is_sealed = 1, False
+        self.compact_over = self.compact_behind = 0
+
+
+def publish(path: Path, final: Path, in_force: Chain | None) -> None:
+    """Give a segment that is synced its name, durably. Raises StoreError, and takes it back then.
+
+    in_force: the chain that the segment would come behind; sealed where nobody knows what the disk has
+    """
+    try:
+        with guarding(final):
+            os.rename(path, final)
+            sync_directory(final.parent)
+    except StoreError:
+        try:
+            final.unlink(missing_ok=True)
+            sync_directory(final.parent)
+        except OSError:
+            # After a loss of power it may be there again, and count as newer than what the segment in force would get
+            # from now on.
+            if in_force is not None:
+                in_force.is_sealed = True
+        raise

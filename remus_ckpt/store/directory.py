@@ -1,0 +1,110 @@
+"""The directories of a history, locked by the one who writes it, and the names in them (specs/store.md §2)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from remus_ckpt.disk import guarding, make_directory, sync_directory, sync_files, sync_names_above
+from remus_ckpt.errors import StoreError
+from remus_ckpt.forks import disown_in_forks
+from remus_ckpt.store import segments
+from remus_ckpt.store.hand_over import SPARE
+from remus_ckpt.store.segments import PARTIAL, list_segments, segment_name, sequence_of
+from remus_ckpt.store.warm import MappedFile
+
+LOCK = "lock"
+WARM = "warm"
+
+
+class HistoryDirectory:
+    """The directory of a history, and that of its warm copy: nobody else writes there until `release`.
+
+    warm_directory: in it, under the name, lies the warm copy; None: it lies in the history itself
+    Raises StoreError where they cannot be made, or another has them.
+    """
+
+    def __init__(self, path: Path, name: str, warm_directory: Path | None) -> None:
+        self.path = path
+        self.segments = path / segments.DIRECTORY
+        self.warm = path / WARM if warm_directory is None else warm_directory / name
+        self._warm_number = 0
+        self._held: list[int] = []  # descriptors that hold our locks
+        disown_in_forks(self)
+        try:
+            with guarding(path):
+                make_directory(path)
+                make_directory(self.segments)
+            self._take_lock(path / LOCK, os.O_RDWR | os.O_CREAT, path)
+            with guarding(self.warm):
+                make_directory(self.warm)
+            # It may be shared with the histories of another store.
+            self._take_lock(self.warm, os.O_RDONLY | os.O_DIRECTORY, self.warm)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take_lock(self, path: Path, flags: int, what: Path) -> None:
+        with guarding(path):
+            self._held.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+            try:
+                fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(
+                    f"{what} is being written by another: a backup that runs has it, and compacts and prunes by itself"
+                ) from None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is ours."""
+        return bool(self._held)
+
+    def release(self) -> None:
+        """Let another have it. May be called again."""
+        while self._held:
+            with suppress(OSError):
+                os.close(self._held.pop())
+
+    def disown(self) -> None:
+        """In a fork: the locks are the parent's."""
+        self.release()
+
+    def remove(self) -> None:
+        """Remove the history with all that it holds. Raises StoreError."""
+        with guarding(self.warm):
+            for path in [*self.warm.glob("memory-*.image"), self.warm / SPARE]:
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # another store may have left something there
+                self.warm.rmdir()
+        with guarding(self.path):
+            shutil.rmtree(self.path)
+
+    def sync(self) -> None:
+        """Whoever wrote, renamed or removed what is there may have died before it was durable; or it is a copy.
+
+        All is durable when this returns but the contents of the newest segment. Raises StoreError.
+        """
+        with guarding(self.path):
+            sync_directory(self.segments)
+            sync_names_above(self.segments)
+        sync_files(self.segments, list_segments(self.path)[:-1])
+
+    def new_home(self) -> MappedFile:
+        """A file for a warm copy. Raises StoreError."""
+        self._warm_number += 1
+        return MappedFile(self.warm / f"memory-{self._warm_number}.image")
+
+    def partial(self, kind: str) -> Path:
+        """A segment that is not whole yet, of the kind "incoming" or "compacted"."""
+        return self.segments / f"{kind}-{self._next_sequence():06}{PARTIAL}"
+
+    def segment(self, first_epoch: int) -> Path:
+        """A segment that is newer than all that are there. Raises StoreError where the numbers are used up."""
+        return self.segments / segment_name(first_epoch, self._next_sequence())
+
+    def _next_sequence(self) -> int:
+        names = list_segments(self.path)
+        return sequence_of(names[-1]) + 1 if names else 0

@@ -1,0 +1,106 @@
+"""The two files of a takeover, beside the warm copy: the image and the device state (specs/store.md §6.3)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from remus_ckpt.disk import guarding, keep_room, replace_file
+from remus_ckpt.errors import RemusError
+from remus_ckpt.store.chain import Chain
+from remus_ckpt.store.history import History
+from remus_ckpt.store.segments import first_epoch_of
+from remus_ckpt.store.state import StateFile
+from remus_ckpt.wire.record import Position
+
+SPARE = "hand-over.spare"
+_SPARE_BYTES = 64 << 10
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class HandOver:
+    """Hands out a checkpoint, once for each term; store.json says which. The writer's lock is held.
+
+    directory: of the warm copy
+    """
+
+    def __init__(self, directory: Path, state: StateFile, history: History) -> None:
+        self._directory, self._state, self._history = directory, state, history
+        self._spare_bytes = 0  # room that is kept for the next device state
+
+    def is_of(self, chain: Chain) -> bool:
+        """Whether a checkpoint of this chain has been handed out.
+
+        Nothing is acknowledged in a segment behind what was handed out. But a checkpoint that was refused, since the
+        disk failed, may stand there and be found when the history is opened anew.
+        """
+        epoch = self._epoch
+        return epoch is not None and first_epoch_of(chain.path.name) <= epoch
+
+    def is_at(self, position: Position | None) -> bool:
+        """Whether just this has been handed out."""
+        return self._given.get("position") == str(position)
+
+    def position(self, newest: Position | None) -> Position | None:
+        """Of what has been given: the newest, or one before it. None where nothing was, or it is not known."""
+        if self.is_at(newest):
+            return newest
+        with suppress(RemusError):
+            if (epoch := self._epoch) is not None and self.is_at(found := self._history.find(epoch).position):
+                return found
+        return None
+
+    def give(self, chain: Chain, position: Position) -> tuple[Path, Path]:
+        """The image and the device state of this position, where none were given before. Nothing may follow it.
+
+        Raises StoreError.
+        """
+        state = self._state.state
+        image = self._directory / f"taken-over-{state.term}.image"
+        device_state = image.with_suffix(".state")
+        with guarding(_BOOT_ID):
+            boot = _boot_id()
+        # Whatever checkpoint is the newest now: these are in use. But a crash of the machine may have torn them.
+        if self._given.get("boot") == boot and image.exists() and device_state.exists():
+            return image, device_state
+        checkpoint = chain.restorer.in_force
+        assert checkpoint is not None
+        with guarding(self._directory):
+            for path in self._directory.glob("taken-over-*"):
+                path.unlink()
+            self._spare_bytes = 0  # also where this fails: it may have cost the spare
+            replace_file(device_state, checkpoint.device_state, self._directory / SPARE)
+        chain.is_sealed = True
+        made = {"position": str(position), "boot": boot}
+        self._state.save(replace(state, more={**state.more, "handed_out": made}))
+        if chain.home.path is None:  # it was handed out before, and the file has been taken away
+            self._history.restore_image(image, position.epoch)
+        else:
+            chain.home.hand_out(image, checkpoint.memory_bytes)
+        self.keep_room(checkpoint.device_state)
+        return image, device_state
+
+    def keep_room(self, device_state: bytes) -> None:
+        """Where the disk has it: so that a full one does not keep anybody from going on from this checkpoint."""
+        if (size := max(len(device_state), _SPARE_BYTES)) > self._spare_bytes:
+            with suppress(OSError):
+                keep_room(self._directory / SPARE, size)
+                self._spare_bytes = size
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        return self._state.state.more.get("handed_out") or {}
+
+    @property
+    def _epoch(self) -> int | None:
+        """Of the position that was given, as far as that is one."""
+        epoch = self._given.get("position", "").partition(":")[0]
+        return int(epoch) if epoch.isascii() and epoch.isdigit() and len(epoch) < 20 else None
+
+
+def _boot_id() -> str:
+    """Changes when the machine starts anew: what was not synced before may be torn then. Raises OSError."""
+    with open(_BOOT_ID, encoding="ascii") as file:
+        return file.read().strip()

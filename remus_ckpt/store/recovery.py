@@ -1,0 +1,297 @@
+"""What a history holds after any death of its writer, and what is to be done about it (specs/store.md §9).
+
+Nothing is cut, removed, synced or saved here: the writer does that, by what is returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Protocol
+
+from remus_ckpt.disk import guarding, open_to_read
+from remus_ckpt.errors import StoreError, StreamError, UnknownFormat
+from remus_ckpt.limits import Limits
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.restorer import Restorer
+from remus_ckpt.store import segments
+from remus_ckpt.store.hashing import hashing
+from remus_ckpt.store.segments import (
+    PARTIAL,
+    Contents,
+    entry_of,
+    first_epoch_of,
+    holds_a_record,
+    is_segment,
+    list_segments,
+    replay,
+    sequence_of,
+    shape_of,
+)
+from remus_ckpt.store.state import State
+from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.wire.record import RECORD_SECTION
+
+MAX_WARNINGS = _MAX_DAMAGED = 1_000
+_MAX_REASON = 300
+
+
+class Fill(Protocol):
+    """Reads a segment that the index does not know up to `end`, puts it there, and adds it to `contents`."""
+
+    def __call__(self, contents: Contents, *, end: int) -> None:
+        """Raises OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The segment that the newest checkpoint is in, replayed into a warm copy, where the restorer has it in force.
+
+    synced: the first bytes of it that somebody has synced; what follows up to `end` is to be written again
+    end: behind the checkpoint
+    is_cut: what stands behind `end` is to be cut off: a checkpoint that never came to its end
+    is_sealed: nothing may follow in it
+    """
+
+    name: str
+    restorer: Restorer
+    home: MappedFile
+    contents: Contents
+    synced: int
+    end: int
+    is_cut: bool
+    is_sealed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the segments hold.
+
+    contents: of each, oldest first
+    indexed: what the index says now
+    newest: None where there is no whole checkpoint
+    highest_epoch: of any checkpoint that was ever seen, −1 before the first
+    state: what store.json has to say
+    warnings: what is wrong, in words
+    """
+
+    contents: list[Contents]
+    indexed: dict[str, Contents]
+    newest: Newest | None
+    highest_epoch: int
+    state: State
+    warnings: list[str]
+
+
+def leftovers(directory: Path, warm: Path) -> list[Path]:
+    """Files that were being written, and warm copies: they are to be removed before anything else is done."""
+    patterns = ((directory, ".store.json.*"), (warm, ".taken-over-*"), (warm, "memory-*.image"))
+    partial = directory / segments.DIRECTORY, f"*{PARTIAL}"
+    return [path for where, pattern in (*patterns, partial) for path in where.glob(pattern)]
+
+
+def read_segments(
+    directory: Path,
+    state: State,
+    indexed: dict[str, Contents],
+    *,
+    limits: Limits | None,
+    new_home: Callable[[], MappedFile],
+    fill: Fill,
+) -> Found:
+    """Read what is there. All segments but the newest have been synced: the index may name what they hold.
+
+    indexed: what the index says; limits: what streams may claim
+    Raises StoreError where a file cannot be read, or is of a later format.
+    """
+    return _Reading(directory, state, indexed, limits, new_home, fill).found()
+
+
+class _Reading:
+    def __init__(
+        self,
+        directory: Path,
+        state: State,
+        indexed: dict[str, Contents],
+        limits: Limits | None,
+        new_home: Callable[[], MappedFile],
+        fill: Fill,
+    ) -> None:
+        self._directory, self._segments = directory, directory / segments.DIRECTORY
+        self._state = state
+        self._indexed = dict(indexed)
+        self._limits, self._new_home, self._fill = limits, new_home, fill
+        self._names = list_segments(directory)
+        self._newest: Newest | None = None
+        self._highest = -1 if state.highest_epoch is None else state.highest_epoch
+        self._warnings: list[str] = []
+
+    def found(self) -> Found:
+        try:
+            return self._found()
+        except BaseException:
+            if self._newest is not None:
+                self._newest.home.remove()
+            raise
+
+    def _found(self) -> Found:
+        names, there = self._names, set(self._names)
+        # One that is gone stays named until those beside it have been pruned.
+        oldest = sequence_of(names[0]) if names else -1
+        damaged = {
+            name: why
+            for name, why in self._state.damaged.items()
+            if name in there or (is_segment(name) and sequence_of(name) > oldest)
+        }
+        known: dict[str, Contents] = {}
+        for name in reversed(names):
+            said = self._indexed.get(name)
+            self._see(first_epoch_of(name), said)
+            may_be_newest = self._newest is None
+            with guarding(self._segments / name):
+                contents, reason = (self._read_newest if may_be_newest else self._glance)(name, said)
+            if may_be_newest or said is None:
+                damaged.pop(name, None)  # it has been looked at anew
+            if not may_be_newest and (said is None or contents.end != said.end):
+                self._indexed[name] = replace(contents)  # it has been put in
+            known[name] = contents
+            self._see(-1, contents)
+            if reason is not None:
+                damaged[name] = reason
+        gone = sorted((name for name in self._indexed.keys() - there), key=sequence_of)
+        if names:
+            # The oldest are gone because they were pruned.
+            gone = [name for name in gone if sequence_of(name) > oldest]
+        for name in gone:
+            self._warn([f"{name}: the index names it, and it is not there"])
+            self._see(-1, self._indexed[name])
+            lost = self._indexed[name].epochs
+            damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
+        damaged = _bounded(damaged)
+        all_contents = [known[name] for name in names]
+        self._warn(_gaps(all_contents, damaged))
+        self._warn(f"{name}: {damaged[name]}" for name in names if name in damaged)
+        state, newest = self._state, self._newest
+        if damaged != state.damaged or gone:
+            state = replace(state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None)
+        if gone and newest is not None and sequence_of(gone[-1]) > sequence_of(newest.name):
+            newest = replace(newest, is_sealed=True)
+        return Found(all_contents, self._indexed, newest, self._highest, state, self._warnings)
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        self._warnings += islice(warnings, MAX_WARNINGS - len(self._warnings))
+
+    def _see(self, epoch: int, contents: Contents | None) -> None:
+        last = -1 if contents is None else max(contents.epochs, default=-1)
+        self._highest = max(self._highest, epoch, last)
+
+    def _read_newest(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
+        """Replay what may be the newest segment; returns what it holds and, where it is damaged, how."""
+        limits = self._limits or Limits()
+        if known is not None and known.shape is not None and known.shape.p2m_size * PAGE_SIZE > limits.memory_bytes:
+            raise StoreError(
+                f"{self._directory}: memory of {known.shape.p2m_size * PAGE_SIZE} bytes is over the limit memory_bytes "
+                f"of {limits.memory_bytes}"
+            )
+        home = self._new_home()
+        try:
+            fd = open_to_read(self._segments / name)
+            try:
+                restorer, contents = self._replay(name, fd, home)
+                size = os.fstat(fd).st_size
+                reason = _damage_of(contents, known, fd, size)
+            finally:
+                os.close(fd)
+            if contents.first is None:
+                home.remove()
+                contents.size = size
+                return contents, reason
+            restorer.reader.new_digest = hashlib.sha256
+            restorer.rewind()
+            contents.shape = shape_of(restorer)
+            is_sealed = reason is not None or name != self._names[-1] or not restorer.reader.compressing
+            end = contents.end
+            if is_sealed:
+                contents.size = end if reason is None else size
+            # The index names what was synced. What is whole behind that, nobody may have synced, or it has failed.
+            synced = 0 if known is None else min(known.end, end)
+            self._newest = Newest(name, restorer, home, contents, synced, end, reason is None and size > end, is_sealed)
+        except BaseException:
+            if self._newest is None:
+                home.remove()
+            raise
+        return contents, reason
+
+    def _replay(self, name: str, fd: int, home: MappedFile) -> tuple[Restorer, Contents]:
+        contents = Contents(name)
+        with hashing() as new_digest:
+            restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
+            try:
+                for staged in replay(fd, restorer):
+                    contents.add(entry_of(staged, name))
+                    restorer.commit()
+            except StreamError as error:
+                if isinstance(error, UnknownFormat) and error.section == RECORD_SECTION:
+                    # Its digest is right: a later program wrote it.
+                    raise StoreError(f"{self._segments / name}: {error}") from error
+                contents.fault = error
+        return restorer, contents
+
+    def _glance(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
+        """An older segment: the index is believed where the size is right, and what is missing there is put in."""
+        size = (self._segments / name).stat().st_size
+        if known is not None and known.last is not None:
+            is_explained = known.end == size or (known.size == size and name in self._state.damaged)
+            if is_explained and known.size in (size, None):
+                return replace(known, size=size), None
+        contents = Contents(name, size=size)
+        self._fill(contents, end=size)
+        if contents.fault is not None:
+            return contents, str(contents.fault)
+        if contents.last is None:
+            return contents, "it holds no whole checkpoint"
+        if contents.end < size or (known is not None and known.end > contents.end):
+            return contents, f"its whole checkpoints end at byte {contents.end} of {size}"
+        return contents, None
+
+
+def _gaps(contents: list[Contents], damaged: dict[str, str]) -> Iterator[str]:
+    """What is to be said of epochs that are missing between two segments, where nothing else says why."""
+    explained = sorted(sequence_of(name) for name in damaged if is_segment(name))
+    reached = -1
+    for before, one in pairwise(contents):
+        reached = max([reached, *before.epochs[-1:]])
+        numbers = sequence_of(before.name), sequence_of(one.name)
+        first, stop = (bisect_left(explained, number) for number in numbers)
+        gap = range(reached + 1, one.first.epoch) if one.first is not None and reached >= 0 else range(0)
+        if gap and first == stop:
+            yield f"{one.name}: checkpoints {gap[0]} to {gap[-1]} before it are missing"
+
+
+def _damage_of(contents: Contents, known: Contents | None, fd: int, size: int) -> str | None:
+    """How a segment that was read to its end is damaged; None where it is not. Raises OSError."""
+    end = contents.end
+    lost = known.epochs[len(contents.epochs) :] if known is not None and known.end > end else range(0)
+    reason = None
+    if contents.fault is not None:
+        reason = str(contents.fault)
+    elif lost:
+        reason = f"whole checkpoints end at byte {end} of {size}"
+    elif contents.last is None:
+        reason = "it holds no whole checkpoint"
+    elif size > end and holds_a_record(fd, contents.last.position, end, size):
+        reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
+    if reason is not None and lost:
+        reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
+    return reason
+
+
+def _bounded(damaged: dict[str, str]) -> dict[str, str]:
+    """As much of it as store.json has room for: what is not named there is found when the store is verified."""
+    newest_first = sorted(damaged, key=lambda name: sequence_of(name) if is_segment(name) else -1, reverse=True)
+    return {name: str(damaged[name])[:_MAX_REASON] for name in reversed(newest_first[:_MAX_DAMAGED])}

@@ -1,0 +1,278 @@
+"""What the segments of a history hold, and what they have held and is lost (specs/store.md §4.3, §8)."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from remus_ckpt.errors import StoreError
+from remus_ckpt.limits import Limits
+from remus_ckpt.store import index, segments
+from remus_ckpt.store.segments import Contents, Entry, first_epoch_of, is_segment, list_segments, scan, sequence_of
+from remus_ckpt.store.state import State, load_state
+
+_GONE = "it is not there any more"
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Checkpoints that were durable and are not there (specs/store.md §4.3).
+
+    segment: that held them; where none is known that did, the one behind them
+    byte: where its whole checkpoints end, 0 where it is gone
+    epochs: theirs, as far as anything says so
+    time_ns: when the first of them was taken, None where nothing says so
+    """
+
+    segment: str
+    byte: int
+    reason: str
+    epochs: range = range(0)
+    time_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What there is, and what there was.
+
+    contents: of the segments, oldest first, each summed up
+    lost: what was durable and is not there, oldest first
+    """
+
+    contents: tuple[Contents, ...]
+    lost: tuple[Lost, ...]
+
+    @property
+    def newest(self) -> Entry | None:
+        """The checkpoint with the highest epoch that is there, in the newest segment that holds it."""
+        entries = [one.last for one in reversed(self.contents) if one.last is not None]
+        return max(entries, key=lambda entry: entry.epoch, default=None)
+
+    @property
+    def oldest(self) -> Entry | None:
+        """The one with the lowest."""
+        entries = [one.first for one in self.contents if one.first is not None]
+        return min(entries, key=lambda entry: entry.epoch, default=None)
+
+    @property
+    def count(self) -> int:
+        """How many checkpoints there are, each counted once."""
+        return sum(map(len, joined(one.epochs for one in self.contents)))
+
+    @property
+    def bytes(self) -> int:
+        """Of all segments, up to their last whole checkpoints."""
+        return sum(one.end for one in self.contents)
+
+    def lost_behind(self, epoch: int) -> Lost | None:
+        """The first that has lost a checkpoint above that epoch."""
+        behind = (one for one in self.lost if one.epochs and one.epochs[-1] > epoch)
+        return min(behind, key=lambda one: one.epochs[0], default=None)
+
+    def newest_before(self, epoch: int) -> int | None:
+        """The highest epoch below that one that is there."""
+        return newest_before([one.epochs for one in self.contents], epoch)
+
+
+class Surveyor:
+    """Looks at the segments of a history; writes nothing, and a writer may go on meanwhile.
+
+    directory: of the history; limits: what its streams may claim
+    """
+
+    def __init__(self, directory: Path, limits: Limits | None) -> None:
+        self.directory = directory
+        self._segments = directory / segments.DIRECTORY
+        self._limits = limits
+        self._index = directory / index.FILE
+        self._scanned: dict[str, tuple[tuple[int, int], Contents]] = {}
+
+    def survey(self) -> Survey:
+        """What the segments hold, and what they have held. Raises StoreError."""
+        state = load_state(self.directory)
+        indexed, names = self.index_and_names()
+        contents = []
+        for name in names:
+            known = indexed.get(name)
+            if known is not None and known.size is not None and known.end != known.size and name not in state.damaged:
+                known = None  # nothing says why it should hold less than its bytes
+            try:
+                contents.append(self.look_at(name, known))
+            except FileNotFoundError:
+                continue  # pruned since
+            except OSError as error:
+                raise StoreError(f"{self._segments / name}: {error.strerror}") from error
+        there = set(names)
+        self._scanned = {name: one for name, one in self._scanned.items() if name in there}
+        return Survey(tuple(contents), tuple(self.lost(state, indexed, names, contents)))
+
+    def index_and_names(self) -> tuple[dict[str, Contents], list[str]]:
+        """The index first: then a segment that it names, and that is not listed, has been removed."""
+        for _ in range(_TRIES):
+            indexed = index.read_index(self._index) or {}
+            names = list_segments(self.directory)
+            if all(name in indexed for name in names):
+                break
+        return indexed, names
+
+    def lost(
+        self,
+        state: State,
+        indexed: dict[str, Contents],
+        names: list[str],
+        contents: list[Contents],
+        *,
+        whole: bool = False,
+    ) -> list[Lost]:
+        """What was durable and is not in `contents`, oldest first.
+
+        Three things say so: the index; the epochs, which go on from segment to segment without a gap; and store.json.
+        whole: the newest segment has been looked at up to its end; else anything may stand behind its last checkpoint
+        """
+        there = joined(one.epochs for one in contents)
+        gone = self._gone(indexed, state, contents)
+        lost: list[Lost] = []
+        for name in gone:
+            held = indexed.get(name, Contents(name))
+            reason = _GONE if name in indexed else str(state.damaged[name])
+            lost += self._each_lost(held, 0, reason, held.epochs, there)
+        for one, behind in itertools.zip_longest(contents, contents[1:]):
+            may_grow = behind is None and not whole
+            until = behind.first.epoch if behind is not None and behind.first is not None else 0
+            lost += self._missing(one, indexed.get(one.name), there, may_grow, until)
+        accounted = joined([*there, *(one.epochs for one in lost)])
+        missing: list[Lost] = []
+        numbers = [sequence_of(name) for name in gone]
+        reached = -1
+        for before, one in itertools.pairwise(contents):
+            reached = max(reached, before.epochs[-1] if before.epochs else -1)
+            # Where the one before is gone meanwhile, it was pruned, and others with it.
+            if reached < 0 or one.first is None or not (self._segments / before.name).exists():
+                continue
+            for part in without(range(reached + 1, one.first.epoch), accounted):
+                number = bisect.bisect_right(numbers, sequence_of(before.name))
+                if before.name in state.damaged:
+                    missing.append(Lost(before.name, before.end, str(state.damaged[before.name]), part))
+                elif number < len(gone) and numbers[number] < sequence_of(one.name):
+                    name = gone[number]
+                    missing.append(Lost(name, 0, str(state.damaged.get(name, _GONE)), part))
+                else:
+                    reason = f"it begins with checkpoint {one.first.epoch}, and what came before that is missing"
+                    missing.append(Lost(one.name, 0, reason, part))
+        explained = {one.segment for one in missing}
+        lost = [one for one in lost if one.epochs or one.segment not in explained] + missing
+        highest, seen = there[-1][-1] if there else -1, state.highest_epoch
+        if names and seen is not None and seen > highest and not any(last(one.epochs) > highest for one in lost):
+            # The index was made again since; of what was lost, only this is left.
+            newest = next((one for one in reversed(contents) if one.last is not None), None)
+            segment, byte = (names[-1], 0) if newest is None else (newest.name, newest.end)
+            lost.append(Lost(segment, byte, "what was durable behind this is lost", range(highest + 1, seen + 1)))
+        return sorted(lost, key=lambda one: sequence_of(one.segment))
+
+    def _gone(self, indexed: dict[str, Contents], state: State, contents: list[Contents]) -> list[str]:
+        """Segments that the index or store.json names and that are not there, but for the oldest: they were pruned."""
+        there = {one.name for one in contents}
+        named = {*indexed, *filter(is_segment, state.damaged)} - there
+        if contents:
+            named = {name for name in named if sequence_of(name) > sequence_of(contents[0].name)}
+        if named:
+            # What is pruned has left them before: it may have been while the segments were looked at.
+            still = {*(index.read_index(self._index) or {}), *load_state(self.directory).damaged}
+            now = list_segments(self.directory)
+            oldest = sequence_of(now[0]) if now else 0
+            named = {name for name in (named & still).difference(now) if sequence_of(name) > oldest}
+        return sorted(named, key=sequence_of)
+
+    def _missing(
+        self, one: Contents, known: Contents | None, there: list[range], may_grow: bool, until: int
+    ) -> list[Lost]:
+        """What a segment that is there has lost.
+
+        may_grow: behind its last checkpoint anything may stand
+        until: the first epoch of the segment behind it
+        """
+        is_short = known is not None and known.end > one.end
+        is_bad = one.fault is not None and (known is None or not may_grow)
+        if not is_bad and not is_short and one.last is not None:
+            return []
+        byte, reason = one.end, "its bytes are cut off"
+        if one.fault is not None:
+            byte, reason = one.fault.offset or one.end, one.fault.message
+        if known is not None and is_short:
+            return self._each_lost(known, byte, reason, known.epochs[len(one.epochs) :], there)
+        # No index says what stood there; that something did, the name says of the base, and the fault of the others.
+        first = one.last.epoch + 1 if one.last else first_epoch_of(one.name)
+        return self._each_lost(Contents(one.name), byte, reason, range(first, max(first + 1, until)), there)
+
+    def _each_lost(self, held: Contents, byte: int, reason: str, epochs: range, there: list[range]) -> list[Lost]:
+        """Those epochs that are not there; without one, that the segment is not what it was."""
+        parts = without(epochs, there)
+        found = [Lost(held.name, byte, reason, part, self._time_of(held, part[0])) for part in parts]
+        return found or [Lost(held.name, byte, reason)]
+
+    def _time_of(self, contents: Contents, epoch: int) -> int | None:
+        """When a checkpoint of a segment was taken, as far as the index says."""
+        if contents.first is not None and contents.first.epoch == epoch:
+            return contents.first.time_ns
+        with index.reading(self._index) as rows, suppress(index.Unreadable):
+            if rows is not None and contents.last is not None:
+                return rows.find(contents, epoch).time_ns
+        return None
+
+    def look_at(self, name: str, known: Contents | None) -> Contents:
+        """What one segment holds: as the index says, if that can be, or as its bytes do. Raises OSError."""
+        path = self._segments / name
+        status = path.stat()
+        if known is not None and known.last is not None:
+            if known.size == status.st_size or (known.size is None and known.end == status.st_size):
+                return known
+            if known.size is None and known.end < status.st_size:
+                found = scan(path, known=known, end=status.st_size, limits=self._limits)
+                if found.fault is None:
+                    return found
+        version = status.st_size, status.st_mtime_ns
+        if name not in self._scanned or self._scanned[name][0] != version:
+            self._scanned[name] = version, scan(path, end=status.st_size, limits=self._limits)
+        return self._scanned[name][1]
+
+
+def joined(spans: Iterable[range]) -> list[range]:
+    """Ranges of consecutive numbers as ranges that do not touch, ascending."""
+    found: list[range] = []
+    for span in sorted((span for span in spans if span), key=lambda span: span[0]):
+        if found and span[0] <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, span.stop))
+        else:
+            found.append(span)
+    return found
+
+
+def without(span: range, there: list[range]) -> list[range]:
+    """What is left of a range without those, which are `joined`."""
+    left = []
+    start = span.start
+    number = max(bisect.bisect_right(there, span.start, key=lambda one: one.start) - 1, 0)
+    while number < len(there) and there[number].start < span.stop:
+        one = there[number]
+        if one.start > start:
+            left.append(range(start, one.start))
+        start = max(start, one.stop)
+        number += 1
+    if start < span.stop:
+        left.append(range(start, span.stop))
+    return left
+
+
+def last(span: range) -> int:
+    """The last number of a range, −1 for none."""
+    return span[-1] if span else -1
+
+
+def newest_before(spans: Iterable[range], epoch: int) -> int | None:
+    """The highest number below that one in any of the ranges, None for none."""
+    return max((min(span[-1], epoch - 1) for span in spans if span and span[0] < epoch), default=None)
