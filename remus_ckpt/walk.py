@@ -11,7 +11,7 @@ from rich.text import Text
 
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
-from remus_ckpt.errors import LimitExceeded, StreamError
+from remus_ckpt.errors import LimitExceeded, NothingToRestore, StreamError
 from remus_ckpt.files import StreamFile, read_events
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.pages import PAGE_SIZE
@@ -82,43 +82,65 @@ class Walk:
                 "section": self.error.section,
                 "chunk": self.error.chunk,
             }
+        elif end is not None and held is None:
+            result["error"] = {
+                "kind": NothingToRestore.__name__,
+                "message": "the stream ends before its first checkpoint is complete",
+                "offset": end.offset,
+                "section": "stream.md §8.2",
+                "chunk": None,
+            }
         return result
 
     def say_how_it_ended(self) -> None:
         """Say on standard error what is wrong or missing, and which checkpoint is in force."""
         held = self.restorer.in_force
-        in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
+        end = self.restorer.end
+        if held is not None:
+            in_force = f"checkpoint {held.epoch} is the last good one"
+        elif self.error is not None:
+            in_force = "no checkpoint is complete"
+        elif end is not None and not end.offset:
+            in_force = "there is nothing to restore: check the name, and whether what should have written it has failed"
+        else:
+            in_force = "there is nothing to restore: copy it again, or use an older one"
         if self.error is not None:
             raise_it = ""
             if isinstance(self.error, LimitExceeded) and self.error.limit == "memory_bytes":
                 raise_it = "; raise it with --max-memory"
             complain(f"{self.name}: {self.error}{raise_it}; {in_force}")
         elif self.inflater is not None and self.inflater.is_cut:
-            complain(f"{self.name}: the compressed file is cut off; {in_force}")
+            complain(f"{self.name}: the compressed file is cut off{_after(end)}; {in_force}")
         elif self.inflater is not None and self.inflater.junk_bytes:
             complain(f"{self.name}: {self.inflater.junk_bytes} bytes follow the compressed data; {in_force}")
-        elif self.restorer.end is not None and not self.restorer.end.complete:
-            trailing = self.restorer.end.trailing_bytes
+        elif end is not None and not end.complete:
+            trailing = end.trailing_bytes
             reader = self.restorer.reader
-            if not self.restorer.end.offset:
+            if not end.offset:
                 complain(f"{self.name}: it is empty; {in_force}")
             elif reader.saw_last_checkpoint:
                 complain(f"{self.name}: {trailing} bytes follow the last checkpoint; {in_force}")
             else:
-                complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
+                complain(f"{self.name}: cut off {trailing:,} bytes into checkpoint {reader.epoch}; {in_force}")
         if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
             complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
 
-    def fail_if_corrupt(self) -> None:
-        """Exit with the code of the fault, if there is one."""
+    def fail_unless_good(self) -> None:
+        """Exit with the code of the fault, or with that of a stream without a checkpoint."""
         if self.error is not None:
             raise typer.Exit(self.error.exit_code)
+        if self.restorer.in_force is None and self.restorer.end is not None:
+            raise typer.Exit(NothingToRestore.exit_code)
 
 
 def walk_stream(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> Walk:
     """A walk over a stream, not begun yet. max_memory: in GiB."""
     limits = Limits(memory_bytes=max_memory * GIB)
     return Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
+
+
+def _after(end: events.EndOfStream | None) -> str:
+    return "" if end is None else f" after {end.offset:,} bytes of stream"
 
 
 def list_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -178,6 +178,15 @@ def test_our_encoder_is_a_command():
     assert verdict.passed, verdict.problems
 
 
+@pytest.mark.parametrize(("name", "may"), [("cut-in-pages", True), ("cut-empty", True), ("cut-in-tail", False)])
+def test_only_a_stream_without_a_checkpoint_may_exit_with_20(name: str, may: bool):
+    (vector,) = [vector for vector in DECODE if vector["id"] == name]
+    code, lines = _restored(load_vector(FOLDER, vector), Dialect(**vector["dialect"]), strict=False)
+    assert code == 0 and _problems(vector, (0, lines)) == []
+    assert (_problems(vector, (20, lines)) == []) is may
+    assert _problems(vector, (21, lines)) != []
+
+
 # The files
 
 

@@ -188,7 +188,7 @@ def restore(
         print_json(walk.summary([list_checkpoint(found)]) | {"restored": found.epoch, "image": output})
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 def _refuse_for_stores(
@@ -211,9 +211,8 @@ def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
     walk.say_how_it_ended()
     found = walk.restorer.in_force
     if found is None or epoch is not None:
-        walk.fail_if_corrupt()
-        held = f"the stream holds {epochs[0]} to {epochs[-1]}" if epochs else "the stream holds no complete one"
-        raise NoCheckpoint(f"{walk.name}: no checkpoint {'' if epoch is None else epoch}; {held}".replace(" ;", ";"))
+        walk.fail_unless_good()
+        raise NoCheckpoint(f"{walk.name}: no checkpoint {epoch}; the stream holds {epochs[0]} to {epochs[-1]}")
     return found
 
 
@@ -263,7 +262,7 @@ def inspect(
         print_details(listed)
         print_deviations(walk)
     walk.say_how_it_ended()
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 @app.command("events", short_help="Print a stream's events as JSON lines.")
@@ -306,7 +305,7 @@ def print_events(
         print(json.dumps(where | {"message": str(walk.error), "memory_sha256": held()}))
     sys.stdout.flush()
     walk.say_how_it_ended()
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 @app.command(
@@ -335,7 +334,7 @@ def verify(
     """Read and decode an entire stream, or every segment of a store (`store:DIR/NAME`).
 
     A stream that ends in the middle of a checkpoint is reported as incomplete, but what comes before is good: exit
-    code 0.
+    code 0. If no checkpoint is complete, there is nothing to restore: exit code 20.
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
@@ -363,7 +362,7 @@ def verify(
         if walk.error is None:
             out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'incomplete'}")
     walk.say_how_it_ended()
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 @app.command(short_help="Show where two checkpoints differ.")
@@ -440,7 +439,7 @@ def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64
             break
     else:
         walk.say_how_it_ended()
-        walk.fail_if_corrupt()
+        walk.fail_unless_good()
         raise NoCheckpoint(f"{walk.name}: the stream does not hold both checkpoints, {low} and {high}")
     if reached is None:
         raise NoCheckpoint(f"{walk.name}: no checkpoint {low}")
@@ -490,7 +489,7 @@ def extract(
         write_out(output, ("\n".join(lines) + "\n").encode())
     else:
         write_out(output, b"".join(pieces))
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 def _page_range(text: str, pages: int) -> list[int]:
