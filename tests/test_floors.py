@@ -15,7 +15,7 @@ PACKAGE = Path(remus_ckpt.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "pages", "limits", "version"},
     {"codec", "wire", "disk"},
-    {"session", "sender", "restorer", "memory"},
+    {"session", "sender", "restorer", "memory", "image"},
     {"source", "link", "compressed"},
     {"store", "observe", "files", "loop"},
     {"service"},
