@@ -321,7 +321,7 @@ def print_events(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def run_conformance(context: typer.Context) -> None:
-    """Test your decoder or encoder against the vectors (specs/conformance.md)."""
+    """Test your decoder or encoder, of streams or of a page codec alone, against the vectors (specs/conformance.md)."""
     from remus_ckpt import conformance
 
     raise typer.Exit(conformance.main(context.args))
