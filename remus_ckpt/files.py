@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from remus_ckpt.compressed import Inflater, compressions
-from remus_ckpt.disk import appearing, write_all
+from remus_ckpt.disk import write_all
 from remus_ckpt.errors import RemusError, UnknownFormat
 from remus_ckpt.limits import Limits
-from remus_ckpt.pages import Buffer, Pages
+from remus_ckpt.pages import Buffer
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.sender import Sent
-from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import DETECT_BYTES, Dialect, detect_header
 from remus_ckpt.wire.xen.reader import NEED_DATA
@@ -141,37 +135,6 @@ def read_checkpoints(
         for _ in read_events(file, restorer):
             if restorer.staged is not None:
                 yield restorer.commit()
-
-
-class ImageFile(MappedFile):
-    """A restorer's home that is to be an image: zero pages are holes in it."""
-
-    def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
-        """Write pages, those of zeros only over something else. Raises StoreError."""
-        keep = data.view(np.uint64).any(axis=1) | self.has_room[pfns]
-        if not keep.all():
-            # A page that stands twice: the later may blank the earlier.
-            keep |= np.isin(pfns, pfns[keep])
-            pfns, data = pfns[keep], data[keep]
-        super().write(memory, pfns, data)
-
-
-@contextmanager
-def image_appearing(path: str | Path) -> Iterator[ImageFile]:
-    """Memory in a new file of mode 0600, which takes the path's place, durable, when the block ends well.
-
-    It is to be `cut` to its size in the block. Raises OSError, StoreError.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(target.parent))
-    with appearing(target) as descriptor:
-        home = ImageFile(f"/proc/self/fd/{descriptor}")  # its name is known to `appearing` alone
-        home.path = target
-        try:
-            yield home
-        finally:
-            home.close()
 
 
 def create_private(path: str | Path, *, is_ours: bool = False) -> int:

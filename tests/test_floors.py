@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"codec", "wire", "disk"},
     {"session", "sender", "restorer", "memory", "image"},
     {"source", "link", "compressed"},
-    {"store", "observe", "files", "loop"},
+    {"store", "observe", "files", "image_file", "loop"},
     {"service"},
     {"cli", "walk", "demo", "conformance", "__main__"},
 ]

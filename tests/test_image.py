@@ -23,8 +23,8 @@ from support import Command
 from remus_ckpt import Sender, batches
 from remus_ckpt.codec.reference import Lru, Shadow
 from remus_ckpt.errors import RemusError
-from remus_ckpt.files import image_appearing
 from remus_ckpt.image import Image, ImageReference, differences, full_batches, windows
+from remus_ckpt.image_file import image_appearing
 from remus_ckpt.limits import GIB, MIB
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Pages

@@ -172,7 +172,7 @@ def restore(
         return
     if at is not None:
         raise typer.BadParameter("--at is for stores; use --checkpoint with a stream")
-    from remus_ckpt.files import image_appearing
+    from remus_ckpt.image_file import image_appearing
     from remus_ckpt.memory import save_image
     from remus_ckpt.walk import list_checkpoint, walk_stream
 
