@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.disk import appearing
+from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import Pages
 from remus_ckpt.store.warm import MappedFile
 
@@ -32,7 +33,7 @@ class ImageFile(MappedFile):
 def image_appearing(path: str | Path) -> Iterator[ImageFile]:
     """Memory in a new file of mode 0600, which takes the path's place, durable, when the block ends well.
 
-    It is to be `cut` to its size in the block. Raises OSError, StoreError.
+    It is to be `cut` to its size in the block. Raises OSError.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -42,5 +43,9 @@ def image_appearing(path: str | Path) -> Iterator[ImageFile]:
         home.path = target
         try:
             yield home
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):  # in words for an operator of a store
+                raise error.__cause__ from None
+            raise
         finally:
             home.close()

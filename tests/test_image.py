@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from tempfile import TemporaryDirectory
@@ -227,6 +230,34 @@ def test_an_image_that_does_not_come_to_be_leaves_nothing(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["image"] and (tmp_path / "image").read_bytes() == b"dear"
     with pytest.raises(FileNotFoundError), image_appearing(tmp_path / "no" / "image"):
         pass
+
+
+def test_a_full_disk_is_an_error_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError) as caught, image_appearing(tmp_path / "image") as home:
+        memory = home.open(10)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        home.write(memory, np.array([3]), np.ones((1, PAGE_SIZE), dtype=np.uint8))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "image"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_restore_that_is_ended_leaves_nothing(tmp_path: Path, number: int) -> None:
+    run = [sys.executable, "-m", "remus_ckpt", "restore", "-", "-o", str(tmp_path / "image")]
+    with subprocess.Popen(run, stdin=PIPE, stderr=PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(s.hvm_header(8, 4) + s.batch(8, [s.entry(1)], s.page(1)))
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not os.listdir(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate()
+    assert process.returncode != 0 and os.listdir(tmp_path) == []
 
 
 # Bounded memory

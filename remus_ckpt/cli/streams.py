@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -178,6 +179,9 @@ def restore(
 
     is_file = output != "-" and (not Path(output).exists() or Path(output).is_file())
     with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # what there is of the image goes then, as after Ctrl-C
+            if signal.getsignal(number) == signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
         home = stack.enter_context(image_appearing(output)) if is_file else None
         dialect = dialect_of(word, guest, codec)
         walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, home=home)
