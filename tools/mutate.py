@@ -39,7 +39,10 @@ PACKAGE = "remus_ckpt"
 SERVICE = "test_service*.py test_primary.py test_standby.py test_failover.py test_cli_service.py test_takeover.py"
 STREAM = "test_reader.py test_record_format.py test_vectors.py test_restorer.py test_sender.py test_real_streams.py"
 TESTS = {
+    "conformance.py": "test_vectors.py",
     "disk.py": "test_store_disk.py test_store_crash.py test_store*.py",
+    "image.py": "test_image.py test_cli.py",
+    "image_file.py": "test_image.py test_cli.py",
     "link/": f"test_transport.py {SERVICE}",
     "link/compression.py": f"test_compression.py {SERVICE}",
     "link/tls.py": "test_keys.py test_transport.py",
