@@ -185,6 +185,18 @@ def test_a_file_that_is_cut_is_seen(tmp_path: Path) -> None:
             image.check()
 
 
+def test_what_a_file_gains_is_not_read(tmp_path: Path) -> None:
+    """Behind the size that it had, memory is zeros; `check` says that it has changed."""
+    with Image(write(tmp_path / "image", noise(1, 2), PAGE_SIZE + 10)) as image:
+        with open(tmp_path / "image", "ab") as file:
+            file.write(bytes([9]) * 2 * PAGE_SIZE)
+        out = np.full((2, PAGE_SIZE), 7, dtype=np.uint8)
+        image.read(1, out)
+        assert out[0, :10].any() and not out.reshape(-1)[10:].any()
+        with pytest.raises(RemusError):
+            image.check()
+
+
 # Memory that is restored
 
 
