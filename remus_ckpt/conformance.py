@@ -4,6 +4,13 @@
     conform.py --decoder './my-decoder'                    each vector on its standard input
     conform.py --encoder './my-encoder' --judge 'CMD'      pages on its standard input, its stream judged by a decoder
 
+Of a page coding alone, delta, rle or xbzrle, a page at a time (specs/conformance.md §5):
+
+    conform.py --codec delta --decoder './my-decoder'      the old page and the encoded one in, the new page out
+    conform.py --codec delta --encoder './my-encoder'      the old page and the new one in, the encoded page out
+
+CMD is one argument, its own arguments in it: conform.py --decoder 'python3 tools/plain_decoder.py'
+
 This file needs nothing but Python 3.11: copy it, with the folder of vectors, into a project of your own.
 Exit codes: 0 all pass, 1 something falls short, 2 usage.
 """
@@ -23,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST_FORMAT = 1
+PAGE_BYTES = 4096
 EXIT_CODES = {"malformed": 20, "limit": 20, "unknown-format": 21}
+EXIT_NOTHING = 20
+"""As good as 0 for a stream that is cut before its first checkpoint is complete."""
 
 
 @dataclass
@@ -43,13 +53,26 @@ class Verdict:
 
 def load_manifest(folder: Path) -> list[dict[str, Any]]:
     """The entries of a folder of vectors. Raises ValueError for a manifest of another format."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f"{folder}: a manifest of format {manifest.get('format')}, not {MANIFEST_FORMAT}")
     return [
         json.loads((folder / vector).read_text()) if isinstance(vector, str) else vector
-        for vector in manifest["vectors"]
+        for vector in _manifest(folder)["vectors"]
     ]
+
+
+def load_codec(folder: Path, codec: str) -> list[dict[str, Any]]:
+    """The vectors of a page coding. Raises ValueError if there are none."""
+    codecs = _manifest(folder).get("codecs", {})
+    if codec not in codecs:
+        raise ValueError(f"{folder} has no pages of a codec {codec!r}; it has those of {', '.join(codecs) or 'none'}")
+    vectors: list[dict[str, Any]] = json.loads((folder / codecs[codec]).read_text())["vectors"]
+    return vectors
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ValueError(f"{folder}: a manifest of format {manifest.get('format')}, not {MANIFEST_FORMAT}")
+    return manifest
 
 
 def load_vector(folder: Path, vector: dict[str, Any]) -> bytes:
@@ -104,7 +127,7 @@ def compare(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, 
             return
     fault = vector.get("error")
     expected_code = EXIT_CODES[fault["kind"]] if fault else 0
-    if code != expected_code:
+    if code != expected_code and not (code == EXIT_NOTHING and _holds_nothing(vector)):
         last = complaint.strip().splitlines()[-1:] or [""]
         verdict.problems.append(f"exit code {code}, not {expected_code} {last[0]}".rstrip())
     errors = [event for event in said if event.get("event") == "error"]
@@ -140,6 +163,12 @@ def compare(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, 
         verdict.problems.append(f"an error is said: {_cut(errors[0])}")
 
 
+def _holds_nothing(vector: dict[str, Any]) -> bool:
+    """Whether the stream ends, without a fault, before a checkpoint is complete."""
+    last = vector["events"][-1] if vector["events"] else {}
+    return "error" not in vector and last.get("event") == "end" and last["memory_sha256"] is None
+
+
 def _cut(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "…"
@@ -155,6 +184,74 @@ def judge_encoder(command: str, judge: str, folder: Path, vector: dict[str, Any]
     strict = environment(vector) | {"REMUS_STRICT": "1"}
     compare(verdict, vector, *run(judge, stream, strict, timeout_s))
     return verdict
+
+
+def spelled(text: str) -> bytes:
+    """Bytes as a vector has them: hex digits, or HEX*COUNT, separated by commas (specs/conformance.md §5.1)."""
+    parts = [part.partition("*") for part in text.split(",") if part]
+    return b"".join(bytes.fromhex(value) * int(count or 1) for value, _, count in parts)
+
+
+def spelled_page(text: str) -> bytes:
+    """The same, padded with zeros to 4,096 bytes."""
+    return spelled(text).ljust(PAGE_BYTES, b"\0")
+
+
+def page_environment(codec: str, vector: dict[str, Any]) -> dict[str, str]:
+    """What the command is told of a page (specs/conformance.md §5.2)."""
+    told = {name: value for name, value in os.environ.items() if not name.startswith("REMUS_")}
+    return told | {"REMUS_CODEC": codec, "REMUS_FULL": "1" if vector.get("full") else "0"}
+
+
+def judge_page_decoder(command: str, codec: str, vector: dict[str, Any], timeout_s: float) -> Verdict:
+    """Give an encoded page to a decoder and compare the page that it makes of the old one."""
+    verdict = Verdict(vector["id"], vector["sections"])
+    given = spelled_page(vector["old"]) + spelled(vector["encoded"])
+    compare_page(verdict, vector, *run(command, given, page_environment(codec, vector), timeout_s))
+    return verdict
+
+
+def compare_page(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, complaint: str) -> None:
+    """Compare a page decoder's output and exit code with what the vector expects."""
+    fault = vector.get("error")
+    expected_code = EXIT_CODES[fault["kind"]] if fault else 0
+    if code != expected_code:
+        last = complaint.strip().splitlines()[-1:] or [""]
+        verdict.problems.append(f"exit code {code}, not {expected_code} {last[0]}".rstrip())
+    elif fault and output:
+        verdict.problems.append(f"{len(output)} bytes are written for an encoded page that is refused")
+    elif not fault:
+        verdict.problems += _difference("the page", output, spelled_page(vector["new"]))
+
+
+def judge_page_encoder(
+    command: str, judge: str | None, codec: str, vector: dict[str, Any], timeout_s: float
+) -> Verdict:
+    """Give a page and its reference to an encoder; other bytes than expected go to the judge, a page decoder."""
+    verdict = Verdict(vector["id"], vector["sections"])
+    old, new, told = spelled_page(vector["old"]), spelled_page(vector["new"]), page_environment(codec, vector)
+    code, encoded, complaint = run(command, old + new, told, timeout_s)
+    if code:
+        verdict.problems.append(f"exit code {code} {complaint.strip()[-200:]}".rstrip())
+        return verdict
+    differences = _difference("the encoded page", encoded, spelled(vector["encoded"]))
+    if differences and judge:
+        # A page that must go full may not lean on its reference.
+        held = bytes(byte ^ 0xFF for byte in old) if vector["full"] else old
+        compare_page(verdict, vector, *run(judge, held + encoded, told, timeout_s))
+        verdict.notes += differences
+    else:
+        verdict.problems += differences
+    return verdict
+
+
+def _difference(what: str, got: bytes, expected: bytes) -> list[str]:
+    if got == expected:
+        return []
+    at = next((at for at, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return [f"{what} has {len(got)} bytes, not {len(expected)}"]
+    return [f"byte {at} of {what} is {got[at]:02x}, not {expected[at]:02x}"]
 
 
 def report(verdicts: list[Verdict]) -> str:
@@ -185,7 +282,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", metavar="CMD", help="a decoder: a stream in, one line of JSON for each event out")
     parser.add_argument("--encoder", metavar="CMD", help="an encoder: pages as JSON in, a stream out")
-    parser.add_argument("--judge", metavar="CMD", default="remus-ckpt events -", help="what reads an encoder's streams")
+    parser.add_argument(
+        "--codec", metavar="NAME", help="try a page coding alone, a page at a time: delta, rle or xbzrle"
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="CMD",
+        help="what reads an encoder's streams (default: remus-ckpt events -); with --codec, a page decoder for encoded "
+        "pages that are not the expected bytes (default: none, they fail)",
+    )
     parser.add_argument("--vectors", type=Path, default=here.parent / "specs" / "vectors", help="their folder")
     parser.add_argument("--only", metavar="ID", action="append", help="just this vector; may be repeated")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="for one vector (default: 60)")
@@ -194,7 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.decoder or options.encoder):
         parser.error("name a --decoder or an --encoder")
     try:
-        manifest = load_manifest(options.vectors)
+        folder, codec, timeout_s = options.vectors, options.codec, options.timeout
+        manifest = load_codec(folder, codec) if codec else load_manifest(folder)
         vectors = [vector for vector in manifest if not options.only or vector["id"] in options.only]
         if not vectors:
             parser.error(f"no vector {', '.join(options.only)}")
@@ -202,10 +308,16 @@ def main(arguments: list[str] | None = None) -> int:
         for number, vector in enumerate(vectors):
             if sys.stderr.isatty():
                 print(f"\r{number + 1}/{len(vectors)} {vector['id']:<50}", end="", file=sys.stderr)
-            if vector["kind"] == "decode" and options.decoder:
-                verdicts.append(judge_decoder(options.decoder, options.vectors, vector, options.timeout))
+            if codec:
+                if options.decoder:
+                    verdicts.append(judge_page_decoder(options.decoder, codec, vector, timeout_s))
+                if options.encoder and vector.get("written"):
+                    verdicts.append(judge_page_encoder(options.encoder, options.judge, codec, vector, timeout_s))
+            elif vector["kind"] == "decode" and options.decoder:
+                verdicts.append(judge_decoder(options.decoder, folder, vector, timeout_s))
             elif vector["kind"] == "encode" and options.encoder:
-                verdicts.append(judge_encoder(options.encoder, options.judge, options.vectors, vector, options.timeout))
+                judge = options.judge or "remus-ckpt events -"
+                verdicts.append(judge_encoder(options.encoder, judge, folder, vector, timeout_s))
     except (OSError, ValueError) as error:
         print(f"conform: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,8 @@
     │   │   ├── LimitExceeded    20  they claim more than a named limit allows
     │   │   └── BadCheckpoint    20  what a store holds of a checkpoint has changed; another is offered
     │   └── UnknownFormat        21  not a format that is read here, or one that is refused by name
-    ├── NoCheckpoint             1   no complete checkpoint to restore, or not the one asked for
+    ├── NoCheckpoint             1   not the checkpoint that was asked for
+    │   └── NothingToRestore     20  none at all: the stream or store holds no complete checkpoint
     ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
     │   └── PauseBroken          1   somebody ran in a pause: what was copied in it is not of one instant
     ├── StoreError               1   a store cannot be opened, read or written; what was committed is untouched
@@ -90,7 +91,13 @@ class UnknownFormat(StreamError):
 
 
 class NoCheckpoint(RemusError):
-    """The stream holds no complete checkpoint, or not the one that was asked for."""
+    """The stream or store does not hold the checkpoint that was asked for."""
+
+
+class NothingToRestore(NoCheckpoint):
+    """It holds no complete checkpoint at all. A script that backs up or copies must not take that for success."""
+
+    exit_code = 20
 
 
 class SourceError(RemusError):

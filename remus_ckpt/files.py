@@ -63,6 +63,8 @@ class StreamFile:
 
     def __init__(self, path: str | Path) -> None:
         self.name = "standard input" if str(path) == "-" else str(path)
+        if str(path) == "-" and sys.stdin is None:
+            raise RemusError("standard input is closed: name a file, or pipe a stream in")
         raw = io.FileIO(sys.stdin.fileno(), closefd=False) if str(path) == "-" else io.FileIO(str(path))
         # Of a pipe, a read may give less than was asked for.
         front = b""

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.text import Text
 
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
-from remus_ckpt.errors import LimitExceeded, StreamError
+from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, StreamError
 from remus_ckpt.files import StreamFile, read_events
-from remus_ckpt.limits import GIB, Limits
-from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
+from remus_ckpt.pages import PAGE_SIZE, Pages
+from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
+
+Pairs = tuple[NDArray[np.int64], Pages, Pages]
+"""(numbers, before, after): pages that differ, int64[n] and twice uint8[n, 4096]."""
 
 
 class Walk:
     """Reads a stream from end to end and keeps what there is to say about it."""
 
-    def __init__(self, path: str, restorer: Restorer, *, quiet: bool) -> None:
+    def __init__(self, path: str, restorer: Restorer, *, quiet: bool, is_read: bool = True) -> None:
         self.path = path
         self.name = "standard input" if path == "-" else path
         self.restorer = restorer
@@ -31,6 +35,7 @@ class Walk:
         self.inflater: Inflater | None = None
         """What decompresses the file, where it is compressed."""
         self._quiet = quiet
+        self._take = restorer.commit if is_read else restorer.skip
 
     def events(self) -> Iterator[events.Event]:
         """Every event; `restorer.staged` is put in force when the next one is asked for. A fault ends them."""
@@ -41,7 +46,7 @@ class Walk:
                     advance(file.position())
                     yield event
                     if self.restorer.staged is not None:
-                        self.restorer.commit()
+                        self._take()
             except StreamError as error:
                 self.error = error
 
@@ -49,7 +54,7 @@ class Walk:
         """Every checkpoint once it is in force."""
         for _ in self.events():
             if self.restorer.staged is not None:
-                yield self.restorer.commit()
+                yield self._take()
 
     def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
         """The JSON of `inspect` and `verify`."""
@@ -82,43 +87,87 @@ class Walk:
                 "section": self.error.section,
                 "chunk": self.error.chunk,
             }
+        elif end is not None and held is None:
+            result["error"] = {
+                "kind": NothingToRestore.__name__,
+                "message": "the stream ends before its first checkpoint is complete",
+                "offset": end.offset,
+                "section": "stream.md §8.2",
+                "chunk": None,
+            }
         return result
 
     def say_how_it_ended(self) -> None:
         """Say on standard error what is wrong or missing, and which checkpoint is in force."""
         held = self.restorer.in_force
-        in_force = "no checkpoint is complete" if held is None else f"checkpoint {held.epoch} is the last good one"
+        end = self.restorer.end
+        if held is not None:
+            in_force = f"checkpoint {held.epoch} is the last good one"
+        elif self.error is not None:
+            in_force = "no checkpoint is complete"
+        elif end is not None and not end.offset:
+            in_force = "there is nothing to restore: check the name, and whether what should have written it has failed"
+        else:
+            in_force = "there is nothing to restore: copy it again, or use an older one"
         if self.error is not None:
             raise_it = ""
             if isinstance(self.error, LimitExceeded) and self.error.limit == "memory_bytes":
                 raise_it = "; raise it with --max-memory"
             complain(f"{self.name}: {self.error}{raise_it}; {in_force}")
         elif self.inflater is not None and self.inflater.is_cut:
-            complain(f"{self.name}: the compressed file is cut off; {in_force}")
+            complain(f"{self.name}: the compressed file is cut off{_after(end)}; {in_force}")
         elif self.inflater is not None and self.inflater.junk_bytes:
             complain(f"{self.name}: {self.inflater.junk_bytes} bytes follow the compressed data; {in_force}")
-        elif self.restorer.end is not None and not self.restorer.end.complete:
-            trailing = self.restorer.end.trailing_bytes
+        elif end is not None and not end.complete:
+            trailing = end.trailing_bytes
             reader = self.restorer.reader
-            if not self.restorer.end.offset:
+            if not end.offset:
                 complain(f"{self.name}: it is empty; {in_force}")
             elif reader.saw_last_checkpoint:
                 complain(f"{self.name}: {trailing} bytes follow the last checkpoint; {in_force}")
             else:
-                complain(f"{self.name}: cut off {trailing} bytes into checkpoint {reader.epoch}; {in_force}")
+                complain(f"{self.name}: cut off {trailing:,} bytes into checkpoint {reader.epoch}; {in_force}")
         if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
             complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
 
-    def fail_if_corrupt(self) -> None:
-        """Exit with the code of the fault, if there is one."""
+    def fail_unless_good(self) -> None:
+        """Exit with the code of the fault, or with that of a stream without a checkpoint."""
         if self.error is not None:
             raise typer.Exit(self.error.exit_code)
+        if self.restorer.in_force is None and self.restorer.end is not None:
+            raise typer.Exit(NothingToRestore.exit_code)
 
 
-def walk_stream(path: str, dialect: Dialect, max_memory: int, *, strict: bool = False, quiet: bool = False) -> Walk:
-    """A walk over a stream, not begun yet. max_memory: in GiB."""
+class _Unread(Anonymous):
+    """The home of memory that nobody looks at: as large as it is to be, and never written."""
+
+    def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
+        """Nothing is kept."""
+
+
+def walk_stream(
+    path: str,
+    dialect: Dialect,
+    max_memory: int,
+    *,
+    strict: bool = False,
+    quiet: bool = False,
+    home: Home | None = None,
+    is_read: bool = True,
+) -> Walk:
+    """A walk over a stream, not begun yet.
+
+    max_memory: in GiB
+    home: where memory lives; by default in this process
+    is_read: somebody looks at memory; else everything is checked, and no page is kept
+    """
     limits = Limits(memory_bytes=max_memory * GIB)
-    return Walk(path, Restorer(dialect, limits=limits, strict=strict), quiet=quiet)
+    restorer = Restorer(dialect, limits=limits, strict=strict, home=home if is_read else _Unread())
+    return Walk(path, restorer, quiet=quiet, is_read=is_read)
+
+
+def _after(end: events.EndOfStream | None) -> str:
+    return "" if end is None else f" after {end.offset:,} bytes of stream"
 
 
 def list_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -232,3 +281,67 @@ def print_deviations(walk: Walk) -> None:
             f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
             "(specs/permissive.md)"
         )
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ascending ranges (first, stop), those that meet as one."""
+    last: tuple[int, int] | None = None
+    for start, stop in ranges:
+        if last is not None and last[1] == start:
+            last = (last[0], stop)
+            continue
+        if last is not None:
+            yield last
+        last = (start, stop)
+    if last is not None:
+        yield last
+
+
+def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], list[int]]:
+    """The pages that differ between two checkpoints, ascending, and the sizes of both in bytes.
+
+    Exits where the stream is corrupt before them; raises NoCheckpoint where it does not hold both.
+    """
+    low, high = sorted((one, other))
+    sizes: dict[int, int] = {}
+    pfns = [np.empty(0, dtype=np.int64)]
+    pages: list[Pages] = [np.empty((0, PAGE_SIZE), dtype=np.uint8)]
+    is_saved = np.empty(0, dtype=bool)
+    reached = None
+    for _ in walk.events():
+        staged = walk.restorer.staged
+        if staged is None:
+            continue
+        if reached is not None:
+            # Only what changes behind the first of the two has to be kept.
+            fresh = staged.pfns[~is_saved[staged.pfns]]
+            is_saved[fresh] = True
+            pfns.append(fresh)
+            pages.append(walk.restorer.memory[fresh])
+        checkpoint = walk.restorer.commit()
+        epoch = checkpoint.epoch
+        sizes[epoch] = checkpoint.memory_bytes
+        if epoch == low:
+            reached = epoch
+            is_saved = np.zeros(len(walk.restorer.memory), dtype=bool)
+        if epoch == high:
+            break
+    else:
+        walk.say_how_it_ended()
+        walk.fail_unless_good()
+        raise NoCheckpoint(f"{walk.name}: the stream does not hold both checkpoints, {low} and {high}")
+    if reached is None:
+        raise NoCheckpoint(f"{walk.name}: no checkpoint {low}")
+
+    def pairs() -> Iterator[Pairs]:
+        numbers, saved = np.concatenate(pfns), np.concatenate(pages)
+        pages.clear()
+        order = np.argsort(numbers)
+        for start in range(0, len(order), MAX_BATCH_ENTRIES):
+            part = order[start : start + MAX_BATCH_ENTRIES]
+            before, now = saved[part], walk.restorer.memory[numbers[part]]
+            differ = (before != now).any(axis=1)
+            pair = (before[differ], now[differ])
+            yield (numbers[part][differ], *(pair if one <= other else pair[::-1]))
+
+    return pairs(), [sizes[one], sizes[other]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lz4.frame
 import numpy as np
@@ -121,9 +123,10 @@ def test_a_cut_stream_is_good_up_to_the_cut(series: Series, tmp_path: Path, comm
         cut.write_bytes(data[:size])
         whole = sum(end <= size for end in ends)
         ran = command("verify", cut, "--json")
-        assert ran.code == 0
+        assert ran.code == (0 if whole else 20)
         report = json.loads(ran.out)
         assert len(report["checkpoints"]) == whole
+        assert report.get("error", {}).get("kind") == (None if whole else "NothingToRestore")
         assert report["complete"] is (size in ends)
         assert report["trailing_bytes"] == size - (ends[whole - 1] if whole else 0)
         ran = command("restore", cut, "-o", tmp_path / "image")
@@ -132,8 +135,71 @@ def test_a_cut_stream_is_good_up_to_the_cut(series: Series, tmp_path: Path, comm
             assert (tmp_path / "image").read_bytes() == series.images[whole - 1].read_bytes()
             (tmp_path / "image").unlink()
         else:
-            assert ran.code == 1
+            assert ran.code == 20
             assert not (tmp_path / "image").exists()
+
+
+COMPRESS = {
+    "plain": bytes,
+    "xz": lzma.compress,
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "lz4": lz4.frame.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+}
+READ = [["verify"], ["inspect"], ["events"], ["restore", "-o", "image"], ["extract", "--pfn", "0"], ["diff", 0, 1]]
+
+
+@pytest.mark.parametrize("compress", COMPRESS.values(), ids=COMPRESS)
+@pytest.mark.parametrize("size", [0, 1, 100, 100_000], ids=lambda size: f"{size} bytes")
+def test_no_checkpoint_is_not_good(
+    series: Series, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, compress: Any, size: int
+) -> None:
+    """A script that copies streams must not take one without a checkpoint for a good one."""
+    monkeypatch.chdir(tmp_path)
+    Path("none").write_bytes(compress(series.stream.read_bytes()[:size]))
+    for name, *options in READ:
+        for as_json in [[], ["--json"]][: 1 if name == "events" else 2]:
+            ran = command(name, "none", *options, *as_json)
+            assert ran.code == 20, (name, ran)
+            assert "nothing to restore" in ran.err
+            assert (f"cut off {size:,} bytes" if size else "it is empty") in ran.err
+            if as_json and name in ("verify", "inspect"):
+                report = json.loads(ran.out)
+                assert report["error"]["kind"] == "NothingToRestore"
+                assert (report["checkpoints"], report["complete"], report["trailing_bytes"]) == ([], False, size)
+    assert not Path("image").exists()
+
+
+@pytest.mark.parametrize("compress", list(COMPRESS.values())[1:], ids=list(COMPRESS)[1:])
+def test_a_compressed_file_that_is_cut_before_the_first_checkpoint_is_not_good(
+    series: Series, tmp_path: Path, command: Command, compress: Any
+) -> None:
+    data = compress(series.stream.read_bytes())
+    for size in (3, 20):
+        (tmp_path / "cut").write_bytes(data[:size])
+        ran = command("verify", tmp_path / "cut", "--json")
+        assert ran.code == 20, ran
+        assert json.loads(ran.out)["error"]["kind"] == "NothingToRestore"
+        assert "cut off" in ran.err and "nothing to restore" in ran.err
+
+
+def test_a_device_a_pipe_and_a_closed_input_without_a_checkpoint_are_not_good(tmp_path: Path) -> None:
+    for options in (["verify", "-"], ["restore", "-", "-o", "image"]):
+        arguments = [sys.executable, "-m", "remus_ckpt", *options]
+        for closed, code in ((False, 20), (True, 1)):
+            ran = subprocess.run(
+                ["bash", "-c", 'exec "$@" <&-', "bash", *arguments] if closed else arguments,
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd=tmp_path,
+            )  # fmt: skip
+            assert (ran.returncode, ran.stderr.count("\n")) == (code, 1), ran
+            assert ("is closed" if closed else "nothing to restore") in ran.stderr
+
+
+def test_a_checkpoint_that_is_not_the_one_asked_for_is_no_damage(series: Series, command: Command) -> None:
+    for arguments in (["extract", series.stream, "--pfn", 0, "--checkpoint", 4], ["diff", series.stream, 2, 4]):
+        ran = command(*arguments)
+        assert ran.code == 1 and "nothing to restore" not in ran.err
 
 
 def test_a_corrupt_stream_exits_20_and_lists_what_is_good(series: Series, tmp_path: Path, command: Command) -> None:
@@ -195,8 +261,9 @@ def test_compressed_streams_are_read_as_they_are(
     assert (tmp_path / "image").read_bytes() == series.images[-1].read_bytes()
     path.write_bytes(data[: len(data) // 2])
     ran = command("verify", path, "--json")
-    assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["complete"] is False
+    report = json.loads(ran.out)
+    assert ran.code == (0 if report["checkpoints"] else 20), ran.err
+    assert report["complete"] is False
     path.write_bytes(data[:40] + bytes(byte ^ 0x55 for byte in data[40:80]) + data[80:])
     assert command("verify", path).code == 20
 
@@ -334,7 +401,7 @@ def test_a_failed_restore_leaves_what_was_there(series: Series, tmp_path: Path, 
     image.write_bytes(b"dear")
     bad = tmp_path / "bad"
     bad.write_bytes(series.stream.read_bytes()[:1000])
-    assert command("restore", bad, "-o", image, "--overwrite").code == 1
+    assert command("restore", bad, "-o", image, "--overwrite").code == 20
     assert image.read_bytes() == b"dear"
     assert sorted(os.listdir(tmp_path)) == sorted([*(f"image{n}" for n in range(4)), "stream", "image", "bad"])
 

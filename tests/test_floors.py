@@ -15,9 +15,9 @@ PACKAGE = Path(remus_ckpt.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "forks", "pages", "limits", "version"},
     {"codec", "wire", "disk"},
-    {"session", "sender", "restorer", "memory"},
+    {"session", "sender", "restorer", "memory", "image"},
     {"source", "link", "compressed"},
-    {"store", "observe", "files", "loop"},
+    {"store", "observe", "files", "image_file", "loop"},
     {"service"},
     {"cli", "walk", "demo", "conformance", "__main__"},
 ]

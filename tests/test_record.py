@@ -14,9 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from support import process_state, writer_process
+from support import Command, process_state, writer_process
 
 from remus_ckpt import read_checkpoints
+from remus_ckpt.cli import live
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import PAGE_SIZE
@@ -87,6 +88,44 @@ def test_interrupt_ends_with_a_whole_checkpoint(
     assert json.loads(out)["ended"] == "stopped"
     assert is_whole(stream) == json.loads(out)["checkpoints"]
     assert process_state(worker.pid) != "T"
+
+
+@pytest.mark.parametrize(
+    ("dirty", "said"),
+    [
+        ([0, 0, 0, 0, 0, 0], [3]),  # once, at the first pause a second behind the first one
+        ([5, 0, 0, 0, 0, 0], []),
+        ([0, 0, 1, 0, 0, 0], []),
+        ([0, 0, 0, 0, 1, 0], [3]),
+    ],
+)
+def test_stillness(dirty: list[int], said: list[int]) -> None:
+    stillness = live._Stillness()
+    assert [number for number, pages in enumerate(dirty) if stillness.lasts(pages, 100 + 0.4 * number)] == said
+
+
+IDLE = """
+import mmap, sys, time
+file = open(sys.argv[1], "r+b")
+memory = mmap.mmap(file.fileno(), 0)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_recording_in_which_nothing_changes_says_so_once(
+    memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.setattr(live, "_STILL_S", 0.0)
+    with subprocess.Popen([sys.executable, "-c", IDLE, str(memory)], stdout=subprocess.PIPE) as idle:
+        assert idle.stdout is not None and idle.stdout.readline() == b"ready\n"
+        try:
+            words = ["--pid", idle.pid, "-o", tmp_path / "stream", "--duration", "1s", "--interval", "20ms", "--json"]
+            ran = Command(monkeypatch, capfdbinary)("record", memory, *words)
+        finally:
+            idle.kill()
+    assert ran.code == 0 and json.loads(ran.out)["checkpoints"] > 1
+    assert ran.err.count("no page has changed") == 1
 
 
 def test_death_of_the_worker_ends_it(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path) -> None:

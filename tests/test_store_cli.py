@@ -274,7 +274,7 @@ def test_export(store: Path, command: Command, tmp_path: Path) -> None:
         (["verify", "store:DIR"], 1),
         (["restore", "store:DIR", "-o", "OUT"], 1),
         (["restore", "store:DIR/none", "-o", "OUT"], 1),
-        (["restore", "store:DIR/empty", "-o", "OUT"], 1),
+        (["restore", "store:DIR/empty", "-o", "OUT"], 20),
         (["restore", "store:DIR/orders", "-o", "OUT", "--at", "7"], 1),
         (["restore", "store:DIR/orders", "-o", "OUT", "--at", "1969-01-01"], 1),
         (["restore", "store:DIR/orders", "-o", "OUT", "--at", "noon"], 2),
@@ -302,6 +302,28 @@ def test_what_cannot_be_done(store: Path, command: Command, tmp_path: Path, argu
     ran = command(*named)
     assert ran.code == code and ran.err
     assert not (store / "none").exists() and not (tmp_path / "out").exists()
+
+
+def test_no_checkpoint_is_not_good(store: Path, command: Command, tmp_path: Path) -> None:
+    bare, unnamed = tmp_path / "bare", tmp_path / "unnamed"
+    bare.mkdir()
+    with Store(tmp_path / "fresh").writer("orders"):
+        pass
+    unnamed.mkdir()
+    (unnamed / "notes").touch()
+    out = ["-o", tmp_path / "out"]
+    read = [["list"], ["verify"], ["restore", *out], ["export", *out]]
+    cases = [(f"store:{bare}", read), (f"store:{store}/empty", read)]
+    cases += [(f"store:{tmp_path}/fresh", [["list"]]), (f"store:{unnamed}", [["list"]])]
+    for name, commands in cases:
+        for words in commands:
+            for as_json in ([], ["--json"]):
+                ran = command(words[0], name, *words[1:], *as_json)
+                assert ran.code == 20 and "nothing to restore" in ran.err, (words, name, ran)
+    assert json.loads(command("verify", f"store:{store}/empty", "--json").out)["good"] is False
+    assert not (tmp_path / "out").exists()
+    # One name of several that holds nothing yet is no fault of the store.
+    assert command("list", f"store:{store}").code == 0
 
 
 def test_a_store_that_is_being_written(store: Path, command: Command, tmp_path: Path) -> None:

@@ -16,14 +16,25 @@ from types import ModuleType
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from conftest import many
 from support import Command
 
-from remus_ckpt import Restorer
-from remus_ckpt.codec import kernels
-from remus_ckpt.conformance import Verdict, compare, environment, judge_encoder, load_manifest, load_vector
-from remus_ckpt.errors import StreamError
+from remus_ckpt import Restorer, conformance
+from remus_ckpt.codec import get_codec, kernels
+from remus_ckpt.conformance import (
+    Verdict,
+    compare,
+    environment,
+    judge_encoder,
+    load_codec,
+    load_manifest,
+    load_vector,
+    spelled,
+    spelled_page,
+)
+from remus_ckpt.errors import Malformed, StreamError
 from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.describe import describe
 from remus_ckpt.wire.xen.dialect import FRONTS, Dialect
@@ -46,14 +57,18 @@ def _tool(name: str) -> ModuleType:
 
 tool = _tool("vectors")
 encoder = _tool("encoder")
+sys.modules.setdefault("plain_decoder", _tool("plain_decoder"))
+page_codec = _tool("page_codec")
 
 VECTORS = load_manifest(FOLDER)
 DECODE = [vector for vector in VECTORS if vector["kind"] == "decode"]
 ENCODE = [vector for vector in VECTORS if vector["kind"] == "encode"]
 REFUSED = [vector for vector in DECODE if "error" in vector]
+PAGES = [(codec, vector) for codec in ("delta", "rle", "xbzrle") for vector in load_codec(FOLDER, codec)]
 
 
 def _id(value: Any) -> str:
+    value = value[1] if isinstance(value, tuple) else value
     return value["id"] if isinstance(value, dict) else str(value)
 
 
@@ -178,6 +193,173 @@ def test_our_encoder_is_a_command():
     assert verdict.passed, verdict.problems
 
 
+@pytest.mark.parametrize(("name", "may"), [("cut-in-pages", True), ("cut-empty", True), ("cut-in-tail", False)])
+def test_only_a_stream_without_a_checkpoint_may_exit_with_20(name: str, may: bool):
+    (vector,) = [vector for vector in DECODE if vector["id"] == name]
+    code, lines = _restored(load_vector(FOLDER, vector), Dialect(**vector["dialect"]), strict=False)
+    assert code == 0 and _problems(vector, (0, lines)) == []
+    assert (_problems(vector, (20, lines)) == []) is may
+    assert _problems(vector, (21, lines)) != []
+
+
+# Pages of a codec alone
+
+
+def _array(page: bytes) -> np.ndarray:
+    return np.frombuffer(bytearray(page), dtype=np.uint8).reshape(1, -1)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("pair", PAGES, ids=_id)
+def test_our_codecs(pair: tuple[str, dict[str, Any]], kernel: str):
+    name, vector = pair
+    codec = get_codec(name, kernel=kernel)
+    old, encoded = _array(spelled_page(vector["old"])), spelled(vector["encoded"])
+    before = old.copy()
+    if fault := vector.get("error"):
+        with pytest.raises(Malformed) as caught:
+            codec.apply(encoded, old)
+        assert (caught.value.offset, caught.value.section) == (fault["offset"], fault["section"])
+        assert (old == before).all()
+        return
+    new = _array(spelled_page(vector["new"]))
+    if vector["written"]:
+        assert bytes(codec.encode(new, old.copy(), full=np.array([vector["full"]]))) == encoded
+    assert codec.apply(encoded, old) == len(encoded)
+    assert (old == new).all()
+
+
+def _plain(program: Any, pair: tuple[str, dict[str, Any]]) -> bool:
+    """Whether a plain codec does what a vector expects."""
+    name, vector = pair
+    old, encoded = spelled_page(vector["old"]), spelled(vector["encoded"])
+    try:
+        made = program["decode"](name, old, encoded)
+    except program["Refused"] as refused:
+        return "error" in vector and refused.args[:2] == (vector["error"]["offset"], vector["error"]["section"])
+    except Exception:
+        return False
+    if "error" in vector or made != spelled_page(vector["new"]):
+        return False
+    return not vector["written"] or program["ENCODERS"][name](old, made, vector["full"]) == encoded
+
+
+@pytest.mark.parametrize("pair", PAGES, ids=_id)
+def test_the_plain_codecs(pair: tuple[str, dict[str, Any]]):
+    assert _plain(vars(page_codec), pair)
+
+
+MISTAKES = [
+    # walks of delta and rle
+    ("plain_decoder", "need(last < offset <= 4092 and", "need(-1 < offset <= 4092 and"),
+    ("plain_decoder", "need(last < offset <= 4092 and", "need(last <= offset <= 4092 and"),
+    ("plain_decoder", "need(last < offset <= 4092 and", "need(last < offset <= 4096 and"),
+    ("plain_decoder", "offset >= 0 and offset % 4 == 0", "offset >= 0"),
+    ("plain_decoder", "need(value == 0, at", "need(True, at"),
+    ("plain_decoder", "offset, data[at + 2 : at + 6])", "offset, data[at + 2 : at + 6][::-1])"),
+    ("plain_decoder", "need(len(ends) == count, at", "need(True, at"),
+    ("plain_decoder", "run = data[at] & 0x80, data[at] & 0x7F", "run = data[at] & 0x80 ^ 0x80, data[at] & 0x7F"),
+    ("plain_decoder", "need(run or not words, at", "need(True, at"),
+    ("plain_decoder", "need(words + run <= 1024, at", "need(True, at"),
+    ("plain_decoder", "need(len(data) - at - 1 >= size, at", "need(True, at"),
+    # xbzrle
+    ("page_codec", '">BH", data, at)', '"<BH", data, at)'),
+    ("page_codec", "1: range(3, PAGE + 1)", "1: range(3, PAGE)"),
+    ("page_codec", "1: range(3, PAGE + 1)", "1: range(0, PAGE + 1)"),
+    ("page_codec", "1: range(3, PAGE + 1)", "1: range(3, PAGE + 2)"),
+    ("page_codec", "2: range(PAGE, PAGE + 1)", "2: range(PAGE + 1)"),
+    ("page_codec", "0: range(1)", "0: range(2)"),
+    ("page_codec", "need(gap or not offset, at", "need(True, at"),
+    ("page_codec", "need(gap or not offset, at", "need(gap, at"),
+    ("page_codec", "need(run, second", "need(True, second"),
+    ("page_codec", "need(offset <= PAGE and at <= end", "need(offset <= PAGE"),
+    ("page_codec", "need(offset <= PAGE and at <= end", "need(at <= end"),
+    ("page_codec", "and data[at + 1] < 0x80, at", ", at"),
+    ("page_codec", "at + 1 < end and data", "data"),
+    ("page_codec", "data[at] & 0x7F | data[at + 1] << 7", "data[at + 1] | (data[at] & 0x7F) << 7"),
+    # encoders
+    ("page_codec", "len(changed) > 682", "len(changed) > 681"),
+    ("page_codec", "len(changed) > 682", "len(changed) > 683"),
+    ("page_codec", "if full or len(changed)", "if len(changed)"),
+    ("page_codec", "while run < 127 and", "while run < 126 and"),
+    ("page_codec", "if full or old == new", "if old == new"),
+    ("page_codec", "if old == new and not full:", "if old == new:"),
+    ("page_codec", "        if at == PAGE:\n            break\n", ""),
+    ("page_codec", "if value < 0x80 else", "if value < 0x7F else"),
+    ("page_codec", "        if len(out) > PAGE:", "        if len(out) >= PAGE:"),
+]
+
+
+@pytest.mark.parametrize(("tool_name", "old", "new"), MISTAKES)
+def test_the_pages_catch_mistakes(tool_name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch):
+    source = (ROOT / "tools" / f"{tool_name}.py").read_text()
+    assert source.count(old) == 1
+    changed = ModuleType(tool_name)
+    exec(compile(source.replace(old, new), tool_name, "exec"), vars(changed))
+    program = vars(changed)
+    if tool_name == "plain_decoder":
+        monkeypatch.setitem(sys.modules, tool_name, changed)
+        program = vars(_tool("page_codec"))
+    assert not all(_plain(program, pair) for pair in PAGES)
+
+
+def _conform(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[dict[str, Any]]]:
+    code = conformance.main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_plain_codecs_are_commands(capsys: pytest.CaptureFixture[str]):
+    tried = [f"--only={name}" for name in ("xbzrle-fox", "xbzrle-folded", "xbzrle-must-go-full", "xbzrle-bad-kind")]
+    command = f"{sys.executable} {ROOT / 'tools' / 'page_codec.py'}"
+    code, rows = _conform(
+        capsys, "--codec", "xbzrle", "--decoder", f"{command} decode", "--encoder", f"{command} encode", *tried
+    )
+    # A bad page, and one that encoders do not write, are for decoders only.
+    assert code == 0 and len(rows) == 6 and all(row["passed"] for row in rows)
+
+
+RAW = "import sys; page = sys.stdin.buffer.read()[4096:]; sys.stdout.buffer.write(b'\\2\\x10\\0' + page)"
+OLD = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read()[:4096])"
+
+
+def test_a_page_encoder_may_choose_other_bytes_where_a_judge_reads_them(capsys: pytest.CaptureFixture[str]):
+    judge = f"{sys.executable} {ROOT / 'tools' / 'page_codec.py'} decode"
+    encoder = ["--codec", "xbzrle", "--encoder", f'{sys.executable} -c "{RAW}"', "--only", "xbzrle-fox"]
+    code, (row,) = _conform(capsys, *encoder)
+    assert code == 1 and row["problems"]
+    code, (row,) = _conform(capsys, *encoder, "--judge", judge)
+    assert code == 0 and row["notes"]
+    # A judge that says the old page is no proof of the new one, nor of one that must go full.
+    for only in ("xbzrle-fox", "xbzrle-must-go-full"):
+        lazy = ["--codec", "xbzrle", "--encoder", f'{sys.executable} -c "{OLD}"', "--only", only]
+        assert _conform(capsys, *lazy, "--judge", f'{sys.executable} -c "{OLD}"')[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("vector", "code", "output", "passes"),
+    [
+        ("delta-fox", 0, "new", True),
+        ("delta-fox", 0, "old", False),
+        ("delta-fox", 0, "", False),
+        ("delta-fox", 20, "new", False),
+        ("delta-bad-twice", 20, "", True),
+        ("delta-bad-twice", 20, "old", False),
+        ("delta-bad-twice", 1, "", False),
+        ("delta-bad-twice", 0, "old", False),
+    ],
+)
+def test_what_a_page_decoder_must_say(vector: str, code: int, output: str, passes: bool):
+    (expected,) = [one for _, one in PAGES if one["id"] == vector]
+    verdict = Verdict(vector, [])
+    conformance.compare_page(verdict, expected, code, spelled_page(expected[output]) if output else b"", "")
+    assert verdict.passed is passes
+
+
+def test_a_codec_without_pages_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert conformance.main(["--codec", "zip", "--decoder", "true"]) == 2
+    assert "delta, rle, xbzrle" in capsys.readouterr().err
+
+
 # The files
 
 
@@ -188,6 +370,13 @@ def test_the_manifest_keeps_to_its_schema():
     of_a_vector = jsonschema.Draft202012Validator({"$ref": "#/$defs/vector", "$defs": schema["$defs"]})
     for vector in VECTORS:
         of_a_vector.validate(vector)
+    of_a_codec = jsonschema.Draft202012Validator({"$ref": "#/$defs/codec_file", "$defs": schema["$defs"]})
+    for name, file in json.loads((FOLDER / "manifest.json").read_text())["codecs"].items():
+        of_it = json.loads((FOLDER / file).read_text())
+        of_a_codec.validate(of_it)
+        assert of_it["codec"] == name
+    assert not of_a_codec.is_valid({"codec": "rle", "vectors": [PAGES[0][1] | {"new": "1"}]})
+    assert len({vector["id"] for _, vector in PAGES}) == len(PAGES)
     assert not of_a_vector.is_valid(VECTORS[0] | {"kind": "other"})
     assert not of_a_vector.is_valid(VECTORS[0] | {"events": [{"offset": 0, "event": "header"}]})
 
@@ -278,7 +467,7 @@ def test_a_deviation_is_both_accepted_and_refused():
 def _sections() -> dict[str, str]:
     """Section → its text, without its subsections and without examples."""
     found = {}
-    for name in ("stream.md", "delta.md", "rle.md"):
+    for name in ("stream.md", "delta.md", "rle.md", "xbzrle.md"):
         text = re.sub(r"^```.*?^```$", "", (SPECS / name).read_text(), flags=re.M | re.S)
         for number, body in re.findall(r"^##+ (\d+(?:\.\d+)?) [^\n]*\n(.*?)(?=^##|\Z)", text, re.M | re.S):
             found[f"{name} §{number}"] = body
@@ -290,14 +479,15 @@ UNTRIED = {"stream.md §1": "says what *must* means, and has no rule"}
 
 def test_every_must_is_tried():
     tried = {section for vector in VECTORS for section in vector["sections"]}
+    tried |= {section for _, vector in PAGES for section in vector["sections"]}
     must = {section for section, text in _sections().items() if re.search(r"\bmust\b", text, re.I)}
     assert len(must) > 20
     assert sorted(must - tried) == sorted(UNTRIED)
 
 
 def test_no_vector_names_a_section_that_does_not_exist():
-    named = {section for vector in VECTORS for section in vector["sections"]}
-    named |= {vector["error"]["section"] for vector in REFUSED}
+    named = {section for vector in [*VECTORS, *(one for _, one in PAGES)] for section in vector["sections"]}
+    named |= {vector["error"]["section"] for vector in [*REFUSED, *(one for _, one in PAGES if "error" in one)]}
     assert sorted(named - set(_sections())) == []
 
 

@@ -58,6 +58,11 @@ What follows is the stream that must come out, up to its tails, whose length is 
 compared.
 
 What is known of a vector stands in ID.json, and the names of these files in manifest.json.
+
+The vectors of a page coding alone are one source, codec-NAME.pages, and become codec-NAME.json. Each begins with a line
+`==== ID` and has a head and a body as above. Its head says `sections`, the page before as `old: PAGE`, and the page
+after as `new: PAGE` where there is no fault; `full: yes` if it must go full, and `written: no` if encoders do not write
+these bytes. Its body is the encoded page, and `! error …`.
 """
 
 from __future__ import annotations
@@ -82,10 +87,11 @@ NUMBERS = {"u8": "<B", "u16be": ">H", "i16": "<h", "i32": "<i", "u32": "<I", "i3
 class Source:
     """One source, assembled.
 
+    text: what stands there from that line of the file on; by default all of it
     strict: which vector of a source for both it is to be; else as its head says
     """
 
-    def __init__(self, path: Path, *, strict: bool = False) -> None:
+    def __init__(self, path: Path, text: str | None = None, *, first_line: int = 0, strict: bool = False) -> None:
         self.path = path
         self.data = bytearray()
         self.labels: dict[str, int] = {}
@@ -96,13 +102,13 @@ class Source:
         self._error: dict[str, Any] | None = None
         self._silent = False
         self._payload: tuple[int, int] | None = None  # where the payload that is open begins, and how long it is to be
-        head, _, body = path.read_text().partition("\n--\n")
+        head, _, body = (path.read_text() if text is None else text).partition("\n--\n")
         for _, statement in _statements(head):
             key, _, value = statement.partition(":")
             self.head[key.strip()] = value.strip()
         self.is_pair = self.head.get("strict") == "both"
         self.strict = strict if self.is_pair else self.head.get("strict") == "yes"
-        self._run(path, body, [], first_line=head.count("\n") + 3)
+        self._run(path, body, [], first_line=first_line + head.count("\n") + 3)
         if self._payload is not None:
             sys.exit(f"{path}: a payload is open at the end")
 
@@ -156,6 +162,19 @@ class Source:
         if self._error is not None:
             entry["error"] = self._error | {"memory_sha256": held}
         return entry, bytes(self.data)
+
+    def page_entry(self, name: str) -> dict[str, Any]:
+        """Of a vector of one page."""
+        entry: dict[str, Any] = {
+            "id": name,
+            "sections": [section.strip() for section in self.head["sections"].split(",")],
+            "old": _spelled(_page(self.head["old"]).rstrip(b"\0")),
+            "encoded": _spelled(bytes(self.data)),
+        }
+        if self._error is not None:
+            return entry | {"error": self._error}
+        entry["new"] = _spelled(_page(self.head["new"]).rstrip(b"\0"))
+        return entry | {"full": self.head.get("full") == "yes", "written": self.head.get("written") != "no"}
 
     def _take(self, statement: str) -> None:
         verb, _, rest = statement.partition(" ")
@@ -348,6 +367,26 @@ def _page(text: str) -> bytes:
     return bytes(data.ljust(PAGE_BYTES, b"\0"))
 
 
+def _spelled(data: bytes) -> str:
+    """Bytes as the manifest has them: hex, a long run of one byte as HEX*COUNT (specs/conformance.md §5.1)."""
+    parts, at = [], 0
+    for run in re.finditer(rb"(.)\1{15,}", data, re.S):
+        parts += [data[at : run.start()].hex(), f"{run[1].hex()}*{len(run[0])}"]
+        at = run.end()
+    return ",".join(part for part in [*parts, data[at:].hex()] if part)
+
+
+def _pages(path: Path) -> bytes:
+    """The vectors of a page coding from their source."""
+    name = path.stem.removeprefix("codec-")
+    entries = []
+    text = path.read_text()
+    for match in re.finditer(r"^==== (\S+)\n(.*?)(?=^==== |\Z)", text, re.M | re.S):
+        source = Source(path, match[2], first_line=text.count("\n", 0, match.start(2)))
+        entries.append(_json(source.page_entry(f"{name}-{match[1]}")))
+    return f'{{"codec": "{name}", "vectors": [\n{",".join(chr(10) + entry for entry in entries)[1:]}\n]}}\n'.encode()
+
+
 def build(folder: Path) -> dict[str, bytes]:
     """Every file of the folder, from its sources: name → bytes. A compressed file stands as its content."""
     files: dict[str, bytes] = {}
@@ -367,8 +406,12 @@ def build(folder: Path) -> dict[str, bytes]:
             text = "{\n" + ",\n".join([*fields, f'"events": [{lines}]']) + "\n}\n"
             names.append(f"{entry['id']}.json")
             files[names[-1]] = text.encode()
+    codecs = {}
+    for path in sorted((folder / "src").glob("codec-*.pages")):
+        files[f"{path.stem}.json"] = _pages(path)
+        codecs[path.stem.removeprefix("codec-")] = f"{path.stem}.json"
     lines = ",\n".join(json.dumps(name) for name in names)
-    files["manifest.json"] = f'{{"format": 1, "vectors": [\n{lines}\n]}}\n'.encode()
+    files["manifest.json"] = f'{{"format": 1, "codecs": {json.dumps(codecs)}, "vectors": [\n{lines}\n]}}\n'.encode()
     return files
 
 

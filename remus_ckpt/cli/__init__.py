@@ -74,8 +74,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-    Exit codes: 0 success, 1 failure, 2 usage error, 20 corrupt stream or damaged store, 21 unknown or refused format,
-    22 fenced: another side has taken over.""",
+    Exit codes: 0 success, 1 failure, 2 usage error, 20 corrupt stream or damaged store, or no checkpoint to restore, 21
+    unknown or refused format, 22 fenced: another side has taken over.""",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +13,29 @@ import typer
 from rich.text import Text
 
 from remus_ckpt.cli.options import AsJson, app, keep_apart, keep_what_is_there, parse_duration, stop_on_signals
-from remus_ckpt.cli.terminal import errors
+from remus_ckpt.cli.terminal import complain, errors
 from remus_ckpt.errors import SourceError
 from remus_ckpt.wire.xen.dialect import StreamCodec
+
+_STILL_S = 1.0
+
+
+class _Stillness:
+    """Says once that no page has changed since the first checkpoint: then the wrong memory may be recorded."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._is_over = False
+
+    def lasts(self, dirty_pages: int, now: float) -> bool:
+        """To be asked after each checkpoint, with what its pause found and a time in seconds."""
+        if self._since is None:
+            self._since = now
+        elif not dirty_pages and not self._is_over and now - self._since >= _STILL_S:
+            self._is_over = True
+            return True
+        self._is_over = self._is_over or dirty_pages > 0
+        return False
 
 
 @app.command(short_help="Record checkpoints of live shared memory.")
@@ -65,6 +86,7 @@ def record(
         loop = CheckpointLoop(
             source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )
+        stillness = _Stillness()
         show = None
         if errors.is_terminal and not as_json:
             from rich.live import Live
@@ -73,6 +95,11 @@ def record(
         try:
             for taken in loop.run():
                 totals.add(taken)
+                if stillness.lasts(taken.dirty_pages, time.monotonic()):
+                    complain(
+                        f"{file}: no page has changed since recording began. Is this the memory that the processes "
+                        "write to, and does one of them run that does? Recording goes on"
+                    )
                 if show:
                     show.update(Text(totals.line(taken)))
         except (SourceError, OSError) as error:

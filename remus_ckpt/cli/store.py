@@ -60,12 +60,16 @@ def open_history(text: str, max_memory: int = 64) -> History:
 def _history(path: Path, limits: Limits | None = None) -> History:
     """Raises StoreError, which names the histories where the path is that of a store."""
     from remus_ckpt.store import History, Store
+    from remus_ckpt.store.history import nothing_in
     from remus_ckpt.store.state import is_history
 
-    if path.is_dir() and not is_history(path) and (names := Store(path).names()):
-        raise StoreError(
-            f"{path} is a store; choose one of its names: {', '.join(f'{PREFIX}{path / n}' for n in names)}"
-        )
+    if path.is_dir() and not is_history(path):
+        if names := Store(path).names():
+            raise StoreError(
+                f"{path} is a store; choose one of its names: {', '.join(f'{PREFIX}{path / n}' for n in names)}"
+            )
+        if not any(path.iterdir()):
+            raise nothing_in(path, "the directory is empty")
     return History(path, limits=limits)
 
 
@@ -163,6 +167,10 @@ def verify_store(text: str, max_memory: int, as_json: bool) -> None:
         complain(f"{where}{section}; {good}{lost}")
     if report.bad:
         raise typer.Exit(BadCheckpoint.exit_code)
+    if report.newest is None:
+        from remus_ckpt.store.history import nothing_in
+
+        raise nothing_in(history.directory)
 
 
 @app.command("list", short_help="List what a store holds.")
@@ -180,10 +188,14 @@ def list_store(
     """
     path = _path(store)
     from remus_ckpt.store import History, Store
+    from remus_ckpt.store.history import nothing_in
     from remus_ckpt.store.state import FILE
 
     if (path / FILE).exists() or (path / "segments").exists():
-        _list_history(History(path), None if checkpoints else last or 0, as_json)
+        history = History(path)
+        _list_history(history, None if checkpoints else last or 0, as_json)
+        if history.newest() is None:
+            raise nothing_in(path)
         return
     if checkpoints or last is not None:
         raise typer.BadParameter("--checkpoints and --last need a name: store:DIR/NAME")
@@ -209,6 +221,10 @@ def list_store(
         complain(fault["error"])
     if faults:
         raise typer.Exit(StoreError.exit_code)
+    if not rows:
+        raise nothing_in(path, "the store holds no name")
+    if all(row["newest"] is None for row in rows):
+        raise nothing_in(path)
 
 
 def _list_history(history: History, last: int | None, as_json: bool) -> None:
@@ -439,7 +455,7 @@ def _row(entry: Entry) -> dict[str, Any]:
 def _report(text: str, report: Report) -> dict[str, Any]:
     return {
         "store": text,
-        "good": report.is_good,
+        "good": report.is_good and report.newest is not None,
         "checkpoints": report.checkpoints,
         "segments": report.segments,
         "bytes": report.bytes,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,18 +33,14 @@ from remus_ckpt.cli.options import (
 from remus_ckpt.cli.store import At, is_store, parse_at, restore_from_store, verify_store
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, UnknownFormat
-from remus_ckpt.limits import MAX_BATCH_ENTRIES, MAX_BUFFER_PAGES
+from remus_ckpt.limits import MAX_BUFFER_PAGES
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
 from remus_ckpt.wire.xen.dialect import Guest, StreamCodec
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from remus_ckpt.codec.reference import Reference
-    from remus_ckpt.pages import PageBatch, Pages
     from remus_ckpt.restorer import Checkpoint
-    from remus_ckpt.walk import Walk
+    from remus_ckpt.walk import Pairs, Walk
 
 
 @app.command(short_help="Make a stream from memory images.")
@@ -67,12 +64,14 @@ def encode(
 ) -> None:
     """Make a stream from a series of memory images. Each image is compared with the one before to find dirty pages.
 
+    The images are read piece by piece, without their holes: about 150 MB of memory suffice for images of any size. They
+    must not change meanwhile.
+
     Example: remus-ckpt encode monday.img tuesday.img -o week.remus
     """
-    from remus_ckpt.codec.reference import Lru, Shadow
-    from remus_ckpt.codec.scan import dirty_pages
+    from remus_ckpt.codec.reference import Lru
     from remus_ckpt.files import StreamWriter
-    from remus_ckpt.memory import load_image, zeros
+    from remus_ckpt.image import Image, ImageReference, differences, full_batches
     from remus_ckpt.pages import PAGE_SIZE, pages_for
     from remus_ckpt.sender import Sender
     from remus_ckpt.walk import print_checkpoints
@@ -84,35 +83,44 @@ def encode(
     pages = max(pages_for(size) for size in sizes)
     if not pages:
         raise typer.BadParameter("the images are empty")
-    for number, size in enumerate(sizes):
-        if pages_for(size) != pages:
-            sizes[number] = max(sizes)
-            complain(f"{images[number]}: {size} bytes; padded with zeros to {sizes[number]}")
-    reference: Reference = Lru(reference_pages) if reference_pages else Shadow(zeros(pages))
+    padded = [size if pages_for(size) == pages else max(sizes) for size in sizes]
+    for path, size, whole in zip(images, sizes, padded, strict=True):
+        if whole != size:
+            complain(f"{path}: {size} bytes; padded with zeros to {whole}")
+    held = ImageReference()
+    reference: Reference = Lru(reference_pages) if reference_pages else held
     sender = Sender(pages, codec=codec, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
     listed = []
-    writer = StreamWriter(output)
-    try:
-        before = zeros(pages)
-        with progress(writer.name, pages * PAGE_SIZE * len(images), as_json) as advance:
-            for number, path in enumerate(images):
-                image = load_image(path, pages)
-                start = writer.written
-                scan = _scan(image, dirty_pages(image, before))
-                for group in sender.checkpoint(scan, memory_bytes=sizes[number]):
-                    writer.write(group)
-                sent = sender.sent
-                assert sent is not None
-                writer.commit(sent)
-                before = image
-                listed.append(
-                    {"image": str(path), "epoch": sent.epoch, "start": start, "end": writer.written}
-                    | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}
-                    | {"compressed_chunks": sent.compressed_chunks, "compressed_bytes": sent.compressed_bytes}
-                )
-                advance((number + 1) * pages * PAGE_SIZE)
-    finally:
-        writer.close()
+    with ExitStack() as stack:
+        writer = StreamWriter(output)
+        stack.callback(writer.close)
+        advance = stack.enter_context(progress(writer.name, pages * PAGE_SIZE * len(images), as_json))
+        for number, path in enumerate(images):
+            image = Image(path)
+            stack.callback(image.close)
+            start = writer.written
+
+            def done(page: int, base: int = number * pages) -> None:
+                advance((base + page) * PAGE_SIZE)
+
+            scan = full_batches(differences(image, held.before, pages, done))
+            for group in sender.checkpoint(scan, memory_bytes=padded[number]):
+                sender.carried.clear()  # nothing is sent again here, and the list grows with the image
+                writer.write(group)
+            sent = sender.sent
+            assert sent is not None
+            image.check(sizes[number])
+            if held.before is not None:
+                held.before.check()
+                held.before.close()
+            held.before = image
+            writer.commit(sent)
+            listed.append(
+                {"image": str(path), "epoch": sent.epoch, "start": start, "end": writer.written}
+                | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}
+                | {"compressed_chunks": sent.compressed_chunks, "compressed_bytes": sent.compressed_bytes}
+            )
+            done(pages)
     report = {"stream": output, "codec": codec, "p2m_size": pages, "checkpoints": listed}
     if output == "-":
         return
@@ -120,15 +128,6 @@ def encode(
         print_json(report)
     else:
         print_checkpoints(listed, False)
-
-
-def _scan(image: Pages, dirty: NDArray[np.int64]) -> Iterator[PageBatch]:
-    from remus_ckpt.codec.scan import gather
-    from remus_ckpt.pages import batches
-
-    for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
-        part = dirty[start : start + MAX_BATCH_ENTRIES]
-        yield from batches(part, gather(image, part))
 
 
 @app.command(short_help="Restore a checkpoint's memory to an image.")
@@ -152,6 +151,8 @@ def restore(
 ) -> None:
     """Restore the memory of a checkpoint, by default the last complete one, to a sparse image of mode 0600.
 
+    The image file is filled as the stream is read, so that memory may be larger than this machine's.
+
     A truncated or corrupt stream yields its last good checkpoint; if it is corrupt, the exit code is still 20.
     From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it.
 
@@ -172,23 +173,33 @@ def restore(
         return
     if at is not None:
         raise typer.BadParameter("--at is for stores; use --checkpoint with a stream")
+    from remus_ckpt.image_file import image_appearing
     from remus_ckpt.memory import save_image
     from remus_ckpt.walk import list_checkpoint, walk_stream
 
-    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
-    found = _seek(walk, checkpoint)
-    if output == "-":
-        sys.stdout.buffer.write(found.image.data)
-        sys.stdout.buffer.flush()
-    else:
-        save_image(found.memory, output, found.memory_bytes)
+    is_file = output != "-" and (not Path(output).exists() or Path(output).is_file())
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # what there is of the image goes then, as after Ctrl-C
+            if signal.getsignal(number) == signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
+        home = stack.enter_context(image_appearing(output)) if is_file else None
+        dialect = dialect_of(word, guest, codec)
+        walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, home=home)
+        found = _seek(walk, checkpoint)
+        if home is not None:
+            home.cut(found.memory_bytes)
+        elif output == "-":
+            sys.stdout.buffer.write(found.image.data)
+            sys.stdout.buffer.flush()
+        else:
+            save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
         write_out(str(device_state), found.device_state)
     if as_json and output != "-":
         print_json(walk.summary([list_checkpoint(found)]) | {"restored": found.epoch, "image": output})
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 def _refuse_for_stores(
@@ -211,9 +222,8 @@ def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
     walk.say_how_it_ended()
     found = walk.restorer.in_force
     if found is None or epoch is not None:
-        walk.fail_if_corrupt()
-        held = f"the stream holds {epochs[0]} to {epochs[-1]}" if epochs else "the stream holds no complete one"
-        raise NoCheckpoint(f"{walk.name}: no checkpoint {'' if epoch is None else epoch}; {held}".replace(" ;", ";"))
+        walk.fail_unless_good()
+        raise NoCheckpoint(f"{walk.name}: no checkpoint {epoch}; the stream holds {epochs[0]} to {epochs[-1]}")
     return found
 
 
@@ -244,7 +254,7 @@ def inspect(
     )
     from remus_ckpt.wire.xen.describe import describe
 
-    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json, is_read=False)
     listed, seen = [], []
     for event in walk.events():
         if chunks:
@@ -263,7 +273,7 @@ def inspect(
         print_details(listed)
         print_deviations(walk)
     walk.say_how_it_ended()
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 @app.command("events", short_help="Print a stream's events as JSON lines.")
@@ -306,7 +316,7 @@ def print_events(
         print(json.dumps(where | {"message": str(walk.error), "memory_sha256": held()}))
     sys.stdout.flush()
     walk.say_how_it_ended()
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 @app.command(
@@ -315,7 +325,7 @@ def print_events(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def run_conformance(context: typer.Context) -> None:
-    """Test your decoder or encoder against the vectors (specs/conformance.md)."""
+    """Test your decoder or encoder, of streams or of a page codec alone, against the vectors (specs/conformance.md)."""
     from remus_ckpt import conformance
 
     raise typer.Exit(conformance.main(context.args))
@@ -335,7 +345,7 @@ def verify(
     """Read and decode an entire stream, or every segment of a store (`store:DIR/NAME`).
 
     A stream that ends in the middle of a checkpoint is reported as incomplete, but what comes before is good: exit
-    code 0.
+    code 0. If no checkpoint is complete, there is nothing to restore: exit code 20.
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
@@ -346,7 +356,8 @@ def verify(
     from remus_ckpt.memory import memory_sha256
     from remus_ckpt.walk import list_checkpoint, print_checkpoints, print_deviations, print_head, walk_stream
 
-    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json)
+    dialect = dialect_of(word, guest, codec)
+    walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, is_read=hashes)
     listed = []
     for checkpoint in walk.checkpoints():
         row = list_checkpoint(checkpoint)
@@ -363,7 +374,7 @@ def verify(
         if walk.error is None:
             out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'incomplete'}")
     walk.say_how_it_ended()
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 @app.command(short_help="Show where two checkpoints differ.")
@@ -383,73 +394,43 @@ def diff(
     """
     if third is not None and not second.isdecimal():
         raise typer.BadParameter(f"{second!r} is not a checkpoint number")
-    from remus_ckpt.codec.scan import dirty_pages, gather
-    from remus_ckpt.memory import differing_ranges, load_image
-    from remus_ckpt.pages import PAGE_SIZE, pages_for
-    from remus_ckpt.walk import walk_stream
-
-    if third is None:
-        sizes = [os.stat(path).st_size for path in (first, second)]
-        one, other = (load_image(path, pages_for(max(sizes))) for path in (first, second))
-        numbers = dirty_pages(one, other)
-        before, after = gather(one, numbers), gather(other, numbers)
-        in_bytes = differing_ranges(numbers, before, after)
-    else:
-        walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
-        numbers, before, after, sizes = _differing_pages(walk, int(second), third)
-        in_bytes = differing_ranges(numbers, before, after)
-    ranges = list(in_bytes)
-    count = sum(stop - start for start, stop in ranges)
-    if as_json:
-        found = {"pages": len(numbers), "bytes": int((before != after).sum()), "ranges": ranges}
-        print_json(found | {"memory_bytes": sizes})
-        return
-    for start, stop in ranges:
-        out.print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
-    out.print(f"{len(numbers):,} pages differ: {count:,} bytes in {len(ranges):,} ranges")
-    if sizes[0] != sizes[1]:
-        out.print(f"the first is {sizes[0]:,} bytes long, the second {sizes[1]:,}")
-
-
-def _differing_pages(walk: Walk, one: int, other: int) -> tuple[NDArray[np.int64], Pages, Pages, list[int]]:
-    """The pages that differ between two checkpoints, before and after; and the sizes of both in bytes."""
     import numpy as np
 
-    from remus_ckpt.pages import PAGE_SIZE
+    from remus_ckpt.image import Image, differences
+    from remus_ckpt.memory import differing_ranges
+    from remus_ckpt.pages import PAGE_SIZE, pages_for
+    from remus_ckpt.walk import differing_pages, joined, walk_stream
 
-    low, high = sorted((one, other))
-    sizes: dict[int, int] = {}
-    numbers = np.empty(0, dtype=np.int64)
-    saved: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
-    reached = None
-    for _ in walk.events():
-        staged = walk.restorer.staged
-        if staged is None:
-            continue
-        if reached is not None:
-            # Only what changes behind the first of the two has to be kept.
-            fresh = np.setdiff1d(staged.pfns, numbers)
-            numbers = np.concatenate([numbers, fresh])
-            saved = np.concatenate([saved, walk.restorer.memory[fresh]])
-        checkpoint = walk.restorer.commit()
-        epoch = checkpoint.epoch
-        sizes[epoch] = checkpoint.memory_bytes
-        if epoch == low:
-            reached = epoch
-        if epoch == high:
-            break
-    else:
-        walk.say_how_it_ended()
-        walk.fail_if_corrupt()
-        raise NoCheckpoint(f"{walk.name}: the stream does not hold both checkpoints, {low} and {high}")
-    if reached is None:
-        raise NoCheckpoint(f"{walk.name}: no checkpoint {low}")
-    order = np.argsort(numbers)
-    numbers, saved = numbers[order], saved[order]
-    now = walk.restorer.memory[numbers]
-    differ = (saved != now).any(axis=1)
-    pair = (saved[differ], now[differ])
-    return (numbers[differ], *(pair if one <= other else pair[::-1]), [sizes[one], sizes[other]])
+    pages = count = 0
+
+    def ranges() -> Iterator[tuple[int, int]]:
+        nonlocal pages, count
+        for numbers, before, after in pairs:
+            pages += len(numbers)
+            count += int(np.count_nonzero(before != after))
+            yield from differing_ranges(numbers, before, after)
+
+    with ExitStack() as stack:
+        pairs: Iterable[Pairs]
+        if third is None:
+            one, other = (stack.enter_context(Image(path)) for path in (first, second))
+            sizes = [one.size, other.size]
+            found = differences(other, one, pages_for(max(sizes)))
+            pairs = ((at + differ, then[differ], now[differ]) for at, differ, then, now in found)
+        else:
+            walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
+            pairs, sizes = differing_pages(walk, int(second), third)
+        if as_json:
+            listed = list(joined(ranges()))
+            print_json({"pages": pages, "bytes": count, "ranges": listed, "memory_bytes": sizes})
+            return
+        lines = 0
+        for start, stop in joined(ranges()):
+            lines += 1
+            print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
+    out.print(f"{pages:,} pages differ: {count:,} bytes in {lines:,} ranges")
+    if sizes[0] != sizes[1]:
+        out.print(f"the first is {sizes[0]:,} bytes long, the second {sizes[1]:,}")
 
 
 @app.command(short_help="Print pages from a checkpoint.")
@@ -490,7 +471,7 @@ def extract(
         write_out(output, ("\n".join(lines) + "\n").encode())
     else:
         write_out(output, b"".join(pieces))
-    walk.fail_if_corrupt()
+    walk.fail_unless_good()
 
 
 def _page_range(text: str, pages: int) -> list[int]:

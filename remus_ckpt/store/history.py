@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from remus_ckpt.disk import appearing, guarding, open_to_read, sync_directory, write_all
-from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, StoreError, StreamError
+from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import segments
@@ -184,7 +184,7 @@ class History:
                 if at in gone.epochs:
                     raise _is_lost(gone, survey, at)
         if newest is None or oldest is None:
-            raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
+            raise nothing_in(self.directory)
         if at is None:
             return newest
         held = f"it holds {survey.count} from {oldest.epoch} to {highest}"
@@ -404,6 +404,13 @@ class History:
             raise NoCheckpoint(f"{path} is gone: checkpoint {entry.epoch} has been pruned") from None
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
+
+
+def nothing_in(directory: Path, found: str = "no checkpoint is complete") -> NothingToRestore:
+    """What is said of a store or history without a checkpoint."""
+    return NothingToRestore(
+        f"{directory}: there is nothing to restore: {found}; check the path, and whether `protect` reaches the backup"
+    )
 
 
 def _is_lost(lost: Lost, survey: Survey, at: int) -> BadCheckpoint:

@@ -1,0 +1,181 @@
+"""Memory images in files, read and compared piece by piece: little of them is in memory, however large they are.
+
+Nothing is mapped, and holes are passed over where the file system knows them.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.disk import open_to_read
+from remus_ckpt.errors import RemusError
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import PAGE_SIZE, PageBatch, Pages, batches, pages_for
+
+_WINDOW_PAGES = 1024
+"""Pages compared at a time."""
+_LEAST_PAGES = 16
+"""Where data and holes alternate: a few zeros are read faster than their holes are found."""
+
+
+class Image:
+    """A memory image in a file; behind its end, memory is zeros.
+
+    size: its bytes
+    Raises OSError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._fd = open_to_read(Path(path))
+        self._version = self._look()
+        self.size = self._version[0]
+        self._knows_holes = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. May be called again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def read(self, first: int, out: Pages) -> None:
+        """Fill `out`, uint8[n, 4096], with the pages from that number on. Raises OSError."""
+        flat = out.reshape(-1)
+        left = memoryview(flat)[: max(self.size - first * PAGE_SIZE, 0)]
+        at = 0
+        try:
+            while at < len(left) and (count := os.preadv(self._fd, [left[at:]], first * PAGE_SIZE + at)):
+                at += count
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
+        flat[at:] = 0
+
+    def data(self, page: int) -> tuple[int, int] | None:
+        """The first pages from that one on that may be other than zeros: (first, stop). None behind the last."""
+        if page * PAGE_SIZE >= self.size:
+            return None
+        start, stop = page * PAGE_SIZE, self.size
+        if self._knows_holes:
+            try:
+                start = os.lseek(self._fd, start, os.SEEK_DATA)
+                stop = os.lseek(self._fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    return None
+                self._knows_holes = False
+        return start // PAGE_SIZE, pages_for(min(stop, self.size))
+
+    def check(self, size: int | None = None) -> None:
+        """Raise RemusError if the file has changed since it was opened, or since it had that size.
+
+        Not all changes can be seen: those through a mapping need not touch the file's time.
+        """
+        if self._look() != self._version or size not in (None, self.size):
+            raise RemusError(f"{self.path} has been changed while it was read: make a copy, and use that")
+
+    def _look(self) -> tuple[int, int]:
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
+
+def windows(images: Sequence[Image], pages: int) -> Iterator[tuple[int, int]]:
+    """Where one of the images may be other than zeros: (first, stop), ascending, at most 1,024 pages each."""
+    at = 0
+    while at < pages and (found := [span for image in images if (span := image.data(at)) is not None]):
+        first = min(start for start, _ in found)
+        stop = max(stop for start, stop in found if start == first)
+        stop = min(max(stop, first + _LEAST_PAGES), first + _WINDOW_PAGES, pages)
+        if first < pages:
+            yield first, stop
+        at = stop
+
+
+def differences(
+    image: Image, before: Image | None, pages: int, advance: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]:
+    """Where two images differ, window by window, ascending.
+
+    before: None for memory that is all zeros
+    advance: called with the number of pages done
+    Yields (first, differ, then, now): the window's first page, int64[n] which of its pages differ, at least one, and
+    the window in `before` and in `image`, uint8[m, 4096] each, good until the next is asked for.
+    """
+    room_now = np.empty((_WINDOW_PAGES, PAGE_SIZE), dtype=np.uint8)
+    room_then = np.zeros((_WINDOW_PAGES, PAGE_SIZE), dtype=np.uint8)
+    for first, stop in windows([image] if before is None else [image, before], pages):
+        now, then = room_now[: stop - first], room_then[: stop - first]
+        image.read(first, now)
+        if before is not None:
+            before.read(first, then)
+        differ = dirty_pages(now, then)
+        if len(differ):
+            yield first, differ, then, now
+        if advance is not None:
+            advance(stop)
+
+
+def full_batches(found: Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]) -> Iterator[PageBatch]:
+    """What `differences` finds, in batches of 1,024 entries but for the last."""
+    numbers, data, count = _room()
+    for first, differ, _, now in found:
+        done = 0
+        while done < len(differ):
+            part = differ[done : done + MAX_BATCH_ENTRIES - count]
+            numbers[count : count + len(part)] = part + first
+            gather(now, part, data[count:])
+            done, count = done + len(part), count + len(part)
+            if count == MAX_BATCH_ENTRIES:
+                yield from batches(numbers, data)
+                numbers, data, count = _room()  # a sender keeps batches until its page buffer is full
+    yield from batches(numbers[:count], data[:count])
+
+
+def _room() -> tuple[NDArray[np.int64], Pages, int]:
+    entries = MAX_BATCH_ENTRIES
+    return np.empty(entries, dtype=np.int64), np.empty((entries, PAGE_SIZE), dtype=np.uint8), 0
+
+
+class ImageReference:
+    """A sender's reference in the place of a copy of all memory: the receiver holds the image before this one.
+
+    before: that image, None before the first
+    It serves a sender whose scans list no page twice, and no page tables.
+    """
+
+    def __init__(self) -> None:
+        self.before: Image | None = None
+        self.pages = zeros(MAX_BATCH_ENTRIES)
+        """The references of the batch that is being encoded."""
+
+    def sent_raw(self, pfns: NDArray[np.int64], data: Pages) -> None:
+        """They are in the image."""
+
+    def invalidate(self, pfns: NDArray[np.int64]) -> None:
+        """There are no page tables."""
+
+    def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The slots of these pages, read from the image; none of them goes full."""
+        assert self.before is not None, "the first checkpoint is not compressed"
+        borders = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
+        for first, stop in itertools.pairwise(borders):
+            self.before.read(int(pfns[first]), self.pages[first:stop])
+        return np.arange(len(pfns)), np.zeros(len(pfns), dtype=bool)
