@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,9 +156,11 @@ def appearing(path: Path) -> Iterator[int]:
 
     Raises OSError that names the path.
     """
+    # Named before it is made: a signal's handler that raises in between leaves no file either.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 yield descriptor
                 os.fsync(descriptor)
