@@ -511,7 +511,7 @@ def test_closed_while_it_makes_a_link(tmp_path: Path) -> None:
         primary = Primary("orders", OwnMemory({"a": np.zeros(9)}), dial)
         with pytest.raises(ValueError, match="closed"):
             primary.checkpoint(LONG_S)
-        assert not entries(tmp_path / "store")
+        assert primary.committed is None
         with Memory(backup.addresses[0]) as again:  # the name is free
             again.step(1)
 

@@ -15,6 +15,7 @@ from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
+from remus_ckpt.service import turns as turns_module
 from remus_ckpt.service.release import Committed
 from remus_ckpt.service.turns import Bell, Turns
 from remus_ckpt.service.window import Window
@@ -29,20 +30,22 @@ class Sending:
 
     def __init__(self, *, size: int = 4, wait: Level = "durable", on_commit: Callable[[Committed], None] | None = None):
         self.sender = Sender(8)
+        self.bell = Bell()
         self.window = Window(
-            "orders", size=size, wait=wait, on_commit=on_commit, most_unreleased=3, bell=Bell(), metrics=Metrics()
+            "orders", size=size, wait=wait, on_commit=on_commit, most_unreleased=3, bell=self.bell, metrics=Metrics()
         )
 
-    def send(self, *pfns: int, has_commit: bool = True) -> Position:
-        """One checkpoint with these pages, not acknowledged yet."""
+    def send(self, *pfns: int, is_written: bool = True, has_commit: bool = True) -> Position:
+        """One checkpoint with these pages, not acknowledged yet; or as much of it as goes before an interrupt."""
         numbers = np.array(sorted({*pfns, *self.sender.owed.tolist()}), dtype=np.int64)
         pages = np.full((len(numbers), PAGE_SIZE), 1 + self.sender.next_epoch, dtype=np.uint8)
         for _ in self.sender.checkpoint(batches(numbers, pages)):
             self.window.begin(self.sender.carried)
         assert self.sender.sent is not None
         assert self.sender.position is not None
-        self.window.written(self.sender.sent)
-        if has_commit:
+        if is_written:
+            self.window.written(self.sender.sent)
+        if is_written and has_commit:
             self.window.commit_sent()
         return self.sender.position
 
@@ -68,6 +71,7 @@ def test_an_acknowledgement_stands_for_all_before_it() -> None:
     assert sending.window.newest is None
     sending.window.close(LONG_S)
     assert [(commit.epoch, commit.position) for commit in told] == list(enumerate(positions))
+    assert all(0.0 <= commit.latency_s < LONG_S for commit in told)
 
 
 def test_what_was_not_sent_is_not_acknowledged() -> None:
@@ -106,9 +110,47 @@ def test_what_the_backup_does_not_hold_is_owed() -> None:
     assert sending.sender.position == sending.window.committed == held
     assert (sending.window.lag, sending.window.is_torn) == (0, False)
     assert sending.window.rewind(sending.sender, held), "interrupted behind it, the next session comes here again"
-    sending.acknowledge(sending.send())
+
+
+def test_interrupted_between_the_senders_end_and_the_windows() -> None:
+    sending = Sending()
+    held = sending.send(0)
+    sending.send(1, is_written=False)
+    assert not sending.sender.unfinished
+    assert sending.window.is_torn
+    assert sending.window.rewind(sending.sender, held)
+    assert sending.sender.owed.tolist() == [1]
+
+
+def test_no_sender_goes_on_from_what_another_has_made() -> None:
+    sending = Sending()
+    held = sending.send(0)
+    sending.acknowledge(held)
+    sending.send(1)
     sending.window.restart()
-    assert not sending.window.rewind(sending.sender, held), "no sender goes on from what another has made"
+    assert sending.window.lag == 0
+    assert not sending.window.rewind(sending.sender, held)
+    assert sending.window.committed == held
+
+
+def test_an_acknowledgement_wakes_who_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "_LOOK_S", 2 * LONG_S)
+    sending = Sending()
+    position = sending.send(0)
+    looked = threading.Event()
+
+    def is_committed() -> bool:
+        looked.set()
+        return sending.window.has_committed(0)
+
+    deadline = time.monotonic() + LONG_S
+    waiting = threading.Thread(target=lambda: done.append(sending.bell.wait(is_committed, deadline)))
+    done: list[bool] = []
+    waiting.start()
+    looked.wait(LONG_S)
+    sending.acknowledge(position)
+    waiting.join(LONG_S / 2)
+    assert done == [True]
 
 
 def test_commits_that_wait_for_on_commit_fill_the_window() -> None:
@@ -150,7 +192,8 @@ def test_a_window_of_another_size(size: int) -> None:
 # Turns
 
 
-def test_calls_exclude_each_other_in_the_order_in_which_they_come() -> None:
+def test_calls_exclude_each_other_in_the_order_in_which_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "_LOOK_S", 2 * LONG_S)  # who waits is told
     turns, order = Turns("work"), list[int]()
     go_on = threading.Event()
 
@@ -169,7 +212,7 @@ def test_calls_exclude_each_other_in_the_order_in_which_they_come() -> None:
         turns.take(lambda: order.append(-1), 0.0)
     go_on.set()
     for thread in threads:
-        thread.join(LONG_S)
+        thread.join(LONG_S / 2)
     assert order == [0, 0, 1, 1, 2, 2, 3, 3]
     assert turns.take(lambda: 7) == 7
 

@@ -155,7 +155,7 @@ class Window:
 
     def rewind(self, sender: Sender, held: Position) -> bool:
         """Bring a sender back to what the backup holds; False where it cannot be: that is nothing it has sent."""
-        if sender.sent is None or not self._settle(held):
+        if not self._settle(held):
             return False
         lost = [*sender.carried] if sender.unfinished else []
         for flight in (*self._flights, *([self._coming] if self._coming else [])):
