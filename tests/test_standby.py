@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from proxy import Proxy
 from store_support import fill
-from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
+from test_service import ANY, LONG_S, Memory, backup_in, until
 from test_service_races import Guest
 
-from remus_ckpt.errors import Fenced, NoCheckpoint, Refused, RemusError, StoreError
+from remus_ckpt.errors import Fenced, Refused, RemusError, StoreError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
@@ -28,8 +26,8 @@ from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.protect import protect
-from remus_ckpt.service.standby import Policy, Standby
-from remus_ckpt.store import Store, state
+from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.store import HistoryWriter, Store, state
 
 
 class Disk:
@@ -204,6 +202,117 @@ def test_one_that_is_dismissed_and_says_goodbye_does_not_speak_for_the_next(tmp_
     standby.close()
 
 
+@contextmanager
+def being_let_in(disk: Disk, standby: Standby, guest: Guest, term: int | None = None) -> Iterator[list[Any]]:
+    """In the block, the disk is just writing down that this primary is let in; gives its "in", or what it is told."""
+    ends: list[Any] = []
+    leave = threading.Event()
+
+    def come() -> None:
+        try:
+            with standby.hosting(guest, guest.hello(term)):
+                ends.append("in")
+                assert leave.wait(LONG_S)
+        except Refusal as error:
+            ends.append(error.code)
+
+    coming = threading.Thread(target=come, daemon=True)
+    disk.may_go_on.clear()
+    coming.start()
+    until(lambda: disk.waiting)
+    try:
+        yield ends
+    finally:
+        disk.may_go_on.set()
+        leave.set()
+        coming.join(LONG_S)
+
+
+def asking_for(standby: Standby) -> tuple[threading.Thread, list[Any]]:
+    """A takeover by hand that has been asked for; its answer, or its error, comes into the list."""
+    answers: list[Any] = []
+
+    def ask_for() -> None:
+        try:
+            answers.append(standby.take_over(fence=False))
+        except RemusError as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask_for, daemon=True)
+    asking.start()
+    until(lambda: standby._by_hand is not None)
+    return asking, answers
+
+
+def test_a_takeover_is_asked_for_while_a_primary_is_being_let_in(tmp_path: Path, disk: Disk) -> None:
+    """While a takeover is being done, nobody is let in."""
+    standby = standing_by(tmp_path)
+    with being_let_in(disk, standby, Guest(1)) as ends:
+        asking, answers = asking_for(standby)
+        disk.may_go_on.set()
+        until(lambda: ends)
+        assert ends == ["busy"]
+        turn(standby)
+        asking.join(LONG_S)
+    assert answers[0]["term"] == 1
+    standby.close()
+
+
+def test_what_was_handed_out_is_asked_for_while_its_survivor_is_being_let_in(tmp_path: Path, disk: Disk) -> None:
+    """The survivor is neither ended nor handed out for that."""
+    with Store(tmp_path).writer("orders") as filled:
+        fill(filled, 1)
+        filled.set_state(term=1, role="promoted")
+    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), lambda: None)
+    survivor = Guest(1)
+    with being_let_in(disk, standby, survivor, 2) as ends:
+        asking, answers = asking_for(standby)
+        standby.turn(time.monotonic())  # the memory is about to be handed out
+        disk.may_go_on.set()
+        until(lambda: ends)
+        settled(standby)
+        turn(standby)
+        asking.join(LONG_S)
+        assert ends == ["in"]
+        assert not survivor.ends
+        found = standby.status()
+        assert (found["role"], found["term"], found["image"]) == ("standby", 2, None)
+    assert isinstance(answers[0], RemusError)
+    standby.close()
+
+
+def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the earlier one is answered or taken for done, although the disk failed just behind its end."""
+    runs = tmp_path / "runs"
+    standby = standing_by(tmp_path / "store", on_failover=f"echo $REMUS_TERM >> {runs}")
+
+    def take_over() -> dict[str, Any]:
+        _, answers = asking_for(standby)
+        until(lambda: turn(standby) or answers)
+        until(lambda: turn(standby) or standby.status()["takeover"] == "succeeded")
+        given: dict[str, Any] = answers[0]
+        return given
+
+    def set_state(self: HistoryWriter, **changes: Any) -> None:
+        real(self, **changes)
+        raise StoreError("neither written for good nor taken back")
+
+    assert take_over()["term"] == 1
+    survivor, real = Guest(1), HistoryWriter.set_state
+    with monkeypatch.context() as patched:
+        patched.setattr(HistoryWriter, "set_state", set_state)
+        with pytest.raises(StoreError), standby.hosting(survivor, survivor.hello(2)):
+            pass
+    until(lambda: turn(standby) or standby.status()["trouble"] is None)
+    assert standby.status()["role"] == "standby"
+    assert standby.status()["image"] is None
+    assert take_over()["term"] == 3
+    assert runs.read_text() == "1\n3\n"
+    standby.close()
+
+
 # Disks that hang
 
 
@@ -263,108 +372,6 @@ def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.Mo
         assert backup.failover("orders")["term"] == 1
 
 
-# Stores that are bad
-
-
-def spoil_json(folder: Path) -> None:
-    (folder / "store.json").write_text("{")
-
-
-def spoil_kind(folder: Path) -> None:
-    (folder / "segments").rename(folder / "elsewhere")
-    (folder / "segments").write_text("a file")
-
-
-def spoil_number(folder: Path) -> None:
-    text = (folder / "store.json").read_text()
-    (folder / "store.json").write_text(text.replace('"term": 0', '"term": -1'))
-
-
-def spoil_with_a_pipe(folder: Path) -> None:
-    (folder / "store.json").unlink()
-    os.mkfifo(folder / "store.json", 0o600)
-
-
-def raise_overflow(folder: Path) -> None:
-    (folder / "overflow").touch()
-
-
-@pytest.mark.parametrize("spoil", [spoil_json, spoil_kind, spoil_number, spoil_with_a_pipe, raise_overflow])
-def test_a_store_that_cannot_be_opened_is_no_fault_of_the_others(
-    tmp_path: Path, spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tmp_path / "store"
-    for name in ("bad", "orders"):
-        with Store(store).writer(name) as writer:
-            fill(writer, 2)
-    keep = tmp_path / "keep"
-    shutil.copytree(store / "bad", keep)
-    spoil(store / "bad")
-    real = Store.writer
-
-    def writer_of(self: Store, name: str, **options: Any) -> Any:
-        if (store / name / "overflow").exists():
-            raise OverflowError("int too big to convert")
-        return real(self, name, **options)
-
-    monkeypatch.setattr(Store, "writer", writer_of)
-    with backup_in(store) as backup:
-        assert of(backup)["epoch"] == 1
-        found = ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]["bad"]
-        assert "cannot be opened" in found["trouble"]
-        assert (found["role"], found["epoch"]) == ("unknown", None)
-        with pytest.raises(RemusError) as caught:
-            backup.failover("bad")
-        assert not isinstance(caught.value, NoCheckpoint)
-        with pytest.raises(RemusError):
-            ask(connect(Address.parse(backup.addresses[0])), "failover", {"name": "bad"})
-        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
-        assert backup.metrics.registry.get_sample_value("remus_store_errors_total", {"name": "bad"}) >= 1
-        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "orders"}) == 1
-        guest = np.zeros(4096, dtype=np.uint8)
-        protection = protect({"a": guest}, to=backup.addresses[0], name="bad")
-        with pytest.raises(Refused) as refused:
-            protection.checkpoint(wait=True, timeout_s=0.3)
-        assert refused.value.code == "store"
-        shutil.rmtree(store / "bad")
-        keep.rename(store / "bad")
-        until(lambda: of(backup, "bad")["epoch"] == 1)  # nobody has to start the backup anew
-        assert of(backup, "bad")["trouble"] is None
-        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
-        assert protection.checkpoint(wait=True, timeout_s=LONG_S) == 2
-        protection.close()
-
-
-def test_a_warm_copy_that_somebody_has_cut(tmp_path: Path) -> None:
-    """To apply a checkpoint to what is not there would end the backup for all."""
-    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], wait="applied") as memory:
-        memory.step(1)
-        memory.step(2)
-        os.truncate(backup._standbys["orders"]._writer.image or "", 0)
-        memory.step(1)
-        memory.step(3)
-        assert of(backup)["warnings"] == []
-        backup.close()
-    assert np.array_equal(restored(tmp_path / "store"), memory.array)
-    assert [entry.epoch for entry in entries(tmp_path / "store")] == [0, 1, 2, 3]
-
-
-def test_a_warm_copy_that_was_cut_is_not_handed_out(tmp_path: Path) -> None:
-    with backup_in(tmp_path / "store") as backup:
-        with Memory(backup.addresses[0], wait="applied") as memory:
-            memory.step(1)
-        os.truncate(backup._standbys["orders"]._writer.image or "", 4096)
-        with suppress(RemusError):  # the store is being opened anew
-            backup.failover("orders")
-
-        def image() -> bytes:
-            with suppress(RemusError):
-                return Path(backup.failover("orders")["image"]).read_bytes()
-            return b""
-
-        until(lambda: image()[: memory.array.nbytes] == memory.array.tobytes())
-
-
 def test_a_name_without_checkpoints_leaves_nothing(tmp_path: Path) -> None:
     writer = Store(tmp_path / "store").writer("orders", warm_directory=tmp_path / "warm")
     standby = Standby("orders", writer, Policy(), Metrics(), lambda: None)
@@ -372,102 +379,7 @@ def test_a_name_without_checkpoints_leaves_nothing(tmp_path: Path) -> None:
     assert [*(tmp_path / "store").iterdir(), *(tmp_path / "warm").iterdir()] == []
 
 
-# Fences
-
-
-def test_a_fence_is_dead_before_the_primary_is_let_in(tmp_path: Path) -> None:
-    """Its reason is gone: nothing of it may shoot what is back, and it was no failure."""
-    shot, begun = tmp_path / "shot", tmp_path / "begun"
-    fence = f"touch {begun}; (setsid sh -c 'sleep 2; touch {shot}' &); sleep 30 | cat"
-    with (
-        backup_in(tmp_path / "store", lease_s=0.4, automatic=True, fence=fence) as backup,
-        Proxy(backup.addresses[0]) as proxy,
-        Memory(proxy.address) as memory,
-    ):
-        memory.step(1)
-        proxy.silent.set()
-        until(begun.exists)
-        proxy.silent.clear()
-        memory.step(2)
-        found = of(backup)
-        assert (found["role"], found["fence"]) == ("standby", "not run")
-        time.sleep(2.2)
-        memory.step(3)
-        assert not shot.exists()
-        assert (
-            backup.metrics.registry.get_sample_value(
-                "remus_command_failures_total", {"name": "orders", "command": "fence"}
-            )
-            == 0
-        )
-
-
-def test_a_fence_that_takes_too_long_or_is_not_wanted_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shot, begun = tmp_path / "shot", tmp_path / "begun"
-    fence = f"touch {begun}; (sleep 1.5; touch {shot}) 2>&1 | cat"
-    for promotion_s, fence_s in ((60.0, 0.3), (0.3, 60.0)):
-        monkeypatch.setattr(standby_module, "_PROMOTION_S", promotion_s)
-        with (
-            backup_in(tmp_path / "store", fence=fence, fence_timeout_s=fence_s) as backup,
-            Memory(backup.addresses[0]) as memory,
-        ):
-            memory.step(1)
-            with pytest.raises(RemusError):
-                backup.failover("orders", fence=True)
-            assert begun.exists()
-            while of(backup)["fence"] == "running":
-                time.sleep(0.01)
-            time.sleep(1.6)
-            assert not shot.exists()
-            memory.step(2)
-
-
-def test_the_end_of_the_backup_is_the_end_of_its_commands(tmp_path: Path) -> None:
-    acted, begun = tmp_path / "acted", tmp_path / "begun"
-    takeover = f"touch {begun}; (setsid sh -c 'sleep 1; touch {acted}' &); sleep 30"
-    with backup_in(tmp_path / "store", on_failover=takeover) as backup:
-        with Memory(backup.addresses[0]) as memory:
-            memory.step(1)
-        backup.failover("orders")
-        until(begun.exists)
-    time.sleep(1.2)
-    assert not acted.exists()
-
-
-def test_a_fence_that_cannot_be_started_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOO_LONG", "x")
-    with backup_in(tmp_path / "store", fence="true " + "x" * (1 << 18)) as backup:
-        with Memory(backup.addresses[0]) as memory:
-            memory.step(1)
-        with pytest.raises(RemusError) as caught:
-            backup.failover("orders", fence=True)
-        assert "cannot be started" in str(caught.value)
-        found = of(backup)
-        assert (found["role"], found["fence"]) == ("standby", "failed")
-
-
 # What was decided, and what has changed since
-
-
-def test_a_sign_of_life_behind_the_decision_to_promote(tmp_path: Path) -> None:
-    standby = standing_by(tmp_path, lease_s=0.2, automatic=True, fence="true")
-    guest = Guest(1)
-    with standby.hosting(guest, guest.hello()):
-        pass
-    later = time.monotonic() + 0.4
-    while standby.status()["fence"] != "succeeded":
-        standby._looked_at = time.monotonic()
-        standby.turn(max(time.monotonic(), later))
-        time.sleep(0.02)
-        assert time.monotonic() < later + LONG_S
-    with standby._settling():
-        standby._looked_at = time.monotonic()
-        standby.turn(time.monotonic())
-        assert standby._is_settling, "it is about to be promoted"
-        standby._heard = time.monotonic() + 1.0
-    settled(standby)
-    assert standby.status()["role"] == "standby"
-    standby.close()
 
 
 def test_a_takeover_that_was_done_says_nothing_of_the_next_term(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, Self, cast
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.sockets import Late, deadline_of, say, wait
 from remus_ckpt.pages import Buffer
@@ -87,14 +88,14 @@ class Connection:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
-        _live.add(self)
+        disown_in_forks(self)
         self._is_server = server_name is None
         self._users: set[int] = set()  # threads that use the descriptor
         self._use = _Use(self)
         self._is_closed = False
         self._send_lock = threading.Lock()
         self._send_fault: str | None = None
-        self._receive_fault: LinkError | None = None
+        self._receive_fault: str | None = None
         self._is_ready = False
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
@@ -319,7 +320,7 @@ class Connection:
         with self._use:
             self._check_ready()
             if self._receive_fault is not None:
-                raise self._receive_fault
+                raise LinkError(f"{self.peer}: {self._receive_fault}")
             try:
                 if self._tls is None:
                     size = self._receive_plain(view, deadline)
@@ -373,27 +374,16 @@ class Connection:
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return got
             except ssl.SSLError as error:
-                self._receive_fault = LinkError(f"{self.peer}: {say(error)}")
+                self._receive_fault = say(error)
                 if got:
                     return got  # whole records, checked; the fault is behind them
-                raise self._receive_fault from error
+                raise LinkError(f"{self.peer}: {self._receive_fault}") from error
             size = self._receive_plain(self._cipher, deadline)
             with self._tls_lock:
                 if size:
                     self._incoming.write(self._cipher[:size])
                 else:
                     self._incoming.write_eof()
-
-
-_live: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _disown_all() -> None:
-    for connection in list(_live):
-        connection.disown()
-
-
-os.register_at_fork(after_in_child=_disown_all)
 
 
 def _flat(buffer: Buffer) -> memoryview:

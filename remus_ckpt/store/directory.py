@@ -10,6 +10,7 @@ from pathlib import Path
 
 from remus_ckpt.disk import guarding, make_directory, sync_directory, sync_files, sync_names_above
 from remus_ckpt.errors import StoreError
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.store import segments
 from remus_ckpt.store.hand_over import SPARE
 from remus_ckpt.store.segments import PARTIAL, list_segments, segment_name, sequence_of
@@ -32,6 +33,7 @@ class HistoryDirectory:
         self.warm = path / WARM if warm_directory is None else warm_directory / name
         self._warm_number = 0
         self._held: list[int] = []  # descriptors that hold our locks
+        disown_in_forks(self)
         try:
             with guarding(path):
                 make_directory(path)
@@ -65,6 +67,10 @@ class HistoryDirectory:
         while self._held:
             with suppress(OSError):
                 os.close(self._held.pop())
+
+    def disown(self) -> None:
+        """In a fork: the locks are the parent's."""
+        self.release()
 
     def remove(self) -> None:
         """Remove the history with all that it holds. Raises StoreError."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from remus_ckpt.disk import guarding
 from remus_ckpt.errors import Malformed, NoCheckpoint, RemusError, StoreError
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -23,7 +24,7 @@ from remus_ckpt.store.directory import HistoryDirectory
 from remus_ckpt.store.hand_over import HandOver
 from remus_ckpt.store.history import History
 from remus_ckpt.store.pruning import Pruner
-from remus_ckpt.store.recovery import MAX_WARNINGS, Newest, leftovers, read_segments
+from remus_ckpt.store.recovery import MAX_WARNINGS, leftovers, read_segments
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Contents, Entry, Shape, entry_of, record_of, shape_of
 from remus_ckpt.store.state import Role, State, StateFile
@@ -93,6 +94,7 @@ class HistoryWriter:
         )
         warm = None if warm_directory is None else Path(warm_directory)
         self._own = HistoryDirectory(self.directory, name, warm)
+        disown_in_forks(self)
         try:
             with guarding(self.directory):
                 self._state = StateFile(self.directory, name)
@@ -125,33 +127,24 @@ class HistoryWriter:
         for warning in found.warnings:
             self._note(warning)
         self._highest = found.highest_epoch
-        if found.newest is not None:
-            self._resume(found.newest)
+        if (newest := found.newest) is not None:
+            self._chain = Chain.resume(
+                self._own.segments / newest.name,
+                newest.restorer,
+                newest.home,
+                newest.contents,
+                synced=newest.synced,
+                cut=newest.is_cut,
+                is_sealed=newest.is_sealed,
+            )
+            held = newest.restorer.in_force
+            assert held is not None
+            self.position = record_of(held).after
+            self._hand_over.keep_room(held.device_state)
         if found.state != self.state:
             self._state.save(found.state)
         self._index.begin(found.contents, found.indexed)
         self._note(self._index.warning)
-
-    def _resume(self, newest: Newest) -> None:
-        try:
-            chain = self._chain = Chain.resume(
-                self._own.segments / newest.name,
-                newest.restorer,
-                newest.home,
-                synced=newest.synced,
-                end=newest.end,
-                cut=newest.is_cut,
-            )
-        except BaseException:
-            newest.home.remove()
-            raise
-        chain.is_sealed = newest.is_sealed
-        chain.checkpoints = len(newest.contents.epochs)
-        first, held = newest.contents.first, chain.restorer.in_force
-        assert first is not None and held is not None
-        chain.count_base(first.end)
-        self.position = record_of(held).after
-        self._hand_over.keep_room(held.device_state)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -516,8 +509,7 @@ class HistoryWriter:
         with self._changing():
             if self._chain is None:
                 return []
-            now_ns = time.time_ns() if now_ns is None else now_ns
-            names = self._pruner.begin(self._chain.path.name, retention, now_ns)
+            names = self._pruner.begin(self._chain.path.name, retention, now_ns or time.time_ns())
         self._prune_the_rest()
         return names
 
@@ -577,12 +569,17 @@ class HistoryWriter:
             compaction.join(_CANCEL_S)
         self._release(remove=remove)
 
+    def disown(self) -> None:
+        """In a fork: the history is the parent's. Here it can only be closed, which does nothing.
+
+        The index is left open: what SQLite must not do in a fork is to close it.
+        """
+        self._is_torn, self._lock = True, threading.RLock()
+        self._close_chains()
+
     def _release(self, *, remove: bool = False) -> None:
         try:
-            for chain in (self._coming, self._chain):
-                if chain is not None:
-                    chain.close()
-                    chain.home.close()
+            self._close_chains()
             self._coming = self._chain = None
             if hasattr(self, "_index"):
                 self._index.close()
@@ -590,6 +587,11 @@ class HistoryWriter:
                 self._own.remove()
         finally:  # whatever happened: nobody else could open the history
             self._own.release()
+
+    def _close_chains(self) -> None:
+        for chain in filter(None, (self._coming, self._chain)):
+            chain.close()
+            chain.home.close()
 
     def __enter__(self) -> HistoryWriter:
         return self
