@@ -128,6 +128,7 @@ class HistoryWriter:
             self._note(warning)
         self._highest = found.highest_epoch
         if (newest := found.newest) is not None:
+            held = newest.restorer.in_force
             self._chain = Chain.resume(
                 self._own.segments / newest.name,
                 newest.restorer,
@@ -137,7 +138,6 @@ class HistoryWriter:
                 cut=newest.is_cut,
                 is_sealed=newest.is_sealed,
             )
-            held = newest.restorer.in_force
             assert held is not None
             self.position = record_of(held).after
             self._hand_over.keep_room(held.device_state)
@@ -509,7 +509,8 @@ class HistoryWriter:
         with self._changing():
             if self._chain is None:
                 return []
-            names = self._pruner.begin(self._chain.path.name, retention, now_ns or time.time_ns())
+            at_ns = time.time_ns() if now_ns is None else now_ns
+            names = self._pruner.begin(self._chain.path.name, retention, at_ns)
         self._prune_the_rest()
         return names
 
@@ -528,10 +529,9 @@ class HistoryWriter:
     def hand_out(self) -> tuple[Path, Path]:
         """The newest checkpoint's memory and device state, as files for one who goes on from them and writes to them.
 
-        They lie where the warm copy does, and are made once for each term: asked again, even after a crash of this
-        process, they are the same files, whatever has been written to them, and `handed_out` says which checkpoint
-        they held. Only after a crash of the machine, which may have torn them, they are made anew. The stream that led
-        here cannot be continued any more.
+        They lie beside the warm copy, and are made once for each term: asked again, by another process too, they are
+        the same files, whatever has been written to them; `handed_out` says which checkpoint they held. After a crash
+        of the machine, which may have torn them, they are made anew. The stream that led here has come to its end.
         Raises StoreError, NoCheckpoint.
         """
         with self._changing():

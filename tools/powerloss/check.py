@@ -18,6 +18,7 @@ from remus_ckpt.errors import BadCheckpoint, RemusError, StreamError
 from remus_ckpt.memory import load_image
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.wire.parts import Parts
 
 PROMOTED = 1
 
@@ -118,7 +119,8 @@ class Check:
                     self._wrong(name, f"promoted at {given['position']}; {told.position} was said")
                 memory = load_image(given["image"])
                 device_state = Path(given["device_state"]).read_bytes()
-                self._compare(name, "what is handed out", SimpleNamespace(memory=memory, device_state=device_state))
+                handed_out = SimpleNamespace(memory=memory, parts=Parts.unpack(device_state))
+                self._compare(name, "what is handed out", handed_out)
                 self._go_on(name, given["term"] + 1)
         for name, told in due.items():
             self._read_all(name, told)
