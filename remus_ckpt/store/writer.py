@@ -570,12 +570,10 @@ class HistoryWriter:
         self._release(remove=remove)
 
     def disown(self) -> None:
-        """In a fork: the history is the parent's. Here it can only be closed, which does nothing.
-
-        The index is left open: what SQLite must not do in a fork is to close it.
-        """
+        """In a fork: the history is the parent's, and nothing is written. SQLite's files must not be closed there."""
         self._is_torn, self._lock = True, threading.RLock()
         self._close_chains()
+        self._own.disown()
 
     def _release(self, *, remove: bool = False) -> None:
         try:
