@@ -31,7 +31,7 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.source import Source
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.lock import LockStopper
-from remus_ckpt.source.manifest import Entry, Manifest, arrays_of
+from remus_ckpt.source.manifest import Manifest, ManifestEntry, arrays_of
 from remus_ckpt.source.own_memory import Buffers, OwnMemory
 from remus_ckpt.wire.parts import MAGIC, Parts
 
@@ -319,7 +319,7 @@ def manifest_of(rows: list[tuple[str, np.dtype[Any], Any, str]]) -> Manifest:
     page = 0
     for name, dtype, shape, order in rows:
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        made.append(Entry(name, "array", dtype, shape, order, page, size))
+        made.append(ManifestEntry(name, "array", dtype, shape, order, page, size))
         page += -(-size // PAGE_SIZE)
     return Manifest(tuple(made))
 

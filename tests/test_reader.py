@@ -23,7 +23,7 @@ from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import CHUNKS, ChunkId, Signature
 from remus_ckpt.wire.xen.dialect import Dialect
 from remus_ckpt.wire.xen.reader import NEED_DATA, Reader
-from remus_ckpt.wire.xen.states import Kind, State
+from remus_ckpt.wire.xen.states import Kind, StreamState
 from remus_ckpt.wire.xen.writer import Writer
 
 both_words = pytest.mark.parametrize("word", [8, 4])
@@ -53,17 +53,17 @@ GRID = """
 """
 """What may stand where, and where one is then: written from the format, in the order of `Kind`."""
 STATES = {
-    "FRONT": State.FRONT,
-    "HEADR": State.HEADER,
-    "FIRST": State.FIRST_BODY,
-    "ARMED": State.ARMED_BODY,
-    "PLAIN": State.PLAIN_BODY,
-    "COMPR": State.COMPRESSED_BODY,
-    "FIRST_T": State.FIRST_TAIL,
-    "ARMED_T": State.ARMED_TAIL,
-    "PLAIN_T": State.PLAIN_TAIL,
-    "COMPR_T": State.COMPRESSED_TAIL,
-    "DONE": State.DONE,
+    "FRONT": StreamState.FRONT,
+    "HEADR": StreamState.HEADER,
+    "FIRST": StreamState.FIRST_BODY,
+    "ARMED": StreamState.ARMED_BODY,
+    "PLAIN": StreamState.PLAIN_BODY,
+    "COMPR": StreamState.COMPRESSED_BODY,
+    "FIRST_T": StreamState.FIRST_TAIL,
+    "ARMED_T": StreamState.ARMED_TAIL,
+    "PLAIN_T": StreamState.PLAIN_TAIL,
+    "COMPR_T": StreamState.COMPRESSED_TAIL,
+    "DONE": StreamState.DONE,
 }
 ROWS = {row.split()[0]: row.split()[1:] for row in GRID.strip().splitlines()[1:]}
 CELLS = [
@@ -91,41 +91,41 @@ def event_of(kind: Kind, *, compressing: bool) -> events.Event:
     }[kind]
 
 
-WAYS: dict[State, list[Kind]] = {
-    State.FRONT: [],
-    State.HEADER: [Kind.FILE_HEADER],
-    State.FIRST_BODY: [Kind.HEADER],
-    State.ARMED_BODY: [Kind.HEADER, Kind.ENABLE_COMPRESSION],
-    State.PLAIN_BODY: [Kind.HEADER, Kind.END_OF_BODY, Kind.TAIL],
-    State.COMPRESSED_BODY: [Kind.HEADER, Kind.ENABLE_COMPRESSION, Kind.END_OF_BODY, Kind.TAIL],
+WAYS: dict[StreamState, list[Kind]] = {
+    StreamState.FRONT: [],
+    StreamState.HEADER: [Kind.FILE_HEADER],
+    StreamState.FIRST_BODY: [Kind.HEADER],
+    StreamState.ARMED_BODY: [Kind.HEADER, Kind.ENABLE_COMPRESSION],
+    StreamState.PLAIN_BODY: [Kind.HEADER, Kind.END_OF_BODY, Kind.TAIL],
+    StreamState.COMPRESSED_BODY: [Kind.HEADER, Kind.ENABLE_COMPRESSION, Kind.END_OF_BODY, Kind.TAIL],
 }
 WAYS |= {
     tail: [*WAYS[body], Kind.END_OF_BODY]
     for body, tail in (
-        (State.FIRST_BODY, State.FIRST_TAIL),
-        (State.ARMED_BODY, State.ARMED_TAIL),
-        (State.PLAIN_BODY, State.PLAIN_TAIL),
-        (State.COMPRESSED_BODY, State.COMPRESSED_TAIL),
+        (StreamState.FIRST_BODY, StreamState.FIRST_TAIL),
+        (StreamState.ARMED_BODY, StreamState.ARMED_TAIL),
+        (StreamState.PLAIN_BODY, StreamState.PLAIN_TAIL),
+        (StreamState.COMPRESSED_BODY, StreamState.COMPRESSED_TAIL),
     )
 }
-WAYS[State.DONE] = [Kind.HEADER, Kind.LAST_CHECKPOINT, Kind.END_OF_BODY, Kind.TAIL]
+WAYS[StreamState.DONE] = [Kind.HEADER, Kind.LAST_CHECKPOINT, Kind.END_OF_BODY, Kind.TAIL]
 
 
-def way_to(state: State, kind: Kind) -> list[Kind]:
+def way_to(state: StreamState, kind: Kind) -> list[Kind]:
     """The events that lead to a place; before the tail of a last checkpoint, LAST_CHECKPOINT is one of them."""
     way = list(WAYS[state])
-    if kind is Kind.LAST_TAIL and state is not State.DONE and Kind.HEADER in way:
+    if kind is Kind.LAST_TAIL and state is not StreamState.DONE and Kind.HEADER in way:
         way.insert(len(way) - (way[-1] is Kind.END_OF_BODY), Kind.LAST_CHECKPOINT)
     return way
 
 
 def test_the_grid_names_every_state_and_every_kind() -> None:
-    assert {state for state, _, _ in CELLS} == set(State)
-    assert len(CELLS) == len(State) * len(Kind)
+    assert {state for state, _, _ in CELLS} == set(StreamState)
+    assert len(CELLS) == len(StreamState) * len(Kind)
 
 
 @pytest.mark.parametrize(("state", "kind", "following"), CELLS, ids=lambda value: getattr(value, "name", "error"))
-def test_the_writer_keeps_to_the_grid(state: State, kind: Kind, following: State | None) -> None:
+def test_the_writer_keeps_to_the_grid(state: StreamState, kind: Kind, following: StreamState | None) -> None:
     writer = Writer(8)
     for step in way_to(state, kind):
         writer.write(event_of(step, compressing=writer.compressing))
@@ -174,7 +174,7 @@ def bytes_of(kind: Kind, word: int) -> bytes:
     }[kind]
 
 
-BODIES = (State.FIRST_BODY, State.ARMED_BODY, State.PLAIN_BODY, State.COMPRESSED_BODY)
+BODIES = (StreamState.FIRST_BODY, StreamState.ARMED_BODY, StreamState.PLAIN_BODY, StreamState.COMPRESSED_BODY)
 CHUNK_KINDS = (
     Kind.BATCH,
     Kind.COMPRESSED_DATA,
@@ -191,7 +191,7 @@ CHUNK_KINDS = (
     [cell for cell in CELLS if cell[0] in BODIES and cell[1] in CHUNK_KINDS],
     ids=lambda value: getattr(value, "name", "error"),
 )
-def test_the_reader_keeps_to_the_grid(state: State, kind: Kind, following: State | None, word: Any) -> None:
+def test_the_reader_keeps_to_the_grid(state: StreamState, kind: Kind, following: StreamState | None, word: Any) -> None:
     dialect = Dialect(word=word, guest="hvm")
     front = b"".join(bytes_of(step, word) for step in way_to(state, kind))
     data = front + bytes_of(kind, word)
@@ -209,11 +209,13 @@ def test_the_reader_keeps_to_the_grid(state: State, kind: Kind, following: State
         data += s.hvm_tail()
         following = next(cell for name, column, cell in CELLS if name is following and column is Kind.TAIL)
     after, error, _ = run(data + s.batch(word, [entry(1)]) + s.compressed(word, b"\x00"), dialect=dialect)
-    if following is State.COMPRESSED_BODY:
+    if following is StreamState.COMPRESSED_BODY:
         assert error is None and kinds_of(after)[-3:] == ["Batch", "CompressedData", "EndOfStream"]
     else:
         # Those twelve bytes are taken for the beginning of a page that never ends.
-        assert error is None and after[-1].complete is (following is not State.DONE and not after[-1].trailing_bytes)
+        assert error is None and after[-1].complete is (
+            following is not StreamState.DONE and not after[-1].trailing_bytes
+        )
         assert kinds_of(after).count("Batch") == (kind is Kind.BATCH)
 
 

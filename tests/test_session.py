@@ -37,7 +37,7 @@ from remus_ckpt.session.frames import (
     FrameType,
     negotiate,
 )
-from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Direction, Session, State
+from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Direction, Session, SessionState
 from remus_ckpt.session.messages import (
     FIELDS,
     Ack,
@@ -166,19 +166,19 @@ def packed(message: Message | None) -> bytes:
     return frame(TYPES[type(message)], msgpack.packb(fields, default=plain))
 
 
-PATHS: dict[State, list[Message | None]] = {
-    State.START: [],
-    State.PRIMARY_HELLO: [HELLO],
-    State.CONTROL_HELLO: [CONTROL],
-    State.WELCOMED: [HELLO, WELCOME],
-    State.BETWEEN: [HELLO, WELCOME, Begin(mode="continue", term=3, position=FIRST)],
-    State.WITHIN: [HELLO, WELCOME, Begin(mode="continue", term=3, position=FIRST), None],
-    State.CONTROL: [CONTROL, Welcome(program="b", term=0, limits={}, lease_s=1)],
+PATHS: dict[SessionState, list[Message | None]] = {
+    SessionState.START: [],
+    SessionState.PRIMARY_HELLO: [HELLO],
+    SessionState.CONTROL_HELLO: [CONTROL],
+    SessionState.WELCOMED: [HELLO, WELCOME],
+    SessionState.BETWEEN: [HELLO, WELCOME, Begin(mode="continue", term=3, position=FIRST)],
+    SessionState.WITHIN: [HELLO, WELCOME, Begin(mode="continue", term=3, position=FIRST), None],
+    SessionState.CONTROL: [CONTROL, Welcome(program="b", term=0, limits={}, lease_s=1)],
 }
 """How each state is come to."""
 
 
-def reach(state: State) -> dict[str, Session]:
+def reach(state: SessionState) -> dict[str, Session]:
     """Both sides, in the state, their prefaces said."""
     client, server = Session("client"), Session("server")
     server.lender = Heap()
@@ -221,12 +221,12 @@ GRID = """
 """Who may say what where: written from the purpose of each, in the order of `FrameType`."""
 
 
-def cells() -> list[tuple[State, str, FrameType, bool]]:
+def cells() -> list[tuple[SessionState, str, FrameType, bool]]:
     names, *rows = (line.split() for line in GRID.strip().splitlines())
     assert names == [number.name for number in FrameType]
-    assert [row[0] for row in rows] == [state.name for state in State]
+    assert [row[0] for row in rows] == [state.name for state in SessionState]
     return [
-        (State[row[0]], side, FrameType[name], side[0] in cell)
+        (SessionState[row[0]], side, FrameType[name], side[0] in cell)
         for row in rows
         for name, cell in zip(names, row[1:], strict=True)
         for side in ("client", "server")
@@ -234,10 +234,10 @@ def cells() -> list[tuple[State, str, FrameType, bool]]:
 
 
 @pytest.mark.parametrize(("state", "side", "number", "allowed"), cells())
-def test_every_frame_from_either_side_in_every_state(state: State, side: str, number: FrameType, allowed: bool):
+def test_every_frame_from_either_side_in_every_state(state: SessionState, side: str, number: FrameType, allowed: bool):
     message = SAMPLES[number]
-    if state is State.CONTROL_HELLO and number is FrameType.WELCOME:
-        message = PATHS[State.CONTROL][1]
+    if state is SessionState.CONTROL_HELLO and number is FrameType.WELCOME:
+        message = PATHS[SessionState.CONTROL][1]
     both = reach(state)
     sender, receiver = both[side], both["server" if side == "client" else "client"]
     if not allowed:
@@ -259,19 +259,19 @@ def test_every_frame_from_either_side_in_every_state(state: State, side: str, nu
 
 
 def test_a_control_hello_leads_elsewhere():
-    assert reach(State.CONTROL_HELLO)["server"].common.hello == CONTROL
+    assert reach(SessionState.CONTROL_HELLO)["server"].common.hello == CONTROL
 
 
 def test_what_leaves_the_state_alone_can_cross_what_does_not():
     """An ack on its way while the client goes on: each is fine by whoever receives it."""
-    both = reach(State.BETWEEN)
+    both = reach(SessionState.BETWEEN)
     ack = joined(both["server"].send(Ack(level="applied", position=FIRST)))
     data = joined(both["client"].send_data([b"abcde"]))
     assert len(push(both["client"], ack)) == 1
     push(both["server"], data)
     commit = joined(both["client"].send(COMMIT))
     assert push(both["server"], commit) == [COMMIT]
-    assert both["client"].state is both["server"].state is State.BETWEEN
+    assert both["client"].state is both["server"].state is SessionState.BETWEEN
 
 
 def test_frames_that_cross_mean_the_same_to_both():
@@ -287,7 +287,7 @@ def test_frames_that_cross_mean_the_same_to_both():
 
 
 def test_one_thread_receives_while_another_sends():
-    client = reach(State.BETWEEN)["client"]
+    client = reach(SessionState.BETWEEN)["client"]
 
     class Meanwhile(dict):  # type: ignore[type-arg]
         def __contains__(self, position: object) -> bool:
@@ -296,7 +296,7 @@ def test_one_thread_receives_while_another_sends():
 
     client.common.made = Meanwhile(client.common.made)
     assert len(push(client, packed(Ack(level="durable", position=FIRST)))) == 1
-    assert client.state is State.WITHIN
+    assert client.state is SessionState.WITHIN
 
 
 def test_in_the_stream_no_direction_changes_the_other():
@@ -311,7 +311,7 @@ def test_in_the_stream_no_direction_changes_the_other():
         ("client", [None, COMMIT, SAMPLES[FrameType.HEARTBEAT], goodbye], [ack]),
         ("server", [ack, SAMPLES[FrameType.HEARTBEAT], goodbye], [None, COMMIT]),
     ):
-        session = reach(State.BETWEEN)[side]
+        session = reach(SessionState.BETWEEN)[side]
         before = fields(session.incoming)
         for message in said[:-1]:
             session.send(message) if message else session.send_data([b"abcde"])
@@ -330,7 +330,7 @@ def test_in_the_stream_no_direction_changes_the_other():
 
 def test_nothing_is_sent_behind_the_end_and_nothing_taken():
     for ending in (SAMPLES[FrameType.ERROR], SAMPLES[FrameType.GOODBYE]):
-        both = reach(State.WITHIN)
+        both = reach(SessionState.WITHIN)
         data = joined(both["server"].send(ending))
         with pytest.raises(ValueError, match="ended"):
             both["server"].send(SAMPLES[FrameType.HEARTBEAT])
@@ -342,11 +342,11 @@ def test_nothing_is_sent_behind_the_end_and_nothing_taken():
 
 
 def test_a_goodbye_may_be_answered_and_an_error_not():
-    both = reach(State.WITHIN)
+    both = reach(SessionState.WITHIN)
     push(both["server"], joined(both["client"].send(Goodbye(reason="done"))))
     assert push(both["client"], joined(both["server"].send(Ack(level="durable", position=FIRST))))
     assert push(both["client"], joined(both["server"].send(Goodbye(reason="and so am I"))))
-    both = reach(State.WITHIN)
+    both = reach(SessionState.WITHIN)
     push(both["server"], joined(both["client"].send(Error(code="internal", message=""))))
     with pytest.raises(ValueError, match="ended"):
         both["server"].send(Goodbye(reason=""))
@@ -355,7 +355,7 @@ def test_a_goodbye_may_be_answered_and_an_error_not():
 
 
 def test_who_has_sent_an_error_reads_no_further():
-    both = reach(State.WITHIN)
+    both = reach(SessionState.WITHIN)
     data = joined(both["client"].send_data([bytes(300_000)]))
     push(both["server"], data[:100_000])
     got = len(both["server"].lender.got)
@@ -364,8 +364,8 @@ def test_who_has_sent_an_error_reads_no_further():
     assert len(both["server"].lender.got) == got
 
 
-@pytest.mark.parametrize("state", State)
-def test_bytes_that_end_without_a_goodbye(state: State):
+@pytest.mark.parametrize("state", SessionState)
+def test_bytes_that_end_without_a_goodbye(state: SessionState):
     for cut in (0, 1, HEADER_BYTES, HEADER_BYTES + 3):
         session = reach(state)["client"]
         push(session, packed(SAMPLES[FrameType.ERROR])[:cut])
@@ -376,14 +376,14 @@ def test_bytes_that_end_without_a_goodbye(state: State):
 
 
 def test_bytes_that_end_behind_a_goodbye():
-    session = reach(State.WITHIN)["client"]
+    session = reach(SessionState.WITHIN)["client"]
     push(session, packed(SAMPLES[FrameType.GOODBYE]))
     session.feed_eof()
     assert session.next_event() is session.next_event() is None
 
 
 def test_an_error_can_be_sent_when_something_was_refused():
-    both = reach(State.PRIMARY_HELLO)
+    both = reach(SessionState.PRIMARY_HELLO)
     error = refused(both["server"], bytes(HEADER_BYTES))
     answer = Error(code="malformed", message=str(error), offset=error.offset)
     assert push(both["client"], joined(both["server"].send(answer))) == [answer]
@@ -433,7 +433,7 @@ def test_negotiation():
 def test_a_welcome_keeps_to_the_hello():
     for changed in ({"version": 2}, {"compressions": ("snappy",)}):
         fields = {key: getattr(WELCOME, key) for key in FIELDS[Welcome]} | changed
-        both = reach(State.PRIMARY_HELLO)
+        both = reach(SessionState.PRIMARY_HELLO)
         with pytest.raises(ValueError, match="WELCOME"):
             both["server"].send(Welcome(**fields))
         assert refused(both["client"], packed(Welcome(**fields))).section == "session.md §3.2"
@@ -451,7 +451,7 @@ def test_a_welcome_keeps_to_the_hello():
     ],
 )
 def test_a_begin_that_does_not_fit_the_welcome(begin: Begin, section: str):
-    both = reach(State.WELCOMED)
+    both = reach(SessionState.WELCOMED)
     with pytest.raises(ValueError, match="BEGIN"):
         both["client"].send(begin)
     assert refused(both["server"], packed(begin)).section == f"session.md {section}"
@@ -478,14 +478,14 @@ def test_nothing_is_continued_where_only_a_full_copy_will_do():
 )
 def test_a_commit_that_does_not_fit_what_came(changed: dict[str, Any], section: str):
     commit = Commit(**({key: getattr(COMMIT, key) for key in FIELDS[Commit]} | changed))
-    both = reach(State.WITHIN)
+    both = reach(SessionState.WITHIN)
     with pytest.raises(ValueError, match="COMMIT"):
         both["client"].send(commit)
     assert refused(both["server"], packed(commit)).section == f"session.md {section}"
 
 
 def test_only_the_first_commit_of_a_full_copy_is_free():
-    both = reach(State.WELCOMED)
+    both = reach(SessionState.WELCOMED)
     push(both["server"], joined(both["client"].send(BEGIN)))
     for before, position in ((Position(8, bytes(32)), Position(9, bytes(32))), (None, SECOND)):
         push(both["server"], joined(both["client"].send_data([b"x"])))
@@ -499,7 +499,7 @@ def test_only_the_first_commit_of_a_full_copy_is_free():
 def test_an_ack_of_what_was_never_committed():
     """Not even its digest may differ: what is released hangs on it."""
     for position in (SECOND, Position(0, b"\x12" * 32)):
-        both = reach(State.WITHIN)
+        both = reach(SessionState.WITHIN)
         ack = Ack(level="durable", position=position)
         with pytest.raises(ValueError, match="ACK"):
             both["server"].send(ack)
@@ -566,14 +566,14 @@ WRONG: list[tuple[FrameType, str, Any]] = [
 ]
 
 
-def place(number: FrameType) -> tuple[State, str]:
+def place(number: FrameType) -> tuple[SessionState, str]:
     """Where a frame of this type may come, and from whom."""
     return next((state, side) for state, side, there in TRANSITIONS if there is number)
 
 
 def receiver_of(number: FrameType) -> Session:
     state, side = place(number)
-    state = State.WITHIN if number is FrameType.ACK else state
+    state = SessionState.WITHIN if number is FrameType.ACK else state
     return reach(state)["server" if side == "client" else "client"]
 
 
@@ -636,11 +636,13 @@ def test_no_extension_even_under_a_key_that_nobody_reads(extension: bytes):
 def test_a_long_message_is_cut_not_refused():
     error = Error(code="internal", message="\udcff" + "é" * 10_000)
     assert len(error.message) == 4096
-    assert push(reach(State.WITHIN)["client"], joined(reach(State.WITHIN)["server"].send(error))) == [error]
+    assert push(reach(SessionState.WITHIN)["client"], joined(reach(SessionState.WITHIN)["server"].send(error))) == [
+        error
+    ]
 
 
 def test_a_request_too_large_to_send():
-    both = reach(State.CONTROL)
+    both = reach(SessionState.CONTROL)
     with pytest.raises(ValueError, match="request_bytes"):
         both["client"].send(Request(number=1, method="m", arguments={"x": bytes(REQUEST_BYTES)}))
     large = Request(number=1, method="m", arguments={"x": bytes(REQUEST_BYTES - 100)})
@@ -676,7 +678,7 @@ def test_no_names(name: str):
     ],
 )
 def test_a_header_that_breaks_a_rule(data: bytes):
-    session = reach(State.BETWEEN)["server"]
+    session = reach(SessionState.BETWEEN)["server"]
     begin = session.received_bytes
     error = refused(session, data)
     assert (error.section, error.offset) == ("session.md §2.1", begin)
@@ -703,7 +705,7 @@ def test_a_length_alone_takes_no_memory(number: FrameType):
 @pytest.mark.parametrize("claim", [b"\xdd\x00\x00\x10\x00", b"\xdd\x00\x0f\x00\x00", b"\xdf\x00\x0f\x00\x00\xa1x"])
 def test_a_nest_of_lengths_takes_little_memory(claim: bytes):
     """The library takes memory for each array as its length says, before a single entry is there."""
-    session = reach(State.CONTROL)["server"]
+    session = reach(SessionState.CONTROL)["server"]
     data = frame(FrameType.REQUEST, b"\x81\xa1x" + (claim * 200_000)[:1_000_000])
     tracemalloc.start()
     try:
@@ -833,7 +835,7 @@ def feed(session: Session, data: bytes, found: list[Any]) -> None:
 
 
 def test_a_flipped_bit_in_what_went_straight_to_the_lender():
-    both = reach(State.BETWEEN)
+    both = reach(SessionState.BETWEEN)
     data = bytearray(joined(both["client"].send_data([bytes(3 * MIB)])))
     data[2_000_000] ^= 4
     begin = both["server"].received_bytes
@@ -842,8 +844,8 @@ def test_a_flipped_bit_in_what_went_straight_to_the_lender():
 
 
 @settings(max_examples=many(60, 300))
-@given(st.sampled_from(State), st.sampled_from(["client", "server"]), st.binary(max_size=200), st.data())
-def test_garbage_is_refused_by_our_own_errors(state: State, side: str, junk: bytes, data: st.DataObject):
+@given(st.sampled_from(SessionState), st.sampled_from(["client", "server"]), st.binary(max_size=200), st.data())
+def test_garbage_is_refused_by_our_own_errors(state: SessionState, side: str, junk: bytes, data: st.DataObject):
     session = reach(state)[side]
     number = data.draw(st.integers(0, 13))
     flags = data.draw(st.sampled_from([0, 0, 1, 2, 3]))
@@ -886,7 +888,7 @@ def test_streams_of_all_sizes_arrive(compression: Any):
     random = np.random.default_rng(1)
     noise = random.integers(0, 256, size=DATA_BYTES + 100, dtype=np.uint8)
     parts: list[Buffer] = [b"", b"x", noise, bytearray(70_000), np.zeros((20, PAGE_SIZE), dtype=np.uint8), b"end"]
-    both = reach(State.BETWEEN)
+    both = reach(SessionState.BETWEEN)
     begin = both["server"].received_bytes
     buffers = both["client"].send_data(parts, compression)
     events = push(both["server"], joined(buffers))
@@ -897,14 +899,14 @@ def test_streams_of_all_sizes_arrive(compression: Any):
 
 
 def test_nothing_to_send_is_no_frame():
-    client = reach(State.BETWEEN)["client"]
+    client = reach(SessionState.BETWEEN)["client"]
     assert client.send_data([b"", np.zeros((0, PAGE_SIZE), dtype=np.uint8)]) == []
-    assert client.state is State.BETWEEN
+    assert client.state is SessionState.BETWEEN
 
 
 def test_buffers_travel_uncopied():
     memory = np.ones((2000, PAGE_SIZE), dtype=np.uint8)
-    client = reach(State.BETWEEN)["client"]
+    client = reach(SessionState.BETWEEN)["client"]
     parts = client.send_data([memory, b"tail"])
     mine = [part for part in parts if np.shares_memory(np.frombuffer(part, dtype=np.uint8), memory)]
     assert sum(map(len, mine)) == memory.nbytes
@@ -912,7 +914,7 @@ def test_buffers_travel_uncopied():
 
 
 def test_long_payloads_are_received_into_the_lender():
-    both = reach(State.BETWEEN)
+    both = reach(SessionState.BETWEEN)
     data = joined(both["client"].send_data([bytes(200_000)]))
     server, lender = both["server"], Heap()
     server.lender = lender
@@ -930,7 +932,7 @@ def test_long_payloads_are_received_into_the_lender():
 
 
 def test_more_may_be_received_before_all_events_are_taken():
-    both = reach(State.BETWEEN)
+    both = reach(SessionState.BETWEEN)
     data = joined(both["client"].send_data([np.arange(200_000, dtype=np.uint8)]))
     server, lender = both["server"], Heap(10)
     server.lender = lender
@@ -953,7 +955,7 @@ def compressed(name: str, content: bytes, size: int | None = None) -> bytes:
 @pytest.mark.parametrize("name", ["lz4", "zstd"])
 @pytest.mark.parametrize("size", [0, 1, 999, 1001, 4000, DATA_BYTES, DATA_BYTES + 1, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_a_size_that_is_not_what_comes_out(name: str, size: int):
-    both = reach(State.BETWEEN)
+    both = reach(SessionState.BETWEEN)
     tracemalloc.start()
     try:
         error = refused(both["server"], compressed(name, bytes(1000), size))
@@ -987,7 +989,7 @@ def _zstd_frames(*, content_size: bool = True) -> bytes:
     ],
 )
 def test_what_cannot_be_unpacked(name: str, body: bytes):
-    server = reach(State.BETWEEN)["server"]
+    server = reach(SessionState.BETWEEN)["server"]
     data = frame(FrameType.DATA, struct.pack("<I", 1000) + body, flags=FLAGS[name])
     assert refused(server, data).section == "session.md §2.3"
 
@@ -995,10 +997,10 @@ def test_what_cannot_be_unpacked(name: str, body: bytes):
 def test_what_grows_by_compression_goes_as_it_is():
     noise = np.random.default_rng(2).integers(0, 256, size=5000, dtype=np.uint8).tobytes()
     for name in COMPRESSIONS:
-        client = reach(State.BETWEEN)["client"]
+        client = reach(SessionState.BETWEEN)["client"]
         assert joined(client.send_data([noise], name)) == frame(FrameType.DATA, noise)
     larger = compressed("lz4", noise)
-    assert refused(reach(State.BETWEEN)["server"], larger).section == "session.md §2.3"
+    assert refused(reach(SessionState.BETWEEN)["server"], larger).section == "session.md §2.3"
 
 
 def test_a_compression_that_was_not_agreed_on():

@@ -23,6 +23,7 @@ from remus_ckpt.pages import batches
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.store import HistoryWriter, Store, Torn
+from remus_ckpt.store.index import read_index
 
 
 def open_files(folder: Path) -> list[str]:
@@ -56,9 +57,7 @@ def test_an_index_that_gets_no_thread(tmp_path: Path, monkeypatch: pytest.Monkey
             writer.compact(wait=True)
             fill(writer, 1, source)
         writer.compact(wait=True)  # a segment has ended: it is tried again
-        until(
-            lambda: writer._index._thread is None and not writer._index._behind & {"00000000000000000000-000000.remus"}
-        )
+        until(lambda: f"{0:020}-000000.remus" in (read_index(writer.directory / "index.sqlite") or {}))
     with Store(tmp_path).writer("orders") as writer:
         assert writer.position == source.position
 

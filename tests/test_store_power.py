@@ -64,7 +64,7 @@ def holds(store: Store, position: Position | None, term: int = 0) -> None:
 
 def die(writer: HistoryWriter) -> None:
     """As by SIGKILL: nothing is written any more."""
-    writer._release()
+    writer.disown()
 
 
 def segment_of(writer: HistoryWriter) -> Path:

@@ -21,6 +21,10 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
 from remus_ckpt.store import History, HistoryWriter, Retention, Store
 from remus_ckpt.store.index import Index
+from remus_ckpt.store.recovery import read_segments
+from remus_ckpt.store.segments import Contents, Entry
+from remus_ckpt.store.state import load_state
+from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.record import Position
 
 
@@ -117,6 +121,44 @@ def test_an_unfinished_checkpoint_is_cut_off(store: Store, with_index: bool) -> 
         writer.begin(full=False)
         commit(writer, data, source.position)
         assert writer.memory is not None and memory_sha256(writer.memory) == sha(7)
+
+
+@pytest.mark.parametrize("is_torn", [True, False])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_what_is_to_be_done_is_said_and_not_done(store: Store, tmp_path: Path, with_index: bool, is_torn: bool) -> None:
+    """Recovery reads: what is to be cut off, written again and saved, it returns."""
+    old, new, source = two_segments(store)
+    data = source.checkpoint()
+    with open(new, "ab") as file:
+        file.write(data[:-10] if is_torn else data)
+    directory = store.directory / "orders"
+    indexed = Index(directory / "index.sqlite", new.parent).load() if with_index else {}
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    asked: list[tuple[str, int]] = []
+
+    def fill_index(contents: Contents, *, end: int) -> None:
+        asked.append((contents.name, end))
+        contents.first = contents.last = Entry(Position(0, bytes(32)), None, contents.name, 0, end, 1, is_base=True)
+
+    found = read_segments(
+        directory,
+        load_state(directory),
+        indexed,
+        limits=None,
+        new_home=lambda: MappedFile(tmp_path / "image"),
+        fill=fill_index,
+    )
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    assert asked == ([] if with_index else [(old.name, old.stat().st_size)])
+    newest = found.newest
+    assert newest is not None and newest.name == new.name
+    assert (newest.is_cut, newest.is_sealed) == (is_torn, False)
+    epoch = 6 if is_torn else 7
+    assert newest.contents.epochs[-1] == found.highest_epoch == epoch
+    assert newest.synced == (new.stat().st_size - len(data[:-10] if is_torn else data) if with_index else 0)
+    assert memory_sha256(newest.restorer.memory) == sha(epoch)
+    assert found.state == load_state(directory)
+    newest.home.remove()
 
 
 def test_a_checkpoint_that_is_durable_and_not_in_the_index(store: Store) -> None:

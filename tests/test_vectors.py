@@ -39,7 +39,7 @@ from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.describe import describe
 from remus_ckpt.wire.xen.dialect import FRONTS, Dialect
 from remus_ckpt.wire.xen.reader import Reader
-from remus_ckpt.wire.xen.states import BODIES, KINDS, TRANSITIONS, Course, Kind, State
+from remus_ckpt.wire.xen.states import BODIES, KINDS, TRANSITIONS, Course, Kind, StreamState
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
@@ -516,7 +516,7 @@ def _kind(data: bytes) -> Kind | None:
     return named.get(number, Kind.INFO) if number in chunks.CHUNKS else None
 
 
-def _reached(vector: dict[str, Any]) -> set[tuple[State, Kind]]:
+def _reached(vector: dict[str, Any]) -> set[tuple[StreamState, Kind]]:
     """The pairs that a vector walks through, and the forbidden one that it ends with."""
     data = load_vector(FOLDER, vector)
     reader = Reader(Dialect(**vector["dialect"]), strict=vector["strict"])
@@ -537,7 +537,7 @@ def _reached(vector: dict[str, Any]) -> set[tuple[State, Kind]]:
         kind = None
         if course.state in BODIES:
             kind = _kind(data[error.offset :])
-        elif course.state is State.HEADER or (course.state is State.FRONT and error.offset == 0):
+        elif course.state is StreamState.HEADER or (course.state is StreamState.FRONT and error.offset == 0):
             xl = FRONTS["xl"].magic
             behind = data[len(xl) + 16 :] if data.startswith(xl) else data
             kind = Kind.FILE_HEADER if behind.startswith(tuple(front.magic for front in FRONTS.values())) else None
@@ -548,7 +548,7 @@ def _reached(vector: dict[str, Any]) -> set[tuple[State, Kind]]:
 
 def test_every_pair_of_the_table_is_reached():
     reached = set().union(*map(_reached, DECODE))
-    forbidden = {(body, kind) for body in BODIES for kind in IN_A_BODY} | {(State.HEADER, Kind.FILE_HEADER)}
+    forbidden = {(body, kind) for body in BODIES for kind in IN_A_BODY} | {(StreamState.HEADER, Kind.FILE_HEADER)}
     assert sorted(map(str, set(TRANSITIONS) - reached)) == []
     assert sorted(map(str, forbidden - set(TRANSITIONS) - reached)) == []
 

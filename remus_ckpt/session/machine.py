@@ -46,7 +46,7 @@ class DataReceived:
     data: bytes | None = None
 
 
-class State(Enum):
+class SessionState(Enum):
     """A place in the session; both sides walk the same ones."""
 
     START = "start"
@@ -58,26 +58,26 @@ class State(Enum):
     CONTROL = "control"
 
 
-TRANSITIONS: dict[tuple[State, Side, FrameType], State] = {
-    (State.START, "client", FrameType.HELLO): State.PRIMARY_HELLO,  # CONTROL_HELLO by its role
-    (State.PRIMARY_HELLO, "server", FrameType.WELCOME): State.WELCOMED,
-    (State.CONTROL_HELLO, "server", FrameType.WELCOME): State.CONTROL,
-    (State.WELCOMED, "client", FrameType.BEGIN): State.BETWEEN,
-    (State.BETWEEN, "client", FrameType.DATA): State.WITHIN,
-    (State.WITHIN, "client", FrameType.DATA): State.WITHIN,
-    (State.WITHIN, "client", FrameType.COMMIT): State.BETWEEN,
-    (State.BETWEEN, "server", FrameType.ACK): State.BETWEEN,
-    (State.WITHIN, "server", FrameType.ACK): State.WITHIN,
-    (State.CONTROL, "client", FrameType.REQUEST): State.CONTROL,
-    (State.CONTROL, "server", FrameType.REPLY): State.CONTROL,
+TRANSITIONS: dict[tuple[SessionState, Side, FrameType], SessionState] = {
+    (SessionState.START, "client", FrameType.HELLO): SessionState.PRIMARY_HELLO,  # CONTROL_HELLO by its role
+    (SessionState.PRIMARY_HELLO, "server", FrameType.WELCOME): SessionState.WELCOMED,
+    (SessionState.CONTROL_HELLO, "server", FrameType.WELCOME): SessionState.CONTROL,
+    (SessionState.WELCOMED, "client", FrameType.BEGIN): SessionState.BETWEEN,
+    (SessionState.BETWEEN, "client", FrameType.DATA): SessionState.WITHIN,
+    (SessionState.WITHIN, "client", FrameType.DATA): SessionState.WITHIN,
+    (SessionState.WITHIN, "client", FrameType.COMMIT): SessionState.BETWEEN,
+    (SessionState.BETWEEN, "server", FrameType.ACK): SessionState.BETWEEN,
+    (SessionState.WITHIN, "server", FrameType.ACK): SessionState.WITHIN,
+    (SessionState.CONTROL, "client", FrameType.REQUEST): SessionState.CONTROL,
+    (SessionState.CONTROL, "server", FrameType.REPLY): SessionState.CONTROL,
     **{
         (state, side, FrameType.HEARTBEAT): state
-        for state in (State.WELCOMED, State.BETWEEN, State.WITHIN, State.CONTROL)
+        for state in (SessionState.WELCOMED, SessionState.BETWEEN, SessionState.WITHIN, SessionState.CONTROL)
         for side in cast(tuple[Side, ...], ("client", "server"))
     },
     **{
         (state, side, number): state
-        for state in State
+        for state in SessionState
         for side in cast(tuple[Side, ...], ("client", "server"))
         for number in (FrameType.ERROR, FrameType.GOODBYE)
     },
@@ -96,7 +96,7 @@ class Lender(Protocol):
 Parser = Generator["Message | DataReceived | None", None, Any]
 
 
-def _both(state: State) -> dict[Side, State]:
+def _both(state: SessionState) -> dict[Side, SessionState]:
     return {"client": state, "server": state}
 
 
@@ -113,7 +113,7 @@ class Common:
     hello: Hello | None = None
     welcome: Welcome | None = None
     begin: Begin | None = None
-    states: dict[Side, State] = field(default_factory=lambda: _both(State.START))
+    states: dict[Side, SessionState] = field(default_factory=lambda: _both(SessionState.START))
     ended: dict[Side, Message] = field(default_factory=dict)
     made: dict[Position, None] = field(default_factory=dict)
 
@@ -135,7 +135,7 @@ class Direction:
         self._position: Position | None = None  # of the last commit, or that Begin names
 
     @property
-    def state(self) -> State:
+    def state(self) -> SessionState:
         return self._common.states[self.speaker]
 
     @property
@@ -163,7 +163,7 @@ class Direction:
             case Hello():
                 common.hello = message
                 if message.role == "control":
-                    following = State.CONTROL_HELLO
+                    following = SessionState.CONTROL_HELLO
             case Welcome():
                 assert common.hello is not None
                 if message.version not in common.hello.versions:
@@ -478,7 +478,7 @@ class Session:
         self.incoming = Incoming("server" if side == "client" else "client", self.common)
 
     @property
-    def state(self) -> State:
+    def state(self) -> SessionState:
         """Where the session is: in the stream, the client's frames alone move it."""
         return self.common.states["client"]
 

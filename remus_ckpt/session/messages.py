@@ -71,10 +71,10 @@ def check_name(name: str) -> str:
 
 # What a field may hold. Each takes what the wire brings, or the object it stands for, and gives the object.
 
-Kind = Callable[[Any], Any]
+Check = Callable[[Any], Any]
 
 
-def _whole(low: int = 0, high: int = _MOST) -> Kind:
+def _whole(low: int = 0, high: int = _MOST) -> Check:
     def kind(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"{value!r:.40} in place of a whole number in {low}…{high}")
@@ -83,7 +83,7 @@ def _whole(low: int = 0, high: int = _MOST) -> Kind:
     return kind
 
 
-def _text(most: int, least: int = 0) -> Kind:
+def _text(most: int, least: int = 0) -> Check:
     def kind(value: Any) -> str:
         if type(value) is not str or not least <= len(value) <= most:
             raise ValueError(f"{value!r:.40} in place of a text of {least}…{most} characters")
@@ -99,7 +99,7 @@ def _clipped(value: Any) -> str:
     return value[:TEXT_CHARS].encode("utf-8", "replace").decode()
 
 
-def _octets(size: int) -> Kind:
+def _octets(size: int) -> Check:
     def kind(value: Any) -> bytes:
         if type(value) is not bytes or len(value) != size:
             raise ValueError(f"{value!r:.40} in place of {size} bytes")
@@ -108,7 +108,7 @@ def _octets(size: int) -> Kind:
     return kind
 
 
-def _one_of(*choices: Any) -> Kind:
+def _one_of(*choices: Any) -> Check:
     def kind(value: Any) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ValueError(f"{value!r:.40} in place of one of {choices}")
@@ -117,11 +117,11 @@ def _one_of(*choices: Any) -> Kind:
     return kind
 
 
-def _optional(inner: Kind) -> Kind:
+def _optional(inner: Check) -> Check:
     return lambda value: None if value is None else inner(value)
 
 
-def _several(inner: Kind, least: int = 0) -> Kind:
+def _several(inner: Check, least: int = 0) -> Check:
     def kind(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or not least <= len(value) <= ENTRIES:
             raise ValueError(f"{value!r:.40} in place of a list of {least}…{ENTRIES}")
@@ -130,7 +130,7 @@ def _several(inner: Kind, least: int = 0) -> Kind:
     return kind
 
 
-def _map(inner: Kind) -> Kind:
+def _map(inner: Check) -> Check:
     key_kind = _text(NAME_CHARS)
 
     def kind(value: Any) -> dict[str, Any]:
@@ -201,7 +201,7 @@ _PROGRAM = _text(256)
 _VERSIONS = _several(_whole(0, 0xFFFFFFFF), 1)
 
 
-def _checked(message: Any, kinds: dict[str, Kind]) -> None:
+def _checked(message: Any, kinds: dict[str, Check]) -> None:
     for key, kind in kinds.items():
         try:
             object.__setattr__(message, key, kind(getattr(message, key)))
@@ -379,7 +379,7 @@ class Reply(Message):
     result: dict[str, Any]
 
 
-FIELDS: dict[type[Message], dict[str, Kind]] = {
+FIELDS: dict[type[Message], dict[str, Check]] = {
     Hello: {
         "versions": _VERSIONS,
         "program": _PROGRAM,

@@ -32,7 +32,7 @@ _SIMPLE_DTYPE = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,10}|[mM]8(?:\[[0-9]{0,10}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ManifestEntry:
     """One buffer.
 
     name: as the user gave it
@@ -62,7 +62,7 @@ class Manifest:
     if two have one name.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ManifestEntry, ...]
 
     def __post_init__(self) -> None:
         names = set()
@@ -137,7 +137,7 @@ class Manifest:
         return found
 
 
-def _check(entry: Entry) -> None:
+def _check(entry: ManifestEntry) -> None:
     """Raise ValueError for an entry that breaks a rule of specs/manifest.md §3."""
     name = entry.name.encode()  # a lone surrogate is a ValueError too
     if not 1 <= len(name) <= MAX_NAME_BYTES:
@@ -176,7 +176,7 @@ def _read(fields: object) -> Manifest:
         name, kind, order = _field(row, "name", str), _field(row, "kind", str), _field(row, "order", str)
         page, nbytes = _field(row, "page", int), _field(row, "bytes", int)
         try:
-            entries.append(Entry(name, kind, dtype, tuple(shape), order, page, nbytes))
+            entries.append(ManifestEntry(name, kind, dtype, tuple(shape), order, page, nbytes))
         except ValueError as error:
             raise _malformed(str(error), "§3") from None
     try:

@@ -19,7 +19,7 @@ from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.source import Source
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.lock import Lock, LockStopper
-from remus_ckpt.source.manifest import ARRAY, BYTES, Entry, Manifest
+from remus_ckpt.source.manifest import ARRAY, BYTES, Manifest, ManifestEntry
 
 
 class OwnMemory(Source):
@@ -139,7 +139,7 @@ class Buffers:
         return target
 
 
-def _look(name: str, buffer: Any, page: int) -> tuple[Entry, NDArray[np.uint8]]:
+def _look(name: str, buffer: Any, page: int) -> tuple[ManifestEntry, NDArray[np.uint8]]:
     """What a buffer is, and its bytes in memory order, without a copy."""
     if not isinstance(name, str):
         raise TypeError(f"a buffer is named by a text, not by {name!r}")
@@ -151,7 +151,7 @@ def _look(name: str, buffer: Any, page: int) -> tuple[Entry, NDArray[np.uint8]]:
         if not view.c_contiguous:
             raise ValueError(f"{name!r} is not one piece")
         data = np.frombuffer(view.cast("B"), dtype=np.uint8) if view.nbytes else np.empty(0, dtype=np.uint8)
-        return Entry(name, BYTES, data.dtype, data.shape, "C", page, data.nbytes), data
+        return ManifestEntry(name, BYTES, data.dtype, data.shape, "C", page, data.nbytes), data
     if isinstance(buffer, np.ma.MaskedArray):
         raise TypeError(f"{name!r} is a masked array: name its data and its mask")
     if buffer.dtype.hasobject:
@@ -162,7 +162,7 @@ def _look(name: str, buffer: Any, page: int) -> tuple[Entry, NDArray[np.uint8]]:
     array = buffer.view(np.ndarray)
     # numpy cannot look at items of no size as bytes.
     flat = (array if order == "C" else array.T).reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8)
-    return Entry(name, ARRAY, array.dtype, array.shape, order, page, array.nbytes), flat
+    return ManifestEntry(name, ARRAY, array.dtype, array.shape, order, page, array.nbytes), flat
 
 
 def _mapped_file(buffer: object) -> tuple[mmap.mmap, int] | None:

@@ -14,7 +14,7 @@ from remus_ckpt.errors import Malformed, StoreError
 from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.store.segments import Shape, can_keep, record_of, shape_of
+from remus_ckpt.store.segments import Contents, Shape, can_keep, record_of
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen import events
@@ -68,23 +68,42 @@ class Chain:
         return cls(restorer, home, path, fd)
 
     @classmethod
-    def resume(cls, path: Path, restorer: Restorer, home: MappedFile, *, synced: int, end: int, cut: bool) -> Chain:
-        """A segment that is there, behind its checkpoint in force. It is durable up to there then. Raises StoreError.
+    def resume(
+        cls,
+        path: Path,
+        restorer: Restorer,
+        home: MappedFile,
+        contents: Contents,
+        *,
+        synced: int,
+        cut: bool,
+        is_sealed: bool,
+    ) -> Chain:
+        """A segment that is there, behind its checkpoint in force; all up to there is durable then. Raises StoreError.
 
-        synced: its first bytes, which somebody has synced; end: behind the checkpoint
-        cut: cut off what stands behind that
+        contents: what it holds; synced: its first bytes, which somebody has synced
+        cut: cut off what stands behind the checkpoint
+        home: removed where this fails
         """
-        with guarding(path):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
+        end = contents.end
+        fd = -1
+        try:
+            with guarding(path):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 if cut:
                     os.ftruncate(fd, end)
                 write_again(fd, synced, end)
                 os.lseek(fd, end, os.SEEK_SET)
-            except BaseException:
+        except BaseException:
+            if fd >= 0:
                 os.close(fd)
-                raise
-        return cls(restorer, home, path, fd, shape_of(restorer), end, end)
+            home.remove()
+            raise
+        chain = cls(restorer, home, path, fd, contents.shape, end, end, is_sealed=is_sealed)
+        chain.checkpoints = len(contents.epochs)
+        if contents.first is not None:
+            chain.count_base(contents.first.end)
+        return chain
 
     def close(self) -> None:
         """Close the segment. May be called again. What counts has been synced: an error says nothing new."""

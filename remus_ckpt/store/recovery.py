@@ -52,9 +52,8 @@ class Fill(Protocol):
 class Newest:
     """The segment that the newest checkpoint is in, replayed into a warm copy, where the restorer has it in force.
 
-    synced: the first bytes of it that somebody has synced; what follows up to `end` is to be written again
-    end: behind the checkpoint
-    is_cut: what stands behind `end` is to be cut off: a checkpoint that never came to its end
+    synced: its first bytes, which somebody has synced; the others, up to the checkpoint's end, are to be written again
+    is_cut: what stands behind that is to be cut off: a checkpoint that never came to its end
     is_sealed: nothing may follow in it
     """
 
@@ -63,7 +62,6 @@ class Newest:
     home: MappedFile
     contents: Contents
     synced: int
-    end: int
     is_cut: bool
     is_sealed: bool
 
@@ -220,7 +218,7 @@ class _Reading:
                 contents.size = end if reason is None else size
             # The index names what was synced. What is whole behind that, nobody may have synced, or it has failed.
             synced = 0 if known is None else min(known.end, end)
-            self._newest = Newest(name, restorer, home, contents, synced, end, reason is None and size > end, is_sealed)
+            self._newest = Newest(name, restorer, home, contents, synced, reason is None and size > end, is_sealed)
         except BaseException:
             if self._newest is None:
                 home.remove()

@@ -24,7 +24,7 @@ from remus_ckpt.store.directory import HistoryDirectory
 from remus_ckpt.store.hand_over import HandOver
 from remus_ckpt.store.history import History
 from remus_ckpt.store.pruning import Pruner
-from remus_ckpt.store.recovery import MAX_WARNINGS, Newest, leftovers, read_segments
+from remus_ckpt.store.recovery import MAX_WARNINGS, leftovers, read_segments
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Contents, Entry, Shape, entry_of, record_of, shape_of
 from remus_ckpt.store.state import Role, State, StateFile
@@ -92,9 +92,9 @@ class HistoryWriter:
             on_ready=self._on_ready,
             note=self._note,
         )
-        disown_in_forks(self)
         warm = None if warm_directory is None else Path(warm_directory)
         self._own = HistoryDirectory(self.directory, name, warm)
+        disown_in_forks(self)
         try:
             with guarding(self.directory):
                 self._state = StateFile(self.directory, name)
@@ -127,33 +127,24 @@ class HistoryWriter:
         for warning in found.warnings:
             self._note(warning)
         self._highest = found.highest_epoch
-        if found.newest is not None:
-            self._resume(found.newest)
+        if (newest := found.newest) is not None:
+            held = newest.restorer.in_force
+            self._chain = Chain.resume(
+                self._own.segments / newest.name,
+                newest.restorer,
+                newest.home,
+                newest.contents,
+                synced=newest.synced,
+                cut=newest.is_cut,
+                is_sealed=newest.is_sealed,
+            )
+            assert held is not None
+            self.position = record_of(held).after
+            self._hand_over.keep_room(held.device_state)
         if found.state != self.state:
             self._state.save(found.state)
         self._index.begin(found.contents, found.indexed)
         self._note(self._index.warning)
-
-    def _resume(self, newest: Newest) -> None:
-        try:
-            chain = self._chain = Chain.resume(
-                self._own.segments / newest.name,
-                newest.restorer,
-                newest.home,
-                synced=newest.synced,
-                end=newest.end,
-                cut=newest.is_cut,
-            )
-        except BaseException:
-            newest.home.remove()
-            raise
-        chain.is_sealed = newest.is_sealed
-        chain.checkpoints = len(newest.contents.epochs)
-        first, held = newest.contents.first, chain.restorer.in_force
-        assert first is not None and held is not None
-        chain.count_base(first.end)
-        self.position = record_of(held).after
-        self._hand_over.keep_room(held.device_state)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -518,8 +509,8 @@ class HistoryWriter:
         with self._changing():
             if self._chain is None:
                 return []
-            now_ns = time.time_ns() if now_ns is None else now_ns
-            names = self._pruner.begin(self._chain.path.name, retention, now_ns)
+            at_ns = time.time_ns() if now_ns is None else now_ns
+            names = self._pruner.begin(self._chain.path.name, retention, at_ns)
         self._prune_the_rest()
         return names
 
@@ -538,10 +529,9 @@ class HistoryWriter:
     def hand_out(self) -> tuple[Path, Path]:
         """The newest checkpoint's memory and device state, as files for one who goes on from them and writes to them.
 
-        They lie where the warm copy does, and are made once for each term: asked again, even after a crash of this
-        process, they are the same files, whatever has been written to them, and `handed_out` says which checkpoint
-        they held. Only after a crash of the machine, which may have torn them, they are made anew. The stream that led
-        here cannot be continued any more.
+        They lie beside the warm copy, and are made once for each term: asked again, by another process too, they are
+        the same files, whatever has been written to them; `handed_out` says which checkpoint they held. After a crash
+        of the machine, which may have torn them, they are made anew. The stream that led here has come to its end.
         Raises StoreError, NoCheckpoint.
         """
         with self._changing():
@@ -580,22 +570,14 @@ class HistoryWriter:
         self._release(remove=remove)
 
     def disown(self) -> None:
-        """In a fork: the history is the parent's. Here it can only be closed, which does nothing.
-
-        The index is left open: what SQLite must not do in a fork is to close it.
-        """
+        """In a fork: the history is the parent's, and nothing is written. SQLite's files must not be closed there."""
         self._is_torn, self._lock = True, threading.RLock()
-        for chain in (self._coming, self._chain):
-            if chain is not None:
-                chain.close()
-                chain.home.close()
+        self._close_chains()
+        self._own.disown()
 
     def _release(self, *, remove: bool = False) -> None:
         try:
-            for chain in (self._coming, self._chain):
-                if chain is not None:
-                    chain.close()
-                    chain.home.close()
+            self._close_chains()
             self._coming = self._chain = None
             if hasattr(self, "_index"):
                 self._index.close()
@@ -603,6 +585,11 @@ class HistoryWriter:
                 self._own.remove()
         finally:  # whatever happened: nobody else could open the history
             self._own.release()
+
+    def _close_chains(self) -> None:
+        for chain in filter(None, (self._coming, self._chain)):
+            chain.close()
+            chain.home.close()
 
     def __enter__(self) -> HistoryWriter:
         return self

@@ -119,9 +119,8 @@ class Check:
                     self._wrong(name, f"promoted at {given['position']}; {told.position} was said")
                 memory = load_image(given["image"])
                 device_state = Path(given["device_state"]).read_bytes()
-                self._compare(
-                    name, "what is handed out", SimpleNamespace(memory=memory, parts=Parts.unpack(device_state))
-                )
+                handed_out = SimpleNamespace(memory=memory, parts=Parts.unpack(device_state))
+                self._compare(name, "what is handed out", handed_out)
                 self._go_on(name, given["term"] + 1)
         for name, told in due.items():
             self._read_all(name, told)

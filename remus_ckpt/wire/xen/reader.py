@@ -35,7 +35,7 @@ from remus_ckpt.wire.xen.dialect import (
     detect_codec,
     detect_header,
 )
-from remus_ckpt.wire.xen.states import BODIES, Course, State
+from remus_ckpt.wire.xen.states import BODIES, Course, StreamState
 
 NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further event."""
@@ -80,7 +80,7 @@ class Boundary:
     ) -> Self:
         """Behind any checkpoint of a stream of our own shape (specs/stream.md §9.1)."""
         course = Course()
-        course.state = State.COMPRESSED_BODY
+        course.state = StreamState.COMPRESSED_BODY
         dialect = Dialect(word=word, guest="hvm", codec=codec)
         return cls(offset=offset, epoch=epoch, dialect=dialect, p2m_size=p2m_size, position=position, course=course)
 
@@ -168,7 +168,7 @@ class Reader:
         self._position = boundary.position
         self._p2m_size = boundary.p2m_size
         self._opening = b""
-        self._parser = self._stream() if self._course.state is State.FRONT else self._checkpoints()
+        self._parser = self._stream() if self._course.state is StreamState.FRONT else self._checkpoints()
 
     # Bytes in
 
@@ -268,7 +268,7 @@ class Reader:
         yield from self._checkpoints()
 
     def _checkpoints(self) -> Parser:
-        while self._course.state is not State.DONE:
+        while self._course.state is not StreamState.DONE:
             while self._course.state in BODIES:
                 yield from self._chunk()
             yield from self._tail()
@@ -463,7 +463,7 @@ class Reader:
         if kind is None:
             self._refuse(f"there is no chunk {number}", start, "stream.md §4.1", f"chunk {number}")
         name = f"chunk {number} {kind.name}"
-        if self._course.state is State.ARMED_BODY:
+        if self._course.state is StreamState.ARMED_BODY:
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", name)
         event = yield from self._read_chunk(kind, name, start)
         yield from self._emit(event, kind.section, name)
@@ -501,13 +501,13 @@ class Reader:
         if kind.id is ChunkId.ENABLE_VERIFY_MODE:
             return events.EnableVerifyMode(offset=start)
         # Said twice in round 0, it has been noted by `_chunk` already.
-        if self._course.state not in (State.FIRST_BODY, State.ARMED_BODY):
+        if self._course.state not in (StreamState.FIRST_BODY, StreamState.ARMED_BODY):
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", name)
         return events.EnableCompression(offset=start)
 
     def _batch(self, count: int, start: int) -> Parser:
         """§5"""
-        if self._course.state is State.ARMED_BODY:
+        if self._course.state is StreamState.ARMED_BODY:
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", "batch")
         raw = yield from self._inbox.array(count * (self.dialect.word or 8))
         entries = raw.view(f"<u{self.dialect.word}")
@@ -558,7 +558,7 @@ class Reader:
     ) -> Generator[events.Event | None, None, events.Event]:
         """§6.2"""
         size = yield from self._word()
-        if self._course.state is not State.COMPRESSED_BODY:
+        if self._course.state is not StreamState.COMPRESSED_BODY:
             # Refused before its bytes are taken: in round 0, Xen takes this chunk for the end of the body.
             self._refuse(f"it may not stand in the {self._course.state.value}", start, kind.section, name)
         self._limit(size, "compressed_chunk_bytes", start, kind.section, name, "its length")

@@ -10,7 +10,7 @@ from enum import Enum
 from remus_ckpt.wire.xen import events
 
 
-class State(Enum):
+class StreamState(Enum):
     """A place in the stream. FIRST is round 0; ARMED: it has had its ENABLE_COMPRESSION; PLAIN and COMPRESSED: later
     rounds, in format A and format B."""
 
@@ -43,30 +43,30 @@ class Kind(Enum):
 
 
 BODIES = {
-    State.FIRST_BODY: State.FIRST_TAIL,
-    State.ARMED_BODY: State.ARMED_TAIL,
-    State.PLAIN_BODY: State.PLAIN_TAIL,
-    State.COMPRESSED_BODY: State.COMPRESSED_TAIL,
+    StreamState.FIRST_BODY: StreamState.FIRST_TAIL,
+    StreamState.ARMED_BODY: StreamState.ARMED_TAIL,
+    StreamState.PLAIN_BODY: StreamState.PLAIN_TAIL,
+    StreamState.COMPRESSED_BODY: StreamState.COMPRESSED_TAIL,
 }
 """Each body and the tail that closes it."""
 
-TRANSITIONS: dict[tuple[State, Kind], State] = {
-    (State.FRONT, Kind.FILE_HEADER): State.HEADER,
-    (State.FRONT, Kind.HEADER): State.FIRST_BODY,
-    (State.HEADER, Kind.HEADER): State.FIRST_BODY,
+TRANSITIONS: dict[tuple[StreamState, Kind], StreamState] = {
+    (StreamState.FRONT, Kind.FILE_HEADER): StreamState.HEADER,
+    (StreamState.FRONT, Kind.HEADER): StreamState.FIRST_BODY,
+    (StreamState.HEADER, Kind.HEADER): StreamState.FIRST_BODY,
     **{(body, kind): body for body in BODIES for kind in (Kind.BATCH, Kind.INFO, Kind.LAST_CHECKPOINT)},
     **{(body, Kind.END_OF_BODY): tail for body, tail in BODIES.items()},
-    (State.FIRST_BODY, Kind.ENABLE_COMPRESSION): State.ARMED_BODY,
+    (StreamState.FIRST_BODY, Kind.ENABLE_COMPRESSION): StreamState.ARMED_BODY,
     # Looked at only when round 0 ends: said twice or said later, it changes nothing.
-    (State.ARMED_BODY, Kind.ENABLE_COMPRESSION): State.ARMED_BODY,
-    (State.PLAIN_BODY, Kind.ENABLE_COMPRESSION): State.PLAIN_BODY,
-    (State.COMPRESSED_BODY, Kind.ENABLE_COMPRESSION): State.COMPRESSED_BODY,
-    (State.COMPRESSED_BODY, Kind.COMPRESSED_DATA): State.COMPRESSED_BODY,
-    (State.FIRST_TAIL, Kind.TAIL): State.PLAIN_BODY,
-    (State.PLAIN_TAIL, Kind.TAIL): State.PLAIN_BODY,
-    (State.ARMED_TAIL, Kind.TAIL): State.COMPRESSED_BODY,
-    (State.COMPRESSED_TAIL, Kind.TAIL): State.COMPRESSED_BODY,
-    **{(tail, Kind.LAST_TAIL): State.DONE for tail in BODIES.values()},
+    (StreamState.ARMED_BODY, Kind.ENABLE_COMPRESSION): StreamState.ARMED_BODY,
+    (StreamState.PLAIN_BODY, Kind.ENABLE_COMPRESSION): StreamState.PLAIN_BODY,
+    (StreamState.COMPRESSED_BODY, Kind.ENABLE_COMPRESSION): StreamState.COMPRESSED_BODY,
+    (StreamState.COMPRESSED_BODY, Kind.COMPRESSED_DATA): StreamState.COMPRESSED_BODY,
+    (StreamState.FIRST_TAIL, Kind.TAIL): StreamState.PLAIN_BODY,
+    (StreamState.PLAIN_TAIL, Kind.TAIL): StreamState.PLAIN_BODY,
+    (StreamState.ARMED_TAIL, Kind.TAIL): StreamState.COMPRESSED_BODY,
+    (StreamState.COMPRESSED_TAIL, Kind.TAIL): StreamState.COMPRESSED_BODY,
+    **{(tail, Kind.LAST_TAIL): StreamState.DONE for tail in BODIES.values()},
 }
 
 KINDS: dict[type[events.Event], Kind] = {
@@ -93,7 +93,7 @@ class Course:
     """Walks the table, and keeps what the layout of a tail hangs on."""
 
     def __init__(self) -> None:
-        self.state = State.FRONT
+        self.state = StreamState.FRONT
         self.last_checkpoint = False
         self.vcpus: tuple[int, ...] = (0,)
         """The virtual CPUs that the tail describes; {0} where VCPU_INFO never came."""
@@ -105,9 +105,9 @@ class Course:
     @property
     def in_compressed_body(self) -> bool:
         """Whether batches are in format B here."""
-        return self.state is State.COMPRESSED_BODY
+        return self.state is StreamState.COMPRESSED_BODY
 
-    def step(self, event: events.Event) -> State | None:
+    def step(self, event: events.Event) -> StreamState | None:
         """Go on by one event; None where it may not stand here."""
         kind = KINDS[type(event)]
         if kind is Kind.TAIL and self.last_checkpoint:
