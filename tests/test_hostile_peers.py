@@ -34,8 +34,8 @@ from remus_ckpt.limits import GIB
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import protect
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.store import Store

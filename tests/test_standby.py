@@ -372,6 +372,13 @@ def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.Mo
         assert backup.failover("orders")["term"] == 1
 
 
+def test_a_name_without_checkpoints_leaves_nothing(tmp_path: Path) -> None:
+    writer = Store(tmp_path / "store").writer("orders", warm_directory=tmp_path / "warm")
+    standby = Standby("orders", writer, Policy(), Metrics(), lambda: None)
+    assert standby.close_if_empty()
+    assert [*(tmp_path / "store").iterdir(), *(tmp_path / "warm").iterdir()] == []
+
+
 # What was decided, and what has changed since
 
 

@@ -10,7 +10,6 @@ end. So a disk that hangs stops what needs that disk, and nothing else: not the 
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -471,8 +470,7 @@ class Standby:
             if not self.looks_empty() or any((self._writer.directory / "segments").iterdir()):
                 return False
             self._is_closed = True
-            self._writer.close()
-            shutil.rmtree(self._writer.directory)
+            self._writer.remove()
         return self._is_closed
 
     def stop(self) -> None:

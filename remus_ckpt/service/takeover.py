@@ -246,12 +246,15 @@ class Takeover:
         if state.role != "promoted":
             raise Refusal("busy", f"{self.name!r} is protected again, under term {state.term}")
         with self._durable.writing():
-            image, device_state = self._durable.writer.hand_out()
+            writer = self._durable.writer
+            image, device_state = writer.hand_out()
+            position = writer.handed_out or writer.position
+        assert position is not None  # there would be nothing to hand out
         handed_out = {
             "name": self.name,
             "term": state.term,
-            "epoch": self._durable.epoch,
-            "position": self._durable.whole_position,
+            "epoch": position.epoch,
+            "position": f"{position.epoch}:{position.digest.hex()}",
             "image": str(image),
             "device_state": str(device_state),
         }
@@ -317,6 +320,7 @@ class Takeover:
                     "REMUS_IMAGE": given["image"],
                     "REMUS_DEVICE_STATE": given["device_state"],
                     "REMUS_POSITION": given["position"],
+                    "REMUS_EPOCH": str(given["epoch"]),
                 },
             )
             with self._lock:
