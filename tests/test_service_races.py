@@ -373,32 +373,32 @@ def test_who_waits_for_a_commit_is_told_that_another_has_taken_over(tmp_path: Pa
     assert [type(error) for error in found] == [Fenced]
 
 
-def test_a_goodbye_has_been_noted_when_the_primary_is_closed(tmp_path: Path) -> None:
+@pytest.fixture
+def goodbyes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those that standbys have noted; each takes them its time."""
+    noted: list[str] = []
+    real = Standby.said_goodbye
+
+    def said_goodbye(self: Standby, reason: str) -> None:
+        time.sleep(0.3)
+        real(self, reason)
+        noted.append(reason)
+
+    monkeypatch.setattr(Standby, "said_goodbye", said_goodbye)
+    return noted
+
+
+def test_a_goodbye_has_been_noted_when_the_primary_is_closed(tmp_path: Path, goodbyes: list[str]) -> None:
     """Hung up on at once, it may never arrive; then an orderly end looks like a death."""
-    slow = threading.Event()
-    notes: list[Any] = []
-
-    class SlowStandby(Standby):
-        def said_goodbye(self, reason: str) -> None:
-            slow.wait(0.3)
-            super().said_goodbye(reason)
-            notes.append(reason)
-
     with backup_in(tmp_path / "store") as backup:
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
-            backup._standbys["orders"].__class__ = SlowStandby
-        assert notes == ["closed"]
+        assert goodbyes == ["closed"]
 
 
+@pytest.mark.usefixtures("goodbyes")
 def test_no_heartbeat_follows_a_goodbye(tmp_path: Path) -> None:
     """While the backup takes its time to hang up, many are due."""
-
-    class SlowStandby(Standby):
-        def said_goodbye(self, reason: str) -> None:
-            time.sleep(0.5)
-            super().said_goodbye(reason)
-
     with backup_in(tmp_path / "store", lease_s=0.3) as backup:
         memory = Memory(backup.addresses[0])
         memory.step(1)
@@ -406,6 +406,5 @@ def test_no_heartbeat_follows_a_goodbye(tmp_path: Path) -> None:
         failed: list[RemusError] = []
         fail = link._fail
         link._fail = lambda error: (failed.append(error), fail(error))
-        backup._standbys["orders"].__class__ = SlowStandby
         memory.protection.close()
         assert [type(error) for error in failed] == [LinkError], "it has hung up, and nothing else went wrong"

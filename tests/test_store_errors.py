@@ -200,7 +200,7 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
             (tmp_path / "orders" / "store.json").write_bytes(good)
             backup._thread.join(1.5)
             assert backup._thread.is_alive()
-        until(lambda: "orders" in backup._standbys)
+        until(lambda: backup.status()["names"]["orders"]["role"] == "standby")
         with monkeypatch.context() as patched:
             no_thread(patched, "closing")
             backup._standbys["orders"]._durable.note_broken(MemoryError())
