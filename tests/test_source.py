@@ -185,7 +185,7 @@ def test_a_process_that_does_not_have_the_file_is_refused(tmp_path: Path, sleepe
     assert os.listdir("/proc/self/fd") == before, "it has let go of both"
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1, 10**20])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1, 10**20], ids=["own", "beyond pid_max", "beyond a word"])
 def test_processes_that_cannot_be_recorded(pid: int) -> None:
     with pytest.raises(SourceError):
         Processes([pid])
