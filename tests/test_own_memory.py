@@ -172,6 +172,15 @@ def test_any_layout_and_any_writes(pieces: list[tuple[int, int]], data: st.DataO
         assert (shadow(source) == want).all()
 
 
+def test_what_was_copied_live_is_not_written() -> None:
+    buffers = all_kinds()
+    source = OwnMemory(buffers)
+    for pfns, pages in source.tracker.copy_live():
+        shadow(source)[pfns] = pages
+    assert shadow(source).tobytes() == image(buffers)
+    assert take(source) == []
+
+
 def test_many_buffers_that_end_within_a_page() -> None:
     buffers = {f"b{n}": bytearray(b"x" * (1 + 37 * n % 5000)) for n in range(300)}
     source = OwnMemory(buffers)
@@ -283,6 +292,14 @@ def test_the_lock_is_held_in_a_pause_and_only_there(make: Any) -> None:
         assert not is_free()
         source.stopper.resume()
         assert is_free()
+
+
+def test_closing_gives_the_lock_back() -> None:
+    lock = threading.Lock()
+    source = OwnMemory({"a": bytearray(5)}, lock=lock)
+    source.stopper.stop()
+    source.close()
+    assert not lock.locked()
 
 
 def test_a_lock_that_is_not_given_back() -> None:
@@ -477,8 +494,10 @@ def test_the_head() -> None:
     with pytest.raises(LimitExceeded) as limit:
         Parts.unpack(packed({}, size=2**32 - 1))
     assert (limit.value.limit, limit.value.offset) == ("manifest_bytes", 12)
+    size = len(good) - 16
+    assert Parts.unpack(good, limits=Limits(manifest_bytes=size)).manifest == good[16:]
     with pytest.raises(LimitExceeded):
-        Parts.unpack(good, limits=Limits(manifest_bytes=10))
+        Parts.unpack(good, limits=Limits(manifest_bytes=size - 1))
 
 
 @given(st.binary(max_size=20), st.none() | st.binary(max_size=20))

@@ -179,8 +179,10 @@ def test_a_pause_that_somebody_ends_is_noticed(sleeper: subprocess.Popen[bytes])
 
 def test_a_process_that_does_not_have_the_file_is_refused(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     (tmp_path / "memory").write_bytes(bytes(PAGE_SIZE))
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(SourceError):
         SharedFile(tmp_path / "memory", Processes([sleeper.pid]))
+    assert os.listdir("/proc/self/fd") == before, "it has let go of both"
 
 
 @pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1, 10**20], ids=["own", "beyond pid_max", "beyond a word"])
@@ -238,6 +240,19 @@ def test_dirty_pages_of_a_sparse_file(shm: Path) -> None:
     assert shared.take() == []
     # To look at a hole must not fill it.
     assert shm.stat().st_blocks * 512 <= 64 * PAGE_SIZE
+    shared.source.close()
+
+
+def test_a_hole_anywhere_is_read_as_zeros_and_not_filled(shm: Path) -> None:
+    shared = Shared(shm, 20 * PAGE_SIZE)
+    shared.write(7 * PAGE_SIZE, b"x")
+    shared.write(12 * PAGE_SIZE, b"y")
+    shared.memory.check()
+    before = shm.stat().st_blocks
+    pfns = np.array([0, 6, 7, 8, 11, 12, 13, 19])
+    pages = shared.memory.read(pfns, np.ones((len(pfns), PAGE_SIZE), dtype=np.uint8))
+    assert pfns[pages.any(axis=1)].tolist() == [7, 12]
+    assert shm.stat().st_blocks == before
     shared.source.close()
 
 

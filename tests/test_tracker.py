@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import PauseBroken
+from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import PAGE_SIZE, Pages
@@ -71,13 +71,23 @@ class Shaky(LockStopper):
             raise PauseBroken("somebody has run")
 
 
+class Checked(Buffers):
+    """Memory that may be no longer the one that is used."""
+
+    is_lost = False
+
+    def check(self) -> None:
+        if self.is_lost:
+            raise SourceError("it is mapped anew")
+
+
 class Desk:
     """Memory that a test writes to, a loop over it, and a receiver."""
 
     def __init__(self, make: Callable[[Any], Tracker]) -> None:
         self.array = np.zeros((PAGES, PAGE_SIZE), dtype=np.uint8)
         self.array[::3] = 7
-        memory = Buffers({"array": self.array})
+        memory = self.memory = Checked({"array": self.array})
         self.tracker = make(memory)
         self.stopper = Shaky()
         self.sender = Sender(PAGES, reference=self.tracker.restart())
@@ -134,6 +144,14 @@ def test_a_pause_that_is_taken_again_finds_all_that_the_broken_one_did(desk: Des
     desk.poke(3, 5)
     desk.stopper.to_break = 2
     assert desk.take() == 2
+
+
+def test_memory_is_checked_in_each_pause(desk: Desk) -> None:
+    desk.take()
+    desk.memory.is_lost = True
+    with pytest.raises(SourceError):
+        desk.loop.take()
+    assert [checkpoint.epoch for checkpoint in desk.restorer.checkpoints()] == []
 
 
 def test_a_checkpoint_that_breaks_off_costs_no_page(desk: Desk) -> None:
