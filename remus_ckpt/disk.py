@@ -151,9 +151,10 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[int]:
-    """A new file of mode 0600 by its descriptor, which takes the path's place, durable, when the block ends well.
+def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
+    """A new file of mode 0600 by its descriptor, which takes the path's place when the block ends well.
 
+    sync: it is durable then
     Raises OSError that names the path.
     """
     # Named before it is made: a signal's handler that raises in between leaves no file either.
@@ -163,7 +164,8 @@ def appearing(path: Path) -> Iterator[int]:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 yield descriptor
-                os.fsync(descriptor)
+                if sync:
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             os.replace(temporary, path)
@@ -171,7 +173,8 @@ def appearing(path: Path) -> Iterator[int]:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        sync_directory(path.parent)
+        if sync:
+            sync_directory(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from remus_ckpt.disk import appearing, guarding, open_to_read, sync_directory, write_all
+from remus_ckpt.disk import appearing, guarding, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
@@ -236,24 +235,14 @@ class History:
         """
         target = Path(path)
         self.find(at)
-        with guarding(target):
-            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(descriptor)
-        home = MappedFile(temporary)
-        try:
-            checkpoint, _ = self._read(at, home, progress)
-            home.cut(checkpoint.memory_bytes)
-            if sync:
-                home.sync()
-            with guarding(target):
-                os.replace(temporary, target)
-                if sync:
-                    sync_directory(target.parent)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        finally:
-            home.close()
+        with guarding(target), appearing(target, sync=sync) as descriptor:
+            home = MappedFile(f"/proc/self/fd/{descriptor}")  # its name is known to `appearing` alone
+            home.path = target
+            try:
+                checkpoint, _ = self._read(at, home, progress)
+                home.cut(checkpoint.memory_bytes)
+            finally:
+                home.close()
         return checkpoint
 
     def export(self, path: str | Path, at: int | datetime | None = None, progress: Progress | None = None) -> Entry:
