@@ -232,7 +232,8 @@ def tests_of(root: Path, file: str) -> list[str]:
     """The tests that must notice a change in a file, each once."""
     beginning = max((key for key in TESTS if file.startswith(key)), key=len, default="")
     globs = TESTS.get(beginning, "").split()
-    return [*dict.fromkeys(f"tests/{path.name}" for glob in globs for path in sorted((root / "tests").glob(glob)))]
+    found = [path for glob in globs for path in sorted((root / "tests").rglob(glob))]
+    return [*dict.fromkeys(str(path.relative_to(root)) for path in found)]
 
 
 class Tree:

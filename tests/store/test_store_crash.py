@@ -21,7 +21,7 @@ from remus_ckpt.store import Store
 
 pytestmark = pytest.mark.kill
 
-CHILD = Path(__file__).with_name("crash_store.py")
+CHILD = Path(__file__).parents[1] / "crash_store.py"
 
 
 def run_child(directory: Path, seed: int, *more: object, kill_after_s: float | None = None) -> tuple[int, str]:

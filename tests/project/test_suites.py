@@ -47,7 +47,7 @@ def test_skipped(): pytest.skip("no such machine")
 def test_what_is_not_run_is_said(
     pytester: pytest.Pytester, options: list[str], user: int, passed: int, expected: list[str]
 ) -> None:
-    conftest = (Path(__file__).parent / "conftest.py").read_text()
+    conftest = (Path(__file__).parents[1] / "conftest.py").read_text()
     pytester.makeconftest(f"{conftest}\nos.geteuid = lambda: {user}\n")
     pytester.makepyfile(test_one=TESTS)
     pytester.makeini("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\npythonpath = .\n")
