@@ -30,7 +30,8 @@ from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
@@ -172,7 +173,7 @@ def run_primary(args: dict[str, Any], board: Board, channel: socket.socket) -> i
         return connect(Address.parse(args["to"]), tls=tls, timeout_s=2.0)
 
     tls = TlsFiles(args["tls_dir"]) if args["tls_dir"] else None
-    source = SharedFile(args["memory"], Processes([args["worker"]]))
+    source = SharedFile(args["memory"], Processes([args["worker"]]), device_state=device_state)
     primary = Primary(
         args["name"],
         source,
@@ -182,7 +183,6 @@ def run_primary(args: dict[str, Any], board: Board, channel: socket.socket) -> i
         window=args["window"],
         wait=args["wait"],
         compression=args["compression"],
-        device_state=device_state,
         on_commit=on_commit,
         on_paused=on_paused,
         on_phase=board.report,
