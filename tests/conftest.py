@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     global _is_all  # noqa: PLW0603 - decorators ask before there is a fixture
     _is_all = config.getoption("--all")
+    # Children inherit which signals are ignored, and behind nohup and `&` tests send some of those. What is caught is
+    # not inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     for name, (what, needs) in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {what}; needs {needs}")
     settings.register_profile(

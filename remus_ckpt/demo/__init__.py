@@ -65,7 +65,7 @@ def run_demo(
         say(f"backup: remus-ckpt backup --listen {address}, with mutual TLS, a lease of {_LEASE} and a fence")
         report = _protect_and_kill(scene, memory, address, seconds, interval_s, rng, say)
         report |= _await_takeover(scene, stack, say)
-        report |= _prove(scene.store, report.pop("witness"), report["committed"], say)
+        report |= prove(scene.store, report.pop("witness"), report["committed"], say)
         report |= _check_survivor(scene, say)
     if directory is not None:
         say(f"kept: {where / 'store'} (remus-ckpt list store:{where / 'store'})")
@@ -205,7 +205,7 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _prove(store: Path, witness: dict[int, str], committed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def prove(store: Path, witness: dict[int, str], committed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Every checkpoint in the store against what the second reader saw, and the transfers that pauses fell into."""
     found: set[int] = set()
     inside: list[int] = []

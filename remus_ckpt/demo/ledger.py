@@ -21,13 +21,13 @@ MAGIC = 0x52454D5553434B50
 PAGE_WORDS = 512
 ACCOUNTS = 1 << 15
 JOURNAL = 1 << 17
-# In 64-bit words: the head, the intent record, accounts of four words and journal entries of four.
+# Where each part begins, in words of 64 bits: the head, the intent record, accounts and journal (entries of four).
 _MAGIC, _SEED, _TRANSFERS = 0, 1, 2
-_INTENT = PAGE_WORDS
-_ACTIVE, _COUNT, _STORES = _INTENT, _INTENT + 1, _INTENT + 2
-_ACCOUNTS = 2 * PAGE_WORDS
-_JOURNAL = _ACCOUNTS + 4 * ACCOUNTS
-WORDS = _JOURNAL + 4 * JOURNAL
+INTENT_AT = PAGE_WORDS
+ACTIVE_AT, COUNT_AT, STORES_AT = INTENT_AT, INTENT_AT + 1, INTENT_AT + 2
+ACCOUNTS_AT = 2 * PAGE_WORDS
+JOURNAL_AT = ACCOUNTS_AT + 4 * ACCOUNTS
+WORDS = JOURNAL_AT + 4 * JOURNAL
 BYTES = WORDS * 8
 _MASK = (1 << 64) - 1
 
@@ -63,7 +63,7 @@ class Ledger:
     @property
     def in_transfer(self) -> bool:
         """Whether a transfer had begun and not ended."""
-        return self._words[_ACTIVE] != 0
+        return self._words[ACTIVE_AT] != 0
 
     def transfer(self) -> None:
         """Make the next transfer: intent first, then store by store."""
@@ -73,8 +73,8 @@ class Ledger:
         source = drawn % ACCOUNTS
         target = (source + 1 + (drawn >> 20) % (ACCOUNTS - 1)) % ACCOUNTS
         amount = 1 + (drawn >> 40) % 1000
-        source_at, target_at = _ACCOUNTS + 4 * source, _ACCOUNTS + 4 * target
-        entry_at = _JOURNAL + 4 * (number % JOURNAL)
+        source_at, target_at = ACCOUNTS_AT + 4 * source, ACCOUNTS_AT + 4 * target
+        entry_at = JOURNAL_AT + 4 * (number % JOURNAL)
         stores = (
             (source_at, words[source_at] - amount),
             (source_at + 1, words[source_at + 1] + 1),
@@ -89,22 +89,22 @@ class Ledger:
             (_TRANSFERS, number),
         )
         for i, (at, value) in enumerate(stores):
-            words[_STORES + 2 * i] = at
-            words[_STORES + 2 * i + 1] = value
-        words[_COUNT] = len(stores)
-        words[_ACTIVE] = number
+            words[STORES_AT + 2 * i] = at
+            words[STORES_AT + 2 * i + 1] = value
+        words[COUNT_AT] = len(stores)
+        words[ACTIVE_AT] = number
         for at, value in stores:
             words[at] = value
-        words[_ACTIVE] = 0
+        words[ACTIVE_AT] = 0
 
     def recover(self) -> bool:
         """Finish a transfer that had begun; returns whether there was one."""
         words = self._words
-        if not words[_ACTIVE]:
+        if not words[ACTIVE_AT]:
             return False
-        for i in range(words[_COUNT]):
-            words[words[_STORES + 2 * i]] = words[_STORES + 2 * i + 1]
-        words[_ACTIVE] = 0
+        for i in range(words[COUNT_AT]):
+            words[words[STORES_AT + 2 * i]] = words[STORES_AT + 2 * i + 1]
+        words[ACTIVE_AT] = 0
         return True
 
     def faults(self) -> list[str]:
@@ -124,10 +124,10 @@ class Ledger:
         expected[:, 2] = np.bincount(target, minlength=ACCOUNTS)
         both = np.stack([source, target], axis=1).reshape(-1)
         expected[both, 3] = np.repeat(numbers.astype(np.int64), 2)
-        accounts = self._array[_ACCOUNTS:_JOURNAL].reshape(ACCOUNTS, 4)
+        accounts = self._array[ACCOUNTS_AT:JOURNAL_AT].reshape(ACCOUNTS, 4)
         kept = slice(max(count - JOURNAL, 0), None)
         rows = numbers[kept].astype(np.int64)
-        journal = self._array[_JOURNAL:].reshape(JOURNAL, 4)[rows % JOURNAL]
+        journal = self._array[JOURNAL_AT:].reshape(JOURNAL, 4)[rows % JOURNAL]
         entries = np.stack([rows, source[kept], target[kept], amount[kept]], axis=1)
         faults = []
         if accounts[:, 0].sum() != 0:

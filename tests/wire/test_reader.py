@@ -1088,7 +1088,7 @@ def test_every_claim_meets_its_limit_before_memory_is_taken(
 
 
 def test_every_limit_has_a_hostile_stream() -> None:
-    # manifest_bytes bounds what stands within the device state; tests/test_own_memory.py tries it.
+    # manifest_bytes bounds what stands within the device state; tests/source/test_own_memory.py tries it.
     assert {row[0] for row in LIMITED} == {*Limits.__slots__} - {"manifest_bytes"}
 
 

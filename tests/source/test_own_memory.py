@@ -531,7 +531,7 @@ def test_arrays_ask_for_memory_that_holds_them() -> None:
 
 
 def test_the_example_of_the_specification() -> None:
-    text = (Path(__file__).parents[1] / "specs" / "manifest.md").read_text()
+    text = (Path(__file__).parents[2] / "specs" / "manifest.md").read_text()
     rows = re.findall(r"^    \d+: +((?:[0-9a-f]{2} ?)+)$", text, re.MULTILINE)
     source = OwnMemory({"prices": np.zeros((2, 600)), "seen": bytearray(10)}, device_state=lambda: b"mine")
     assert source.parts().pack() == bytes.fromhex("".join(rows))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "faults"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "faults"
 SAMPLE = 50
 
 

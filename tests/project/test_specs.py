@@ -24,7 +24,7 @@ from remus_ckpt.wire.xen.reader import Reader
 from remus_ckpt.wire.xen.states import TRANSITIONS
 from remus_ckpt.wire.xen.writer import Writer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPECS = ROOT / "specs"
 NUMBERED = {path.name for path in SPECS.glob("*.md")} - {"README.md", "errata.md", "permissive.md"}
 

@@ -41,7 +41,7 @@ from remus_ckpt.wire.xen.dialect import FRONTS, Dialect
 from remus_ckpt.wire.xen.reader import Reader
 from remus_ckpt.wire.xen.states import BODIES, KINDS, TRANSITIONS, Course, Kind, StreamState
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPECS = ROOT / "specs"
 FOLDER = SPECS / "vectors"
 

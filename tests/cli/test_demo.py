@@ -34,9 +34,9 @@ def test_demo(tmp_path: Path) -> None:
         for entry in Store(store).history("ledger").entries()[:1]
     }
     with pytest.raises(RemusError):
-        demo._prove(store, {0: "00" * 32}, 0, lambda _: None)
+        demo.prove(store, {0: "00" * 32}, 0, lambda _: None)
     with pytest.raises(RemusError):
-        demo._prove(store, witness, 10**6, lambda _: None)
+        demo.prove(store, witness, 10**6, lambda _: None)
 
 
 def made(transfers: int) -> tuple[bytearray, Ledger]:
@@ -60,10 +60,10 @@ def test_a_wrong_ledger_is_found() -> None:
     data, book = made(50)
     assert book.faults() == []
     words = memoryview(data).cast("q")
-    words[ledger._ACCOUNTS + 4 * 17] += 1
+    words[ledger.ACCOUNTS_AT + 4 * 17] += 1
     assert book.faults()
-    words[ledger._ACCOUNTS + 4 * 17] -= 1
-    words[ledger._JOURNAL + 4 * 20 + 3] += 1
+    words[ledger.ACCOUNTS_AT + 4 * 17] -= 1
+    words[ledger.JOURNAL_AT + 4 * 20 + 3] += 1
     assert book.faults()
 
 
@@ -73,13 +73,15 @@ def test_an_intent_finishes_a_transfer_from_any_store_on() -> None:
     book.transfer()
     after = bytes(data)
     words = memoryview(bytearray(after)).cast("q")
-    stores = [(words[ledger._STORES + 2 * i], words[ledger._STORES + 2 * i + 1]) for i in range(words[ledger._COUNT])]
+    stores = [
+        (words[ledger.STORES_AT + 2 * i], words[ledger.STORES_AT + 2 * i + 1]) for i in range(words[ledger.COUNT_AT])
+    ]
     for done in range(len(stores) + 1):
         torn = bytearray(before)
         torn_words = memoryview(torn).cast("q")
-        intent = slice(ledger._INTENT, ledger._STORES + 2 * len(stores))
+        intent = slice(ledger.INTENT_AT, ledger.STORES_AT + 2 * len(stores))
         torn_words[intent] = words[intent]
-        torn_words[ledger._ACTIVE] = 31
+        torn_words[ledger.ACTIVE_AT] = 31
         for at, value in stores[:done]:
             torn_words[at] = value
         found = Ledger(torn)

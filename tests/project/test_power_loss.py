@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "powerloss"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "powerloss"
 LOSSES = 40
 
 

@@ -21,22 +21,28 @@ from remus_ckpt.store import Store
 
 pytestmark = pytest.mark.kill
 
-CHILD = Path(__file__).with_name("crash_store.py")
+CHILD = Path(__file__).parents[1] / "crash_store.py"
 
 
-def run_child(directory: Path, seed: int, *more: object, kill_after_s: float | None = None) -> tuple[int, str]:
-    """Returns the last epoch that the child called durable, −1 for none, and the last line that it wrote."""
+def run_child(
+    directory: Path, seed: int, *more: object, kill_after: tuple[int, float] | None = None
+) -> tuple[int, str]:
+    """Returns the last epoch that the child called durable, −1 for none, and the last line that it wrote.
+
+    kill_after: phases that it reaches, and seconds from then on
+    """
     command = [sys.executable, str(CHILD), str(directory), str(seed), *map(str, more)]
     # Unbuffered: `communicate` reads from the descriptor, and would lose the lines that came along with the first.
     with subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stderr is not None
-        opened = child.stdout.readline()
-        if kill_after_s is not None:
-            time.sleep(kill_after_s)
+        first = child.stdout.readline()
+        if kill_after is not None:
+            first += b"".join(child.stdout.readline() for _ in range(kill_after[0]))
+            time.sleep(kill_after[1])
             child.kill()
         out, err = child.communicate(timeout=60)
     assert child.returncode == -9, err.decode()
-    lines = (opened + out).decode().splitlines()
+    lines = (first + out).decode().splitlines()
     stored = [int(line.split()[1]) for line in lines if line.split()[0] in ("stored", "opened")]
     return stored[-1], lines[-1].split()[0]
 
@@ -75,7 +81,9 @@ def test_killed_at_random_instants(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
     newest = -1
     for number in range(8):
-        durable, _ = run_child(store.directory, 100 * seed + number, kill_after_s=dice.uniform(0.0, 0.25))
+        durable, _ = run_child(
+            store.directory, 100 * seed + number, kill_after=(dice.randrange(60), dice.uniform(0.0, 0.02))
+        )
         assert durable >= newest
         check(store, durable)
         newest = durable

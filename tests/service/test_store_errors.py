@@ -173,6 +173,7 @@ def test_a_store_that_was_torn_by_nobody_who_is_told(tmp_path: Path) -> None:
     ):
         memory.step(0)
         writer = backup._standbys["orders"]._writer
+        until(lambda: writer.memory is not None)  # what has been acknowledged may not have been applied yet
         with suppress(MemoryError, StoreError):  # it may be closed by now
             writer.compact(wait=True)
         until(raised.is_set)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "killtest"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "killtest"
 RUNS = 26
 """Every other one is aimed: at each of the thirteen phases once, and once more for one that was missed."""
 

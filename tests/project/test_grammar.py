@@ -33,7 +33,7 @@ from remus_ckpt.wire.xen.writer import Writer
 
 kaitaistruct = pytest.importorskip("kaitaistruct", reason="kaitaistruct is not installed: it is in the extra `test`")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SPECS = ROOT / "specs"
 GRAMMAR = SPECS / "grammar" / "remus_stream.ksy"
 TOOL = ROOT / "tools" / "grammar.py"

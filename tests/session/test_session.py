@@ -57,7 +57,7 @@ from remus_ckpt.session.messages import (
 )
 from remus_ckpt.wire.xen.reader import Reader
 
-SPEC = (Path(__file__).resolve().parents[1] / "specs" / "session.md").read_text()
+SPEC = (Path(__file__).resolve().parents[2] / "specs" / "session.md").read_text()
 FIRST = Position(0, b"\x11" * 32)
 SECOND = Position(1, b"\x22" * 32)
 SHAPE = StreamShape("delta", 8, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 pytest_plugins = ["pytester"]
 
 TESTS = """
+import subprocess, sys
 import pytest
 from conftest import many
 CASES = many(2, 5)
@@ -23,6 +25,9 @@ def test_root(): pass
 @pytest.mark.parametrize("case", range(CASES))
 def test_case(case): pass
 def test_skipped(): pytest.skip("no such machine")
+def test_a_child_hears_signals():
+    code = "import signal; print([signal.getsignal(n) is signal.SIG_IGN for n in (signal.SIGINT, signal.SIGHUP)])"
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"[False, False]\\n"
 """
 
 
@@ -32,7 +37,7 @@ def test_skipped(): pytest.skip("no such machine")
         (
             ["-n", "2"],
             1000,
-            2,
+            3,
             [
                 "skipped: 1 (needs root)",
                 "skipped: 1 (no such machine)",
@@ -40,18 +45,19 @@ def test_skipped(): pytest.skip("no such machine")
                 "not run: most of the random cases (run with --all)",
             ],
         ),
-        (["--all"], 0, 9, ["skipped: 1 (no such machine)"]),
+        (["--all"], 0, 10, ["skipped: 1 (no such machine)"]),
         (["-m", "kill"], 0, 2, ["not run: most of the random cases (run with --all)"]),
     ],
 )
 def test_what_is_not_run_is_said(
     pytester: pytest.Pytester, options: list[str], user: int, passed: int, expected: list[str]
 ) -> None:
-    conftest = (Path(__file__).parent / "conftest.py").read_text()
+    conftest = (Path(__file__).parents[1] / "conftest.py").read_text()
     pytester.makeconftest(f"{conftest}\nos.geteuid = lambda: {user}\n")
     pytester.makepyfile(test_one=TESTS)
     pytester.makeini("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\npythonpath = .\n")
-    done = pytester.runpytest_subprocess(*options)
+    command = [sys.executable, "-m", "pytest", f"--basetemp={pytester.path / 'temporary'}", *options]
+    done = pytester.run("sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", *command)  # as behind nohup and `&`
     said = [line for line in done.outlines if line.startswith(("skipped: ", "not run: "))]
     assert sorted(said) == sorted(expected)
     assert done.parseoutcomes()["passed"] == passed

@@ -32,7 +32,7 @@ from remus_ckpt.observe.log import LogFormat, configure_logs, log
 from remus_ckpt.observe.metrics import Metrics, flatten, summarize, unflatten
 from remus_ckpt.observe.systemd import notify, watchdog_interval_s
 
-UNITS = Path(__file__).parent.parent / "tools" / "systemd"
+UNITS = Path(__file__).parents[2] / "tools" / "systemd"
 
 
 # Logs

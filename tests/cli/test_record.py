@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import Command, process_state, writer_process
@@ -41,11 +43,17 @@ def worker(memory: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
-def record(memory: Path, pid: int, stream: Path, *more: str, **keywords: object) -> subprocess.Popen[str]:
+@contextmanager
+def record(memory: Path, pid: int, stream: Path, *more: str, **keywords: Any) -> Iterator[subprocess.Popen[str]]:
+    """A recorder, which ends with the block: a test that fails does not wait for it."""
     command = [sys.executable, "-m", "remus_ckpt", "record", str(memory), "--pid", str(pid), "-o", str(stream)]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--json", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords
-    )  # type: ignore[call-overload,no-any-return]
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for_bytes(stream: Path, size: int) -> None:
