@@ -135,7 +135,7 @@ def test_a_question_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def soak() -> Any:
-    path = Path(__file__).resolve().parent.parent / "tools" / "soak.py"
+    path = Path(__file__).resolve().parents[2] / "tools" / "soak.py"
     spec = importlib.util.spec_from_file_location("soak", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
