@@ -65,10 +65,8 @@ handler, so writes by the kernel on behalf of system calls are not affected."""
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
-UFFDIO_UNREGISTER = 0x8010AA01
 _API = struct.Struct("=3Q")  # api, features, ioctls
 _REGISTER = struct.Struct("=4Q")  # start, length, mode, ioctls
-_RANGE = struct.Struct("=2Q")  # start, length
 _MODE_WP = 2
 
 
@@ -100,11 +98,6 @@ def handshake(fd: int) -> None:
 def register(fd: int, start: int, stop: int) -> None:
     """Let a range be write-protected. Raises OSError: EBUSY where another userfaultfd has some of it."""
     fcntl.ioctl(fd, UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, stop - start, _MODE_WP, 0)))
-
-
-def unregister(fd: int, start: int, stop: int) -> None:
-    """Lift the protection of a range. Raises OSError."""
-    fcntl.ioctl(fd, UFFDIO_UNREGISTER, bytearray(_RANGE.pack(start, stop - start)))
 
 
 # PAGEMAP_SCAN on /proc/PID/pagemap
@@ -149,6 +142,35 @@ def is_mapped(start: int, stop: int) -> bool:
         return False
     _check(-1)
     raise AssertionError
+
+
+# inotify(7)
+
+_IN_MODIFY = 0x2
+
+
+def watch_writes(fd: int) -> int:
+    """A descriptor that is readable when somebody has written to an open file by a system call.
+
+    write(), truncate(), fallocate(): all but writes through mappings. Raises OSError.
+    """
+    watch = _check(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+    try:
+        _check(_libc.inotify_add_watch(watch, f"/proc/self/fd/{fd}".encode(), _IN_MODIFY))
+    except BaseException:
+        os.close(watch)
+        raise
+    return watch
+
+
+HUGETLBFS = 0x958458F6
+
+
+def file_system(fd: int) -> int:
+    """The magic number of the file system that an open file is on. Raises OSError."""
+    status = ctypes.create_string_buffer(256)
+    _check(_libc.fstatfs(fd, status))
+    return int.from_bytes(status.raw[:4], "little")
 
 
 # ptrace(2)

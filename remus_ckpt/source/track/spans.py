@@ -44,7 +44,8 @@ class Spans:
         try:
             for area in self._areas:
                 _check_page_size(area)
-                self._userfault.register(area.start, area.stop)
+                if not self._userfault.register(area.start, area.stop):
+                    raise Untracked(f"{_some(area.names)} can only be read: whoever writes it does so elsewhere")
             self._pagemap = open_pagemap()
             self.arm()
         except BaseException:

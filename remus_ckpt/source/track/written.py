@@ -57,28 +57,24 @@ class Userfault:
         if fd >= 0:
             os.close(fd)
 
-    def register(self, start: int, stop: int) -> None:
+    def register(self, start: int, stop: int) -> bool:
         """Take a range of addresses, whole pages. It is watched from `Scanner.arm` on.
 
-        Raises Untracked if it cannot be: somebody else watches some of it, or some of it is not mapped.
+        Returns False, and leaves it, where it is a mapping that can never be written.
+        Raises Untracked if it cannot be watched: somebody else does so, or some of it is not mapped.
         """
         try:
             linux.register(self._fd, start, stop)
+            return True
         except OSError as error:
+            if error.errno == errno.EPERM:  # of a file opened for reading
+                return False
             reason = {
-                errno.EBUSY: "somebody else watches some of this memory with a userfaultfd",
-                errno.EPERM: "it is a read-only mapping of a file opened for reading",
+                errno.EBUSY: "somebody else watches some of it with a userfaultfd",
                 errno.EINVAL: "some of it is not mapped, or mapped in a way that userfaultfd does not take",
+                errno.ENOMEM: "the process whose memory it was has ended, or executed another program",
             }.get(error.errno or 0, error.strerror)
             raise Untracked(f"memory at {start:#x}-{stop:#x} cannot be watched: {reason}") from None
-
-    def unregister(self, start: int, stop: int) -> None:
-        """Let go of a range. One that is not mapped any longer is let go of already."""
-        try:
-            linux.unregister(self._fd, start, stop)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
-                raise
 
 
 class Scanner:
