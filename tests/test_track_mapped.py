@@ -125,7 +125,7 @@ MAP_ANEW = (
     ("change", "says"),
     [
         ("late = mmap.mmap(file, size); late[3 * 4096] = 1", "mappings"),
-        ("area[3 * 4096] = 1; mappings.clear(); del area", "mappings"),
+        ("own = mmap.mmap(file, size); area[3 * 4096] = 1; mappings.clear(); del area", "mappings"),
         ("area[3 * 4096] = 1; area.resize(size * 2); ", "mappings"),
         ("os.pwrite(file, b'x', 3 * 4096)", "system call"),
         ("os.posix_fallocate(file, 0, 4096)", "system call"),
@@ -146,6 +146,19 @@ def test_what_is_not_known_for_sure_is_said_once(path: Path, worker: Mapper, cha
         elif "clear" not in change:
             worker.touch(6)
             assert watch.written([worker]).tolist() == [6]
+
+
+def test_a_process_without_a_mapping_is_never_known(path: Path, worker: Mapper) -> None:
+    with watch_of(path, [worker]) as watch:
+        worker.do("area[3 * 4096] = 1; mappings.clear(); del area")
+        for _ in range(2):
+            with pytest.raises(Untracked, match="nowhere"):
+                watch.written([worker])
+        worker.do("area = mmap.mmap(file, size)")
+        with pytest.raises(Untracked, match="mappings"):
+            watch.written([worker])
+        worker.touch(6)
+        assert watch.written([worker]).tolist() == [6]
 
 
 def test_processes_come_and_go(path: Path, worker: Mapper) -> None:

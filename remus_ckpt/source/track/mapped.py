@@ -162,9 +162,11 @@ class _Followed:
         doubt = ""
         if faults != self._faults:
             doubt = f"a child of process {pid} has ended, which may have written"
-        if rows != self._rows.keys():
+        if not rows:
+            doubt = f"process {pid} has the file mapped nowhere"
+        elif rows != self._rows.keys():
             doubt = f"process {pid} has changed its mappings"
-            self._rows = {row: is_watched for row, is_watched in self._rows.items() if row in rows}
+        self._rows = {row: is_watched for row, is_watched in self._rows.items() if row in rows}
         found = [np.empty((0, 2), dtype=np.int64)]
         try:
             for row in rows:
