@@ -18,7 +18,7 @@ from conftest import many
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tracking import in_fork, needs_tracking
+from tracking import in_fork, needs_compiler, needs_tracking, racing_writers  # noqa: F401
 
 from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, pages_for
@@ -349,37 +349,28 @@ def test_closed_twice() -> None:
 
 
 @needs_tracking
-def test_no_write_of_a_race_is_lost() -> None:
-    """Threads write while others of us scan, then copy: in the end the copy is the memory."""
-    pages = 512
+@needs_compiler
+def test_no_write_of_a_race_is_lost(racing_writers: Path) -> None:  # noqa: F811
+    """Four threads write while another scans, then copies: in the end the copy is the memory."""
+    pages, writes = 4096, many(200_000, 10_000_000)
     array = mapped(pages * PAGE_SIZE)
     words = array.view(np.uint64).reshape(pages, -1)
     copy = np.zeros_like(words)
-    over = threading.Event()
-
-    def write(first: int) -> None:
-        random = np.random.default_rng(first)
-        number = 0
-        while not over.is_set():
-            rows = random.integers(0, pages // 4, 64) * 4 + first
-            number += 1
-            words[rows, number % 512] = number
-
-    threads = [threading.Thread(target=write, args=(first,)) for first in range(4)]
+    race = ctypes.CDLL(str(racing_writers)).race
+    race.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64]
+    threads = threading.Thread(target=race, args=(address(array), pages, 4, writes, 1))
     with watched(span_of(array)) as them:
-        for thread in threads:
-            thread.start()
+        threads.start()
         found = 0
-        while found < many(20, 2000) * pages:
+        while threads.is_alive():
             pfns = them.written()
             copy[pfns] = words[pfns]
             found += len(pfns)
-        over.set()
-        for thread in threads:
-            thread.join()
+        threads.join()
         pfns = them.written()
         copy[pfns] = words[pfns]
         assert (copy == words).all()
+        assert found > pages, "no page was written twice"
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 7))))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tracking import needs_tracking
+from conftest import many
+from tracking import needs_compiler, needs_tracking, racing_writers  # noqa: F401
 
 from remus_ckpt.errors import Untracked
 from remus_ckpt.pages import PAGE_SIZE
@@ -70,11 +73,11 @@ def worker(path: Path) -> Iterator[Mapper]:
 
 
 @contextmanager
-def watch_of(path: Path, workers: Sequence[Mapper]) -> Iterator[FileWatch]:
+def watch_of(path: Path, workers: Sequence[Mapper], pages: int = PAGES) -> Iterator[FileWatch]:
     """Watching, and nothing was written yet."""
     fd = os.open(path, os.O_RDONLY)
     device, inode = as_listed(workers[0], path)
-    watch = FileWatch(fd, device, inode, PAGES)
+    watch = FileWatch(fd, device, inode, pages)
     try:
         watch.attach(workers)
         with pytest.raises(Untracked):
@@ -203,6 +206,41 @@ def test_a_process_that_cannot_be_tracked_is_named(path: Path, worker: Mapper) -
             watch.written([worker, other])
         other.touch(2)
         assert watch.written([worker, other]).tolist() == [2]
+
+
+@needs_compiler
+def test_no_write_of_a_race_is_lost(path: Path, racing_writers: Path) -> None:  # noqa: F811
+    """Three processes of four threads each, stopped now and then: what was copied is what a second reader sees."""
+    pages, writes = 4096, many(300_000, 10_000_000)
+    os.truncate(path, pages * PAGE_SIZE)
+    code = (
+        "import ctypes, threading; race = ctypes.CDLL({library!r}).race; "
+        "race.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64]; "
+        "address = ctypes.addressof(ctypes.c_char.from_buffer(area)); "
+        "them = threading.Thread(target=race, args=(address, {pages}, 4, {writes}, {seed})); them.start()"
+    )
+    memory = np.memmap(path, dtype=np.uint8, mode="r").reshape(pages, PAGE_SIZE)
+    copy = np.zeros_like(memory)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(mapper(path)) for _ in range(3)]
+        watch = stack.enter_context(watch_of(path, workers, pages))
+        for seed, worker in enumerate(workers):
+            worker.do(code.format(library=str(racing_writers), pages=pages, writes=writes // 3, seed=seed + 1))
+        found = rounds = 0
+        is_over = False
+        while not is_over:
+            is_over = all(len(os.listdir(f"/proc/{worker.pid}/task")) == 1 for worker in workers)
+            for worker in workers:
+                os.kill(worker.pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+            pfns = watch.written(workers)
+            copy[pfns] = memory[pfns]
+            found += len(pfns)
+            rounds += 1
+            assert (copy == memory).all(), f"round {rounds}"
+            for worker in workers:
+                os.kill(worker.pid, signal.SIGCONT)
+        assert found > pages and rounds > 1
 
 
 def test_closing_leaves_no_trace(path: Path, worker: Mapper) -> None:

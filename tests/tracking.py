@@ -75,6 +75,15 @@ def target_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def racing_writers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled racing_writers.c, a library."""
+    path = tmp_path_factory.mktemp("racing") / "racing.so"
+    source = Path(__file__).with_name("racing_writers.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-pthread", "-o", str(path), str(source)], check=True)
+    return path
+
+
 class Target:
     """A running tracked_target, its pidfd, and the file that it writes to."""
 
