@@ -10,7 +10,6 @@ is not waited for, and processes that are not named.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -64,7 +63,7 @@ class FileWatch:
 
     def __init__(self, fd: int, device: tuple[int, int], inode: int, pages: int) -> None:
         self._pages = pages
-        self._line = re.compile(rb"^(\w+)-(\w+) ...s (\w+) %02x:%02x %d\b" % (*device, inode), re.MULTILINE)
+        self._listed = b" %02x:%02x %d " % (*device, inode)
         self._scanner = Scanner()
         self._followed: dict[Writer, _Followed] = {}
         self._refused: dict[Writer, str] = {}
@@ -117,7 +116,7 @@ class FileWatch:
                 doubts.append(self._refused.get(process, f"process {process.pid} is new"))
                 continue
             try:
-                runs = followed.written(self._line)
+                runs = followed.written(self._listed)
             except Untracked as error:
                 doubts.append(str(error))
                 continue
@@ -149,11 +148,11 @@ class _Followed:
     def close(self) -> None:
         self._userfault.close()
 
-    def written(self, line: re.Pattern[bytes]) -> NDArray[np.int64]:
+    def written(self, listed: bytes) -> NDArray[np.int64]:
         """Runs of pages of the file, int64[n, 2]. Raises Untracked where some may be missing; it goes on from here."""
         pid = self.process.pid
         try:
-            rows = self._read_rows(line)
+            rows = self._read_rows(listed)
             faults = self._read("stat").rpartition(b")")[2].split()[_CMINFLT].decode()
             # Opened anew each time: an open one stays with the memory that the process had when it was opened.
             pagemap = self.process.open("pagemap")
@@ -200,11 +199,19 @@ class _Followed:
             raise Untracked(f"process {self.process.pid}: {error}") from None
         self._rows[row] = is_watched
 
-    def _read_rows(self, line: re.Pattern[bytes]) -> set[_Row]:
-        return {
-            _Row(int(start, 16), int(stop, 16), int(offset, 16))
-            for start, stop, offset in line.findall(self._read("maps"))
-        }
+    def _read_rows(self, listed: bytes) -> set[_Row]:
+        """The shared mappings of what is listed with these words. The lines of others, hundreds, are not looked at."""
+        maps = self._read("maps")
+        rows = set()
+        at = 0
+        while (at := maps.find(listed, at)) >= 0:
+            words = maps[maps.rfind(b"\n", 0, at) + 1 : at].split()
+            # A path may hold the same words, farther behind.
+            if len(words) == 3 and words[1].endswith(b"s"):
+                start, stop = words[0].split(b"-")
+                rows.add(_Row(int(start, 16), int(stop, 16), int(words[2], 16)))
+            at += 1
+        return rows
 
     def _read(self, name: str) -> bytes:
         with open(self.process.open(name), "rb", buffering=0) as file:
