@@ -18,15 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches
 from remus_ckpt.sender import Sender, Sent
-from remus_ckpt.source import Source
+from remus_ckpt.source import Source, Stopper
+from remus_ckpt.wire.parts import Parts
 
-_LOOK_PAGES = 64
 _PAUSES = 3
 """How many pauses are tried for one checkpoint before one that is broken is an error."""
 
@@ -89,7 +88,6 @@ class CheckpointLoop:
     interval_s: running time of the source between two pauses
     duration_s: how long in all, None for no end
     bounded: hold one page buffer of the capture at most; encoding and writing then happen in the pause
-    device_state: called while the source is paused, for what goes with each checkpoint
     on_capture: called with the epoch just before the source is paused
     on_paused: called with the epoch while the source is paused, after the capture
     """
@@ -103,19 +101,23 @@ class CheckpointLoop:
         interval_s: float = 0.025,
         duration_s: float | None = None,
         bounded: bool = False,
-        device_state: Callable[[], bytes] = bytes,
         on_capture: Callable[[int], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         stop: StopSignal | None = None,
     ) -> None:
-        self._source = source
+        shared = source.tracker.reference
+        if shared is not None and sender.reference is not shared:
+            raise ValueError("the sender must have the reference that the source's tracker compares with")
+        self._memory = source.memory
+        self._tracker = source.tracker
+        self._stopper = source.stopper
         self._sender = sender
         self._output = output
         self._interval_s = interval_s
         self._duration_s = duration_s
         self._bounded = bounded
-        self._device_state = device_state
-        self._state = b""
+        self._give_parts = source.parts
+        self._parts = Parts()
         self._on_capture = on_capture
         self._on_paused = on_paused
         self._stop = stop
@@ -131,7 +133,7 @@ class CheckpointLoop:
         """
         begin = time.monotonic()
         while True:
-            if not self._source.alive():
+            if not self._stopper.alive():
                 self.ended = "source gone"
                 return
             yield self.take()
@@ -148,7 +150,7 @@ class CheckpointLoop:
         """Sleep, but wake for a stop and for a death."""
         poll = select.poll()
         deadline = time.monotonic() + seconds
-        for fd in (*self._source.death_fds(), *self._output.fds()):
+        for fd in (*self._stopper.death_fds(), *self._output.fds()):
             poll.register(fd, select.POLLIN)
         if self._stop is not None:
             poll.register(self._stop.fd, select.POLLIN)
@@ -165,15 +167,15 @@ class CheckpointLoop:
     def take(self) -> Taken:
         """One checkpoint, now. Raises as `run` does."""
         epoch = self._sender.next_epoch
-        pause = _Pause(self._source, lambda: self._on_paused(epoch) if self._on_paused else None)
+        pause = _Pause(self._stopper, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
             try:
                 # Each group of buffers has been encoded and is written while the scan stands still.
                 for group in self._sender.checkpoint(
                     self._scan(pause),
-                    device_state=lambda: self._state,
+                    parts=lambda: self._parts,
                     time_ns=time.time_ns(),
-                    memory_bytes=self._source.size,
+                    memory_bytes=self._memory.size,
                 ):
                     self._output.write(group)
             finally:
@@ -181,6 +183,7 @@ class CheckpointLoop:
         finally:
             pause.give_back()  # again, for a signal's handler may have raised in the first
         assert self._sender.sent is not None
+        self._tracker.taken()
         self._output.commit(self._sender.sent)
         encode_s = time.monotonic() - pause.ended_at
         blocked_s = max(pause.seconds - pause.capture_s, 0.0) if self._bounded else 0.0
@@ -199,7 +202,7 @@ class CheckpointLoop:
         for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
             part = dirty[start : start + MAX_BATCH_ENTRIES]
             with pause.capturing():
-                captured = self._source.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
+                captured = self._memory.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
             yield from batches(part, captured)
         # Nothing more is drawn: what the last buffer still costs falls outside the pause.
         pause.end()
@@ -208,7 +211,7 @@ class CheckpointLoop:
         """The dirty pages of one pause. One that was broken is taken again: nothing of it has been used."""
         for left in reversed(range(_PAUSES)):
             dirty = self._pause_and_find(pause)
-            captured = self._source.read(dirty, self._room(len(dirty)))
+            captured = self._memory.read(dirty, self._room(len(dirty)))
             try:
                 pause.end()
                 break
@@ -221,10 +224,11 @@ class CheckpointLoop:
         """Pause the source; the pages to be taken."""
         pause.begin()
         with pause.capturing():
-            dirty = self._source.dirty()
+            self._memory.check()
+            dirty = self._tracker.written()
             if len(self._sender.owed):
                 dirty = np.union1d(dirty, self._sender.owed)
-            self._state = self._device_state()
+            self._parts = self._give_parts()
         pause.dirty_pages = len(dirty)
         return dirty
 
@@ -233,30 +237,19 @@ class CheckpointLoop:
 
         The sender's reference takes it in as it is sent, so that the pause has only to copy what has changed since: a
         page may stand in round 0 more than once, and the last time counts. It is gone over again while that halves what
-        the pause will find, as far as a look at a part of it can tell.
+        the pause will find, as far as the tracker can tell.
         """
-        before = 2 * self._source.pages
+        before = 2 * self._memory.pages
         while True:
             count = 0
-            for start in range(0, self._source.pages, MAX_BATCH_ENTRIES):
-                sample = self._source.sample(start, min(start + MAX_BATCH_ENTRIES, self._source.pages))
-                changed = dirty_pages(sample, self._source.shadow[start : start + len(sample)])
-                count += len(changed)
-                yield from batches(changed + start, gather(sample, changed))
+            for pfns, pages in self._tracker.copy_live():
+                count += len(pfns)
+                yield from batches(pfns, pages)
             if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
                 return
-            if self._changed_since() > count // 2:
+            if self._tracker.estimate() > count // 2:
                 return
             before = count
-
-    def _changed_since(self) -> int:
-        """About how many pages differ from the shadow by now, by every sixteenth group of 64 pages."""
-        looked = changed = 0
-        for start in range(0, self._source.pages, 16 * _LOOK_PAGES):
-            sample = self._source.sample(start, min(start + _LOOK_PAGES, self._source.pages))
-            changed += len(dirty_pages(sample, self._source.shadow[start : start + len(sample)]))
-            looked += len(sample)
-        return changed * self._source.pages // looked
 
     def _room(self, pages: int) -> Pages:
         """A buffer for the capture: kept, because fresh memory costs a fault a page, and aligned, for the codec."""
@@ -341,10 +334,10 @@ class Totals:
 
 
 class _Pause:
-    """One pause of a source, and how long it was."""
+    """One pause of those who write, and how long it was."""
 
-    def __init__(self, source: Source, on_paused: Callable[[], None]) -> None:
-        self._source = source
+    def __init__(self, stopper: Stopper, on_paused: Callable[[], None]) -> None:
+        self._stopper = stopper
         self._on_paused = on_paused
         self._began = 0.0
         self._is_on = False
@@ -356,14 +349,14 @@ class _Pause:
         self.ended_at = 0.0
 
     def begin(self) -> None:
-        """Stop the source. Whatever this raises, and wherever: `give_back` is to be called."""
+        """Stop them. Whatever this raises, and wherever: `give_back` is to be called."""
         self._is_on = True
         # Ctrl-Z in a pause would leave the source stopped with us.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         self._began = time.monotonic()
         try:
             with self.capturing():
-                self._source.pause()
+                self._stopper.stop()
         except SourceError:  # they run on
             self._over()
             raise
@@ -375,10 +368,10 @@ class _Pause:
         self.capture_s += time.monotonic() - begin
 
     def end(self) -> None:
-        """Look whether it has held, and let the source run on. Raises SourceError if it has not."""
+        """Look whether it has held, and let them run on. Raises SourceError if it has not."""
         witness = time.monotonic()
         try:
-            self._source.check_paused()
+            self._stopper.check_stopped()
             witness = time.monotonic()
             self._on_paused()
         finally:
@@ -387,11 +380,11 @@ class _Pause:
             self.seconds += self.ended_at - self._began - witness
 
     def give_back(self) -> None:
-        """Let the source run on, if it may be stopped. Called again where it was interrupted, it goes on."""
+        """Let them run on, if they may be stopped. Called again where it was interrupted, it goes on."""
         if not self._is_on:
             return
         try:
-            self._source.resume()
+            self._stopper.resume()
         except SourceError:
             self._over()
             raise

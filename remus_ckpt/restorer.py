@@ -18,6 +18,7 @@ from remus_ckpt.errors import LimitExceeded, Malformed
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
+from remus_ckpt.wire.parts import Parts
 from remus_ckpt.wire.record import CheckpointRecord
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
@@ -84,6 +85,11 @@ class Checkpoint:
         if self.record is not None:
             return self.record.device_state
         return self.tail.device_state if isinstance(self.tail, events.TailHvm) else b""
+
+    @property
+    def parts(self) -> Parts:
+        """The parts that this was made of. Raises Malformed or UnknownFormat where it holds no such."""
+        return Parts.unpack(self.device_state)
 
 
 class Home(Protocol):

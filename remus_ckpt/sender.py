@@ -17,6 +17,7 @@ from remus_ckpt.codec.reference import Reference, Shadow
 from remus_ckpt.limits import MAX_BUFFER_PAGES
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, pages_for
+from remus_ckpt.wire.parts import Parts
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, Signature
@@ -94,7 +95,7 @@ class Sender:
         self._codec_name = codec
         self._codec = get_codec(codec)
         self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
-        self._reference: Reference = reference or Shadow(zeros(p2m_size))
+        self.reference: Reference = reference or Shadow(zeros(p2m_size))
         self._writer = Writer(word)
         self._started = False
         self.unfinished = False
@@ -127,7 +128,7 @@ class Sender:
         self._writer.abandon()
         self.position = position
         self.owed = np.union1d(self.owed, pfns)
-        self._reference.invalidate(self.owed)
+        self.reference.invalidate(self.owed)
         self.unfinished = False
 
     def checkpoint(
@@ -135,6 +136,7 @@ class Sender:
         scan: Iterable[PageBatch],
         *,
         device_state: bytes | Callable[[], bytes] = b"",
+        parts: Callable[[], Parts] | None = None,
         time_ns: int | None = None,
         position: Position | None = None,
         memory_bytes: int | None = None,
@@ -145,6 +147,7 @@ class Sender:
             taken: a list holds the whole capture, and a generator that captures as it goes needs memory for one page
             buffer only, and is held up while that is encoded and written.
         device_state: the user's bytes, which come back with the checkpoint; or what gives them once the scan has ended
+        parts: gives all that goes with memory once the scan has ended; `device_state` is not looked at then
         time_ns: when it was taken, in nanoseconds since 1970
         position: the position that this state has already, for one who encodes it anew; by default it is made
         memory_bytes: how many bytes memory has, if it ends within its last page
@@ -179,7 +182,10 @@ class Sender:
         closing += self._writer.write(events.EndOfBody())
         if len(self.owed) and len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
-        state = device_state() if callable(device_state) else device_state
+        if parts is not None:
+            state = parts().pack()
+        else:
+            state = device_state() if callable(device_state) else device_state
         after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
         record = CheckpointRecord(
             epoch=epoch,
@@ -212,9 +218,9 @@ class Sender:
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
             seen[pfns] = True
             self.carried.append(pfns)
-            if len(self._reference.pages) == self.p2m_size:
-                expect(self._reference.pages, pfns)
-            self._reference.sent_raw(pfns, batch.data)
+            if len(self.reference.pages) == self.p2m_size:
+                expect(self.reference.pages, pfns)
+            self.reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
             yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
 
@@ -243,7 +249,7 @@ class Sender:
 
     def _wait(self, waiting: _PageBuffer, pfns: NDArray[np.int64], tables: NDArray[np.bool_], data: Pages) -> None:
         # Page tables leave the reference when they are added, before any page of this buffer is looked up: as in Xen.
-        self._reference.invalidate(pfns[tables])
+        self.reference.invalidate(pfns[tables])
         self.carried.append(pfns)
         waiting.pieces.append((pfns, tables, data))
         waiting.count += len(data)
@@ -252,9 +258,9 @@ class Sender:
         out = np.empty(waiting.count * self._codec.max_page_bytes, dtype=np.uint8)
         size = 0
         for numbers, tables, data in waiting.pieces:
-            slots, full = self._reference.choose(numbers, tables)
+            slots, full = self.reference.choose(numbers, tables)
             size += len(
-                self._codec.encode(data, self._reference.pages, reference_index=slots, full=full, out=out[size:])
+                self._codec.encode(data, self.reference.pages, reference_index=slots, full=full, out=out[size:])
             )
         waiting.count = 0
         waiting.pieces.clear()

@@ -39,8 +39,6 @@ def many(usual: int, full: int) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_chosen = config.getoption("--all") or config.option.markexpr or any(".py" in name for name in config.args)
     left_out = [] if is_chosen else [item for item in items if any(item.get_closest_marker(name) for name in LONG)]
-    if not config.option.markexpr:
-        left_out += [item for item in items if item.get_closest_marker("exhaustive")]
     config.stash[_left_out] = len(left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

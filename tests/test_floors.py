@@ -13,7 +13,7 @@ import remus_ckpt
 PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "pages", "limits", "version"},
+    {"errors", "forks", "pages", "limits", "version"},
     {"codec", "wire", "disk"},
     {"session", "sender", "restorer", "memory"},
     {"source", "link", "compressed"},

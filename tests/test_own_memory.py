@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
 from remus_ckpt import read_checkpoints
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import LimitExceeded, Malformed, SourceError, StreamError, UnknownFormat
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.limits import Limits
@@ -29,13 +28,22 @@ from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Pages, batches
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
-from remus_ckpt.source.manifest import MAGIC, Entry, Manifest
-from remus_ckpt.source.own_memory import OwnMemory
+from remus_ckpt.source import Source
+from remus_ckpt.source.compare import Compare
+from remus_ckpt.source.lock import LockStopper
+from remus_ckpt.source.manifest import Entry, Manifest, arrays_of
+from remus_ckpt.source.own_memory import Buffers, OwnMemory
+from remus_ckpt.wire.parts import MAGIC, Parts
 
 RECORD = np.dtype([("id", "<u4"), ("at", "<M8[ns]"), ("corner", "<f4", (2, 3)), ("name", "U5")], align=True)
 
 
-def image(source: OwnMemory, buffers: dict[str, Any]) -> bytes:
+def shadow(source: OwnMemory) -> Pages:
+    assert source.tracker.reference is not None
+    return source.tracker.reference.pages
+
+
+def image(buffers: dict[str, Any]) -> bytes:
     """What the memory of these buffers must be: by the text of specs/manifest.md §3, not by the source's code."""
     whole = b""
     for buffer in buffers.values():
@@ -46,10 +54,10 @@ def image(source: OwnMemory, buffers: dict[str, Any]) -> bytes:
 
 def take(source: OwnMemory) -> list[int]:
     """What a checkpoint would take; the shadow follows."""
-    dirty = source.dirty()
-    pages = source.read(dirty, np.full((len(dirty) + 1, PAGE_SIZE), 0xEE, dtype=np.uint8))
-    source.shadow[dirty] = pages
-    return [int(number) for number in dirty]
+    source.memory.check()
+    written = source.tracker.written()
+    shadow(source)[written] = source.memory.read(written, np.full((len(written) + 1, PAGE_SIZE), 0xEE, dtype=np.uint8))
+    return [int(number) for number in written]
 
 
 def unaligned(size: int, offset: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -77,11 +85,11 @@ def test_every_kind_of_buffer() -> None:
     buffers = all_kinds()
     source = OwnMemory(buffers)
     take(source)
-    assert source.shadow.tobytes() == image(source, buffers)
-    assert source.sample(0, source.pages).tobytes() == image(source, buffers)
+    assert shadow(source).tobytes() == image(buffers)
+    assert source.memory.sample(0, source.memory.pages).tobytes() == image(buffers)
     assert take(source) == []
 
-    first = {entry.name: entry.page for entry in source.manifest.entries}
+    first = {entry.name: entry.page for entry in Buffers(buffers).manifest.entries}
     buffers["number"][...] = 8
     buffers["grid"][59, 99] = 1
     buffers["records"]["name"][299] = "Ω"
@@ -96,30 +104,30 @@ def test_every_kind_of_buffer() -> None:
         first["area"] + 1,
         first["last"],
     ]
-    assert source.shadow.tobytes() == image(source, buffers)
+    assert shadow(source).tobytes() == image(buffers)
 
 
 def test_arrays_come_back_through_a_stream() -> None:
     buffers = all_kinds()
     buffers["records"]["name"] = "before"
-    source = OwnMemory(buffers)
-    sender = Sender(source.pages)
+    state = b""
+    source = OwnMemory(buffers, device_state=lambda: state)
+    sender = Sender(source.memory.pages, reference=source.tracker.reference)
     restorer = Restorer(strict=True)
     for number in range(3):
         buffers["grid"][3] = number
         buffers["records"]["id"] = number
-        pfns = source.dirty()
-        pages = source.read(pfns, np.empty((len(pfns), PAGE_SIZE), dtype=np.uint8))
-        source.shadow[pfns] = pages
-        state = source.manifest.pack(b"mine %d" % number)
-        for group in sender.checkpoint(list(batches(pfns, pages)), device_state=state):
+        pfns = source.tracker.written()
+        pages = source.memory.read(pfns, np.empty((len(pfns), PAGE_SIZE), dtype=np.uint8))
+        state = b"mine %d" % number
+        for group in sender.checkpoint(list(batches(pfns, pages)), parts=source.parts):
             for part in group:
                 restorer.feed(part)
         checkpoint = list(restorer.checkpoints())[-1]
-        unpacked = Manifest.unpack(checkpoint.device_state, pages=len(checkpoint.memory))
-        assert unpacked is not None
-        manifest, mine = unpacked
-        assert mine == b"mine %d" % number
+        assert checkpoint.parts == source.parts()
+        assert arrays_of(checkpoint)[1] == b"mine %d" % number
+        manifest = manifest_in(checkpoint.device_state, len(checkpoint.memory))
+        assert manifest is not None
         for copy in (False, True):
             arrays = manifest.arrays(checkpoint.memory, copy=copy)
             assert list(arrays) == list(buffers)
@@ -151,17 +159,17 @@ def test_any_layout_and_any_writes(pieces: list[tuple[int, int]], data: st.DataO
             buffer = buffers[data.draw(st.sampled_from(sorted(buffers)))]
             if len(buffer):
                 buffer[data.draw(st.integers(0, len(buffer) - 1))] ^= data.draw(st.integers(1, 255))
-        want = np.frombuffer(image(source, buffers), dtype=np.uint8).reshape(-1, PAGE_SIZE)
-        differ = np.flatnonzero((want != source.shadow).any(axis=1)).tolist()
-        first = data.draw(st.integers(0, source.pages - 1))
-        stop = data.draw(st.integers(first + 1, source.pages))
-        assert (source.sample(first, stop) == want[first:stop]).all()
+        want = np.frombuffer(image(buffers), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+        differ = np.flatnonzero((want != shadow(source)).any(axis=1)).tolist()
+        first = data.draw(st.integers(0, source.memory.pages - 1))
+        stop = data.draw(st.integers(first + 1, source.memory.pages))
+        assert (source.memory.sample(first, stop) == want[first:stop]).all()
         # Not only what is dirty can be read, and the room may be anywhere.
-        some = np.array(sorted(data.draw(st.sets(st.integers(0, source.pages - 1)))), dtype=np.int64)
+        some = np.array(sorted(data.draw(st.sets(st.integers(0, source.memory.pages - 1)))), dtype=np.int64)
         room = unaligned((len(some) + 1) * PAGE_SIZE, 1).reshape(-1, PAGE_SIZE)
-        assert (source.read(some, room) == want[some]).all()
+        assert (source.memory.read(some, room) == want[some]).all()
         assert take(source) == differ
-        assert (source.shadow == want).all()
+        assert (shadow(source) == want).all()
 
 
 def test_read_only_arrays_are_followed() -> None:
@@ -217,9 +225,9 @@ def test_an_mmap_is_free_again_after_close() -> None:
     source = OwnMemory({"area": area})
     with pytest.raises(BufferError):
         area.close()
-    assert source.alive()
+    assert source.stopper.alive()
     source.close()
-    assert not source.alive()
+    assert not source.stopper.alive()
     area.close()
 
 
@@ -232,9 +240,9 @@ def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path: Path, as_arra
     source = OwnMemory({"area": np.frombuffer(area, dtype=np.uint8)[8:].view("<u4") if as_array else memoryview(area)})
     os.truncate(path, PAGE_SIZE)
     with pytest.raises(SourceError):
-        source.dirty()
+        source.memory.check()
     with pytest.raises(SourceError):
-        source.sample(0, source.pages)
+        source.memory.sample(0, source.memory.pages)
 
 
 @pytest.mark.parametrize("make", [threading.Lock, threading.RLock, multiprocessing.Lock, multiprocessing.RLock])
@@ -256,10 +264,10 @@ def test_the_lock_is_held_in_a_pause_and_only_there(make: Any) -> None:
         return answers[0]
 
     for _ in range(2):
-        source.pause()
-        source.check_paused()
+        source.stopper.stop()
+        source.stopper.check_stopped()
         assert not is_free()
-        source.resume()
+        source.stopper.resume()
         assert is_free()
 
 
@@ -267,16 +275,22 @@ def test_a_lock_that_is_not_given_back() -> None:
     lock = threading.Lock()
     source = OwnMemory({"a": bytearray(5)}, lock=lock, lock_timeout_s=0.01)
     with lock, pytest.raises(SourceError):
-        source.pause()
-    source.pause()
+        source.stopper.stop()
+    source.stopper.stop()
     lock.release()
     with pytest.raises(SourceError):
-        source.check_paused()
+        source.stopper.check_stopped()
     with pytest.raises(SourceError):
-        source.resume()
+        source.stopper.resume()
 
 
 # The manifest
+
+
+def manifest_in(data: bytes, pages: int) -> Manifest | None:
+    """The one that a device state as it stands in a record begins with."""
+    parts = Parts.unpack(data)
+    return None if parts.manifest is None else Manifest.unpack(parts.manifest, pages=pages)
 
 
 def entries(dtypes: st.SearchStrategy[np.dtype[Any]]) -> st.SearchStrategy[list[tuple[str, np.dtype[Any], Any, str]]]:
@@ -313,31 +327,32 @@ def untitled(dtype: np.dtype[Any]) -> bool:
 @given(entries(hn.nested_dtypes(SIMPLE).filter(untitled)), st.binary(max_size=20))
 def test_a_manifest_comes_back(rows: list[tuple[str, np.dtype[Any], Any, str]], state: bytes) -> None:
     manifest = manifest_of(rows)
-    data = manifest.pack(state)
-    assert Manifest.unpack(data, pages=manifest.pages) == (manifest, state)
+    data = Parts(state, manifest.pack()).pack()
+    assert Parts.unpack(data).device_state == state
+    assert manifest_in(data, manifest.pages) == manifest
     if manifest.entries and manifest.pages > 1:
         with pytest.raises(Malformed):
-            Manifest.unpack(data, pages=manifest.pages - 1)
+            manifest_in(data, manifest.pages - 1)
 
 
-GOOD = OwnMemory(all_kinds()).manifest
+GOOD = Buffers(all_kinds()).manifest
 
 
 @settings(max_examples=many(60, 300))
 @given(st.data())
 def test_only_our_errors_come_of_broken_bytes(data: st.DataObject) -> None:
-    broken = bytearray(GOOD.pack(b"state"))
+    broken = bytearray(Parts(b"state", GOOD.pack()).pack())
     for _ in range(data.draw(st.integers(1, 3))):
         broken[data.draw(st.integers(8, len(broken) - 1))] = data.draw(st.integers(0, 255))
     del broken[data.draw(st.integers(8, len(broken))) :]
     try:
-        found = Manifest.unpack(bytes(broken), pages=GOOD.pages)
+        found = manifest_in(bytes(broken), GOOD.pages)
     except StreamError as error:
         assert error.section is not None and error.section.startswith("manifest.md")
     else:
         assert found is not None
         # Whatever it says now, it stays within memory.
-        found[0].arrays(np.zeros((GOOD.pages, PAGE_SIZE), dtype=np.uint8))
+        found.arrays(np.zeros((GOOD.pages, PAGE_SIZE), dtype=np.uint8))
 
 
 def packed(fields: object, *, version: int = 1, size: int | None = None) -> bytes:
@@ -413,47 +428,65 @@ def structure(**changes: Any) -> dict[str, Any]:
 )
 def test_a_manifest_is_held_against_its_rules(row: object, section: str) -> None:
     with pytest.raises(Malformed) as caught:
-        Manifest.unpack(packed({"buffers": [row]}), pages=4)
+        manifest_in(packed({"buffers": [row]}), 4)
     assert caught.value.section == f"manifest.md {section}"
 
 
 def test_the_row_that_the_table_breaks_is_good() -> None:
     for good in (buffer(), buffer(dtype=structure()), buffer(dtype=nested(16)), buffer(unknown=5)):
-        assert Manifest.unpack(packed({"buffers": [good], "later": 1}), pages=1) is not None
+        assert manifest_in(packed({"buffers": [good], "later": 1}), 1) is not None
 
 
 def test_two_rows_against_each_other() -> None:
     for other in (buffer(page=1), buffer(name="b", page=0), buffer(name="b", page=2)):
         with pytest.raises(Malformed):
-            Manifest.unpack(packed({"buffers": [buffer(), other]}), pages=9)
-    assert Manifest.unpack(packed({"buffers": [buffer(), buffer(name="b", page=1)]}), pages=2) is not None
+            manifest_in(packed({"buffers": [buffer(), other]}), 9)
+    assert manifest_in(packed({"buffers": [buffer(), buffer(name="b", page=1)]}), 2) is not None
 
 
 @pytest.mark.parametrize("fields", [5, [], {}, {"buffers": {}}, {5: 6}])
 def test_maps_that_are_none(fields: object) -> None:
     with pytest.raises(Malformed):
-        Manifest.unpack(packed(fields), pages=4)
+        manifest_in(packed(fields), 4)
 
 
 def test_the_head() -> None:
-    assert Manifest.unpack(b"", pages=4) is None
-    assert Manifest.unpack(b"the user's own", pages=4) is None
+    assert Parts.unpack(b"") == Parts()
+    assert Parts.unpack(b"the user's own") == Parts(b"the user's own")
     good = packed({"buffers": [buffer()]})
     for size in range(8, len(good)):
         with pytest.raises(Malformed):
-            Manifest.unpack(good[:size], pages=4)
+            Parts.unpack(good[:size])
     with pytest.raises(UnknownFormat) as unknown:
-        Manifest.unpack(packed({}, version=2), pages=4)
+        Parts.unpack(packed({}, version=2))
     assert unknown.value.offset == 8
     with pytest.raises(LimitExceeded) as limit:
-        Manifest.unpack(packed({}, size=2**32 - 1), pages=4)
+        Parts.unpack(packed({}, size=2**32 - 1))
     assert (limit.value.limit, limit.value.offset) == ("manifest_bytes", 12)
     with pytest.raises(LimitExceeded):
-        Manifest.unpack(good, pages=4, limits=Limits(manifest_bytes=10))
+        Parts.unpack(good, limits=Limits(manifest_bytes=10))
+
+
+@given(st.binary(max_size=20), st.none() | st.binary(max_size=20))
+def test_parts_come_back(device_state: bytes, manifest: bytes | None) -> None:
+    parts = Parts(device_state, manifest)
+    assert Parts.unpack(parts.pack()) == parts
+    assert manifest is not None or parts.pack() == device_state, "a device state alone stands as it is"
+
+
+def test_what_device_state_gives_is_bytes_that_do_not_change() -> None:
+    state: Any = bytearray(b"mine")
+    source = OwnMemory({"a": bytearray(5)}, device_state=lambda: state)
+    parts = source.parts()
+    state[:] = b"more"
+    assert parts.device_state == b"mine"
+    state = "text"
+    with pytest.raises(TypeError):
+        source.parts()
 
 
 def test_arrays_ask_for_memory_that_holds_them() -> None:
-    manifest = OwnMemory({"a": np.zeros(5000, dtype=np.uint8)}).manifest
+    manifest = Buffers({"a": np.zeros(5000, dtype=np.uint8)}).manifest
     for memory in (
         np.zeros((1, PAGE_SIZE), dtype=np.uint8),
         np.zeros((2, PAGE_SIZE), dtype=np.int8),
@@ -467,8 +500,8 @@ def test_arrays_ask_for_memory_that_holds_them() -> None:
 def test_the_example_of_the_specification() -> None:
     text = (Path(__file__).parents[1] / "specs" / "manifest.md").read_text()
     rows = re.findall(r"^    \d+: +((?:[0-9a-f]{2} ?)+)$", text, re.MULTILINE)
-    source = OwnMemory({"prices": np.zeros((2, 600)), "seen": bytearray(10)})
-    assert source.manifest.pack(b"mine") == bytes.fromhex("".join(rows))
+    source = OwnMemory({"prices": np.zeros((2, 600)), "seen": bytearray(10)}, device_state=lambda: b"mine")
+    assert source.parts().pack() == bytes.fromhex("".join(rows))
 
 
 @pytest.mark.parametrize(
@@ -483,16 +516,17 @@ def test_a_first_copy_is_gone_over_again_where_that_may_help(tmp_path: Path, eve
     pages = 4 * MAX_BATCH_ENTRIES
     array = np.ones((pages, PAGE_SIZE // 8), dtype=np.int64)
 
-    class Busy(OwnMemory):
+    class Busy(Buffers):
         def sample(self, first: int, stop: int) -> Pages:
             copy = super().sample(first, stop)
             if every and stop == pages:  # the end of a round
                 array[::every] += 1
             return copy
 
-    source = Busy({"array": array})
+    memory = Busy({"array": array})
+    source = Source(memory, Compare(memory), LockStopper(None))
     output = StreamWriter(tmp_path / "stream")
-    taken = CheckpointLoop(source, Sender(source.pages, reference=Shadow(source.shadow)), output).take()
+    taken = CheckpointLoop(source, Sender(pages, reference=source.tracker.reference), output).take()
     output.close()
     source.close()
     assert taken.sent.pages == copies * pages

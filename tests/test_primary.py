@@ -409,7 +409,7 @@ def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
         memory.step(1)
         slow = threading.Thread(target=memory.protection.checkpoint)
         slow.start()
-        until(lambda: bool(memory.protection._primary._turns))
+        until(lambda: bool(memory.protection._primary._calls))
         with within(0.2), pytest.raises(RemusError, match="another thread"):
             memory.protection.checkpoint(timeout_s=0.2)
         go_on.set()
@@ -434,21 +434,30 @@ def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
 
 
-def test_a_turn_that_was_cut_short_is_over(tmp_path: Path) -> None:
-    """An interrupt may fall where a call gives its turn back."""
+@pytest.mark.parametrize("is_other_thread", [False, True])
+def test_a_call_that_was_cut_short_is_over(tmp_path: Path, is_other_thread: bool) -> None:
+    """An interrupt may fall where a call gives its turn back, and its traceback may be kept."""
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
         primary = memory.protection._primary
         leave = primary._leave
 
-        def strike(place: Any) -> None:
+        def strike(key: object) -> None:
             raise KeyboardInterrupt
 
         primary._leave = strike  # type: ignore[method-assign]
-        with suppress(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as cut:
             memory.step(1)
         primary._leave = leave  # type: ignore[method-assign]
-        memory.step(2)
-        assert not primary._turns
+        assert primary._calls
+        if is_other_thread:
+            other = threading.Thread(target=memory.step, args=[2])
+            other.start()
+            other.join(LONG_S)
+        else:
+            memory.step(2)
+        assert not primary._calls
+        assert np.array_equal(restored(tmp_path / "store"), memory.array)
+        assert cut.tb is not None
 
 
 def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:
@@ -503,10 +512,11 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
     lock = threading.Lock()
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], lock=lock) as memory:
         primary = memory.protection._primary
+        owner = primary._source if hook == "_device_state" else primary
         for raising in (1, 2):
             memory.step(raising)
             calls: list[int] = []
-            before = getattr(primary, hook)
+            before = getattr(owner, hook)
 
             def strike(*arguments: Any, before: Any = before, calls: Any = calls, raising: int = raising) -> Any:
                 calls.append(1)
@@ -514,7 +524,7 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
                     raise error
                 return before(*arguments) if before else None
 
-            setattr(primary, hook, strike)
+            setattr(owner, hook, strike)
             primary._one_by_one = None
             if hook == "_connect":
                 primary._link.hang_up()  # type: ignore[union-attr]
@@ -522,7 +532,7 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
             with suppress(SystemExit, GeneratorExit, OSError):
                 memory.step(raising + 10)
             assert not lock.locked()
-            setattr(primary, hook, before)
+            setattr(owner, hook, before)
             primary._one_by_one = None
             memory.step(raising + 20)
             assert np.array_equal(restored(tmp_path / "store"), memory.array)
@@ -729,11 +739,9 @@ def test_a_pause_that_somebody_else_ended_makes_no_checkpoint(tmp_path: Path) ->
                     until(lambda: process_state(worker.pid) not in "Tt")
                 return b""
 
-            source = SharedFile(memory, Processes([worker.pid]))
+            source = SharedFile(memory, Processes([worker.pid]), device_state=device_state)
             stack.callback(source.close)
-            primary = Primary(
-                "orders", source, lambda: connect(Address.parse(backup.addresses[0])), device_state=device_state
-            )
+            primary = Primary("orders", source, lambda: connect(Address.parse(backup.addresses[0])))
             stack.callback(primary.close)
             primary.checkpoint(wait=True)
             interfering[0] = True

@@ -17,7 +17,6 @@ import pytest
 from support import process_state, writer_process
 
 from remus_ckpt import read_checkpoints
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import PAGE_SIZE
@@ -189,7 +188,7 @@ def test_what_is_recorded_is_what_was_there_in_the_pause(
     seen: dict[int, bytes] = {}
     source = SharedFile(memory, Processes([worker.pid]))
     output = StreamWriter(tmp_path / "stream")
-    sender = Sender(source.pages, reference=Shadow(source.shadow), buffer_pages=3)
+    sender = Sender(source.memory.pages, reference=source.tracker.reference, buffer_pages=3)
     loop = CheckpointLoop(
         source,
         sender,

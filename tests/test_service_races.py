@@ -405,8 +405,10 @@ def test_no_heartbeat_follows_a_goodbye(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", lease_s=0.3) as backup:
         memory = Memory(backup.addresses[0])
         memory.step(1)
-        link = memory.protection._primary._link
-        assert link is not None
+        link: Any = memory.protection._primary._link
+        failed: list[RemusError] = []
+        fail = link._fail
+        link._fail = lambda error: (failed.append(error), fail(error))
         backup._standbys["orders"].__class__ = SlowStandby
         memory.protection.close()
-        assert isinstance(link._error, LinkError), "it has hung up, and nothing else went wrong"
+        assert [type(error) for error in failed] == [LinkError], "it has hung up, and nothing else went wrong"

@@ -197,21 +197,29 @@ class Shared:
         os.truncate(path, size)
         self.path = path
         self.source = SharedFile(path, Processes([]))
+        self.memory = self.source.memory
+        self.tracker = self.source.tracker
+        assert self.tracker.reference is not None
+        self.shadow = self.tracker.reference.pages
 
     def write(self, offset: int, data: bytes) -> None:
         with open(self.path, "r+b") as file:
             file.seek(offset)
             file.write(data)
 
+    def written(self) -> list[int]:
+        self.memory.check()
+        return [int(number) for number in self.tracker.written()]
+
     def take(self) -> list[int]:
         """What a checkpoint would take; the shadow follows."""
-        dirty = self.source.dirty()
-        pages = self.source.read(dirty, np.empty((len(dirty), PAGE_SIZE), dtype=np.uint8))
-        self.source.shadow[dirty] = pages
+        written = self.written()
+        pages = self.memory.read(np.array(written, dtype=np.int64), np.ones((len(written), PAGE_SIZE), dtype=np.uint8))
+        self.shadow[written] = pages
         image = self.path.read_bytes()
         image += bytes(-len(image) % PAGE_SIZE)
-        assert self.source.shadow.tobytes() == image
-        return [int(number) for number in dirty]
+        assert self.shadow.tobytes() == image
+        return written
 
 
 @pytest.fixture
@@ -251,7 +259,8 @@ def punch(path: Path, first: int, count: int) -> None:
 def test_a_page_that_becomes_a_hole_while_it_is_first_copied(shm: Path) -> None:
     shared = Shared(shm, 64 * PAGE_SIZE)
     shared.write(0, b"\1" * 64 * PAGE_SIZE)
-    shared.source.shadow[:] = shared.source.sample(0, 64)
+    for pfns, pages in shared.tracker.copy_live():
+        shared.shadow[pfns] = pages
     punch(shm, 3, 2)
     assert shared.take() == [3, 4]
     assert shared.take() == []
@@ -264,11 +273,11 @@ def test_a_hole_stays_dirty_until_it_was_taken(shm: Path) -> None:
     shared.write(0, b"\1" * 64 * PAGE_SIZE)
     assert len(shared.take()) == 64
     punch(shm, 5, 1)
-    assert shared.source.dirty().tolist() == [5]
+    assert shared.written() == [5]
     assert shared.take() == [5]
     # One that is owed to the receiver is read though nothing has changed in it, and is not filled by that.
     before = shm.stat().st_blocks
-    assert not shared.source.read(np.array([4, 5]), np.ones((2, PAGE_SIZE), dtype=np.uint8))[1].any()
+    assert not shared.memory.read(np.array([4, 5]), np.ones((2, PAGE_SIZE), dtype=np.uint8))[1].any()
     assert shm.stat().st_blocks == before
     shared.source.close()
 
@@ -288,7 +297,7 @@ def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path: Path) -> None
     shared = Shared(tmp_path / "memory", 16 * PAGE_SIZE)
     os.truncate(shared.path, 4 * PAGE_SIZE)
     with pytest.raises(SourceError):
-        shared.source.dirty()
+        shared.written()
     shared.source.close()
 
 

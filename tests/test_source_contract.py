@@ -21,9 +21,9 @@ import pytest
 import writers
 from support import writer_process
 
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import SourceError
 from remus_ckpt.files import StreamWriter, read_checkpoints
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.loop import CheckpointLoop, StopSignal
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.sender import Sender
@@ -152,52 +152,82 @@ def own() -> Iterator[Subject]:
 
 def test_nothing_changes_in_a_pause_and_all_goes_on_after_it(subject: Subject) -> None:
     for _ in range(10):
-        subject.source.pause()
+        subject.source.stopper.stop()
         before = subject.image()
         time.sleep(0.002)
-        subject.source.check_paused()
+        subject.source.stopper.check_stopped()
         assert subject.image() == before, "somebody wrote in the pause"
-        subject.source.resume()
+        subject.source.stopper.resume()
         assert subject.runs(), "nobody writes after it"
 
 
-def test_dirty_is_what_differs_and_read_is_what_is_there(subject: Subject) -> None:
-    source = subject.source
-    assert source.pages == len(subject.pages())
-    assert source.shadow.shape == (source.pages, PAGE_SIZE)
-    assert not source.shadow.any(), "it starts as zeros, as memory at the other end does"
+def test_written_is_what_differs_and_read_is_what_is_there(subject: Subject) -> None:
+    memory, tracker, stopper = subject.source.memory, subject.source.tracker, subject.source.stopper
+    reference = tracker.restart()
+    assert reference is not None and reference is tracker.reference
+    assert memory.pages == len(subject.pages())
+    assert reference.pages.shape == (memory.pages, PAGE_SIZE)
+    assert not reference.pages.any(), "it starts as zeros, as memory at the other end does"
     found = 0
     for _ in range(5):
         assert subject.runs()
-        source.pause()
+        stopper.stop()
+        memory.check()
         now = subject.pages()
-        dirty = source.dirty()
-        assert dirty.dtype == np.int64
-        assert dirty.tolist() == np.flatnonzero((now != source.shadow).any(axis=1)).tolist()
-        pages = source.read(dirty, np.full((len(dirty) + 2, PAGE_SIZE), 0xEE, dtype=np.uint8))
-        assert (pages == now[dirty]).all()
-        source.shadow[dirty] = pages
-        assert len(source.dirty()) == 0
-        assert len(source.read(source.dirty(), pages)) == 0
-        source.resume()
-        found += len(dirty)
+        written = tracker.written()
+        assert written.dtype == np.int64
+        assert written.tolist() == np.flatnonzero((now != reference.pages).any(axis=1)).tolist()
+        pages = memory.read(written, np.full((len(written) + 2, PAGE_SIZE), 0xEE, dtype=np.uint8))
+        assert (pages == now[written]).all()
+        reference.pages[written] = pages
+        tracker.taken()
+        assert len(tracker.written()) == 0
+        assert len(memory.read(tracker.written(), pages)) == 0
+        stopper.resume()
+        found += len(written)
     assert found
+    stopper.stop()
+    memory.check()
+    assert tracker.restart() is not reference
+    assert tracker.written().tolist() == np.flatnonzero(subject.pages().any(axis=1)).tolist(), "it begins anew"
+    stopper.resume()
 
 
 def test_a_sample_is_a_copy_of_any_part_at_any_time(subject: Subject) -> None:
     assert subject.runs()
-    source = subject.source
-    while_running = source.sample(0, source.pages)
-    assert while_running.shape == (source.pages, PAGE_SIZE)
+    memory = subject.source.memory
+    while_running = memory.sample(0, memory.pages)
+    assert while_running.shape == (memory.pages, PAGE_SIZE)
     assert while_running.any()
     kept = while_running.copy()
     assert subject.runs()
     assert (while_running == kept).all(), "it is no copy"
-    source.pause()
+    subject.source.stopper.stop()
     now = subject.pages()
-    for first, stop in ((0, source.pages), (3, 3), (source.pages - 1, source.pages), (5, 13)):
-        assert (source.sample(first, stop) == now[first:stop]).all()
-    source.resume()
+    for first, stop in ((0, memory.pages), (3, 3), (memory.pages - 1, memory.pages), (5, 13)):
+        assert (memory.sample(first, stop) == now[first:stop]).all()
+    subject.source.stopper.resume()
+
+
+def test_what_is_copied_live_and_what_is_written_then_are_all(subject: Subject) -> None:
+    """However it is written meanwhile, a round over it and the pause behind it give memory as it is in the pause."""
+    memory, tracker, stopper = subject.source.memory, subject.source.tracker, subject.source.stopper
+    reference = tracker.restart()
+    assert reference is not None
+    assert subject.runs()
+    for _ in range(2):
+        for pfns, pages in tracker.copy_live():
+            assert pages.shape == (len(pfns), PAGE_SIZE) and len(pfns) <= MAX_BATCH_ENTRIES
+            reference.pages[pfns] = pages
+            assert subject.runs()
+    assert 0 <= tracker.estimate() <= memory.pages
+    stopper.stop()
+    memory.check()
+    written = tracker.written()
+    reference.pages[written] = memory.read(written, np.empty((len(written), PAGE_SIZE), dtype=np.uint8))
+    assert (reference.pages == subject.pages()).all()
+    assert tracker.estimate() == 0
+    stopper.resume()
 
 
 def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, tmp_path: Path) -> None:
@@ -207,7 +237,7 @@ def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, tmp_path: P
     stop = StopSignal()
     loop = CheckpointLoop(
         source,
-        Sender(source.pages, reference=Shadow(source.shadow)),
+        Sender(source.memory.pages, reference=source.tracker.reference),
         output,
         interval_s=0.003,
         on_paused=lambda epoch: seen.update({epoch: hashlib.sha256(subject.image()).hexdigest()}),
@@ -228,16 +258,16 @@ def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, tmp_path: P
 
 
 def test_closing_ends_a_pause(subject: Subject) -> None:
-    subject.source.pause()
+    subject.source.stopper.stop()
     subject.close()
     assert subject.runs()
 
 
 def test_alive(subject: Subject) -> None:
-    assert subject.source.alive()
-    subject.source.pause()
-    assert subject.source.alive()
-    subject.source.resume()
+    assert subject.source.stopper.alive()
+    subject.source.stopper.stop()
+    assert subject.source.stopper.alive()
+    subject.source.stopper.resume()
 
 
 # Those who are processes

@@ -19,7 +19,6 @@ import pytest
 import writers
 from support import process_state
 
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.files import StreamWriter, read_checkpoints
 from remus_ckpt.loop import CheckpointLoop
@@ -124,19 +123,19 @@ def threads_of(pid: int) -> set[str]:
 def test_a_thread_that_ran_in_a_pause_is_found_though_it_is_stopped_again(memory: Path, threads: int) -> None:
     with python(THREADS + "print('ready', flush=True)\nwrite(0)\n", memory, threads) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
-        source.pause()
-        source.check_paused()
+        source.stopper.stop()
+        source.stopper.check_stopped()
         before = memory.read_bytes()
         os.kill(worker.pid, signal.SIGCONT)
         wait_until(lambda: memory.read_bytes() != before)
         os.kill(worker.pid, signal.SIGSTOP)
         wait_until(lambda: threads_of(worker.pid) == {"T"})
         with pytest.raises(PauseBroken, match=str(worker.pid)):
-            source.check_paused()
-        source.resume()
-        source.pause()
-        source.check_paused()
-        source.resume()
+            source.stopper.check_stopped()
+        source.stopper.resume()
+        source.stopper.stop()
+        source.stopper.check_stopped()
+        source.stopper.resume()
         source.close()
 
 
@@ -151,12 +150,12 @@ def test_a_process_whose_first_thread_is_dead(memory: Path, monkeypatch: pytest.
         wait_until(lambda: process_state(worker.pid) == "Z")
         source = SharedFile(memory, Processes([worker.pid]))
         for _ in range(5):
-            source.pause()
+            source.stopper.stop()
             assert holds_still(memory)
-            source.check_paused()
-            source.resume()
+            source.stopper.check_stopped()
+            source.stopper.resume()
             wait_until(lambda: not holds_still(memory))
-        assert source.alive()
+        assert source.stopper.alive()
         source.close()
 
 
@@ -172,12 +171,12 @@ def test_threads_that_come_and_go(memory: Path) -> None:
     with python(WORKER + textwrap.dedent(code), memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
         for _ in range(50):
-            source.pause()
+            source.stopper.stop()
             before = memory.read_bytes()
             time.sleep(0.001)
             assert memory.read_bytes() == before
-            source.check_paused()
-            source.resume()
+            source.stopper.check_stopped()
+            source.stopper.resume()
         source.close()
 
 
@@ -189,10 +188,10 @@ def test_more_threads_than_descriptors(memory: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         try:
             source = SharedFile(memory, Processes([worker.pid]))
-            source.pause()
+            source.stopper.stop()
             assert holds_still(memory)
-            source.check_paused()
-            source.resume()
+            source.stopper.check_stopped()
+            source.stopper.resume()
             source.close()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -304,15 +303,15 @@ def test_a_group_that_was_thawed_in_a_pause_is_found_though_it_is_frozen_again(m
 def test_a_process_that_somebody_else_stops_between_two_pauses_stays_stopped(memory: Path) -> None:
     with python(BUSY, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
-        source.pause()
-        source.resume()
+        source.stopper.stop()
+        source.stopper.resume()
         os.kill(worker.pid, signal.SIGSTOP)
         wait_until(lambda: process_state(worker.pid) == "T")
-        source.pause()
-        source.check_paused()
-        source.resume()
+        source.stopper.stop()
+        source.stopper.check_stopped()
+        source.stopper.resume()
         assert process_state(worker.pid) == "T"
-        source.pause()
+        source.stopper.stop()
         source.close()
         assert process_state(worker.pid) == "T"
 
@@ -339,7 +338,7 @@ def test_a_number_that_was_given_to_a_stranger(memory: Path) -> None:
         return process
     one, two = start(), start()
     source = SharedFile(sys.argv[1], Processes([one.pid, two.pid]))
-    source.pause(); source.check_paused(); source.resume()
+    source.stopper.stop(); source.stopper.check_stopped(); source.stopper.resume()
     one.kill(); one.wait()
     while True:
         with open("/proc/sys/kernel/ns_last_pid", "w") as file:
@@ -349,11 +348,11 @@ def test_a_number_that_was_given_to_a_stranger(memory: Path) -> None:
             break
         stranger.kill(); stranger.wait()
     for _ in range(3):
-        source.pause()
+        source.stopper.stop()
         states = [open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[0] for pid in (stranger.pid, two.pid)]
         assert states == ["R", "T"], states
-        source.check_paused(); source.resume()
-    print("well", len(source.death_fds()), flush=True)
+        source.stopper.check_stopped(); source.stopper.resume()
+    print("well", len(source.stopper.death_fds()), flush=True)
     os._exit(0)
     """
     done = subprocess.run(
@@ -427,29 +426,29 @@ for line in sys.stdin:
 def test_children_that_inherit_the_memory_are_stopped_too(memory: Path, how: str) -> None:
     with python(WORKER + "print('ready', flush=True)\n" + FORKS, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
-        source.pause()
-        source.resume()
+        source.stopper.stop()
+        source.stopper.resume()
         tell(worker, how)
         child = int(said(worker))
         wait_until(lambda: not holds_still(memory))
         for _ in range(3):
-            source.pause()
+            source.stopper.stop()
             assert holds_still(memory)
-            source.check_paused()
-            source.resume()
+            source.stopper.check_stopped()
+            source.stopper.resume()
             wait_until(lambda: not holds_still(memory))
         # It is found when it runs in a pause, as the others are.
-        source.pause()
+        source.stopper.stop()
         os.kill(child, signal.SIGCONT)
         wait_until(lambda: process_state(child) != "T")
         with pytest.raises(PauseBroken, match=str(child)):
-            source.check_paused()
-        source.resume()
+            source.stopper.check_stopped()
+        source.stopper.resume()
         # They go on when the one that was named is dead.
         tell(worker, "end")
         worker.wait()
-        assert source.alive()
-        source.pause()
+        assert source.stopper.alive()
+        source.stopper.stop()
         assert holds_still(memory)
         source.close()
         wait_until(lambda: not holds_still(memory))
@@ -462,10 +461,10 @@ def test_children_without_the_memory_are_left_alone(memory: Path) -> None:
         child = int(said(worker))
         wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
         for _ in range(2):
-            source.pause()
+            source.stopper.stop()
             assert process_state(child) != "T"
             assert process_state(worker.pid) == "T"
-            source.resume()
+            source.stopper.resume()
         source.close()
 
 
@@ -475,7 +474,7 @@ def test_children_run_on_when_the_one_who_stopped_them_is_killed(memory: Path) -
     from remus_ckpt.source.processes import Processes
     from remus_ckpt.source.shared_file import SharedFile
     source = SharedFile(sys.argv[1], Processes([int(sys.argv[2])]))
-    source.pause()
+    source.stopper.stop()
     print("ready", flush=True)
     time.sleep(1000)
     """
@@ -508,14 +507,14 @@ def guard_of(memory: Path) -> int:
 def test_a_file_that_is_replaced_under_its_name_is_an_error(memory: Path) -> None:
     with python(BUSY, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
-        source.pause()
-        source.dirty()
-        source.resume()
+        source.stopper.stop()
+        source.memory.check()
+        source.stopper.resume()
         (memory.parent / "new").write_bytes(memory.read_bytes())
         (memory.parent / "new").rename(memory)
-        source.pause()
+        source.stopper.stop()
         with pytest.raises(SourceError, match="replaced"):
-            source.dirty()
+            source.memory.check()
         source.close()
 
 
@@ -524,10 +523,11 @@ def test_a_file_that_is_unlinked_is_the_memory_still(memory: Path) -> None:
         source = SharedFile(memory, Processes([worker.pid]))
         memory.unlink()
         for _ in range(3):
-            source.pause()
-            assert source.dirty().tolist() == [0]
-            source.check_paused()
-            source.resume()
+            source.stopper.stop()
+            source.memory.check()
+            assert source.tracker.written().tolist() == [0]
+            source.stopper.check_stopped()
+            source.stopper.resume()
         source.close()
 
 
@@ -547,8 +547,9 @@ def test_memory_without_a_name_of_its_own(tmp_path: Path) -> None:
         source = SharedFile(f"/proc/{worker.pid}/fd/100", Processes([worker.pid]))
         tell(worker)
         assert said(worker) == "ready"
-        source.pause()
-        assert source.dirty().tolist() == [0]
+        source.stopper.stop()
+        source.memory.check()
+        assert source.tracker.written().tolist() == [0]
         source.close()
 
 
@@ -576,9 +577,9 @@ for line in sys.stdin:
 
 
 def one_pause(source: SharedFile) -> None:
-    source.pause()
-    source.check_paused()
-    source.resume()
+    source.stopper.stop()
+    source.stopper.check_stopped()
+    source.stopper.resume()
 
 
 @pytest.mark.parametrize("how", ["lose", "lose, with the file open", "lose a part", "execute"])
@@ -741,13 +742,13 @@ def test_a_file_of_the_same_number_elsewhere_is_not_the_memory(memory: Path, tmp
     """Inode numbers are one file system's own, and small ones are there on each."""
     if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
         pytest.skip("there is no second file system")
-    from remus_ckpt.source.mappings import NONE, Memory
+    from remus_ckpt.source.mappings import NONE, FileIdentity
     from remus_ckpt.source.process import Process
 
     with python(BUSY, memory) as worker, open(memory, "rb") as file:
-        mine = Memory.of(str(memory), file.fileno())
+        mine = FileIdentity.of(str(memory), file.fileno())
         major, minor = mine.device
-        other = Memory(mine.path, os.stat("/dev/null"), (major, minor + 1), mine.inode)
+        other = FileIdentity(mine.path, os.stat("/dev/null"), (major, minor + 1), mine.inode)
         found = Process(worker.pid).look(other)
         assert found is not None
         assert found.how == NONE
@@ -793,7 +794,7 @@ def test_a_broken_pause_is_taken_again_and_never_recorded(
     """Somebody lets the worker run and stops it again while its pages are copied."""
     with python(BUSY, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
-        read = source.read
+        read = source.memory.read
         broken = []
         seen: dict[int, bytes] = {}
 
@@ -807,10 +808,10 @@ def test_a_broken_pause_is_taken_again_and_never_recorded(
                 wait_until(lambda: process_state(worker.pid) == "T")
             return pages
 
-        monkeypatch.setattr(source, "read", break_in)
+        monkeypatch.setattr(source.memory, "read", break_in)
         loop = CheckpointLoop(
             source,
-            Sender(source.pages, reference=Shadow(source.shadow)),
+            Sender(source.memory.pages, reference=source.tracker.reference),
             output := StreamWriter(tmp_path / "stream"),
             interval_s=0.002,
             on_paused=lambda epoch: seen.update({epoch: memory.read_bytes()}),

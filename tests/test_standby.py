@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.protect import protect
-from remus_ckpt.service.standby import Policy, Standby
-from remus_ckpt.store import Store, state
+from remus_ckpt.service.standby import Policy, Refusal, Standby
+from remus_ckpt.store import HistoryWriter, Store, state
 
 
 class Disk:
@@ -204,6 +204,117 @@ def test_one_that_is_dismissed_and_says_goodbye_does_not_speak_for_the_next(tmp_
     standby.close()
 
 
+@contextmanager
+def being_let_in(disk: Disk, standby: Standby, guest: Guest, term: int | None = None) -> Iterator[list[Any]]:
+    """In the block, the disk is just writing down that this primary is let in; gives its "in", or what it is told."""
+    ends: list[Any] = []
+    leave = threading.Event()
+
+    def come() -> None:
+        try:
+            with standby.hosting(guest, guest.hello(term)):
+                ends.append("in")
+                assert leave.wait(LONG_S)
+        except Refusal as error:
+            ends.append(error.code)
+
+    coming = threading.Thread(target=come, daemon=True)
+    disk.may_go_on.clear()
+    coming.start()
+    until(lambda: disk.waiting)
+    try:
+        yield ends
+    finally:
+        disk.may_go_on.set()
+        leave.set()
+        coming.join(LONG_S)
+
+
+def asking_for(standby: Standby) -> tuple[threading.Thread, list[Any]]:
+    """A takeover by hand that has been asked for; its answer, or its error, comes into the list."""
+    answers: list[Any] = []
+
+    def ask_for() -> None:
+        try:
+            answers.append(standby.take_over(fence=False))
+        except RemusError as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask_for, daemon=True)
+    asking.start()
+    until(lambda: standby._by_hand is not None)
+    return asking, answers
+
+
+def test_a_takeover_is_asked_for_while_a_primary_is_being_let_in(tmp_path: Path, disk: Disk) -> None:
+    """While a takeover is being done, nobody is let in."""
+    standby = standing_by(tmp_path)
+    with being_let_in(disk, standby, Guest(1)) as ends:
+        asking, answers = asking_for(standby)
+        disk.may_go_on.set()
+        until(lambda: ends)
+        assert ends == ["busy"]
+        turn(standby)
+        asking.join(LONG_S)
+    assert answers[0]["term"] == 1
+    standby.close()
+
+
+def test_what_was_handed_out_is_asked_for_while_its_survivor_is_being_let_in(tmp_path: Path, disk: Disk) -> None:
+    """The survivor is neither ended nor handed out for that."""
+    with Store(tmp_path).writer("orders") as filled:
+        fill(filled, 1)
+        filled.set_state(term=1, role="promoted")
+    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), lambda: None)
+    survivor = Guest(1)
+    with being_let_in(disk, standby, survivor, 2) as ends:
+        asking, answers = asking_for(standby)
+        standby.turn(time.monotonic())  # the memory is about to be handed out
+        disk.may_go_on.set()
+        until(lambda: ends)
+        settled(standby)
+        turn(standby)
+        asking.join(LONG_S)
+        assert ends == ["in"]
+        assert not survivor.ends
+        found = standby.status()
+        assert (found["role"], found["term"], found["image"]) == ("standby", 2, None)
+    assert isinstance(answers[0], RemusError)
+    standby.close()
+
+
+def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the earlier one is answered or taken for done, although the disk failed just behind its end."""
+    runs = tmp_path / "runs"
+    standby = standing_by(tmp_path / "store", on_failover=f"echo $REMUS_TERM >> {runs}")
+
+    def take_over() -> dict[str, Any]:
+        _, answers = asking_for(standby)
+        until(lambda: turn(standby) or answers)
+        until(lambda: turn(standby) or standby.status()["takeover"] == "succeeded")
+        given: dict[str, Any] = answers[0]
+        return given
+
+    def set_state(self: HistoryWriter, **changes: Any) -> None:
+        real(self, **changes)
+        raise StoreError("neither written for good nor taken back")
+
+    assert take_over()["term"] == 1
+    survivor, real = Guest(1), HistoryWriter.set_state
+    with monkeypatch.context() as patched:
+        patched.setattr(HistoryWriter, "set_state", set_state)
+        with pytest.raises(StoreError), standby.hosting(survivor, survivor.hello(2)):
+            pass
+    until(lambda: turn(standby) or standby.status()["trouble"] is None)
+    assert standby.status()["role"] == "standby"
+    assert standby.status()["image"] is None
+    assert take_over()["term"] == 3
+    assert runs.read_text() == "1\n3\n"
+    standby.close()
+
+
 # Disks that hang
 
 
@@ -238,6 +349,62 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
         backup.close()
         assert time.monotonic() - begin < 10
         disk.may_go_on.set()
+
+
+@pytest.mark.parametrize("where", ["looking", "opening"])
+def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The other names are served, and it is said what is missing; once the disk goes on, so is that one."""
+    for name in ("bad", "orders"):
+        with Store(tmp_path / "store").writer(name) as writer:
+            fill(writer, 2)
+    (tmp_path / "store" / "nothing").mkdir()
+    may_go_on = threading.Event()
+
+    def hanging(real: Callable[..., Any]) -> Callable[..., Any]:
+        def hang(self: Store, name: str, **options: Any) -> Any:
+            assert name != "bad" or may_go_on.wait(LONG_S)
+            return real(self, name, **options)
+
+        return hang
+
+    monkeypatch.setattr("remus_ckpt.service.backup._OPEN_S", 1.0)
+    method = {"looking": "may_hold", "opening": "writer"}[where]
+    monkeypatch.setattr(Store, method, hanging(getattr(Store, method)))
+    try:
+        with backup_in(tmp_path / "store") as backup:
+            with Memory(backup.addresses[0]) as memory:
+                memory.step(1)
+                assert of(backup)["epoch"] == 2
+            assert backup.status()["names"].keys() == {"bad", "orders"}
+            assert (of(backup, "bad")["role"], of(backup, "bad")["epoch"]) == ("opening", None)
+            assert "hangs" in of(backup, "bad")["trouble"]
+            assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
+            with pytest.raises(StoreError):
+                backup.failover("bad")
+            with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad") as protection:
+                with pytest.raises(RemusError):
+                    protection.checkpoint(timeout_s=2.0)
+                may_go_on.set()
+                until(lambda: of(backup, "bad")["role"] == "standby")
+                assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
+                assert protection.checkpoint(timeout_s=LONG_S) == 2
+    finally:
+        may_go_on.set()
+
+
+def test_a_backup_that_ends_while_a_store_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for a disk that hangs, and what is then opened is let go of."""
+    Store(tmp_path).writer("orders").close()
+    may_go_on, real = threading.Event(), Store.writer
+    with monkeypatch.context() as patched:
+        patched.setattr("remus_ckpt.service.backup._OPEN_S", 0.1)
+        patched.setattr(Store, "writer", lambda *given, **options: may_go_on.wait(LONG_S) and real(*given, **options))
+        begin = time.monotonic()
+        Backup(tmp_path, [ANY]).close()
+        assert time.monotonic() - begin < LONG_S / 2
+        may_go_on.set()
+        until(lambda: not any(thread.name.startswith("opening") for thread in threading.enumerate()))
+    Store(tmp_path).writer("orders").close()
 
 
 def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,6 +592,23 @@ def test_the_end_of_the_backup_is_the_end_of_its_commands(tmp_path: Path) -> Non
         until(begun.exists)
     time.sleep(1.2)
     assert not acted.exists()
+
+
+def test_a_takeover_that_does_not_end_is_killed_and_tried_again(tmp_path: Path) -> None:
+    runs, acted = tmp_path / "runs", tmp_path / "acted"
+    first = f"(setsid sh -c 'while test -e {tmp_path}; do sleep 0.5; touch {acted}; done' &); sleep 60 | cat"
+    takeover = f"echo run >> {runs}; test $(wc -l < {runs}) -gt 1 || {{ {first}; }}"
+    with backup_in(tmp_path / "store", on_failover=takeover, takeover_timeout_s=1.0) as backup:
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+        backup.failover("orders")
+        until(lambda: of(backup)["takeover"] == "failed")
+        assert "more than 1 s" in of(backup)["trouble"]
+        acted.unlink(missing_ok=True)
+        until(lambda: of(backup)["takeover"] == "succeeded")
+        assert of(backup)["trouble"] is None
+    assert runs.read_text() == "run\nrun\n"
+    assert not acted.exists(), "nothing of the first one lives on"
 
 
 def test_a_fence_that_cannot_be_started_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

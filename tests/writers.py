@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from remus_ckpt.source import Writers
+from remus_ckpt.source import FileStopper
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.commands import PauseCommands
 from remus_ckpt.source.processes import Processes
@@ -16,7 +16,7 @@ from remus_ckpt.source.processes import Processes
 KINDS = ["signals", "freezer", "commands"]
 
 
-def make(kind: str, pid: int, cgroup: Path | None) -> Writers:
+def make(kind: str, pid: int, cgroup: Path | None) -> FileStopper:
     """Who can stop the process `pid`, which is in `cgroup` if its kind needs one."""
     if kind == "signals":
         return Processes([pid])

@@ -43,7 +43,7 @@ TESTS = {
     "link/": f"test_transport.py {SERVICE}",
     "link/compression.py": f"test_compression.py {SERVICE}",
     "link/tls.py": "test_keys.py test_transport.py",
-    "loop.py": "test_own_memory.py test_record.py test_interrupts.py test_source_contract.py test_primary.py",
+    "loop.py": "test_tracker.py test_own_memory.py test_record.py test_interrupts.py test_source*.py test_primary.py",
     "observe/": f"test_observe.py {SERVICE}",
     "restorer.py": f"test_restorer.py {STREAM} test_store.py test_store_recovery.py",
     "sender.py": f"test_sender.py {STREAM} test_store.py test_service.py",
@@ -55,7 +55,7 @@ TESTS = {
     "service/protect.py": f"test_primary.py test_interrupts.py test_own_memory.py {SERVICE}",
     "service/standby.py": f"test_standby.py {SERVICE} test_hostile_peers.py",
     "session/": f"test_session.py {SERVICE} test_hostile_peers.py",
-    "source/": "test_source*.py test_own_memory.py test_record.py",
+    "source/": "test_tracker.py test_own_memory.py test_source*.py test_record.py",
     "store/": "test_store*.py test_retention.py test_power*.py",
     "wire/": f"{STREAM} test_session.py",
 }

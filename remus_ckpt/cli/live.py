@@ -47,7 +47,6 @@ def record(
     duration_s = None if duration is None else parse_duration(duration)
     keep_apart(output, file)
     keep_what_is_there(overwrite, output)
-    from remus_ckpt.codec.reference import Shadow
     from remus_ckpt.files import StreamWriter
     from remus_ckpt.loop import CheckpointLoop, Totals
     from remus_ckpt.sender import Sender
@@ -62,7 +61,7 @@ def record(
         stack.callback(source.close)
         writer = StreamWriter(output)
         stack.callback(writer.close)
-        sender = Sender(source.pages, codec=codec, reference=Shadow(source.shadow))
+        sender = Sender(source.memory.pages, codec=codec, reference=source.tracker.restart())
         loop = CheckpointLoop(
             source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )

@@ -147,6 +147,10 @@ def backup(
             metavar="CMD", help="Command that starts the work here after a failover, and exits once it is running."
         ),
     ] = None,
+    failover_timeout: Annotated[
+        str,
+        typer.Option(metavar="TIME", help="An --on-failover command that takes longer is killed and tried again."),
+    ] = "1h",
     auto_failover: Annotated[
         bool, typer.Option("--auto-failover", help="Take over when the lease expires. Needs --fence.")
     ] = False,
@@ -184,6 +188,8 @@ def backup(
     lease_s = parse_duration(lease)
     if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
         raise typer.BadParameter(f"--lease {lease}: it must be between {MIN_LEASE_S:g}s and {MAX_LEASE_S:g}s")
+    if not (takeover_timeout_s := parse_duration(failover_timeout)):
+        raise typer.BadParameter("--failover-timeout 0: no command could succeed")
     from remus_ckpt.link.listener import Listener
     from remus_ckpt.observe.metrics import Metrics
     from remus_ckpt.service.backup import Backup
@@ -195,6 +201,7 @@ def backup(
         automatic=auto_failover,
         fence=fence,
         on_failover=on_failover,
+        takeover_timeout_s=min(takeover_timeout_s, threading.TIMEOUT_MAX),
         retention=Retention(
             count=keep_count,
             age_s=parse_duration(keep_age) if keep_age else None,

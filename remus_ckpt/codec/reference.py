@@ -32,7 +32,7 @@ class Reference(Protocol):
 class Shadow:
     """A copy of all of memory, which starts as zeros on both sides. Every page has a reference from the start.
 
-    pages: the copy, uint8[n, 4096], writable; a source that compares shares it with the sender
+    pages: the copy, uint8[n, 4096], writable; a tracker that compares shares it with the sender
     """
 
     def __init__(self, pages: Pages) -> None:

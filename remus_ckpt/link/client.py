@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
 from remus_ckpt.link.compression import Chooser
 from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.flag import Flag
 from remus_ckpt.pages import Buffer
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import (
@@ -74,10 +74,10 @@ class Link:
         self._probe: tuple[Position, int, float] | None = None
         self._error: RemusError | None = None
         try:
-            self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.failed = Flag()
         except OSError as error:
             raise LinkError(f"{self.peer}: {error.strerror}") from error
-        """Readable once the session has failed."""
+        """Set once the session has failed."""
         self._heard = time.monotonic()
         self._lease_s = _WELCOME_S  # until the welcome says better
         self._term = hello.term
@@ -278,7 +278,7 @@ class Link:
     def _fail(self, error: RemusError) -> None:
         if self._error is None and not self._closing:
             self._error = error
-            os.eventfd_write(self.wake, 1)
+            self.failed.set()
         self._connection.close()
 
     def hang_up(self) -> None:
@@ -309,6 +309,8 @@ class Link:
         # Alive: it may never have been started.
         if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(_GOODBYE_S)
-        wake, self.wake = self.wake, -1
-        if wake >= 0:
-            os.close(wake)
+        if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():
+            # Its traceback refers back to this link, whose buffers would stay until the next full garbage collection.
+            self._error = None
+            self._session.close()
+        self.failed.close()

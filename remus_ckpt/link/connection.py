@@ -94,7 +94,7 @@ class Connection:
         self._is_closed = False
         self._send_lock = threading.Lock()
         self._send_fault: str | None = None
-        self._receive_fault: LinkError | None = None
+        self._receive_fault: str | None = None
         self._is_ready = False
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
@@ -319,7 +319,7 @@ class Connection:
         with self._use:
             self._check_ready()
             if self._receive_fault is not None:
-                raise self._receive_fault
+                raise LinkError(f"{self.peer}: {self._receive_fault}")
             try:
                 if self._tls is None:
                     size = self._receive_plain(view, deadline)
@@ -373,10 +373,10 @@ class Connection:
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return got
             except ssl.SSLError as error:
-                self._receive_fault = LinkError(f"{self.peer}: {say(error)}")
+                self._receive_fault = say(error)
                 if got:
                     return got  # whole records, checked; the fault is behind them
-                raise self._receive_fault from error
+                raise LinkError(f"{self.peer}: {self._receive_fault}") from error
             size = self._receive_plain(self._cipher, deadline)
             with self._tls_lock:
                 if size:

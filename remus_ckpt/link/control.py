@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 
 from remus_ckpt.errors import LinkError, Refused, RemusError
@@ -20,7 +21,7 @@ def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeo
     """
     deadline = time.monotonic() + timeout_s
     session = Session("client")
-    with connection:
+    with connection, closing(session):
         connection.send(session.send(Hello(program=f"remus_ckpt {__version__}", role="control")), timeout_s)
         while True:
             match session.next_event():

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Self
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import INSECURE_OPTION, Address, check_plain, resolve
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import dial
@@ -56,6 +57,7 @@ class Listener:
             raise LinkError(f"{address}: no address for {address.host} within {_RESOLVE_S:g} s") from None
         except OSError as error:
             raise LinkError(f"{address}: {say(error)}") from error
+        disown_in_forks(self)
         self._socket.setblocking(False)
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -122,6 +124,11 @@ class Listener:
                 self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 self._spare = -1
+
+    def disown(self) -> None:
+        """In a fork: the parent listens on, and nobody here may take its peers or its path from it."""
+        self._inode = None
+        self._socket.close()
 
     def close(self) -> None:
         """Stop listening; connections live on. Wakes a poll. May be called twice, and from any thread."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
 from remus_ckpt.observe.log import log
 
@@ -48,6 +49,7 @@ class MetricsServer:
             self._server = _Server(family, place, request_s)
         except OSError as error:
             raise LinkError(f"metrics at {where}: {error.strerror or error}") from error
+        disown_in_forks(self)
         self._server.set_app(make_wsgi_app(registry))
         port = self._server.socket.getsockname()[1]
         self.address = f"[{address.host}]:{port}" if ":" in address.host else f"{address.host}:{port}"
@@ -60,8 +62,14 @@ class MetricsServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def disown(self) -> None:
+        """In a fork: the parent serves on."""
+        self._server.socket.close()
+
     def close(self) -> None:
-        """Stop, and hang up on who is being served. May be called twice."""
+        """Stop, and hang up on who is being served. May be called twice; in a fork it does nothing."""
+        if self._server.socket.fileno() < 0:
+            return
         _shut([self._server.socket])  # its thread wakes at once, not at its next look around
         self._server.shutdown()
         self._thread.join()

@@ -32,6 +32,7 @@ from remus_ckpt.errors import (
     StreamError,
     UnknownFormat,
 )
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
@@ -56,10 +57,11 @@ _END_S = 1.0
 _CLOSE_S = 10.0
 """For all sessions and stores to end; what then still hangs is left to hang."""
 _OPEN_S = 10.0
+"""For a store to open, before others are no longer kept waiting for it."""
 _MOST_EVICTED = 8
 """Whose threads have not ended yet."""
 _MOST_OPENED = 8
-"""Names that are tried again at a time."""
+"""Names at a time, besides those whose disks hang."""
 _LOCK = ".lock"
 """In the store; no name begins with a dot."""
 _NAME_DESCRIPTORS = 8
@@ -75,7 +77,7 @@ _STATUS_OF_REFUSED: dict[str, Any] = {
     "warnings": [],
     "primary": {},
 }
-"""Of a name whose store cannot be opened."""
+"""Of a name whose store cannot be opened, or is not open yet: its role is "opening" then."""
 _RECEIVED_EVERY = 8
 
 
@@ -91,7 +93,10 @@ class Backup:
     on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
 
     `run` serves in the calling thread; used in a `with`, it serves in a thread of its own.
-    A name whose store cannot be opened is refused, with the reason, until it can be; the others are served.
+    A fork has no part in it: what it has got of locks and listeners is closed there, and only `close` and `stop` may be
+    called, which do nothing.
+    A name whose store cannot be opened, or not within seconds, is refused, with the reason, until it is; the others are
+    served.
     Raises StoreError or LinkError where it cannot begin.
     """
 
@@ -118,10 +123,12 @@ class Backup:
         self._warm_dir = warm_dir
         self._lock = threading.Lock()
         self._visits: list[_Visit] = []
-        self._names = threading.Condition()  # guards the next three; nobody waits for a disk with it held
+        self._names = threading.Condition()  # guards the next five; nobody waits for a disk with it held
         self._standbys: dict[str, Standby] = {}
         self._refused: dict[str, _Refused] = {}
         self._in_work: set[str] = set()  # names that a thread is opening, or letting go of
+        self._opening: dict[str, float] = {}  # names that threads of ours are opening, and since when
+        self._is_letting_go = False
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._pid = os.getpid()
@@ -132,11 +139,12 @@ class Backup:
                 stack.callback(self._stop.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(self._close_wake)
-            stack.callback(os.close, self._lock_store())
+            self._store_lock = -1
+            disown_in_forks(self)
+            stack.callback(self._unlock_store)
+            self._lock_store()
             stack.callback(self._close_standbys)
-            for name in self._store.names():
-                with suppress(RemusError):
-                    self._open(name)
+            self._open_all()
             tls = TlsFiles(tls_dir) if tls_dir is not None else None
             self._listeners = [
                 stack.enter_context(
@@ -167,6 +175,7 @@ class Backup:
         on_turn: called at least every quarter of the lease, while all is well
         Nothing here waits for a disk, or for a peer for more than a moment.
         """
+        self._check_process()
         poll = select.poll()
         for fd in (self._stop.fd, self._wake, *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
@@ -217,6 +226,7 @@ class Backup:
         Returns or raises within a minute. Raises NoCheckpoint if nothing is committed under that name, StoreError if
         its store cannot be opened, RemusError if the fencing fails.
         """
+        self._check_process()
         with self._names:
             standby, refused = self._standbys.get(name), self._refused.get(name)
         if refused is not None:
@@ -227,6 +237,7 @@ class Backup:
 
     def status(self) -> dict[str, Any]:
         """What there is to say of this side, for users."""
+        self._check_process()
         return {
             "program": f"remus_ckpt {__version__}",
             "lease_s": self.policy.lease_s,
@@ -237,6 +248,7 @@ class Backup:
     def _status_of_names(self) -> dict[str, dict[str, Any]]:
         with self._names:
             refused = {name: one.reason for name, one in self._refused.items()}
+            opening = {name for name, one in self._refused.items() if one.is_opening}
         found = {}
         for standby in self._all_standbys():
             try:
@@ -245,7 +257,10 @@ class Backup:
             except Exception as error:  # what is wrong with one hides no other
                 refused[standby.name] = f"its status cannot be said: {type(error).__name__}: {error}"
         return found | {
-            name: _STATUS_OF_REFUSED | self.metrics.backup_status(name) | {"trouble": reason}
+            name: _STATUS_OF_REFUSED
+            | self.metrics.backup_status(name)
+            | {"trouble": reason}
+            | ({"role": "opening"} if name in opening else {})
             for name, reason in refused.items()
         }
 
@@ -290,29 +305,44 @@ class Backup:
         with self._lock:
             self._visits.append(visit)
 
-    def _lock_store(self) -> int:
-        """A descriptor that keeps other backups out: a new name would else be made by two."""
+    def _lock_store(self) -> None:
+        """Keep other backups out: a new name would else be made by two. Raises StoreError."""
         path = self._store.directory / _LOCK
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = self._store_lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(fd)
             if isinstance(error, BlockingIOError):
                 raise StoreError(f"{self._store.directory} is served by another backup: stop that one first") from None
             raise StoreError(f"{path}: {error.strerror}") from error
-        return fd
+
+    def _unlock_store(self) -> None:
+        fd, self._store_lock = self._store_lock, -1  # a fork in between must not close what then has this number
+        if fd >= 0:
+            os.close(fd)
 
     def _close_wake(self) -> None:
         with self._wake_lock:
-            os.close(self._wake)
-            self._wake = -1
+            fd, self._wake = self._wake, -1
+            os.close(fd)
+
+    def disown(self) -> None:
+        """In a fork: let go of the parent's store. Listeners, histories and commands do so by themselves."""
+        self._unlock_store()
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise ValueError(f"this backup is run by process {self._pid}, not by its fork {os.getpid()}")
 
     def _close_standbys(self) -> None:
-        close_all(self._all_standbys(), time.monotonic() + _CLOSE_S)
+        deadline = time.monotonic() + _CLOSE_S
+        with self._names:
+            self._is_letting_go = True
+            self._names.wait_for(lambda: not self._count_opening(), _CLOSE_S)
+        close_all(self._all_standbys(), deadline)
 
     # Names
 
@@ -321,6 +351,7 @@ class Backup:
 
         Raises Refusal for one that is not taken here, StoreError for one whose store cannot be opened.
         """
+        self._check_process()
         try:
             messages.check_name(name)
         except ValueError as error:
@@ -385,6 +416,23 @@ class Backup:
                 with self._names:
                     self._standbys[name] = standby
 
+    def _open_all(self) -> None:
+        """Open what the store holds, side by side, and wait for those whose disks do not hang. Raises StoreError."""
+        names = self._store.candidates()
+        with self._names:
+            self._refused = {name: _Refused.not_yet(name) for name in names}
+        deadline = time.monotonic() + _OPEN_S
+        while (now := time.monotonic()) < deadline:
+            self._try_refused(now)
+            with self._names:
+                hanging = {name: one for name, one in self._refused.items() if one.is_opening}
+                if not hanging:
+                    return
+                self._names.wait(min(deadline - now, FIRST_RETRY_S))
+        for name, one in hanging.items():
+            log("store refused", level=logging.ERROR, name=name, reason=one.reason)
+            self.metrics.store_refused(name)
+
     def _open(self, name: str, *, is_asked_for: bool = False) -> Standby:
         """That under a name. What keeps one from being opened is said, and is no fault of the others; those that a
         store holds are tried again. Raises StoreError, Refusal."""
@@ -393,6 +441,10 @@ class Backup:
                 if (found := self._standbys.get(name)) is not None:
                     return found
                 refused = self._refused.get(name)
+            if not is_asked_for and refused is not None and refused.is_opening and not self._store.may_hold(name):
+                with self._names:
+                    del self._refused[name]
+                raise NoCheckpoint(f"there is no history in {name!r}")
             try:
                 standby = self._make(name)
             except Exception as error:
@@ -406,9 +458,14 @@ class Backup:
                     self.metrics.store_refused(name)
                 raise StoreError(reason) from error
             with self._names:
-                self._standbys[name] = standby
-                self._refused.pop(name, None)
-            if refused is not None:
+                is_late = self._is_letting_go
+                if not is_late:
+                    self._standbys[name] = standby
+                    self._refused.pop(name, None)
+            if is_late:
+                standby.close()
+                raise Refusal("shutdown", "the backup is being stopped")
+            if refused is not None and not refused.is_opening:
                 log("store opened", name=name)
             return standby
 
@@ -462,26 +519,57 @@ class Backup:
         with self._names:
             if not self._refused:
                 return math.inf
-            waiting = {name: one for name, one in self._refused.items() if name not in self._in_work}
-            due = [name for name, one in waiting.items() if now >= one.retry_at][:_MOST_OPENED]
-        for name in due:
-            with suppress(RuntimeError):  # there can be no more threads
-                threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True).start()
-        return min([now + FIRST_RETRY_S, *(one.retry_at for name, one in waiting.items() if name not in due)])
+            waiting = {
+                name: one
+                for name, one in self._refused.items()
+                if name not in self._in_work and name not in self._opening
+            }
+            due = [name for name, one in waiting.items() if now >= one.retry_at]
+            for name in due[: max(_MOST_OPENED - self._count_opening(), 0)]:
+                opening = threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True)
+                try:
+                    opening.start()  # it waits for our lock
+                except RuntimeError:  # there can be no more threads
+                    break
+                self._opening[name] = now
+        return min([now + FIRST_RETRY_S, *(one.retry_at for one in waiting.values() if one.retry_at > now)])
+
+    def _count_opening(self) -> int:
+        """With the lock held: how many stores are being opened, without those whose disks seem to hang."""
+        now = time.monotonic()
+        return sum(now - since < _OPEN_S for since in self._opening.values())
 
     def _try_again(self, name: str) -> None:
-        with suppress(RemusError):
-            self._open(name)
-        self._turn_soon()
+        try:
+            with suppress(RemusError):
+                self._open(name)
+        finally:
+            with self._names:
+                del self._opening[name]
+                self._names.notify_all()
+            self._turn_soon()
 
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    """A name whose store cannot be opened. tries: how often that was tried"""
+    """A name whose store is not open.
+
+    reason: why not
+    tries: how often it has failed to open; none while it is being opened for the first time
+    retry_at: when it is tried again
+    """
 
     reason: str
-    tries: int
-    retry_at: float
+    tries: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def is_opening(self) -> bool:
+        return not self.tries
+
+    @staticmethod
+    def not_yet(name: str) -> _Refused:
+        return _Refused(f"the store of {name!r} is being opened; if that does not end, its disk hangs")
 
     @staticmethod
     def after(before: _Refused | None, reason: str) -> _Refused:
@@ -623,6 +711,8 @@ class _Visit:
             log("connection failed", level=logging.ERROR, error=error, **self._who)
         finally:
             self.connection.close()
+            if self._session is not None:
+                self._session.close()
 
     def _await_hello(self) -> messages.Hello:
         deadline = time.monotonic() + _HELLO_S

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from remus_ckpt.errors import RemusError
+from remus_ckpt.forks import disown_in_forks
 
 _KEEPER = Path(__file__).with_name("keeper.py")
 _UNKNOWN = 255
@@ -40,6 +41,7 @@ class ShellCommand:
         self._status: int | None = None
         values = {key: value.replace("\0", "\ufffd") for key, value in (environment or {}).items()}
         self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        disown_in_forks(self)
         try:
             with theirs:
                 self._keeper = subprocess.Popen(
@@ -84,6 +86,10 @@ class ShellCommand:
             self._words.close()
             self._status = int(said) if said else 128 - status if status < 0 else status or _UNKNOWN
         return self._status
+
+    def disown(self) -> None:
+        """In a fork: the keeper must see when the parent dies."""
+        self._words.close()
 
     def kill(self) -> None:
         """Kill it whole. `wait` returns once all of it is dead."""

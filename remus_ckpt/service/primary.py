@@ -17,26 +17,25 @@ import logging
 import math
 import os
 import select
+import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError, UnknownFormat
 from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
-from remus_ckpt.memory import zeros
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, flatten
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -129,11 +128,25 @@ class _Bell:
             self._waiters.discard(waiter)
 
 
-class _Turn:
-    """Of one call of `checkpoint`."""
+@dataclass(slots=True)
+class _Call:
+    """One call of `checkpoint`, in its place in the queue.
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    thread: its thread's number
+    frame: where it runs. Whether it does is asked of the frame itself: a call that an interrupt cut short, wherever
+        that was, is over although it still stands in the queue, and although a traceback still knows its frame
+    """
+
+    thread: int
+    frame: FrameType
+
+    @property
+    def is_over(self) -> bool:
+        try:
+            self.frame.clear()  # refused while it runs
+        except RuntimeError:
+            return False
+        return True
 
 
 class Primary:
@@ -144,7 +157,6 @@ class Primary:
     window: checkpoints that may be on their way at once; with 1, each waits until the one before is committed
     wait: what counts as committed: "received", "durable" or "applied"
     term: under which this side was promoted; None: whatever the backup's is, if it has not been promoted itself
-    device_state: called in each pause, for what goes with the checkpoint
     on_commit: called for each commit, in order, in a thread of its own. Whatever it raises is logged, and the commits
         behind it are delivered all the same. While 1,000 wait for it, so do checkpoints
     on_paused: called with the epoch while the source is paused
@@ -168,7 +180,6 @@ class Primary:
         wait: Level = "durable",
         compression: str = "auto",
         term: int | None = None,
-        device_state: Callable[[], bytes] = bytes,
         on_commit: Callable[[Committed], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
@@ -196,7 +207,6 @@ class Primary:
         self._window = window
         self._wait: Level = wait
         self._compression = compression
-        self._device_state = device_state
         self._on_paused = on_paused
         self._phase = on_phase or (lambda name, epoch: None)
         self._turn = on_turn or (lambda: None)
@@ -212,8 +222,9 @@ class Primary:
         self._flights: deque[_Flight] = deque()
         self._bell = _Bell()  # rung when they, the link or `committed` have changed
         self._until = math.inf  # when the call that is under way must be over
-        # Of the calls of `checkpoint`, the one that is under way first; a dead one is of a call that was cut short.
-        self._turns: deque[weakref.ref[_Turn]] = deque()
+        # Calls of `checkpoint`, the one that is under way first, by what they call themselves: a call that knew its own
+        # frame would be garbage that only the collector finds.
+        self._calls: dict[object, _Call] = {}
         self._pid = os.getpid()
         self._connections = 0
         self._lease_s = math.inf  # of the last welcome
@@ -274,61 +285,61 @@ class Primary:
         """
         self._check_process()
         deadline = deadline_in(timeout_s)
-        turn = _Turn()
-        place = weakref.ref(turn)
+        key = object()
         try:
-            self._turns.append(place)
-            if not self._bell.wait(lambda: self._is_first(turn), deadline):
+            self._calls[key] = _Call(threading.get_ident(), sys._getframe())
+            if not self._bell.wait(lambda: self._is_first(key), deadline):
                 raise RemusError(f"the checkpoint that another thread takes was not done in {timeout_s:g} s")
             return self._take(deadline, wait)
         finally:
-            self._leave(place)
+            self._leave(key)
 
-    def _is_first(self, turn: _Turn) -> bool:
+    def _is_first(self, key: object) -> bool:
         """Whether it is a call's turn."""
-        for place in tuple(self._turns):
-            other = place()
-            if other is None:
-                self._leave(place)
-            elif other is turn:
+        for other, call in tuple(self._calls.items()):
+            if other is key:
                 return True
-            elif other.thread != turn.thread:
+            if call.is_over:
+                self._leave(other)
+            elif call.thread != threading.get_ident():
                 return False
             else:
                 raise ValueError("checkpoint() was called within checkpoint(): by a callback, or a signal's handler?")
-        raise AssertionError("a turn that is waited for is there")
+        raise AssertionError("a call that waits for its turn stands in the queue")
 
-    def _leave(self, place: weakref.ref[_Turn]) -> None:
-        with suppress(ValueError):  # another thread saw that it was dead
-            self._turns.remove(place)
+    def _leave(self, key: object) -> None:
+        self._calls.pop(key, None)  # another thread may have seen that it was over
         self._bell.ring()
 
     def _take(self, deadline: float, wait: bool) -> int:
         self._until = deadline
         epoch = None
         lost: LinkError | None = None
-        while True:
-            try:
-                self._connect_patiently(deadline)
-                if epoch is None or self.committed is None or self.committed.epoch < epoch:
-                    self._await_room(stoppable=False)  # an earlier call may have given up on it
-                    if self._one_by_one is None:
-                        self._one_by_one = self._make_loop(None)
-                    taken = self._one_by_one.take()
-                    self._count(taken)
-                    epoch = taken.sent.epoch
-                if wait:
-                    self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
-                return epoch
-            except LinkError as error:
-                if time.monotonic() >= deadline:
-                    self.check()  # the link may be well, and the backup slow
-                    # Why a link broke says more than that the time is over.
-                    raise (lost or error) from None
-                lost = error
-                self._lost(error)
-                if time.monotonic() + self._backoff_s > deadline:
-                    raise  # what was wrong says more than that the time is over
+        try:
+            while True:
+                try:
+                    self._connect_patiently(deadline)
+                    if epoch is None or self.committed is None or self.committed.epoch < epoch:
+                        self._await_room(stoppable=False)  # an earlier call may have given up on it
+                        if self._one_by_one is None:
+                            self._one_by_one = self._make_loop(None)
+                        taken = self._one_by_one.take()
+                        self._count(taken)
+                        epoch = taken.sent.epoch
+                    if wait:
+                        self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
+                    return epoch
+                except LinkError as error:
+                    if time.monotonic() >= deadline:
+                        self.check()  # the link may be well, and the backup slow
+                        # Why a link broke says more than that the time is over.
+                        raise (lost or error) from None
+                    lost = error
+                    self._lost(error)
+                    if time.monotonic() + self._backoff_s > deadline:
+                        raise  # what was wrong says more than that the time is over
+        finally:
+            lost = None  # its traceback refers to this frame, and to the link's: a cycle
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
@@ -428,7 +439,7 @@ class Primary:
             "committed_epoch": self.committed.epoch if self.committed else None,
             "committed_position": f"{self.committed.epoch}:{self.committed.digest.hex()}" if self.committed else None,
             "lag_checkpoints": len(self._flights),
-            "memory_bytes": self._source.pages * PAGE_SIZE,
+            "memory_bytes": self._source.memory.pages * PAGE_SIZE,
         }
 
     # The link
@@ -460,20 +471,19 @@ class Primary:
             try:
                 self._open()
                 return
-            except Refused as error:
-                if error.code in LASTING:
-                    raise
-                fault: RemusError = error
             except (LinkError, StreamError) as error:
+                if isinstance(error, Refused) and error.code in LASTING:
+                    raise
                 if isinstance(error, UnknownFormat) and not self._connections:
                     raise  # it has never been a backup
-                fault = error
-            self._back_off()
-            if str(fault) != said:
-                log("no link", level=logging.WARNING, name=self.name, reason=str(fault))
-                said = str(fault)
-            if deadline is not None and time.monotonic() + self._backoff_s > deadline:
-                raise fault if isinstance(fault, LinkError) else LinkError(str(fault))
+                self._back_off()
+                if str(error) != said:
+                    log("no link", level=logging.WARNING, name=self.name, reason=str(error))
+                    said = str(error)
+                if deadline is not None and time.monotonic() + self._backoff_s > deadline:
+                    if isinstance(error, LinkError):
+                        raise
+                    raise LinkError(str(error)) from error
 
     def _back_off(self) -> None:
         """Before the next link, which is made at once only where the last one carried a commit.
@@ -488,7 +498,7 @@ class Primary:
             return ""  # a single checkpoint has its deadline
         if self._stop is not None and self._stop.is_set:
             return "stopped"
-        return "" if self._source.alive() else "source gone"
+        return "" if self._source.stopper.alive() else "source gone"
 
     def _gives_up(self) -> bool:
         """Whether to wait for a link no longer. Who ends does so only for what has been sent, and not for long."""
@@ -503,7 +513,7 @@ class Primary:
         self._turn()
         poll = select.poll()
         if self.is_running and not self._reason_to_end:
-            for fd in self._source.death_fds():
+            for fd in self._source.stopper.death_fds():
                 poll.register(fd, select.POLLIN)
             if self._stop is not None:
                 poll.register(self._stop.fd, select.POLLIN)
@@ -516,7 +526,7 @@ class Primary:
             name=self.name,
             run=self._run,
             term=self.term,
-            memory_pages=self._source.pages,
+            memory_pages=self._source.memory.pages,
             page_size=PAGE_SIZE,
             codec=self._codec,
             word=self._word,
@@ -560,7 +570,7 @@ class Primary:
         """Go on with deltas if the backup holds what our reference can be brought back to, else begin anew."""
         welcome = link.welcome
         self.term = welcome.term
-        shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.pages)
+        shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.memory.pages)
         held = welcome.position
         if self._sender is not None and held is not None and welcome.stream == shape and self._rewind(held):
             return Begin(mode="continue", term=welcome.term, position=held, wait=self._wait)
@@ -580,15 +590,14 @@ class Primary:
         floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
         if newest is not None and newest.epoch < floor:
             newest = None  # what came behind it is lost, and nothing can follow it under a number that was used
-        # No sender before its reference is the source's shadow: interrupted here, the next call comes here again.
+        # No sender while the tracker begins anew: interrupted here, the next call comes here again.
         self._sender = self._one_by_one = self._anchor = None
         self._forget_flights()
-        self._source.shadow = zeros(self._source.pages)
         self._sender = Sender(
-            self._source.pages,
+            self._source.memory.pages,
             codec=self._codec,
             word=self._word,
-            reference=Shadow(self._source.shadow),
+            reference=self._source.tracker.restart(),
             position=newest,
             first_epoch=floor + 1,
         )
@@ -642,7 +651,6 @@ class Primary:
             self,
             interval_s=self._interval_s,
             duration_s=duration_s,
-            device_state=self._device_state,
             on_capture=lambda epoch: self._phase("capture", epoch),
             on_paused=self._on_paused,
             stop=self._stop,
@@ -672,7 +680,7 @@ class Primary:
         if time.monotonic() >= self._until:
             raise LinkError(
                 f"{self._link.peer}: the time was over in the middle of a checkpoint: memory of "
-                f"{self._source.pages * PAGE_SIZE:,} bytes may need a longer timeout_s"
+                f"{self._source.memory.pages * PAGE_SIZE:,} bytes may need a longer timeout_s"
             )
         self._link.write(buffers)
 
@@ -723,8 +731,8 @@ class Primary:
 
     def fds(self) -> Sequence[int]:
         """Becomes readable when the link is lost."""
-        wake = -1 if self._link is None else self._link.wake
-        return () if wake < 0 else (wake,)
+        failed = -1 if self._link is None else self._link.failed.fileno()
+        return () if failed < 0 else (failed,)
 
     def check(self) -> None:
         """Raise what has ended the link."""

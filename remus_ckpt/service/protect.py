@@ -20,7 +20,8 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.primary import Committed, Primary, deadline_in
 from remus_ckpt.session.messages import Level
-from remus_ckpt.source.own_memory import Lock, OwnMemory
+from remus_ckpt.source.lock import Lock
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec
 
@@ -73,7 +74,7 @@ def protect(
         raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")
     address = Address.parse(to) if isinstance(to, str) else to
     tls = TlsFiles(tls_dir) if tls_dir is not None else None
-    source = OwnMemory(buffers, lock=lock)
+    source = OwnMemory(buffers, lock=lock, device_state=device_state)
     stop = StopSignal()
     primary = Primary(
         name,
@@ -85,7 +86,6 @@ def protect(
         wait=wait,
         compression=compression,
         term=term,
-        device_state=lambda: source.manifest.pack(device_state()),
         on_commit=on_commit,
         metrics=metrics,
         stop=stop,

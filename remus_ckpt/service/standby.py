@@ -36,6 +36,8 @@ _RETRY_S = 1.0
 _PROMOTION_S = 60.0
 _LEAVE_S = 10.0
 """How long to wait, at most, for a session, a command or a write that must end first."""
+TAKEOVER_S = 3600.0
+"""A takeover command may have to read all of a large memory from a slow disk; what takes longer hangs."""
 _MAX_TERM = 1 << 62
 """So that there is always a higher one."""
 
@@ -49,6 +51,7 @@ class Policy:
     fence: a shell command that makes sure that the primary writes and releases nothing more; exit status 0 says so
     fence_timeout_s: one that takes longer is killed, with all that it started, and has failed
     on_failover: a shell command that starts the work here; it ends once the work goes on
+    takeover_timeout_s: one that takes longer is killed, with all that it started, and is tried again
     retention: what is kept of the past
     names: that may be protected; None for any
     max_names, max_connections: how many there may be
@@ -59,6 +62,7 @@ class Policy:
     fence: str | None = None
     fence_timeout_s: float = 60.0
     on_failover: str | None = None
+    takeover_timeout_s: float = TAKEOVER_S
     retention: Retention = field(default_factory=Retention)
     names: frozenset[str] | None = None
     max_names: int = 1000
@@ -70,6 +74,9 @@ class Policy:
             raise ValueError(f"a lease of {self.lease_s:g} s; it has {least:g} s to {most:g} s")
         if self.automatic and not self.fence:
             raise ValueError("automatic failover needs a fencing command: without one, two sides may go on at once")
+        for what, timeout_s in (("fence", self.fence_timeout_s), ("takeover", self.takeover_timeout_s)):
+            if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+                raise ValueError(f"a {what} command with {timeout_s:g} s to end in")
 
 
 class Refusal(RemusError):
@@ -149,26 +156,22 @@ class Standby:
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
         metrics.watch_store(name, writer.directory)
-        self._told: tuple[int, str] | None = None  # the term and the role that were last said in metrics and log
-        if (state := self._state()) is not None:
-            self._told = state.term, state.role
-            metrics.set_promoted(name, state.role == "promoted")
+        state = self._state()
+        self._told: tuple[int, str] = (state.term, str(state.role))  # what was last said in metrics and log
+        metrics.set_promoted(name, state.role == "promoted")
 
     # What is in force
 
-    def _state(self) -> State | None:
-        """What a restart would read, and what is owed to it. None while nobody knows."""
-        try:
-            state = self._writer.state
-        except StoreError:
-            return None
+    def _state(self) -> State:
+        """What a restart would read, and what is owed to it."""
+        state = self._writer.state
         return replace(state, more={**state.more, **self._owed}) if self._owed else state
 
     def _known_state(self) -> State:
-        state = self._state()
-        if state is None or self._is_uncertain:
+        """What is in force, and will be after a loss of power. Raises StoreError while nobody knows."""
+        if self._is_uncertain:
             raise StoreError(f"what the store of {self.name!r} says is not certain: {self._write_trouble}")
-        return state
+        return self._state()
 
     @contextmanager
     def _settling(self, timeout_s: float = _LEAVE_S) -> Iterator[None]:
@@ -215,8 +218,8 @@ class Standby:
         with self._changed:
             owed = dict(self._owed)
             changes = owed | changes
-            state = None if self._is_uncertain else self._state()
-            known = {} if state is None else {**state.more, "term": state.term, "role": state.role}
+            state = self._state()
+            known = {} if self._is_uncertain else {**state.more, "term": state.term, "role": state.role}
         if always or owed or any(key not in known or known[key] != value for key, value in changes.items()):
             with self._writing():
                 self._writer.set_state(**changes)
@@ -315,12 +318,13 @@ class Standby:
                     self._write(term=term, role="standby", expects_primary=True, takeover_done=False)
             with self._changed:
                 self._check_open()
-                if state.role == "promoted":
-                    self._handed_out = None
-                    self._takeover = self._takeover and Command()
-                    if self._taking_over is not None:
-                        self._taking_over.let_be()  # the work that it has started is what now is protected
-                        self._taking_over = None
+                # Somebody may have asked for a takeover while the disk was written to. Where that one had been done
+                # before, it asked for what this primary goes on from, and not for this primary's end.
+                if state.role != "promoted":
+                    self._check_unwanted()
+                self._by_hand = None
+                self._forget_takeover()
+                self._changed.notify_all()
                 self._visitor = visitor
                 self._last_peer = visitor.peer
                 self._heard = time.monotonic()
@@ -332,6 +336,18 @@ class Standby:
         if self._is_closed:
             raise Refusal("shutdown", "the backup is being stopped")
 
+    def _forget_takeover(self) -> None:
+        """With the lock held: another term begins. A command that runs is let be: what it started is protected now."""
+        self._takeover = self._takeover and Command()
+        if self._taking_over is not None:
+            self._taking_over.let_be()
+            self._taking_over = None
+
+    def _check_unwanted(self) -> None:
+        """With the lock held. Raises Refusal where somebody has asked for the takeover."""
+        if self._by_hand is not None:
+            raise Refusal("busy", f"{self.name!r} is being taken over")
+
     def _await_fence(self) -> None:
         """A primary has shown itself, and may be let in: first a fence that was to stop it is dead.
 
@@ -339,8 +355,7 @@ class Standby:
         """
         with self._changed:
             self._heard = time.monotonic()  # it is there, whatever this side has to say to it next
-            if self._by_hand is not None:
-                raise Refusal("busy", f"{self.name!r} is being taken over")
+            self._check_unwanted()
             self._end_vain_fence(self._heard)
             if not self._changed.wait_for(lambda: self._fencing is None, self._bound_s):
                 raise Refusal("busy", f"a fencing command against {self.name!r} has not ended yet: try again")
@@ -406,7 +421,7 @@ class Standby:
         if now < self._not_before:
             return self._not_before
         state = self._state()
-        if state is None or self._is_uncertain:
+        if self._is_uncertain:
             self._settle(self._pay)
             return now + self._policy.lease_s
         due = now + self._policy.lease_s
@@ -470,12 +485,8 @@ class Standby:
     # The fence
 
     def _needs_fence(self, now: float) -> bool:
-        state = self._state()
         return (
-            not self._is_closed
-            and state is not None
-            and not self._is_uncertain
-            and failover.needs_fence(self._situation(state), now)
+            not self._is_closed and not self._is_uncertain and failover.needs_fence(self._situation(self._state()), now)
         )
 
     def _end_vain_fence(self, now: float) -> None:
@@ -570,6 +581,7 @@ class Standby:
             if not self._is_due(term):
                 return False
             self._is_promoting = True
+            self._forget_takeover()  # one may be left from a term that ended when the disk failed
         try:
             self._write(term=term, role="promoted", takeover_done=False, expects_primary=False)
         finally:
@@ -590,22 +602,38 @@ class Standby:
         return None if position is None else f"{position.epoch}:{position.digest.hex()}"
 
     def _hand_out(self) -> dict[str, Any]:
-        """The image and the device state, as files of their own: whoever goes on from them may write to them."""
-        if self._handed_out is None:
-            with self._writing():
-                image, device_state = self._writer.hand_out()
-            handed_out = {
-                "name": self.name,
-                "term": self._known_state().term,
-                "epoch": self._epoch(),
-                "position": self._whole_position(),
-                "image": str(image),
-                "device_state": str(device_state),
-            }
-            with self._changed:
-                self._handed_out, self._by_hand = handed_out, None
-                self._changed.notify_all()
-        return self._handed_out
+        """The image and the device state, as files of their own: whoever goes on from them may write to them.
+
+        Raises StoreError, and Refusal where a primary has been let in meanwhile: the memory is that one's again.
+        """
+        if (given := self._given()) is not None:
+            return given
+        state = self._known_state()
+        if state.role != "promoted":
+            raise Refusal("busy", f"{self.name!r} is protected again, under term {state.term}")
+        with self._writing():
+            image, device_state = self._writer.hand_out()
+        handed_out = {
+            "name": self.name,
+            "term": state.term,
+            "epoch": self._epoch(),
+            "position": self._whole_position(),
+            "image": str(image),
+            "device_state": str(device_state),
+        }
+        with self._changed:
+            self._handed_out, self._by_hand = handed_out, None
+            self._changed.notify_all()
+        return handed_out
+
+    def _given(self) -> dict[str, Any] | None:
+        """What was handed out, while that term is in force."""
+        state = self._state()
+        is_in_force = self._handed_out is not None and (state.role, state.term) == (
+            "promoted",
+            self._handed_out["term"],
+        )
+        return self._handed_out if is_in_force else None
 
     # The takeover
 
@@ -616,7 +644,12 @@ class Standby:
             shell = self._start_takeover(begun)
             if shell is None:
                 return
-            status = shell.wait()
+            status = shell.wait(self._policy.takeover_timeout_s)
+            if status is None:
+                reason = f"the takeover command took more than {self._policy.takeover_timeout_s:g} s: it is killed"
+                self._kill_takeover(shell, reason)
+                status = shell.wait()  # what cannot be killed may still act: so long it runs, and is not run again
+                reason += ", and is tried again"
             succeeded = status == 0
             if not succeeded:
                 log("command failed", level=logging.ERROR, name=self.name, command="takeover", status=status)
@@ -637,6 +670,14 @@ class Standby:
         if is_ours and succeeded:
             self._pay()
         self._wake()
+
+    def _kill_takeover(self, shell: ShellCommand, reason: str) -> None:
+        with self._changed:
+            if self._taking_over is not shell:
+                return  # what it started is protected by now
+            shell.kill()
+            self.trouble = reason
+        log("command does not end", level=logging.ERROR, name=self.name, command="takeover", reason=reason)
 
     def _start_takeover(self, begun: Command) -> ShellCommand | None:
         assert self._policy.on_failover is not None
@@ -681,9 +722,9 @@ class Standby:
         says then is true then: a promotion that has begun to be written may still come.
         """
         with self._changed:
-            if self._handed_out is not None:
-                return self._handed_out
-            if (state := self._state()) is None or state.role != "promoted":
+            if (given := self._given()) is not None:
+                return given
+            if self._state().role != "promoted":
                 if self._writer.position is None:
                     raise NoCheckpoint(f"nothing is committed under the name {self.name!r}")
                 if fence and self._fence is None:
@@ -692,11 +733,12 @@ class Standby:
             if self._by_hand is None or self._by_hand.fence:  # who vouches for the old side waits for nobody's fence
                 self._by_hand = wish
             self._wake()
-            self._changed.wait_for(
-                lambda: self._handed_out is not None or self._has_failed(wish) or self._is_closed, _PROMOTION_S
+            is_over = self._changed.wait_for(
+                lambda: self._given() is not None or self._has_failed(wish) or self._by_hand is None or self._is_closed,
+                _PROMOTION_S,
             )
-            if self._handed_out is not None:
-                return self._handed_out
+            if (given := self._given()) is not None:
+                return given
             if self._by_hand is wish:
                 self._by_hand = None
                 self._end_vain_fence(time.monotonic())
@@ -706,14 +748,18 @@ class Standby:
                 raise RemusError(f"the store of {self.name!r} is being closed: ask again")
             why = self._write_trouble or self.trouble
             why = f": {why}" if why else ""
-            state = self._state()
-            if self._is_promoting or self._is_uncertain or state is None:
+            if self._is_promoting or self._is_uncertain:
                 raise RemusError(
                     f"whether {self.name!r} is promoted is not certain{why}. It is settled as soon as the store can be "
                     "written, and no primary is let in before: look at its status"
                 )
-            if state.role == "promoted":
+            if (state := self._state()).role == "promoted":
                 raise RemusError(f"promoted under term {state.term}, and the memory is not handed out{why}; ask again")
+            if is_over:
+                raise RemusError(
+                    f"not promoted: a primary of term {state.term} has been let in, or another who asked has given up; "
+                    "ask again"
+                )
             raise RemusError(f"not promoted within {_PROMOTION_S:g} s{why or ': see the log of the backup'}")
 
     def _has_failed(self, wish: ByHand) -> bool:
@@ -724,7 +770,7 @@ class Standby:
     def status(self) -> dict[str, Any]:
         """What there is to say of it.
 
-        role: "standby" or "promoted"; "unknown" while the store does not say, and term is None then
+        role: "standby" or "promoted"
         fence, takeover: how far that command is, None without one
         fence_retry_s, takeover_retry_s: when one that failed is run again, None where it is not
         """
@@ -733,7 +779,7 @@ class Standby:
             state = self._state()
             visitor = self._visitor
             heard = self._heard if visitor is None else visitor.heard
-            actions = [] if state is None else failover.decide(self._situation(state), now)
+            actions = failover.decide(self._situation(state), now)
 
             def phase(command: Command | None) -> str | None:
                 return None if command is None else command.phase.value
@@ -744,10 +790,11 @@ class Standby:
                 at = command.retry_at()
                 return round(at - now, 3) if failover.WaitUntil(at) in actions else None
 
-            is_done = state is not None and state.role == "promoted" and state.more.get("takeover_done")
+            is_done = state.role == "promoted" and state.more.get("takeover_done")
+            given = self._given()
             return self._metrics.backup_status(self.name) | {
-                "role": "unknown" if state is None else str(state.role),
-                "term": None if state is None else state.term,
+                "role": str(state.role),
+                "term": state.term,
                 "epoch": self._epoch(),
                 "position": self._whole_position(),
                 "memory_bytes": None if self._writer.memory is None else len(self._writer.memory) * PAGE_SIZE,
@@ -758,7 +805,7 @@ class Standby:
                 "fence_retry_s": retry_s(self._fence),
                 "takeover": "succeeded" if is_done else phase(self._takeover),
                 "takeover_retry_s": retry_s(self._takeover),
-                "image": None if self._handed_out is None else self._handed_out["image"],
+                "image": None if given is None else given["image"],
                 "trouble": self._write_trouble or self.trouble,
                 "warnings": list(self._writer.warnings),
                 "primary": {} if visitor is None else unflatten(visitor.status),
@@ -777,7 +824,6 @@ class Standby:
                 not self._is_closed
                 and self._visitor is None
                 and not self._is_settling
-                and state is not None
                 and not state.term
                 and self._writer.position is None
                 and self._writer.highest_epoch < 0

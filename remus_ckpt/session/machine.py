@@ -174,6 +174,15 @@ class Session:
         """No more bytes will come."""
         self._inbox.feed_eof()
 
+    def close(self) -> None:
+        """Drop the parser and the error. `next_event` gives nothing more; no other thread may be in it.
+
+        Both refer back to this session. Without this call its buffers stay until the next full garbage collection.
+        """
+        self._parser.close()
+        self._parser = self._inbox.drain()
+        self._error = None
+
     # Events out
 
     def next_event(self) -> Message | DataReceived | None:

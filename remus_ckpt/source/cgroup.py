@@ -15,7 +15,7 @@ from pathlib import Path
 
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
-from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
+from remus_ckpt.source.mappings import FAULTS, WRITES, FileIdentity
 from remus_ckpt.source.process import Process
 
 _POLL_S = 50e-6
@@ -39,7 +39,7 @@ class CgroupFreezer:
         self._events = self._freeze = self._witness = self._watch = -1
         self._guard: Guard | None = None
         self._claim: io.FileIO | None = None
-        self._memory: Memory | None = None
+        self._memory: FileIdentity | None = None
         self._writer: Process | None = None  # one that was seen to have the memory
         self._held_at = self._looked_at = 0.0
         try:
@@ -98,14 +98,14 @@ class CgroupFreezer:
                 os.close(fd)
         self._events = self._freeze = self._witness = self._watch = -1
 
-    def check_memory(self, memory: Memory) -> None:
+    def check_memory(self, memory: FileIdentity) -> None:
         """Raise SourceError if there are processes, and none of them can be seen to write to the memory."""
         self._memory = memory
         faults = self._find_writer(memory)
         if self._writer is None and faults:
             raise SourceError(f"no process in {self.path} writes to {memory.path}; {'; '.join(sorted(faults)[:3])}")
 
-    def _find_writer(self, memory: Memory) -> set[str]:
+    def _find_writer(self, memory: FileIdentity) -> set[str]:
         """Look through all for a process that can write to the memory. Returns what was wrong with others."""
         self._forget_writer()
         self._looked_at = time.monotonic()
@@ -135,7 +135,7 @@ class CgroupFreezer:
             self._writer.close()
             self._writer = None
 
-    def _check_held(self, memory: Memory) -> None:
+    def _check_held(self, memory: FileIdentity) -> None:
         """Raise SourceError if there are processes, and for a while none of them has written to the memory."""
         now = time.monotonic()
         if self._writer is not None and self._writer.is_alive() and self._writer.has(memory):

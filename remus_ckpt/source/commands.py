@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.source.guarded import Guard
-from remus_ckpt.source.mappings import Memory
+from remus_ckpt.source.mappings import FileIdentity
 
 _SLACK_S = 10.0
 """What a command that was killed, and the guard, may take on top of the time-out."""
@@ -35,7 +35,7 @@ class PauseCommands:
             self._guard.close()
             self._guard = None
 
-    def check_memory(self, memory: Memory) -> None:
+    def check_memory(self, memory: FileIdentity) -> None:
         """Nothing: who writes is not known here."""
 
     def death_fds(self) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """What lies where in memory that is a program's own buffers: names, dtypes, shapes, pages (specs/manifest.md).
 
-It travels in front of the user's device state, in every checkpoint, so that a checkpoint explains itself. What comes
+It is a part of every checkpoint, so that a checkpoint explains itself (wire/parts.py says where it stands). What comes
 back is checked against the memory that it describes before anything is made of it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,15 +17,11 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import LimitExceeded, Malformed, NoCheckpoint, UnknownFormat
+from remus_ckpt.errors import Malformed, NoCheckpoint
 from remus_ckpt.limits import Limits
-from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages, pages_for
+from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.restorer import Checkpoint
-
-MAGIC = b"\x89REMUSm\n"
-VERSION = 1
-_HEAD = struct.Struct("<8sII")
-"""Magic, version, bytes of the map (specs/manifest.md §1)."""
+from remus_ckpt.wire.parts import HEAD
 
 ARRAY, BYTES = "array", "bytes"
 MAX_NAME_BYTES = 255
@@ -34,7 +29,6 @@ MAX_DIMENSIONS = 32
 _MAX_DTYPE_DEPTH = 16
 _MAX_BYTES = (1 << 63) - 1
 _SIMPLE_DTYPE = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,10}|[mM]8(?:\[[0-9]{0,10}[A-Za-z]{1,7}\])?)", re.ASCII)
-_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +81,8 @@ class Manifest:
         last = self.entries[-1:]
         return max([1, *(entry.page + pages_for(entry.nbytes) for entry in last)])
 
-    def pack(self, device_state: bytes = b"") -> bytes:
-        """The manifest, and the user's own bytes behind it."""
+    def pack(self) -> bytes:
+        """The map. Raises ValueError for what nobody would read."""
         rows = [
             {
                 "name": entry.name,
@@ -102,42 +96,17 @@ class Manifest:
             for entry in self.entries
         ]
         body = msgpack.packb({"buffers": rows})
-        if len(body) > _LIMITS.manifest_bytes:
+        if len(body) > Limits().manifest_bytes:
             raise ValueError(f"the names of {len(rows)} buffers take {len(body):,} bytes: nobody would read them")
-        return b"".join((_HEAD.pack(MAGIC, VERSION, len(body)), body, device_state))
+        return bytes(body)
 
     @staticmethod
-    def unpack(data: Buffer, *, pages: int, limits: Limits = _LIMITS) -> tuple[Manifest, bytes] | None:
-        """A manifest and the user's own bytes, from the device state of a checkpoint; None if it begins with none.
+    def unpack(body: bytes, *, pages: int) -> Manifest:
+        """What `pack` wrote, from anywhere.
 
-        data: from anywhere
         pages: of the memory that it came with; nothing in it may lie beyond
-        Raises Malformed, LimitExceeded, or UnknownFormat for a version that is not known here.
+        Raises Malformed; offsets count from the head in front of the map.
         """
-        view = memoryview(data).cast("B")
-        if view[: len(MAGIC)] != MAGIC:
-            return None
-        if len(view) < _HEAD.size:
-            raise Malformed(f"{len(view)} bytes hold no manifest's head", offset=0, section="manifest.md §1")
-        _, version, size = _HEAD.unpack_from(view)
-        if version != VERSION:
-            raise UnknownFormat(
-                f"a manifest of version {version}; {VERSION} is read here: restore it with a newer remus_ckpt",
-                offset=8,
-                section="manifest.md §1",
-            )
-        if size > limits.manifest_bytes:
-            raise LimitExceeded(
-                f"a map of {size} bytes exceeds {limits.manifest_bytes}",
-                limit="manifest_bytes",
-                offset=12,
-                section="manifest.md §1",
-            )
-        if size > len(view) - _HEAD.size:
-            raise Malformed(
-                f"a map of {size} bytes exceeds the {len(view) - _HEAD.size} left", offset=12, section="manifest.md §1"
-            )
-        body = view[_HEAD.size : _HEAD.size + size]
         try:
             fields = msgpack.unpackb(body)
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
@@ -146,7 +115,7 @@ class Manifest:
         used = max(0, *(entry.page + pages_for(entry.nbytes) for entry in manifest.entries)) if manifest.entries else 0
         if used > pages:
             raise _malformed(f"buffers on {used} pages, in a memory of {pages}", "§3")
-        return manifest, bytes(view[_HEAD.size + size :])
+        return manifest
 
     def arrays(self, memory: Pages, *, copy: bool = False) -> dict[str, NDArray[Any]]:
         """The buffers by name, with dtype and shape.
@@ -189,7 +158,7 @@ def _check(entry: Entry) -> None:
 
 
 def _malformed(message: str, section: str) -> Malformed:
-    return Malformed(message, offset=_HEAD.size, section=f"manifest.md {section}")
+    return Malformed(message, offset=HEAD.size, section=f"manifest.md {section}")
 
 
 def _read(fields: object) -> Manifest:
@@ -304,8 +273,8 @@ def arrays_of(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.generic]], b
     The arrays are views of the checkpoint's memory; of an mmap or bytearray, uint8[n].
     Raises NoCheckpoint if these are not the arrays of somebody, Malformed if what names them is damaged.
     """
-    found = Manifest.unpack(checkpoint.device_state, pages=len(checkpoint.memory))
-    if found is None:
+    parts = checkpoint.parts
+    if parts.manifest is None:
         raise NoCheckpoint(f"checkpoint {checkpoint.epoch} holds memory without names: it was not made by protect()")
-    manifest, device_state = found
-    return manifest.arrays(checkpoint.memory), device_state
+    manifest = Manifest.unpack(parts.manifest, pages=len(checkpoint.memory))
+    return manifest.arrays(checkpoint.memory), parts.device_state

@@ -35,8 +35,8 @@ FAULTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """The memory of a file, as mappings of it are listed.
+class FileIdentity:
+    """What tells the mappings of one file from all others.
 
     path: for messages
     status: of the open file
@@ -49,7 +49,7 @@ class Memory:
     inode: int
 
     @classmethod
-    def of(cls, path: str, fd: int) -> Memory:
+    def of(cls, path: str, fd: int) -> FileIdentity:
         """That of an open file, which must not be empty. Raises OSError if it cannot be mapped."""
         status = os.fstat(fd)
         with mmap.mmap(fd, status.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as area:
@@ -85,7 +85,7 @@ class Holding:
     has_all: bool = False
 
 
-def holding(task: int, memory: Memory) -> Holding | None:
+def holding(task: int, memory: FileIdentity) -> Holding | None:
     """How a process has some memory; None if this thread has no memory at all: it is about to end, or has ended.
 
     task: /proc/PID/task/TID, open
@@ -158,7 +158,7 @@ def _row(line: str) -> Row:
     return Row(int(start, 16), int(end, 16), flags, int(offset, 16), (int(major, 16), int(minor, 16)), int(inode))
 
 
-def _opened(task: int, memory: Memory) -> str:
+def _opened(task: int, memory: FileIdentity) -> str:
     """How a process has the file open."""
     found = NONE
     directory = os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=task)

@@ -1,87 +1,70 @@
-"""Memory that is this process's own: numpy arrays, mmaps, bytearrays, by name. Dirty pages by comparison.
+"""Memory that is this process's own: numpy arrays, mmaps, bytearrays, by name.
 
-The buffers lie one behind the other as specs/manifest.md §3 says. Who writes to them is stopped by a lock that the
-writers take too; without one, the caller sees to it that nobody writes between `pause` and `resume`.
+The buffers lie one behind the other as specs/manifest.md §3 says.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import compress, islice, pairwise, starmap
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.codec.scan import gather
 from remus_ckpt.errors import SourceError
-from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.source import Source
+from remus_ckpt.source.compare import Compare
+from remus_ckpt.source.lock import Lock, LockStopper
 from remus_ckpt.source.manifest import ARRAY, BYTES, Entry, Manifest
 
 
-class Lock(Protocol):
-    """What writers hold while they write: a `Lock` or `RLock` of threading or multiprocessing, or what acts as one."""
+class OwnMemory(Source):
+    """Named buffers of this process as a source.
 
-    def acquire(self, *, timeout: float) -> bool:
-        """Take it; False if that was not possible in `timeout` seconds."""
-
-    def release(self) -> None:
-        """Give it back."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One buffer in place.
-
-    first, stop: its pages
-    whole: uint8[n, 4096], its bytes as far as they fill pages
-    tail: uint8[0…4095], the rest
+    buffers: what `Buffers` takes
+    lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
+    lock_timeout_s: how long a pause waits for it
+    device_state: called in each pause, for bytes that come back with the checkpoint
+    Raises TypeError or ValueError for what cannot be taken.
     """
 
-    first: int
-    stop: int
-    whole: Pages
-    tail: NDArray[np.uint8]
+    def __init__(
+        self,
+        buffers: Mapping[str, Any],
+        *,
+        lock: Lock | None = None,
+        lock_timeout_s: float = 10.0,
+        device_state: Callable[[], bytes] = bytes,
+    ) -> None:
+        memory = Buffers(buffers)
+        super().__init__(
+            memory,
+            Compare(memory),
+            LockStopper(lock, timeout_s=lock_timeout_s),
+            device_state=device_state,
+            # A dtype that cannot be written down is found here, not at the first checkpoint.
+            manifest=memory.manifest.pack(),
+        )
 
-    def copy(self, first: int, stop: int, out: Pages) -> None:
-        """Copy its pages first…stop, counted from its own first."""
-        whole = self.whole[first:stop]
-        out[: len(whole)] = whole
-        if stop > len(self.whole):
-            self.copy_tail(out[stop - first - 1])
 
-    def copy_tail(self, page: NDArray[np.uint8]) -> None:
-        page[: len(self.tail)] = self.tail
-        page[len(self.tail) :] = 0
-
-
-class OwnMemory:
-    """Named buffers of this process, and a shadow of them.
+class Buffers:
+    """Named buffers of this process as memory.
 
     buffers: numpy arrays (contiguous in C or Fortran order, of any dtype without objects, of any shape, also () and
         with a 0 in it), and all else that is one piece of bytes: mmap, bytearray, memoryview, array.array; at any
         address. They are held: an mmap cannot be closed nor a bytearray resized until `close`. Read-only ones may be
         written by others. No two may overlap: restored, they would be two. A file behind an mmap must not shrink
-    lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
-    lock_timeout_s: how long a pause waits for it
     Raises TypeError or ValueError for what cannot be taken.
     """
 
-    def __init__(self, buffers: Mapping[str, Any], *, lock: Lock | None = None, lock_timeout_s: float = 10.0) -> None:
+    def __init__(self, buffers: Mapping[str, Any]) -> None:
         if not buffers:
             raise ValueError("no buffers: there is no memory to protect")
-        self._lock = lock
-        self._lock_timeout_s = lock_timeout_s
-        self._is_open = True
-        self._held: list[tuple[()]] = []  # one item while we hold the lock
-        self._pid = os.getpid()
-        self._parts: list[_Part] = []
+        pieces: list[tuple[int, NDArray[np.uint8]]] = []
         self._files: list[tuple[str, mmap.mmap, int]] = []
         entries = []
         spans = []
@@ -89,127 +72,71 @@ class OwnMemory:
         for name, buffer in buffers.items():
             entry, data = _look(name, buffer, page)
             entries.append(entry)
-            stop = page + pages_for(len(data))
             whole = len(data) // PAGE_SIZE
             edge = whole * PAGE_SIZE
-            self._parts.append(_Part(page, stop, data[:edge].reshape(whole, PAGE_SIZE), data[edge:]))
+            if whole:
+                pieces.append((page, data[:edge].reshape(whole, PAGE_SIZE)))
+            if edge < len(data):
+                pieces.append((page + whole, data[edge:]))
             if len(data):
                 start = data.__array_interface__["data"][0]
                 spans.append((start, start + len(data), name))
             if (file := _mapped_file(buffer)) is not None:
                 self._files.append((name, *file))
-            page = stop
+            page += pages_for(len(data))
         spans.sort()
         for (_, end, one), (start, _, other) in pairwise(spans):
             if start < end:
                 raise ValueError(f"{one!r} and {other!r} overlap: name the memory once")
         self.manifest = Manifest(tuple(entries))
-        """What lies where; it belongs in front of the device state of every checkpoint."""
-        self.manifest.pack()  # a dtype that cannot be written down is found here, not at the first checkpoint
+        """What lies where."""
         self.pages = self.manifest.pages
         ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
         self.size = max(ends, default=PAGE_SIZE)
-        self.shadow: Pages = zeros(self.pages)
-        self._starts = np.array([part.first for part in self._parts], dtype=np.int64)
+        # In place: uint8[n, 4096], whole pages side by side, or uint8[1…4095], the page that a buffer ends within.
+        self._pieces = [data for _, data in pieces]
+        self._firsts = np.array([first for first, _ in pieces], dtype=np.int64)
+        self.partial = np.array([first for first, data in pieces if data.ndim == 1], dtype=np.int64)
 
     def close(self) -> None:
-        """Let go of the buffers, and of the lock if it is held."""
-        self._is_open = False
-        self._parts.clear()
+        """Let go of the buffers."""
+        self._pieces.clear()
         self._files.clear()
-        self._starts = np.empty(0, dtype=np.int64)
-        self.resume()
 
-    def pause(self) -> None:
-        """Take the lock. Raises SourceError if nobody gives it back in time."""
-        if self._lock is None:
-            return
-        # A signal's handler may raise wherever Python code runs, also between taking the lock and noting it: the lock
-        # would stay taken for ever. These iterators are C, so that `_held` changes with the lock; `resume` alike.
-        acquire = iter(partial(self._lock.acquire, timeout=self._lock_timeout_s), None)
-        self._held.extend(compress([()], acquire))
-        if not self._held:
-            raise SourceError(
-                f"the lock was not given back in {self._lock_timeout_s:g} s: "
-                "does a writer hold it too long, or does this thread hold it itself?"
-            )
-
-    def resume(self) -> None:
-        """Give the lock back if we hold it. Raises SourceError if it is not ours to give."""
-        # In a fork it is the parent that holds it.
-        if self._lock is None or not self._held or self._pid != os.getpid():
-            return
-        try:
-            deque(starmap(self._lock.release, islice(iter(self._held.pop, None), 1)), maxlen=0)
-        except (RuntimeError, ValueError, AssertionError) as error:  # threading's, and multiprocessing's two
-            raise SourceError(f"the lock cannot be given back: {error}") from None
-
-    def check_paused(self) -> None:
-        """Raise SourceError if somebody else has given our lock back, as far as such a lock can tell."""
-        locked = getattr(self._lock, "locked", None)
-        if locked is not None and not locked():
-            raise SourceError("the lock was given back by somebody else in a pause")
-
-    def alive(self) -> bool:
-        """Whether it has not been closed: the one who writes is this process."""
-        return self._is_open
-
-    def death_fds(self) -> Sequence[int]:
-        """None: whoever could look at one would be dead as well."""
-        return ()
-
-    def sample(self, first: int, stop: int) -> Pages:
-        """A copy of the pages first…stop as they are now, perhaps torn."""
-        self._check_files()
-        out = np.zeros((stop - first, PAGE_SIZE), dtype=np.uint8)
-        number = max(int(np.searchsorted(self._starts, first, side="right")) - 1, 0)
-        for part in self._parts[number:]:
-            if part.first >= stop:
-                break
-            begin, end = max(first, part.first), min(stop, part.stop)
-            if begin < end:
-                part.copy(begin - part.first, end - part.first, out[begin - first : end - first])
-        return out
-
-    def dirty(self) -> NDArray[np.int64]:
-        """The pages that differ from the shadow. Raises SourceError if the file behind an mmap has shrunk."""
-        self._check_files()
-        found = [np.empty(0, dtype=np.int64)]
-        for part in self._parts:
-            edge = part.first + len(part.whole)
-            if len(part.whole):
-                numbers = dirty_pages(part.whole, self.shadow[part.first : edge])
-                if len(numbers):
-                    found.append(numbers + part.first)
-            if len(part.tail) and (part.tail != self.shadow[edge, : len(part.tail)]).any():
-                found.append(np.array([edge], dtype=np.int64))
-        return np.concatenate(found)
-
-    def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
-        """Copy pages, given in ascending order, into `out`; returns that part of it."""
-        target = out[: len(pfns)]
-        at = 0
-        while at < len(pfns):
-            # An empty buffer shares its number with the one behind it, which comes later.
-            number = int(np.searchsorted(self._starts, pfns[at], side="right")) - 1
-            part = self._parts[number]
-            if pfns[at] >= part.stop:  # the page that a memory of empty buffers has
-                target[at:] = 0
-                break
-            edge = part.first + len(part.whole)
-            tail, stop = np.searchsorted(pfns, [edge, part.stop]).tolist()
-            if at < tail:
-                gather(part.whole, pfns[at:tail] - part.first, target[at:tail])
-            if tail < stop:
-                part.copy_tail(target[tail])
-            at = stop
-        return target
-
-    def _check_files(self) -> None:
-        """Memory behind the end of its file must not be touched: that would end us."""
+    def check(self) -> None:
+        """Raise SourceError if the file behind an mmap has shrunk: to touch what is behind its end would end us."""
         for name, area, size in self._files:
             if area.size() < size:
                 raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")
+
+    def sample(self, first: int, stop: int) -> Pages:
+        """A copy of the pages first…stop as they are now, perhaps torn."""
+        self.check()
+        return self.read(np.arange(first, stop), np.empty((stop - first, PAGE_SIZE), dtype=np.uint8))
+
+    def pieces(self) -> Iterator[tuple[int, Pages]]:
+        """The whole pages in place."""
+        for first, data in zip(self._firsts.tolist(), self._pieces, strict=True):
+            if data.ndim == 2:
+                yield first, data
+
+    def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
+        """Copy pages, ascending, to the first rows of `out`, and return these rows."""
+        target = out[: len(pfns)]
+        if not self._pieces:  # the page that a memory of empty buffers has
+            target[:] = 0
+            return target
+        numbers = np.searchsorted(self._firsts, pfns, side="right") - 1
+        borders = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(pfns)]
+        for begin, end in pairwise(borders):
+            number = numbers[begin]
+            data = self._pieces[number]
+            if data.ndim == 2:
+                gather(data, pfns[begin:end] - self._firsts[number], target[begin:end])
+            else:
+                target[begin, : len(data)] = data
+                target[begin, len(data) :] = 0
+        return target
 
 
 def _look(name: str, buffer: Any, page: int) -> tuple[Entry, NDArray[np.uint8]]:

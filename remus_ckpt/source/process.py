@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from remus_ckpt.errors import SourceError
-from remus_ckpt.source.mappings import WRITES, Holding, Memory, holding, maps_at
+from remus_ckpt.source.mappings import WRITES, FileIdentity, Holding, holding, maps_at
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 _STOPPED = frozenset("TZXx")
@@ -256,7 +256,7 @@ class Process:
 
     # Its memory
 
-    def look(self, memory: Memory) -> Holding | None:
+    def look(self, memory: FileIdentity) -> Holding | None:
         """How it has some memory; None if it has no memory at all: it is about to end. Raises PermissionError."""
         if self._maps >= 0:
             os.close(self._maps)
@@ -281,7 +281,7 @@ class Process:
                 os.close(directory)
         return self._holding
 
-    def has(self, memory: Memory) -> bool:
+    def has(self, memory: FileIdentity) -> bool:
         """Whether it can write to memory that it could write to when `look` was called.
 
         By its mapping at each call, and by all that it has mapped and open where that is not as it was; where there is
@@ -298,7 +298,7 @@ class Process:
             return False
         return found is not None and found.how == WRITES
 
-    def has_kept(self, memory: Memory) -> bool:
+    def has_kept(self, memory: FileIdentity) -> bool:
         """Whether it has the memory, and all of it mapped if it had that once.
 
         Where it was mapped whole, a descriptor that is still open says little: other memory lies there now.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
-from remus_ckpt.source.mappings import FAULTS, WRITES, Memory
+from remus_ckpt.source.mappings import FAULTS, WRITES, FileIdentity
 from remus_ckpt.source.process import Process, counts_runs, some
 
 _POLL_S = 50e-6
@@ -33,7 +33,7 @@ class Processes:
 
     def __init__(self, pids: list[int], *, stop_timeout_s: float = 10.0) -> None:
         self._stop_timeout_s = stop_timeout_s
-        self._memory: Memory | None = None
+        self._memory: FileIdentity | None = None
         self._named: list[Process] = []
         self._heirs: list[Process] = []
         self._others: dict[int, int] = {}  # children without the memory: number → pidfd
@@ -89,7 +89,7 @@ class Processes:
         for held in (self._named, self._heirs, self._others, self._claims, self._stopped, self._lost):
             held.clear()
 
-    def check_memory(self, memory: Memory) -> None:
+    def check_memory(self, memory: FileIdentity) -> None:
         """Raise SourceError if one that lives cannot write to the memory, or does not let us look."""
         self._memory = memory
         self._forget_dead()
@@ -176,7 +176,7 @@ class Processes:
                 self._halt([process])
             time.sleep(_POLL_S)
 
-    def _follow(self, memory: Memory, deadline: float) -> None:
+    def _follow(self, memory: FileIdentity, deadline: float) -> None:
         """Stop children that have inherited the memory, and theirs. Let go of those that have it no more."""
         for heir in [heir for heir in self._heirs if not heir.has(memory)]:
             heir.send(signal.SIGCONT)
@@ -196,7 +196,7 @@ class Processes:
             for parent in parents:
                 self._wait_stopped(parent, deadline)
 
-    def _heir(self, pid: int, memory: Memory) -> Process | None:
+    def _heir(self, pid: int, memory: FileIdentity) -> Process | None:
         """A child that has the memory; None if it has not, which is looked at once."""
         try:
             process = Process(pid)
@@ -215,7 +215,7 @@ class Processes:
         process.close()
         return None
 
-    def _check_held(self, memory: Memory) -> None:
+    def _check_held(self, memory: FileIdentity) -> None:
         """Raise SourceError if one that was named lives on without the memory, or without a part of it."""
         now = time.monotonic()
         for process in self._named:

@@ -69,13 +69,28 @@ class Store:
 
     def names(self) -> list[str]:
         """The histories that are there, those too that have lost their store.json. Raises StoreError."""
+        return [name for name in self.candidates() if self.may_hold(name)]
+
+    def candidates(self) -> list[str]:
+        """What may be names of histories: none of them is looked into, so the disk of none is waited for.
+
+        Raises StoreError.
+        """
         try:
             found = os.listdir(self.directory)
         except FileNotFoundError:
             raise StoreError(f"{self.directory}: there is no such directory") from None
         except OSError as error:
             raise StoreError(f"{self.directory}: {error.strerror}") from error
-        return sorted(name for name in found if _NAME.fullmatch(name) and _may_be_history(self.directory / name))
+        return sorted(name for name in found if _NAME.fullmatch(name))
+
+    def may_hold(self, name: str) -> bool:
+        """Whether a history of this name is there; or one that we may not look into: whoever opens it is told why that
+        fails."""
+        try:
+            return is_history(self._path(name))
+        except (OSError, StoreError):
+            return True
 
     def __iter__(self) -> Iterator[str]:
         """The names, as `names` gives them."""
@@ -103,11 +118,3 @@ class Store:
                 "the first a letter or a digit"
             )
         return self.directory / name
-
-
-def _may_be_history(directory: Path) -> bool:
-    """One that we may not look into is listed too: whoever opens it is told why that fails."""
-    try:
-        return is_history(directory)
-    except (OSError, StoreError):
-        return True

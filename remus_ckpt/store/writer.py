@@ -27,6 +27,7 @@ from remus_ckpt.disk import (
     write_all,
 )
 from remus_ckpt.errors import Malformed, NoCheckpoint, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import MIB, Limits
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
@@ -179,6 +180,7 @@ class HistoryWriter:
         self._warm_number = 0
         self._spare_bytes = 0  # room that is kept for the device state of a takeover
         self._held: list[int] = []  # descriptors that hold our locks
+        disown_in_forks(self)
         self._segments = self.directory / segments.DIRECTORY
         self._warm = self.directory / WARM if warm_directory is None else Path(warm_directory) / name
         with guarding(self.directory):
@@ -1033,6 +1035,20 @@ class HistoryWriter:
         if compaction is not None:
             compaction.join(_CANCEL_S)
         self._release()
+
+    def disown(self) -> None:
+        """In a fork: the history is the parent's. Here it can only be closed, which does nothing.
+
+        The index is left open: what SQLite must not do in a fork is to close it.
+        """
+        self._is_torn, self._lock = True, threading.RLock()
+        for chain in (self._coming, self._chain):
+            if chain is not None:
+                chain.close()
+                chain.home.close()
+        while self._held:
+            with suppress(OSError):
+                os.close(self._held.pop())
 
     def _release(self) -> None:
         try:

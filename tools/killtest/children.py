@@ -172,7 +172,7 @@ def run_primary(args: dict[str, Any], board: Board, channel: socket.socket) -> i
         return connect(Address.parse(args["to"]), tls=tls, timeout_s=2.0)
 
     tls = TlsFiles(args["tls_dir"]) if args["tls_dir"] else None
-    source = SharedFile(args["memory"], Processes([args["worker"]]))
+    source = SharedFile(args["memory"], Processes([args["worker"]]), device_state=device_state)
     primary = Primary(
         args["name"],
         source,
@@ -182,7 +182,6 @@ def run_primary(args: dict[str, Any], board: Board, channel: socket.socket) -> i
         window=args["window"],
         wait=args["wait"],
         compression=args["compression"],
-        device_state=device_state,
         on_commit=on_commit,
         on_paused=on_paused,
         on_phase=board.report,

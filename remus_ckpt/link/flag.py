@@ -1,0 +1,40 @@
+"""A flag that a poll can see."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import suppress
+
+_ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86 is little endian
+
+
+class Flag:
+    """Something has happened: its descriptor is readable from then on.
+
+    Any thread may set and close it. A flag that nobody knows any longer frees its descriptor.
+    Raises OSError where there can be no more descriptors.
+    """
+
+    def __init__(self) -> None:
+        # A signal's handler may raise wherever Python code runs, also between a descriptor and its first name, which
+        # would lose it. These iterators are C: it comes out of them in the file that owns it.
+        numbers = map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,))
+        self._file = next(map(io.FileIO, numbers, ("r+",)))
+
+    def fileno(self) -> int:
+        """The descriptor; -1 when closed."""
+        return -1 if self._file.closed else self._file.fileno()
+
+    def set(self) -> None:
+        """May come again, and after `close`."""
+        with suppress(ValueError):  # it is closed
+            self._file.write(_ONE)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._file.close()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # there was no descriptor to be had
+            self.close()  # or its file would warn that nobody did

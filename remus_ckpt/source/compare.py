@@ -1,0 +1,104 @@
+"""Finding written pages by comparison with a copy of memory: the way that always works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec.reference import Shadow
+from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import Pages
+from remus_ckpt.source import Memory
+
+_LOOK_PAGES = 64
+_LOOK_EVERY = 16
+
+
+class Comparable(Memory, Protocol):
+    """Memory that can be looked at in place.
+
+    partial: int64[n], ascending: pages that it does not fill, padded with zeros; they can only be read
+    """
+
+    partial: NDArray[np.int64]
+
+    def pieces(self) -> Iterator[tuple[int, Pages]]:
+        """All other pages that it holds, ascending: the number of a piece's first, and the pages, uint8[n, 4096].
+
+        A page that is neither here nor in `partial` is zeros. In a pause, after `check`.
+        """
+
+
+class Compare:
+    """Compares memory with what the last checkpoint held.
+
+    reference: that copy, which begins as zeros. The sender that has it brings it up to date.
+    """
+
+    def __init__(self, memory: Comparable) -> None:
+        self._memory = memory
+        self._rooms: tuple[Pages, Pages] = zeros(_LOOK_PAGES), zeros(_LOOK_PAGES)
+        self.restart()
+
+    def restart(self) -> Shadow:
+        """Begin anew with a copy that is zeros."""
+        self.reference = Shadow(zeros(self._memory.pages))
+        # Pages of the copy that may not be zeros. The others are not looked at where memory has a hole.
+        self._is_filled = np.zeros(self._memory.pages, dtype=bool)
+        return self.reference
+
+    def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
+        """Copy the pages that differ from the copy, which has taken in those before when the next are asked for."""
+        for start in range(0, self._memory.pages, MAX_BATCH_ENTRIES):
+            sample, changed = self._look(start, start + MAX_BATCH_ENTRIES)
+            self._is_filled[changed + start] = True
+            yield changed + start, gather(sample, changed)
+
+    def estimate(self) -> int:
+        """By every sixteenth group of 64 pages."""
+        looked = found = 0
+        for start in range(0, self._memory.pages, _LOOK_EVERY * _LOOK_PAGES):
+            sample, changed = self._look(start, start + _LOOK_PAGES)
+            looked += len(sample)
+            found += len(changed)
+        return found * self._memory.pages // looked
+
+    def _look(self, first: int, stop: int) -> tuple[Pages, NDArray[np.int64]]:
+        """A sample, and which pages of it differ, counted from its first."""
+        sample = self._memory.sample(first, min(stop, self._memory.pages))
+        return sample, dirty_pages(sample, self.reference.pages[first : first + len(sample)])
+
+    def written(self) -> NDArray[np.int64]:
+        """The pages that differ, no others."""
+        shadow = self.reference.pages
+        found = [np.empty(0, dtype=np.int64)]
+        is_held = np.zeros(len(shadow), dtype=bool)
+        for first, pages in self._memory.pieces():
+            stop = first + len(pages)
+            is_held[first:stop] = True
+            if len(numbers := dirty_pages(pages, shadow[first:stop])):
+                found.append(numbers + first)
+        ours, theirs = self._rooms
+        for start in range(0, len(self._memory.partial), _LOOK_PAGES):
+            pfns = self._memory.partial[start : start + _LOOK_PAGES]
+            numbers = dirty_pages(self._memory.read(pfns, theirs), gather(shadow, pfns, ours))
+            found.append(pfns[numbers])
+        is_held[self._memory.partial] = True
+        emptied = np.flatnonzero(self._is_filled & ~is_held)
+        emptied = emptied[shadow[emptied].any(axis=1)]
+        # Until a checkpoint has taken them, they are filled in the copy.
+        is_held[emptied] = True
+        self._is_filled = is_held
+        found.append(emptied)
+        return np.sort(np.concatenate(found), kind="stable")
+
+    def taken(self) -> None:
+        """Nothing: the copy has them by now."""
+
+    def close(self) -> None:
+        """Nothing: the copy goes when the sender does."""

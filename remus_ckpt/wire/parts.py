@@ -1,0 +1,71 @@
+"""What a checkpoint holds beside memory, and how it stands in our record (specs/manifest.md §1).
+
+The record has one field for all of it, the device state (specs/stream.md §9.2); the bytes of that field are what the
+position is made of.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from remus_ckpt.errors import LimitExceeded, Malformed, UnknownFormat
+from remus_ckpt.limits import Limits
+from remus_ckpt.pages import Buffer
+
+MAGIC = b"\x89REMUSm\n"
+VERSION = 1
+HEAD = struct.Struct("<8sII")
+"""Magic, version, bytes of the map (specs/manifest.md §1)."""
+_SECTION = "manifest.md §1"
+_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a checkpoint beside memory.
+
+    device_state: the user's own bytes, or a device model's
+    manifest: the map that names what lies in memory (specs/manifest.md §2), None if there is none
+    """
+
+    device_state: bytes = b""
+    manifest: bytes | None = None
+
+    def pack(self) -> bytes:
+        """The bytes that stand for them in the record. `unpack` gives them back."""
+        if self.manifest is None:
+            return self.device_state
+        return b"".join((HEAD.pack(MAGIC, VERSION, len(self.manifest)), self.manifest, self.device_state))
+
+    @classmethod
+    def unpack(cls, data: Buffer, *, limits: Limits = _LIMITS) -> Parts:
+        """What `pack` wrote, from anywhere. A device state alone must not begin as a manifest does.
+
+        Raises Malformed, LimitExceeded, or UnknownFormat for a version that is not known here.
+        """
+        view = memoryview(data).cast("B")
+        if view[: len(MAGIC)] != MAGIC:
+            return cls(bytes(view))
+        if len(view) < HEAD.size:
+            raise Malformed(f"{len(view)} bytes hold no manifest's head", offset=0, section=_SECTION)
+        _, version, size = HEAD.unpack_from(view)
+        if version != VERSION:
+            raise UnknownFormat(
+                f"a manifest of version {version}; {VERSION} is read here: restore it with a newer remus_ckpt",
+                offset=8,
+                section=_SECTION,
+            )
+        if size > limits.manifest_bytes:
+            raise LimitExceeded(
+                f"a map of {size} bytes exceeds {limits.manifest_bytes}",
+                limit="manifest_bytes",
+                offset=12,
+                section=_SECTION,
+            )
+        if size > len(view) - HEAD.size:
+            raise Malformed(
+                f"a map of {size} bytes exceeds the {len(view) - HEAD.size} left", offset=12, section=_SECTION
+            )
+        stop = HEAD.size + size
+        return cls(bytes(view[stop:]), bytes(view[HEAD.size : stop]))
