@@ -110,7 +110,7 @@ def test_one_that_is_stopped_stays_so(target_program: Path, tmp_path: Path) -> N
     with running(target_program, tmp_path / "memory", "s") as target:
         os.kill(target.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, target.pid, os.WSTOPPED)
-        with pytest.raises(Untracked):
+        with pytest.raises(foreign.Stopped):
             fetch(target)
         assert f"{target.pid} (target) T " in Path(f"/proc/{target.pid}/stat").read_text()
         os.kill(target.pid, signal.SIGCONT)

@@ -92,11 +92,16 @@ class _Again(Exception):
     """Another thread, or another moment, may do; its text is why this one did not."""
 
 
+class Stopped(Untracked):
+    """The process is stopped: it cannot make the call now."""
+
+
 def userfaultfd_of(pid: int, pidfd: int) -> int:
     """A userfaultfd over the memory of process `pid`, before its handshake. It is our descriptor alone.
 
     pidfd: of the process, which must be the one that has the number now
-    Raises Untracked, with the reason, where it cannot be had: the process runs on as it was.
+    Raises Untracked, with the reason, where it cannot be had, Stopped where that may be another time: the process runs
+    on as it was.
     """
     _check_process(pid)
     found: list[int] = []
@@ -148,7 +153,9 @@ def _trace(pid: int, pidfd: int) -> int:
         if attempt:
             time.sleep(0.001 * attempt)
         maps = _read_maps(pid)
-        for thread in _threads(pid)[:_MAX_THREADS]:
+        if (threads := _threads(pid)) is None:
+            raise Stopped(f"process {pid} is stopped")
+        for thread in threads[:_MAX_THREADS]:
             try:
                 return _Tracee(pid, thread, maps).userfaultfd(pidfd)
             except _Again as error:
@@ -180,8 +187,11 @@ def _read_maps(pid: int) -> list[_Mapping]:
     return maps
 
 
-def _threads(pid: int) -> list[int]:
-    """Its threads, those that wait in a system call first: they stop at once, and nothing is computed meanwhile."""
+def _threads(pid: int) -> list[int] | None:
+    """Its threads, those that wait in a system call first: they stop at once, and nothing is computed meanwhile.
+
+    None if one is stopped.
+    """
     waiting, others = [], []
     with suppress(FileNotFoundError, ProcessLookupError):
         for thread in map(int, os.listdir(f"/proc/{pid}/task")):
@@ -191,6 +201,8 @@ def _threads(pid: int) -> list[int]:
                     waiting.append(thread)
                 elif state == "R":
                     others.append(thread)
+                elif state == "T":
+                    return None
     return sorted(waiting) + sorted(others)
 
 
@@ -283,7 +295,7 @@ class _Tracee:
         linux.ptrace(Request.INTERRUPT, self._thread)
         number = self._wait(time.monotonic() + _STOP_S, is_event=True)
         if number != 5:
-            raise _Again(f"process {self._pid} is stopped by signal {number}")
+            raise Stopped(f"process {self._pid} is stopped by signal {number}")
 
     def _wait(self, deadline: float, *, is_event: bool) -> int:
         """Wait until it stops: as it was interrupted, or at a system call. Returns the signal of the stop."""

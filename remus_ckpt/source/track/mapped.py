@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from remus_ckpt.errors import Untracked
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
-from remus_ckpt.source.track.foreign import userfaultfd_of
+from remus_ckpt.source.track.foreign import Stopped, userfaultfd_of
 from remus_ckpt.source.track.spans import expand
 from remus_ckpt.source.track.written import Scanner, Userfault
 
@@ -74,6 +74,11 @@ class FileWatch:
         except OSError as error:
             raise Untracked(f"writes to the file by system calls cannot be noticed: {error.strerror}") from None
 
+    @property
+    def refused(self) -> list[str]:
+        """Why processes that were given to `attach` cannot be followed."""
+        return [*self._refused.values()]
+
     def close(self) -> None:
         """Let go of all processes."""
         for followed in self._followed.values():
@@ -87,7 +92,7 @@ class FileWatch:
         """Take in processes that are new, and let go of those that are not named. While they run.
 
         What they write from here on is found; before, it is not known. One that refuses is not asked again: `written`
-        says so from then on.
+        says so from then on. One that is stopped is passed by.
         """
         self._let_go(processes)
         for process in processes:
@@ -95,6 +100,8 @@ class FileWatch:
                 continue
             try:
                 self._followed[process] = _Followed(process, self._scanner)
+            except Stopped:
+                continue
             except Untracked as error:
                 self._refused[process] = str(error)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, pages_for
 from remus_ckpt.source.track import linux
-from remus_ckpt.source.track.written import Runs, Scanner, Userfault, open_pagemap
+from remus_ckpt.source.track.written import Runs, Scanner, Unwatched, Userfault, open_pagemap
 
 
 class Span(NamedTuple):
@@ -30,20 +30,23 @@ class Spans:
     """Some pieces of this process's memory, watched.
 
     They are registered by whole pages: what lies beside them on a page counts as theirs. A page under two spans counts
-    for both. Raises Untracked, with the name, for what cannot be watched.
+    for both.
+
+    shared: take shared mappings too; writes to them by other processes are not seen
+    Raises Untracked, with the name, for what cannot be watched.
     Only the process that made it may ask; in a fork it does nothing.
     """
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], *, shared: bool = False) -> None:
+        self._pagemap = -1
+        self._userfault = Userfault.of_this_process()
         self._spans = [span for span in spans if span.nbytes]
         self._areas = _areas(self._spans)
         self._pid = os.getpid()
-        self._pagemap = -1
         self._scanner = Scanner()
-        self._userfault = Userfault.of_this_process()
         try:
             for area in self._areas:
-                _check_page_size(area)
+                _check_mappings(area, shared=shared)
                 if not self._userfault.register(area.start, area.stop):
                     raise Untracked(f"{_some(area.names)} can only be read: whoever writes it does so elsewhere")
             self._pagemap = open_pagemap()
@@ -51,6 +54,9 @@ class Spans:
         except BaseException:
             self.close()
             raise
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -62,7 +68,10 @@ class Spans:
     def arm(self) -> None:
         """Forget what was written until now."""
         for area in self._areas:
-            self._scanner.arm(self._pagemap, area.start, area.stop)
+            try:
+                self._scanner.arm(self._pagemap, area.start, area.stop)
+            except Unwatched:
+                raise _lost(area) from None
             self._check_mapped(area)
 
     def written(self) -> NDArray[np.int64]:
@@ -76,7 +85,7 @@ class Spans:
         for area in self._areas:
             try:
                 found.append(self._scanner.written(self._pagemap, area.start, area.stop))
-            except Untracked:
+            except Unwatched:
                 raise _lost(area) from None
             # After the scan: it passes by what is not mapped, and what is unmapped later is found the next time.
             self._check_mapped(area)
@@ -148,11 +157,28 @@ _QUERY = struct.Struct("=9Q4I2Q")
 _PROCMAP_QUERY = 0xC0686611
 
 
-def _check_page_size(area: _Area) -> None:
-    """Raise Untracked if some of it is of hugetlbfs: the kernel notes writes to 2 MiB or 1 GiB of it only.
+_SHARED = 8
 
-    Transparent huge pages are split by the first write to them, and are exact.
+
+def _check_mappings(area: _Area, *, shared: bool) -> None:
+    """Raise Untracked if some of it is of hugetlbfs, or shared where it must not be.
+
+    The kernel notes writes to whole pages of hugetlbfs, 2 MiB or 1 GiB. Transparent huge pages are split by the first
+    write to them, and are exact.
     """
+    for page_size, is_shared in _mappings(area):
+        if page_size != PAGE_SIZE:
+            raise Untracked(
+                f"{_some(area.names)} lies in huge pages of {page_size:,} bytes (hugetlbfs), of which the kernel does "
+                "not note writes to 4,096 bytes"
+            )
+        if is_shared and not shared:
+            raise Untracked(f"{_some(area.names)} is shared memory, to which other processes may write")
+
+
+def _mappings(area: _Area) -> list[tuple[int, bool]]:
+    """(page size, is it shared?) of all mappings that an area lies in."""
+    found = []
     with open("/proc/self/maps", "rb") as maps:
         at = area.start
         while at < area.stop:
@@ -162,32 +188,26 @@ def _check_page_size(area: _Area) -> None:
             except FileNotFoundError:
                 raise _lost(area) from None
             except OSError:  # a kernel before 6.11
-                sizes = _page_sizes_by_smaps(area)
-                break
-            _, _, _, _, at, _, size, *_ = _QUERY.unpack(query)
-            sizes = {size}
-            if size != PAGE_SIZE:
-                break
-    if huge := sizes - {PAGE_SIZE}:
-        raise Untracked(
-            f"{_some(area.names)} lies in huge pages of {max(huge):,} bytes (hugetlbfs), of which the kernel does not "
-            "note writes to 4,096 bytes"
-        )
+                return _mappings_by_smaps(area)
+            _, _, _, _, at, flags, page_size, *_ = _QUERY.unpack(query)
+            found.append((page_size, bool(flags & _SHARED)))
+    return found
 
 
-def _page_sizes_by_smaps(area: _Area) -> set[int]:
-    """The sizes of the pages of all mappings that overlap an area. It walks the page tables of all: slow."""
-    sizes = set()
-    overlaps = False
+def _mappings_by_smaps(area: _Area) -> list[tuple[int, bool]]:
+    """The same. It walks the page tables of all memory: slow."""
+    found = []
+    overlaps = is_shared = False
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
         for line in smaps:
-            word = line.split(maxsplit=1)[0]
+            word, value = line.split(maxsplit=2)[:2]
             if not word.endswith(":"):
                 start, _, stop = word.partition("-")
                 overlaps = int(start, 16) < area.stop and int(stop, 16) > area.start
+                is_shared = value.endswith("s")
             elif overlaps and word == "KernelPageSize:":
-                sizes.add(int(line.split()[1]) * 1024)
-    return sizes
+                found.append((int(value) * 1024, is_shared))
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

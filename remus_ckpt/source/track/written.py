@@ -26,6 +26,10 @@ _REGIONS = 4096
 """How many runs one call returns: 96 KiB, which stays in the second-level cache. More are fetched by further calls."""
 
 
+class Unwatched(Untracked):
+    """Some of a range is mapped and not watched."""
+
+
 class Userfault:
     """A userfaultfd: what it has registered is watched until it is closed, here and wherever else it is held.
 
@@ -50,6 +54,9 @@ class Userfault:
             return cls(linux.userfaultfd())
         except OSError as error:
             raise Untracked(_words(error)) from None
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of all ranges: writes cost nothing any more."""
@@ -97,7 +104,7 @@ class Scanner:
     def written(self, pagemap: int, start: int, stop: int) -> Runs:
         """The pages of a range written since it was armed or last asked about; they are protected again.
 
-        Raises Untracked if some of it is mapped and not watched: other memory has taken its place. What was written is
+        Raises Unwatched if some of it is mapped and not watched: other memory has taken its place. What was written is
         not known then. A range that is not mapped tells nothing: see `linux.is_mapped`.
         """
         return self._walk(pagemap, start, stop, is_told=True)
@@ -116,15 +123,27 @@ class Scanner:
                 at = reached
         except OSError as error:
             if error.errno == errno.EPERM:
-                raise Untracked(
+                raise Unwatched(
                     f"memory at {start:#x}-{stop:#x} is not watched any longer: it was freed, moved or mapped anew"
                 ) from None
             raise Untracked(_words(error)) from None
-        if not found:
-            return np.empty((0, 2), dtype=np.int64)
-        runs = np.concatenate(found)
-        runs[:, 1] -= runs[:, 0]
-        return runs
+        return in_order(np.concatenate([np.empty((0, 2), dtype=np.int64), *found]), is_ascending=len(found) < 2)
+
+
+def in_order(regions: NDArray[np.int64], *, is_ascending: bool = False) -> Runs:
+    """Runs of what lies in some regions, int64[n, 2] as (first, stop).
+
+    The kernel says of some calls that it has walked less far than it has (walk_end stays where its own buffer of 512
+    regions was full the last time). The next call begins there, and finds again what is written meanwhile.
+    """
+    first, stop = regions[:, 0], regions[:, 1]
+    if not is_ascending:
+        order = np.argsort(first, kind="stable")
+        stop = np.maximum.accumulate(stop[order])
+        first = first[order]
+        first[1:] = np.maximum(first[1:], stop[:-1])
+    runs = np.stack([first, stop - first], axis=1)
+    return runs if is_ascending else runs[runs[:, 1] > 0]
 
 
 def why_not() -> str | None:
