@@ -22,6 +22,8 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
+    Audit,
+    HowTracked,
     MaxMemory,
     app,
     parse_bytes,
@@ -303,6 +305,8 @@ def protect(
         typer.Option(help="How to compress the stream on the link; auto measures the link and the data."),
     ] = "auto",
     codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
+    tracking: HowTracked = "auto",
+    audit: Audit = 1000,
     term: Annotated[
         int | None,
         typer.Option(
@@ -344,7 +348,7 @@ def protect(
         # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         _serve_metrics(stack, counted, metrics, tls)
-        source = SharedFile(file, _stopper(pid, cgroup, pause, resume))
+        source = SharedFile(file, _stopper(pid, cgroup, pause, resume), tracking=tracking, audit=audit)
         stack.callback(source.close)
         release = _Released(name, on_commit, stop) if on_commit else None
         if release:
@@ -554,6 +558,12 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
             times = [times.get(part) for part in ("p50", "p99")] if isinstance(times, dict) else [None]
             if all(isinstance(value, float) for value in times):
                 parts.append(f"{what} p50 {times[0]:.2f} ms, p99 {times[1]:.2f} ms")
+        if primary.get("tracking") == "kernel":
+            parts.append("pages found by the kernel")
+        elif primary.get("tracking_why"):
+            parts.append(f"pages found by comparison: {primary['tracking_why']}")
+        if primary.get("missed_pages"):
+            parts.append(f"missed {primary['missed_pages']} pages")
         lines.append("  " + ", ".join(parts))
     for command in ("fence", "takeover"):
         again = found.get(f"{command}_retry_s")

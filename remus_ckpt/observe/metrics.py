@@ -52,6 +52,9 @@ class _Series:
             "dirty_pages": 0,
             "dirty_pages_total": 0,
             "reconnects": 0,
+            "tracking": None,
+            "tracking_why": "",
+            "missed_pages": 0,
         }
         """What only a primary counts; of a backup, the store knows it."""
 
@@ -73,6 +76,12 @@ class Metrics:
             "On the backup: from the end of a checkpoint's arrival until it is checked, durable and acknowledged",
         )
         self.dirty_pages = self._counter("remus_dirty_pages", "Pages that checkpoints found changed")
+        self.by_kernel = self._gauge(
+            "remus_tracking_kernel", "1 where the kernel found the pages of the newest checkpoint, 0 for a comparison"
+        )
+        self.missed_pages = self._counter(
+            "remus_missed_pages", "Pages that tracking had missed, found by a comparison: the run compares since"
+        )
         self.bytes = self._counter(
             "remus_bytes",
             "Bytes of pages (raw), of the save stream (encoded), and of that on the link (wire), "
@@ -149,6 +158,20 @@ class Metrics:
             series.primary["dirty_pages"] = dirty_pages
             series.primary["dirty_pages_total"] += dirty_pages
             self._add_bytes(name, series, raw_bytes, encoded_bytes, wire_bytes)
+
+    def found(self, name: str, way: Literal["kernel", "compare"], why: str, missed_pages: int) -> bool:
+        """How the pages of a checkpoint were found. Returns whether more were missed.
+
+        why: why all memory was compared
+        missed_pages: found by comparison alone, since the beginning
+        """
+        with self._lock:
+            primary = self._of(name).primary
+            self.by_kernel.labels(name).set(way == "kernel")
+            self.missed_pages.labels(name).inc(missed_pages - primary["missed_pages"])
+            grew: bool = missed_pages > primary["missed_pages"]
+            primary |= {"tracking": way, "tracking_why": why, "missed_pages": missed_pages}
+            return grew
 
     def add_bytes(self, name: str, *, raw: int = 0, encoded: int = 0, wire: int = 0) -> None:
         """Bytes were encoded, sent or received."""
@@ -280,7 +303,7 @@ class Metrics:
             for metric in (
                 self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
                 self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted, self.store_bytes,
-                self.store_free_bytes, self.store_errors, self.store_open,
+                self.store_free_bytes, self.store_errors, self.store_open, self.by_kernel, self.missed_pages,
             ):  # fmt: skip
                 metric.remove(name)
 

@@ -666,6 +666,9 @@ class Primary:
             wire_bytes=self._link.take_wire_bytes() if self._link else 0,
         )
         self._metrics.set_lag(self.name, len(self._flights))
+        tracker = self._source.tracker
+        if self._metrics.found(self.name, tracker.way, tracker.why, tracker.missed_pages):
+            log("tracking had missed pages", level=logging.ERROR, name=self.name, reason=tracker.why)
 
     # What the loop sends
 
