@@ -558,6 +558,14 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
             times = [times.get(part) for part in ("p50", "p99")] if isinstance(times, dict) else [None]
             if all(isinstance(value, float) for value in times):
                 parts.append(f"{what} p50 {times[0]:.2f} ms, p99 {times[1]:.2f} ms")
+            if key == "pause_ms":
+                medians = {
+                    step: value.get("p50")
+                    for step in ("stop", "find", "copy", "resume")
+                    if isinstance(value := primary.get(f"{step}_ms"), dict)
+                }
+                if medians and all(isinstance(value, float) for value in medians.values()):
+                    parts.append("of it " + ", ".join(f"{step} {value:.2f}" for step, value in medians.items()))
         if primary.get("tracking") == "kernel":
             parts.append("pages found by the kernel")
         elif primary.get("tracking_why"):

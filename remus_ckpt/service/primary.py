@@ -660,6 +660,7 @@ class Primary:
         self._metrics.checkpoint(
             self.name,
             pause_s=taken.pause_s,
+            steps_s=taken.steps_s,
             dirty_pages=taken.dirty_pages,
             raw_bytes=taken.sent.pages * PAGE_SIZE,
             encoded_bytes=taken.sent.stream_bytes,
