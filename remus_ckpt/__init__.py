@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from remus_ckpt.restorer import Restorer as Restorer
     from remus_ckpt.sender import Sender as Sender
     from remus_ckpt.service.backup import Backup as Backup
-    from remus_ckpt.service.primary import Committed as Committed
     from remus_ckpt.service.protect import Protection as Protection
     from remus_ckpt.service.protect import protect as protect
+    from remus_ckpt.service.release import Committed as Committed
     from remus_ckpt.service.standby import Policy as Policy
     from remus_ckpt.source.cgroup import CgroupFreezer as CgroupFreezer
     from remus_ckpt.source.commands import PauseCommands as PauseCommands
@@ -67,7 +67,7 @@ _HOMES = {
     "restorer": ("Checkpoint", "Restorer"),
     "sender": ("Sender",),
     "service.backup": ("Backup",),
-    "service.primary": ("Committed",),
+    "service.release": ("Committed",),
     "service.protect": ("Protection", "protect"),
     "source.manifest": ("arrays_of",),
     "service.standby": ("Policy",),

@@ -16,9 +16,13 @@ from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
 _COPY_BYTES = 1 << 22
+_SYNC_EACH = 64
+"""Each sync may make the disk flush its cache: for more files than these, one for the whole file system is cheaper."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+_libc = ctypes.CDLL(None, use_errno=True)
+_renameat2 = getattr(_libc, "renameat2", None)
+_syncfs = getattr(_libc, "syncfs", None)
 _WHAT_NEXT = {
     errno.ENOSPC: ": make room there, or keep less; what was committed is whole, and it goes on by itself then",
     errno.EROFS: ": mount it writable; it can be read as it is",
@@ -70,6 +74,44 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_files(directory: Path, names: Sequence[str]) -> None:
+    """What these files hold is durable when this returns; not their names. Raises StoreError."""
+    with guarding(directory):
+        if len(names) > _SYNC_EACH and sync_file_system(directory):
+            return
+    for name in names:
+        with guarding(directory / name):
+            sync_file(directory / name)
+
+
+def sync_file_system(path: Path) -> bool:
+    """Sync all that is on the file system of a directory; whether that is known to have worked.
+
+    Linux tells since 5.8 of pages that it failed to write, and of anybody's: so a failure says nothing of one file.
+    """
+    if _syncfs is None:
+        return False
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return not _syncfs(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_names_above(path: Path) -> None:
+    """All names on the way from the root of its file system to a directory are durable when this returns.
+
+    Whoever copied or moved a store there need not have synced any. Raises OSError.
+    """
+    path = path.resolve()
+    device = path.stat().st_dev
+    for parent in path.parents:
+        with suppress(PermissionError):  # it is somebody else's
+            if parent.stat().st_dev != device:
+                return
+            sync_directory(parent)
 
 
 def write_again(fd: int, start: int, end: int) -> None:

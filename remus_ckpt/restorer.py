@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def parts(self) -> Parts:
-        """The parts that this was made of. Raises Malformed or UnknownFormat where it holds no such."""
+        """What it holds beside memory. Raises Malformed or UnknownFormat for a manifest that cannot be read."""
         return Parts.unpack(self.device_state)
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-LONG = ("kill", "hostile", "slow")
-"""Markers of suites that take minutes. They run with --all, by -m, or where a file or test is named."""
-_left_out = pytest.StashKey[int]()
+MARKERS = {
+    "kill": ("ends real processes at random instants", "--all"),
+    "hostile": ("peers that lie, stall or flood a real backup", "--all"),
+    "slow": ("tries very many cases", "--all"),
+    "root": ("mounts file systems, makes cgroups and namespaces", "root"),
+    "node": ("compiles the grammar; tools/grammar.py names what that needs", "node"),
+}
+"""What the tests of each suite do, and what it takes to run them.
+
+--all: they run too by -m, and where a file or test is named.
+root, node: they are skipped where the machine lacks it.
+"""
+LONG = [name for name, (_, needs) in MARKERS.items() if needs == "--all"]
+_left_out = pytest.StashKey[Counter[str]]()
 _is_all = False
 
 
@@ -20,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     global _is_all  # noqa: PLW0603 - decorators ask before there is a fixture
     _is_all = config.getoption("--all")
+    for name, (what, needs) in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {what}; needs {needs}")
     settings.register_profile(
         "same-every-time",
         derandomize=True,
@@ -37,19 +53,41 @@ def many(usual: int, full: int) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    is_chosen = config.getoption("--all") or config.option.markexpr or any(".py" in name for name in config.args)
-    left_out = [] if is_chosen else [item for item in items if any(item.get_closest_marker(name) for name in LONG)]
-    config.stash[_left_out] = len(left_out)
+    is_chosen = _is_all or config.option.markexpr or any(".py" in name for name in config.args)
+    runs, left_out, suites = [], [], Counter[str]()
+    for item in items:
+        suite = None if is_chosen else next(filter(item.get_closest_marker, LONG), None)
+        if suite is not None:
+            suites[suite] += 1
+            left_out.append(item)
+            continue
+        if os.geteuid() != 0 and item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+        runs.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        chosen = set(items) - set(left_out)
-        items[:] = [item for item in items if item in chosen]
+        items[:] = runs
+    config.stash[_left_out] = suites
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = dict(suites)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Whoever collects (a worker of pytest-xdist) is not who prints. Each worker leaves out the same tests."""
+    if left_out := getattr(node, "workeroutput", {}).get("left_out"):
+        node.config.stash[_left_out] = Counter(left_out)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    """No test hides: the last lines say what did not run, and why."""
     yield
-    if count := config.stash.get(_left_out, 0):
-        terminalreporter.write_line(
-            f"not run: {count} tests of the {', '.join(LONG)} suites, and most of the random cases; --all runs them too"
-        )
+    skipped = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in skipped.items():
+        terminalreporter.write_line(f"skipped: {count} ({reason.removeprefix('Skipped: ')})")
+    if left_out := config.stash.get(_left_out, None):
+        suites = ", ".join(f"{count} {name}" for name, count in left_out.items())
+        terminalreporter.write_line(f"not run: {suites} (run with --all)")
+    if not _is_all:
+        terminalreporter.write_line("not run: most of the random cases (run with --all)")

@@ -75,7 +75,7 @@ def test_a_fork_that_uses_or_leaves_its_parents_backup(tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             signal.alarm(10)
-            calls = [backup.run, backup.status, lambda: backup.failover("orders"), lambda: backup.standby("orders")]
+            calls = [backup.run, backup.status, lambda: backup.failover("orders")]
             refused = 0
             for call in calls:
                 try:

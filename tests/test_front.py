@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,13 +51,30 @@ def test_nothing_is_loaded_before_it_is_used(line: str, kept_out: str) -> None:
 HEAVY = "numpy cryptography prometheus_client sqlite3 ssl lz4 rich.progress rich.markdown remus_ckpt.walk"
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "keys init", "keys issue", "keys show"])
-def test_a_help_and_wrong_usage_come_fast(command: str) -> None:
+COMMANDS = [name for name in (*cli.COMMANDS, "keys init", "keys issue", "keys show") if name != "conformance"]
+"""Not conformance: its help is that of what it runs."""
+EACH = """
+import json, sys
+from remus_ckpt.cli import app
+code, heavy = None, set(sys.argv[2].split())
+for words in json.loads(sys.argv[1]):
+    try:
+        app(words)
+    except SystemExit as done:
+        code = done.code
+    print(json.dumps([code, *heavy.intersection(sys.modules)]), file=sys.stderr)
+    heavy -= set(sys.modules)
+"""
+"""Runs each command, and says how it ended and what it was the first to load."""
+
+
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--nothing-of-ours", 2)])
+def test_a_help_and_wrong_usage_come_fast(option: str, code: int) -> None:
     """They load the options and nothing that does the work."""
-    run = "from remus_ckpt.cli import app\ntry: app({})\nexcept SystemExit as done: assert done.code == {}"
-    if command != "conformance":  # its help is that of what it runs
-        assert loaded(run.format([*command.split(), "--help"], 0), HEAVY) == []
-        assert loaded(run.format([*command.split(), "--nothing-of-ours"], 2), HEAVY) == []
+    lines = json.dumps([[*name.split(), option] for name in COMMANDS])
+    done = subprocess.run([sys.executable, "-c", EACH, lines, HEAVY], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
+    assert dict(zip(COMMANDS, found, strict=True)) == {name: [code] for name in COMMANDS}
 
 
 def test_a_stream_is_verified_without_what_the_services_need() -> None:
@@ -88,4 +106,6 @@ def test_the_help_lists_every_command() -> None:
         registered |= set(typer.main.get_group(loaded.app).commands)
     assert registered == set(cli.COMMANDS)
     for name in cli.COMMANDS:
-        assert group.get_command(context, name) is not None  # type: ignore[attr-defined]
+        command = group.get_command(context, name)  # type: ignore[attr-defined]
+        assert command is not None
+        assert group.get_command(context, name) is command, "made once"  # type: ignore[attr-defined]

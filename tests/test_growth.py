@@ -7,6 +7,9 @@ buffers of every link that was lost.
 from __future__ import annotations
 
 import gc
+import importlib.util
+import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -28,9 +31,9 @@ from remus_ckpt.link.dial import connect
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.sender import Sender
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.session.machine import Session
+from remus_ckpt.session.machine import Incoming, Session
 
-LARGE = (CheckpointLoop, Connection, Link, Sender, Session)
+LARGE = (CheckpointLoop, Connection, Incoming, Link, Sender, Session)
 """Those that have buffers, or refer to them."""
 
 
@@ -95,7 +98,7 @@ def test_a_link_that_broke_leaves_nothing(
                         memory.protection.checkpoint(timeout_s=0.3)
                 proxy.refusing.clear()
             case "begun anew":
-                memory.protection._primary._anchor = None
+                memory.protection._primary._window._anchor = None
                 proxy.cut()
 
     options: dict[str, Any] = {"interval_s": 0.005, "lock": threading.Lock()} if in_thread else {}
@@ -115,7 +118,8 @@ def test_a_link_that_broke_leaves_nothing(
                 commit()
         commit()
         # The backup's threads end a little later.
-        until(lambda: alive() == {"CheckpointLoop": 1, "Connection": 2, "Link": 1, "Sender": 1, "Session": 2})
+        large = {"CheckpointLoop": 1, "Connection": 2, "Incoming": 2, "Link": 1, "Sender": 1, "Session": 1}
+        until(lambda: alive() == large)
 
 
 def test_a_question_leaves_nothing(tmp_path: Path) -> None:
@@ -124,3 +128,45 @@ def test_a_question_leaves_nothing(tmp_path: Path) -> None:
             ask(connect(Address.parse(backup.addresses[0])), "status", {})
         # The thread that accepts still refers to the last one.
         until(lambda: alive() in ({}, {"Connection": 1}))
+
+
+# The verdict of a long run
+
+
+@pytest.fixture(scope="module")
+def soak() -> Any:
+    path = Path(__file__).resolve().parent.parent / "tools" / "soak.py"
+    spec = importlib.util.spec_from_file_location("soak", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("per_commit", "per_cut", "noise", "grows"),
+    [
+        (0.0, 0.0, 0.0, False),
+        (0.0, 0.0, 30.0, False),
+        (0.0, 0.05, 3.0, False),  # 6 MiB in all
+        (0.0, 0.5, 3.0, True),
+        (0.002, 0.0, 3.0, True),
+        (0.0, 0.5, 10.0, True),
+    ],
+)
+def test_what_a_long_run_calls_growth(soak: Any, per_commit: float, per_cut: float, noise: float, grows: bool) -> None:
+    """Memory that is only busy does not grow; a leak that noise hides from a look at two minutes does."""
+    draw = random.Random(1)
+    seen = []
+    for look in range(180):
+        commits, cuts = 130.0 * look, float(look * 2 // 3)
+        rss = 120 + per_commit * commits + per_cut * cuts + draw.uniform(-noise, noise)
+        seen.append(soak.Figures(20, 4, rss, 20, 4, 99, 300, commits, cuts))
+    faults = soak.judge(seen)
+    assert [fault.split()[0] for fault in faults] == (["protect_rss"] if grows else [])
+
+
+def test_a_long_run_tells_when_commits_stand_still(soak: Any) -> None:
+    seen = [soak.Figures(20, 4, 120, 20, 4, 99, 300, min(look, 12), look) for look in range(24)]
+    assert soak.judge(seen) == ["no commit in minute 4"]

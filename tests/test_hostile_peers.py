@@ -34,10 +34,11 @@ from remus_ckpt.limits import GIB
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
 from remus_ckpt.service.protect import protect
-from remus_ckpt.service.standby import Policy, Standby
+from remus_ckpt.service.release import Committed
+from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import frames, machine, messages
+from remus_ckpt.store import Store
 from remus_ckpt.wire.record import Position
 
 pytestmark = pytest.mark.hostile
@@ -342,17 +343,13 @@ def test_each_bad_peer_leaves_one_line_and_nothing_else(served: Service) -> None
         assert most.rss - before.rss < 200 << 20
 
 
-def test_a_slow_store_is_no_reason_to_hang_up(tmp_path: Path) -> None:
+def test_a_slow_store_is_no_reason_to_hang_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats that are due before the welcome may not be sent, and are not."""
-
-    class Slow(Backup):
-        def standby(self, name: str) -> Standby:
-            time.sleep(0.5)
-            return super().standby(name)
-
+    writer = Store.writer
+    monkeypatch.setattr(Store, "writer", lambda *given, **options: time.sleep(0.5) or writer(*given, **options))
     array = np.zeros(8192, dtype=np.uint8)
     with (
-        Slow(tmp_path / "store", ["tcp://127.0.0.1:0"], policy=Policy(lease_s=0.4)) as backup,
+        Backup(tmp_path / "store", ["tcp://127.0.0.1:0"], policy=Policy(lease_s=0.4)) as backup,
         protect({"array": array}, to=backup.addresses[0], name="slow") as protection,
     ):
         assert protection.checkpoint(wait=True, timeout_s=LONG_S) == 0

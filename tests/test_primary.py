@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,21 @@ import pytest
 from liars import Liar, Peer
 from services import make_keys
 from support import process_state, writer_process
-from test_service import LONG_S, Memory, backup_in, entries, restored, until
+from test_service import LONG_S, Memory, backup_in, entries, is_lost, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, SourceError
 from remus_ckpt.link.address import Address
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import primary as primaries
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed, Primary
-from remus_ckpt.service.protect import protect
+from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.protect import primary_of, protect
+from remus_ckpt.service.release import Committed
+from remus_ckpt.service.window import Window
 from remus_ckpt.session import messages
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store
@@ -154,7 +159,7 @@ def test_a_peer_that_keeps_us_waiting(serve: Callable[[Peer], None]) -> None:
 
 def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path) -> None:
     """The first peer takes nothing; the next one finds a primary that goes on right."""
-    array = np.random.default_rng(1).integers(0, 256, (4 << 20) // 8, dtype=np.int64)
+    array = np.random.default_rng(1).integers(0, 256, (32 << 20) // 8, dtype=np.int64)
     with Liar(stops_reading) as liar, backup_in(tmp_path / "store") as backup:
         memory = Memory(liar.address, array=array.reshape(-1, 512))
         with within(0.3), pytest.raises(LinkError):
@@ -409,7 +414,7 @@ def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
         memory.step(1)
         slow = threading.Thread(target=memory.protection.checkpoint)
         slow.start()
-        until(lambda: bool(memory.protection._primary._calls))
+        until(lambda: bool(memory.protection._primary._turns._calls))
         with within(0.2), pytest.raises(RemusError, match="another thread"):
             memory.protection.checkpoint(timeout_s=0.2)
         go_on.set()
@@ -438,24 +443,24 @@ def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_call_that_was_cut_short_is_over(tmp_path: Path, is_other_thread: bool) -> None:
     """An interrupt may fall where a call gives its turn back, and its traceback may be kept."""
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
-        primary = memory.protection._primary
-        leave = primary._leave
+        turns = memory.protection._primary._turns
+        leave = turns._leave
 
         def strike(key: object) -> None:
             raise KeyboardInterrupt
 
-        primary._leave = strike  # type: ignore[method-assign]
+        turns._leave = strike  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt) as cut:
             memory.step(1)
-        primary._leave = leave  # type: ignore[method-assign]
-        assert primary._calls
+        turns._leave = leave  # type: ignore[method-assign]
+        assert turns._calls
         if is_other_thread:
             other = threading.Thread(target=memory.step, args=[2])
             other.start()
             other.join(LONG_S)
         else:
             memory.step(2)
-        assert not primary._calls
+        assert not turns._calls
         assert np.array_equal(restored(tmp_path / "store"), memory.array)
         assert cut.tb is not None
 
@@ -495,6 +500,22 @@ def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:
             again.step(1)
 
 
+def test_closed_while_it_makes_a_link(tmp_path: Path) -> None:
+    with backup_in(tmp_path / "store") as backup:
+
+        def dial() -> Connection:
+            connection = connect(Address.parse(backup.addresses[0]))
+            primary.close(LONG_S)
+            return connection
+
+        primary = Primary("orders", OwnMemory({"a": np.zeros(9)}), dial)
+        with pytest.raises(ValueError, match="closed"):
+            primary.checkpoint(LONG_S)
+        assert not entries(tmp_path / "store")
+        with Memory(backup.addresses[0]) as again:  # the name is free
+            again.step(1)
+
+
 def test_dropped_without_close_it_frees_its_name(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store") as backup:
         protection = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="orders")
@@ -504,38 +525,52 @@ def test_dropped_without_close_it_frees_its_name(tmp_path: Path) -> None:
             memory.step(1)
 
 
-@pytest.mark.parametrize("hook", ["_device_state", "_on_paused", "_turn", "_phase", "_connect"])
+@pytest.mark.parametrize("hook", ["device_state", "on_paused", "on_turn", "on_phase", "connect"])
 @pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), OSError("no")])
 def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
     tmp_path: Path, hook: str, error: BaseException
 ) -> None:
-    lock = threading.Lock()
-    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], lock=lock) as memory:
-        primary = memory.protection._primary
-        owner = primary._source if hook == "_device_state" else primary
+    lock, array = threading.Lock(), np.zeros((16, 512), dtype=np.int64)
+    left = 0  # calls of the hook, up to the one that raises
+
+    def called(name: str, *_: Any) -> None:
+        nonlocal left
+        if name == hook and left:
+            left -= 1
+            if not left:
+                raise error
+
+    def device_state() -> bytes:
+        called("device_state")
+        return b""
+
+    def dial() -> Connection:
+        called("connect")
+        return connect(Address.parse(backup.addresses[0]))
+
+    with backup_in(tmp_path / "store") as backup, ExitStack() as stack:
+        source = OwnMemory({"array": array}, lock=lock, device_state=device_state)
+        stack.callback(source.close)
+        hooks: dict[str, Any] = {name: partial(called, name) for name in ("on_paused", "on_turn", "on_phase")}
+        primary = Primary("orders", source, dial, **hooks)
+        stack.callback(primary.close)
+
+        def step(number: int) -> None:
+            array[number % len(array)] += number
+            primary.checkpoint(LONG_S, wait=True)
+
         for raising in (1, 2):
-            memory.step(raising)
-            calls: list[int] = []
-            before = getattr(owner, hook)
-
-            def strike(*arguments: Any, before: Any = before, calls: Any = calls, raising: int = raising) -> Any:
-                calls.append(1)
-                if len(calls) == raising:
-                    raise error
-                return before(*arguments) if before else None
-
-            setattr(owner, hook, strike)
-            primary._one_by_one = None
-            if hook == "_connect":
-                primary._link.hang_up()  # type: ignore[union-attr]
-                until(lambda: primary._link._error is not None)  # type: ignore[union-attr]
+            step(raising)
+            if hook == "connect":
+                primary.hang_up()
+                until(lambda: is_lost(primary))
+            left = raising
             with suppress(SystemExit, GeneratorExit, OSError):
-                memory.step(raising + 10)
+                step(raising + 10)
             assert not lock.locked()
-            setattr(owner, hook, before)
-            primary._one_by_one = None
-            memory.step(raising + 20)
-            assert np.array_equal(restored(tmp_path / "store"), memory.array)
+            left = 0
+            step(raising + 20)
+            assert np.array_equal(restored(tmp_path / "store"), array)
 
 
 # Forks
@@ -602,7 +637,7 @@ def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls
             advance()
         subprocess.run([sys.executable, "-c", ""], check=True, close_fds=False)
         advance()
-        assert protection._primary._connections == 1
+        assert protection.status()["reconnects"] == 0
         assert not select.select([protection._stop.fd], [], [], 0)[0], "the thread no longer keeps to its interval"
         protection.close()
 
@@ -706,6 +741,33 @@ def test_an_acknowledgement_stands_for_all_before_it() -> None:
     assert commits[-1].position == position
 
 
+def test_a_commit_that_comes_while_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` has ended, so that nothing else will come: what was on its way has been taken all the same."""
+    has_committed, asked = Window.has_committed, threading.Event()
+
+    def late(window: Window, epoch: int) -> bool:
+        was = has_committed(window, epoch)
+        asked.set()
+        until(lambda: has_committed(window, epoch))
+        return was
+
+    def serve(peer: Peer) -> None:
+        peer.welcome()
+        while (event := peer.hear()) is not None:
+            if isinstance(event, messages.Commit):
+                asked.wait(LONG_S)
+                peer.say(messages.Ack(level="durable", position=event.position))
+
+    with Liar(serve) as liar:
+        primary = primary_of(OwnMemory({"a": np.zeros(9)}), "orders", liar.address)
+        running = primary.run()
+        assert next(running).sent.epoch == 0
+        running.close()  # type: ignore[attr-defined]
+        monkeypatch.setattr(Window, "has_committed", late)
+        assert primary.wait_for(0, LONG_S).epoch == 0
+        primary.close(1.0)
+
+
 def says_fenced_by_its_own_term(peer: Peer) -> None:
     peer.welcome(term=5)
     peer.hear()
@@ -741,7 +803,7 @@ def test_a_pause_that_somebody_else_ended_makes_no_checkpoint(tmp_path: Path) ->
 
             source = SharedFile(memory, Processes([worker.pid]), device_state=device_state)
             stack.callback(source.close)
-            primary = Primary("orders", source, lambda: connect(Address.parse(backup.addresses[0])))
+            primary = primary_of(source, "orders", backup.addresses[0])
             stack.callback(primary.close)
             primary.checkpoint(wait=True)
             interfering[0] = True

@@ -25,8 +25,9 @@ from remus_ckpt.link.client import Link
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed
+from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import Protection, protect
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import machine, messages
 from remus_ckpt.source.manifest import arrays_of
@@ -78,6 +79,15 @@ class Memory:
         epoch = self.protection.checkpoint(wait=wait, timeout_s=LONG_S)
         self.at[epoch] = self.array.copy()
         return epoch
+
+
+def is_lost(primary: Primary) -> bool:
+    """Whether it knows that its link is broken."""
+    try:
+        primary.check()
+    except LinkError:
+        return True
+    return False
 
 
 def restored(store: Path, at: int | None = None) -> np.ndarray:
@@ -300,7 +310,7 @@ def test_another_primary_of_the_same_name_is_turned_away(tmp_path: Path) -> None
         memory.step(1)
         with Memory(backup.addresses[0]) as other:
             with pytest.raises(Refused) as caught:
-                other.protection.checkpoint(timeout_s=0.3)
+                other.protection.checkpoint(timeout_s=2.0)
             assert caught.value.code == "busy"
         memory.step(2)
     assert np.array_equal(restored(tmp_path / "store"), memory.array)

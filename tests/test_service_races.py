@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from proxy import Proxy
 from store_support import fill
-from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
+from test_service import ANY, LONG_S, Memory, backup_in, entries, is_lost, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, StoreError
 from remus_ckpt.link.address import Address
@@ -24,6 +24,7 @@ from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.protect import primary_of
 from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.session import messages
 from remus_ckpt.source.own_memory import OwnMemory
@@ -32,10 +33,8 @@ from remus_ckpt.store import Store
 
 def cut(proxy: Proxy, memory: Memory) -> None:
     """Break the link, and wait until the primary knows."""
-    link = memory.protection._primary._link
-    assert link is not None
     proxy.cut()
-    until(lambda: link._error is not None)
+    until(lambda: is_lost(memory.protection._primary))
 
 
 def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_a_takeover_that_outlives_its_term_is_not_that_of_the_next(tmp_path: Pat
         with Memory(backup.addresses[0], term=2) as survivor:
             survivor.step(2)
             may_end.touch()
-            until(lambda: not any(thread.name.startswith("_run_takeover") for thread in threading.enumerate()))
+            until(lambda: not any(thread.name.startswith("run_takeover") for thread in threading.enumerate()))
             backup.failover("orders")
         until(lambda: terms() == ["1", "3"])
 
@@ -248,8 +247,8 @@ def test_a_promotion_between_the_check_and_the_acknowledgement(
     def on_phase(name: str, epoch: int) -> None:
         if name == "stored" and epoch == 1:
             asking.start()
-            visit = backup._visits[0]
-            until(lambda: visit.session.last_sent is not None)
+            peer = backup._peers[0]
+            until(lambda: peer.session.last_sent is not None)
             go_on.set()
 
     with Backup(tmp_path / "store", [ANY], on_phase=on_phase) as backup:
@@ -300,9 +299,7 @@ def test_a_primary_that_is_stopped_as_its_link_breaks(tmp_path: Path, comes_back
     """It tries for another one, so that what it has sent is committed; but not for long."""
     stop = StopSignal()
     with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
-        primary = Primary(
-            "orders", OwnMemory({"array": np.ones(512)}), lambda: connect(Address.parse(proxy.address)), stop=stop
-        )
+        primary = primary_of(OwnMemory({"array": np.ones(512)}), "orders", proxy.address, stop=stop)
         newest = -1
         for taken in primary.run():
             newest = taken.sent.epoch

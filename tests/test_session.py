@@ -37,7 +37,7 @@ from remus_ckpt.session.frames import (
     FrameType,
     negotiate,
 )
-from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Session, State
+from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Direction, Session, State
 from remus_ckpt.session.messages import (
     FIELDS,
     Ack,
@@ -190,8 +190,8 @@ def reach(state: State) -> dict[str, Session]:
             here, there = (server, client) if isinstance(message, Welcome) else (client, server)
             assert push(there, joined(here.send(message)).removeprefix(PREFACE)) == [message]
     for session in (client, server):
-        if not session.sent_bytes:
-            session._prefaced = True
+        if not session.outgoing.sent_bytes:
+            session.outgoing._prefaced = True
         assert session.state is state
     return {"client": client, "server": server}
 
@@ -259,7 +259,7 @@ def test_every_frame_from_either_side_in_every_state(state: State, side: str, nu
 
 
 def test_a_control_hello_leads_elsewhere():
-    assert reach(State.CONTROL_HELLO)["server"].hello == CONTROL
+    assert reach(State.CONTROL_HELLO)["server"].common.hello == CONTROL
 
 
 def test_what_leaves_the_state_alone_can_cross_what_does_not():
@@ -294,9 +294,35 @@ def test_one_thread_receives_while_another_sends():
             client.send_data([b"abcde"])
             return super().__contains__(position)
 
-    client._made = Meanwhile(client._made)
+    client.common.made = Meanwhile(client.common.made)
     assert len(push(client, packed(Ack(level="durable", position=FIRST)))) == 1
     assert client.state is State.WITHIN
+
+
+def test_in_the_stream_no_direction_changes_the_other():
+    """So that each may have a thread of its own."""
+
+    def fields(direction: Direction) -> dict[str, object]:
+        own = {name: id(value) for name, value in vars(direction).items()}
+        return own | {"state": direction.state, "end": direction.ended_with}
+
+    ack, goodbye = Ack(level="applied", position=FIRST), Goodbye(reason="")
+    for side, said, heard in (
+        ("client", [None, COMMIT, SAMPLES[FrameType.HEARTBEAT], goodbye], [ack]),
+        ("server", [ack, SAMPLES[FrameType.HEARTBEAT], goodbye], [None, COMMIT]),
+    ):
+        session = reach(State.BETWEEN)[side]
+        before = fields(session.incoming)
+        for message in said[:-1]:
+            session.send(message) if message else session.send_data([b"abcde"])
+        assert fields(session.incoming) == before
+        before = fields(session.outgoing)
+        for message in heard:
+            push(session, packed(message))
+        assert fields(session.outgoing) == before
+        session.send(said[-1])
+        assert session.incoming.ended_with is None
+        assert session.outgoing.ended_with == session.incoming.answered_with == said[-1]
 
 
 # The end

@@ -183,7 +183,7 @@ def test_a_process_that_does_not_have_the_file_is_refused(tmp_path: Path, sleepe
         SharedFile(tmp_path / "memory", Processes([sleeper.pid]))
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1, 10**20])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1, 10**20], ids=["own", "beyond pid_max", "beyond a word"])
 def test_processes_that_cannot_be_recorded(pid: int) -> None:
     with pytest.raises(SourceError):
         Processes([pid])

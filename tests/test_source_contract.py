@@ -81,8 +81,6 @@ def cgroup(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Path]]:
             parent = writers.cgroup_mount()
             if parent is None:
                 pytest.skip("no cgroup2 is mounted")
-            if not os.access(parent, os.W_OK) or os.geteuid() != 0:
-                pytest.skip("only root may make a cgroup here")
             name = f"remus-test-{os.getpid()}-{pid}"
             try:
                 path = stack.enter_context(writers.own_cgroup(parent, name))

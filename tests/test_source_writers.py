@@ -23,8 +23,6 @@ def group() -> Iterator[Path]:
     parent = writers.cgroup_mount()
     if parent is None:
         pytest.skip("no cgroup2 is mounted")
-    if os.geteuid() != 0:
-        pytest.skip("only root may make a cgroup here")
     with writers.own_cgroup(parent, f"remus-test-{os.getpid()}") as path:
         yield path
 

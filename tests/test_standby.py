@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from proxy import Proxy
 from store_support import fill
-from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
+from test_service import ANY, LONG_S, Memory, backup_in, until
 from test_service_races import Guest
 
-from remus_ckpt.errors import Fenced, NoCheckpoint, Refused, RemusError, StoreError
+from remus_ckpt.errors import Fenced, Refused, RemusError, StoreError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
@@ -351,62 +349,6 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
         disk.may_go_on.set()
 
 
-@pytest.mark.parametrize("where", ["looking", "opening"])
-def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """The other names are served, and it is said what is missing; once the disk goes on, so is that one."""
-    for name in ("bad", "orders"):
-        with Store(tmp_path / "store").writer(name) as writer:
-            fill(writer, 2)
-    (tmp_path / "store" / "nothing").mkdir()
-    may_go_on = threading.Event()
-
-    def hanging(real: Callable[..., Any]) -> Callable[..., Any]:
-        def hang(self: Store, name: str, **options: Any) -> Any:
-            assert name != "bad" or may_go_on.wait(LONG_S)
-            return real(self, name, **options)
-
-        return hang
-
-    monkeypatch.setattr("remus_ckpt.service.backup._OPEN_S", 1.0)
-    method = {"looking": "may_hold", "opening": "writer"}[where]
-    monkeypatch.setattr(Store, method, hanging(getattr(Store, method)))
-    try:
-        with backup_in(tmp_path / "store") as backup:
-            with Memory(backup.addresses[0]) as memory:
-                memory.step(1)
-                assert of(backup)["epoch"] == 2
-            assert backup.status()["names"].keys() == {"bad", "orders"}
-            assert (of(backup, "bad")["role"], of(backup, "bad")["epoch"]) == ("opening", None)
-            assert "hangs" in of(backup, "bad")["trouble"]
-            assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
-            with pytest.raises(StoreError):
-                backup.failover("bad")
-            with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad") as protection:
-                with pytest.raises(RemusError):
-                    protection.checkpoint(timeout_s=2.0)
-                may_go_on.set()
-                until(lambda: of(backup, "bad")["role"] == "standby")
-                assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
-                assert protection.checkpoint(timeout_s=LONG_S) == 2
-    finally:
-        may_go_on.set()
-
-
-def test_a_backup_that_ends_while_a_store_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not wait for a disk that hangs, and what is then opened is let go of."""
-    Store(tmp_path).writer("orders").close()
-    may_go_on, real = threading.Event(), Store.writer
-    with monkeypatch.context() as patched:
-        patched.setattr("remus_ckpt.service.backup._OPEN_S", 0.1)
-        patched.setattr(Store, "writer", lambda *given, **options: may_go_on.wait(LONG_S) and real(*given, **options))
-        begin = time.monotonic()
-        Backup(tmp_path, [ANY]).close()
-        assert time.monotonic() - begin < LONG_S / 2
-        may_go_on.set()
-        until(lambda: not any(thread.name.startswith("opening") for thread in threading.enumerate()))
-    Store(tmp_path).writer("orders").close()
-
-
 def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be ended, so nothing is promoted; once it can be, it is."""
     monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
@@ -430,221 +372,14 @@ def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.Mo
         assert backup.failover("orders")["term"] == 1
 
 
-# Stores that are bad
-
-
-def spoil_json(folder: Path) -> None:
-    (folder / "store.json").write_text("{")
-
-
-def spoil_kind(folder: Path) -> None:
-    (folder / "segments").rename(folder / "elsewhere")
-    (folder / "segments").write_text("a file")
-
-
-def spoil_number(folder: Path) -> None:
-    text = (folder / "store.json").read_text()
-    (folder / "store.json").write_text(text.replace('"term": 0', '"term": -1'))
-
-
-def spoil_with_a_pipe(folder: Path) -> None:
-    (folder / "store.json").unlink()
-    os.mkfifo(folder / "store.json", 0o600)
-
-
-def raise_overflow(folder: Path) -> None:
-    (folder / "overflow").touch()
-
-
-@pytest.mark.parametrize("spoil", [spoil_json, spoil_kind, spoil_number, spoil_with_a_pipe, raise_overflow])
-def test_a_store_that_cannot_be_opened_is_no_fault_of_the_others(
-    tmp_path: Path, spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tmp_path / "store"
-    for name in ("bad", "orders"):
-        with Store(store).writer(name) as writer:
-            fill(writer, 2)
-    keep = tmp_path / "keep"
-    shutil.copytree(store / "bad", keep)
-    spoil(store / "bad")
-    real = Store.writer
-
-    def writer_of(self: Store, name: str, **options: Any) -> Any:
-        if (store / name / "overflow").exists():
-            raise OverflowError("int too big to convert")
-        return real(self, name, **options)
-
-    monkeypatch.setattr(Store, "writer", writer_of)
-    with backup_in(store) as backup:
-        assert of(backup)["epoch"] == 1
-        found = ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]["bad"]
-        assert "cannot be opened" in found["trouble"]
-        assert (found["role"], found["epoch"]) == ("unknown", None)
-        with pytest.raises(RemusError) as caught:
-            backup.failover("bad")
-        assert not isinstance(caught.value, NoCheckpoint)
-        with pytest.raises(RemusError):
-            ask(connect(Address.parse(backup.addresses[0])), "failover", {"name": "bad"})
-        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
-        assert backup.metrics.registry.get_sample_value("remus_store_errors_total", {"name": "bad"}) >= 1
-        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "orders"}) == 1
-        guest = np.zeros(4096, dtype=np.uint8)
-        protection = protect({"a": guest}, to=backup.addresses[0], name="bad")
-        with pytest.raises(Refused) as refused:
-            protection.checkpoint(wait=True, timeout_s=0.3)
-        assert refused.value.code == "store"
-        shutil.rmtree(store / "bad")
-        keep.rename(store / "bad")
-        until(lambda: of(backup, "bad")["epoch"] == 1)  # nobody has to start the backup anew
-        assert of(backup, "bad")["trouble"] is None
-        assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
-        assert protection.checkpoint(wait=True, timeout_s=LONG_S) == 2
-        protection.close()
-
-
-def test_a_warm_copy_that_somebody_has_cut(tmp_path: Path) -> None:
-    """To apply a checkpoint to what is not there would end the backup for all."""
-    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], wait="applied") as memory:
-        memory.step(1)
-        memory.step(2)
-        os.truncate(backup._standbys["orders"]._writer.image or "", 0)
-        memory.step(1)
-        memory.step(3)
-        assert of(backup)["warnings"] == []
-        backup.close()
-    assert np.array_equal(restored(tmp_path / "store"), memory.array)
-    assert [entry.epoch for entry in entries(tmp_path / "store")] == [0, 1, 2, 3]
-
-
-def test_a_warm_copy_that_was_cut_is_not_handed_out(tmp_path: Path) -> None:
-    with backup_in(tmp_path / "store") as backup:
-        with Memory(backup.addresses[0], wait="applied") as memory:
-            memory.step(1)
-        os.truncate(backup._standbys["orders"]._writer.image or "", 4096)
-        with suppress(RemusError):  # the store is being opened anew
-            backup.failover("orders")
-
-        def image() -> bytes:
-            with suppress(RemusError):
-                return Path(backup.failover("orders")["image"]).read_bytes()
-            return b""
-
-        until(lambda: image()[: memory.array.nbytes] == memory.array.tobytes())
-
-
-# Fences
-
-
-def test_a_fence_is_dead_before_the_primary_is_let_in(tmp_path: Path) -> None:
-    """Its reason is gone: nothing of it may shoot what is back, and it was no failure."""
-    shot, begun = tmp_path / "shot", tmp_path / "begun"
-    fence = f"touch {begun}; (setsid sh -c 'sleep 2; touch {shot}' &); sleep 30 | cat"
-    with (
-        backup_in(tmp_path / "store", lease_s=0.4, automatic=True, fence=fence) as backup,
-        Proxy(backup.addresses[0]) as proxy,
-        Memory(proxy.address) as memory,
-    ):
-        memory.step(1)
-        proxy.silent.set()
-        until(begun.exists)
-        proxy.silent.clear()
-        memory.step(2)
-        found = of(backup)
-        assert (found["role"], found["fence"]) == ("standby", "not run")
-        time.sleep(2.2)
-        memory.step(3)
-        assert not shot.exists()
-        assert (
-            backup.metrics.registry.get_sample_value(
-                "remus_command_failures_total", {"name": "orders", "command": "fence"}
-            )
-            == 0
-        )
-
-
-def test_a_fence_that_takes_too_long_or_is_not_wanted_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shot, begun = tmp_path / "shot", tmp_path / "begun"
-    fence = f"touch {begun}; (sleep 1.5; touch {shot}) 2>&1 | cat"
-    for promotion_s, fence_s in ((60.0, 0.3), (0.3, 60.0)):
-        monkeypatch.setattr(standby_module, "_PROMOTION_S", promotion_s)
-        with (
-            backup_in(tmp_path / "store", fence=fence, fence_timeout_s=fence_s) as backup,
-            Memory(backup.addresses[0]) as memory,
-        ):
-            memory.step(1)
-            with pytest.raises(RemusError):
-                backup.failover("orders", fence=True)
-            assert begun.exists()
-            while of(backup)["fence"] == "running":
-                time.sleep(0.01)
-            time.sleep(1.6)
-            assert not shot.exists()
-            memory.step(2)
-
-
-def test_the_end_of_the_backup_is_the_end_of_its_commands(tmp_path: Path) -> None:
-    acted, begun = tmp_path / "acted", tmp_path / "begun"
-    takeover = f"touch {begun}; (setsid sh -c 'sleep 1; touch {acted}' &); sleep 30"
-    with backup_in(tmp_path / "store", on_failover=takeover) as backup:
-        with Memory(backup.addresses[0]) as memory:
-            memory.step(1)
-        backup.failover("orders")
-        until(begun.exists)
-    time.sleep(1.2)
-    assert not acted.exists()
-
-
-def test_a_takeover_that_does_not_end_is_killed_and_tried_again(tmp_path: Path) -> None:
-    runs, acted = tmp_path / "runs", tmp_path / "acted"
-    first = f"(setsid sh -c 'while test -e {tmp_path}; do sleep 0.5; touch {acted}; done' &); sleep 60 | cat"
-    takeover = f"echo run >> {runs}; test $(wc -l < {runs}) -gt 1 || {{ {first}; }}"
-    with backup_in(tmp_path / "store", on_failover=takeover, takeover_timeout_s=1.0) as backup:
-        with Memory(backup.addresses[0]) as memory:
-            memory.step(1)
-        backup.failover("orders")
-        until(lambda: of(backup)["takeover"] == "failed")
-        assert "more than 1 s" in of(backup)["trouble"]
-        acted.unlink(missing_ok=True)
-        until(lambda: of(backup)["takeover"] == "succeeded")
-        assert of(backup)["trouble"] is None
-    assert runs.read_text() == "run\nrun\n"
-    assert not acted.exists(), "nothing of the first one lives on"
-
-
-def test_a_fence_that_cannot_be_started_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOO_LONG", "x")
-    with backup_in(tmp_path / "store", fence="true " + "x" * (1 << 18)) as backup:
-        with Memory(backup.addresses[0]) as memory:
-            memory.step(1)
-        with pytest.raises(RemusError) as caught:
-            backup.failover("orders", fence=True)
-        assert "cannot be started" in str(caught.value)
-        found = of(backup)
-        assert (found["role"], found["fence"]) == ("standby", "failed")
+def test_a_name_without_checkpoints_leaves_nothing(tmp_path: Path) -> None:
+    writer = Store(tmp_path / "store").writer("orders", warm_directory=tmp_path / "warm")
+    standby = Standby("orders", writer, Policy(), Metrics(), lambda: None)
+    assert standby.close_if_empty()
+    assert [*(tmp_path / "store").iterdir(), *(tmp_path / "warm").iterdir()] == []
 
 
 # What was decided, and what has changed since
-
-
-def test_a_sign_of_life_behind_the_decision_to_promote(tmp_path: Path) -> None:
-    standby = standing_by(tmp_path, lease_s=0.2, automatic=True, fence="true")
-    guest = Guest(1)
-    with standby.hosting(guest, guest.hello()):
-        pass
-    later = time.monotonic() + 0.4
-    while standby.status()["fence"] != "succeeded":
-        standby._looked_at = time.monotonic()
-        standby.turn(max(time.monotonic(), later))
-        time.sleep(0.02)
-        assert time.monotonic() < later + LONG_S
-    with standby._settling():
-        standby._looked_at = time.monotonic()
-        standby.turn(time.monotonic())
-        assert standby._is_settling, "it is about to be promoted"
-        standby._heard = time.monotonic() + 1.0
-    settled(standby)
-    assert standby.status()["role"] == "standby"
-    standby.close()
 
 
 def test_a_takeover_that_was_done_says_nothing_of_the_next_term(tmp_path: Path) -> None:

@@ -122,6 +122,21 @@ def test_a_warm_directory_serves_one(tmp_path: Path) -> None:
         pass
 
 
+def test_a_history_that_is_removed(store: Store, tmp_path: Path) -> None:
+    warm = tmp_path / "warm" / "orders"
+    writer = store.writer("orders", warm_directory=warm.parent)
+    fill(writer, 1)
+    writer.remove()
+    assert store.names() == [] and not writer.directory.exists() and not warm.exists()
+    with pytest.raises(StoreError):
+        writer.remove()
+    with store.writer("orders", warm_directory=warm.parent) as writer:
+        assert writer.position is None
+        (warm / "of another").touch()
+        writer.remove()
+    assert not writer.directory.exists() and [path.name for path in warm.iterdir()] == ["of another"]
+
+
 @pytest.mark.parametrize("step", [1, 7, 100, 4096, None])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_bytes_may_come_as_they_like(store: Store, step: int | None, in_place: bool) -> None:

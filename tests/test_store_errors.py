@@ -170,11 +170,11 @@ def test_a_store_that_was_torn_by_nobody_who_is_told(tmp_path: Path) -> None:
 
     with (
         Backup(tmp_path / "store", [ANY], policy=Policy(lease_s=2.0), on_phase=on_phase) as backup,
-        Memory(backup.addresses[0]) as memory,
+        Memory(backup.addresses[0], wait="applied") as memory,
     ):
         memory.step(0)
         writer = backup._standbys["orders"]._writer
-        with suppress(MemoryError):
+        with suppress(MemoryError, StoreError):  # it may be closed by now
             writer.compact(wait=True)
         until(raised.is_set)
 
@@ -204,7 +204,7 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
         until(lambda: "orders" in backup._standbys)
         with monkeypatch.context() as patched:
             no_thread(patched, "closing")
-            backup._standbys["orders"]._break(MemoryError())
+            backup._standbys["orders"]._durable.note_broken(MemoryError())
             backup._thread.join(0.3)
             assert backup._thread.is_alive()
         until(lambda: "orders" in backup._standbys and backup._standbys["orders"].broken is None)

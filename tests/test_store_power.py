@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from store_support import PAGES, Source, fill, memory_at, sha
 from remus_ckpt.errors import StoreError
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.backup import Backup
 from remus_ckpt.store import HistoryWriter, Retention, Store
 from remus_ckpt.store.state import load_state
 from remus_ckpt.wire.record import Position
@@ -154,6 +156,25 @@ def test_what_a_dead_process_has_not_synced(disk: Path, after: After, is_base: b
         holds(after(), source.position)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("segments", [2, 70])
+def test_a_copy_of_a_store(disk: Path, power: Power, after: After, tmp_path: Path, segments: int, fails: bool) -> None:
+    """Whoever copied it synced nothing, and the index names all that it holds."""
+    with Store(tmp_path / "original").writer("orders") as writer:
+        for _ in range(segments):
+            source = fill(writer, 1)
+        writer.compact(wait=True)
+    shutil.copytree(tmp_path / "original", disk / STORE)
+    if fails:
+        oldest = min((disk / STORE / "orders" / "segments").iterdir()).name
+        with power.failing(lambda path: path.name == oldest), pytest.raises(StoreError, match=oldest):
+            Store(disk / STORE).writer("orders")
+        return
+    with Store(disk / STORE).writer("orders"):
+        holds(after(), source.position)
+        assert len(after().history("orders")) == segments
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_sync_that_failed_and_a_death(disk: Path, power: Power, after: After, with_index: bool) -> None:
     """The next one's sync would succeed, and prove nothing."""
@@ -275,6 +296,68 @@ def test_what_was_taken_over_is_not_continued(disk: Path, after: After) -> None:
                 source = fill(writer, 2)
                 assert writer.memory is not None and memory_sha256(writer.memory) == sha(source.position.epoch)
                 holds(after(), source.position)
+
+
+@pytest.fixture
+def resurrected(disk: Path, power: Power, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Checkpoint 3 was refused, since the disk failed, and could not be cut off either; then 2 was handed out, and the
+    backup has died."""
+    store = Store(disk / STORE)
+    writer = store.writer("orders")
+    source = fill(writer, 3)
+    writer.set_state(term=1, role="promoted")
+    writer.feed(source.checkpoint())
+    writer.check(source.position)
+
+    def ftruncate(fd: int, size: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with power.failing(lambda path: path.suffix == ".remus"), monkeypatch.context() as patch:
+        with pytest.raises(StoreError):
+            writer.store()
+        patch.setattr(os, "ftruncate", ftruncate)
+        with pytest.raises(StoreError):
+            writer.abandon()
+    image, _ = writer.hand_out()
+    assert image.read_bytes() == memory_at(2).tobytes()
+    image.write_bytes(b"in use")
+    die(writer)
+    return store
+
+
+def test_an_image_in_use_stays_whatever_comes_back(resurrected: Store) -> None:
+    with resurrected.writer("orders") as writer:
+        assert writer.position is not None and writer.position.epoch == 3
+        image, device_state = writer.hand_out()
+        assert image.read_bytes() == b"in use" and device_state.read_bytes() == b"dev2"
+        assert writer.handed_out == writer.history.find(2).position
+        assert writer.is_handed_out and writer.stream is None
+        for act in (writer.compact, lambda: writer.begin(full=False)):
+            with pytest.raises(StoreError):
+                act()
+        source = fill(writer, 2)
+        assert not writer.is_handed_out and writer.stream is not None
+    with resurrected.writer("orders") as writer:
+        assert writer.position == source.position and not writer.is_handed_out
+
+
+def test_a_backup_says_which_checkpoint_is_in_use(resurrected: Store) -> None:
+    with Backup(resurrected.directory, ["unix:" + str(resurrected.directory.parents[3] / "socket")]) as backup:
+        given = backup.failover("orders")
+        assert Path(given["image"]).read_bytes() == b"in use"
+        position = resurrected.history("orders").find(2).position
+        assert (given["epoch"], given["position"]) == (2, f"2:{position.digest.hex()}")
+
+
+def test_what_was_handed_out_before_the_machine_started_anew(
+    resurrected: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may be torn."""
+    (tmp_path / "boot").write_text("another")
+    monkeypatch.setattr("remus_ckpt.store.writer._BOOT_ID", str(tmp_path / "boot"))
+    with resurrected.writer("orders") as writer:
+        assert writer.hand_out()[0].read_bytes() == memory_at(3).tobytes()
+        assert writer.handed_out == writer.position
 
 
 def test_what_is_stored_and_not_applied_is_handed_out(disk: Path) -> None:

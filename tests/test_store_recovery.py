@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
 from remus_ckpt.store import History, HistoryWriter, Retention, Store
+from remus_ckpt.store.index import Index
 from remus_ckpt.wire.record import Position
 
 
@@ -225,6 +227,49 @@ def test_an_index_that_is_wrong_is_made_again(store: Store, fault: Callable[[Pat
         rows = database.execute("SELECT epoch FROM checkpoints ORDER BY segment, start").fetchall()
         database.close()
         assert [epoch for (epoch,) in rows] == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_an_index_that_cannot_be_read_for_now_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost, only the index may know."""
+    two_segments(store)
+    path = store.directory / "orders" / "index.sqlite"
+    index = Index(path, path.with_name("segments"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=str(path)):
+            index.load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(index.load()) == 2
+
+    def fail(path: Path, options: str) -> sqlite3.Connection:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_READ
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("remus_ckpt.store.index._connect", fail)
+        with pytest.raises(StoreError, match=str(path)):
+            store.writer("orders")
+    assert len(index.load()) == 2
+
+
+def test_an_index_in_the_middle_of_a_change(store: Store, tmp_path: Path) -> None:
+    """A loss of power has left the journal by which SQLite takes that back: who only reads may not do it."""
+    _, _, source = two_segments(store)
+    path = store.directory / "orders" / "index.sqlite"
+    database = sqlite3.connect(path, isolation_level=None)
+    for statement in ("PRAGMA journal_mode = DELETE", "PRAGMA cache_size = 1", "BEGIN", "DELETE FROM checkpoints"):
+        database.execute(statement)
+    rows = ((f"{number:020}-900000.remus",) for number in range(5_000))
+    database.executemany("INSERT INTO segments VALUES (?, NULL, 'delta', 8, 4)", rows)
+    shutil.copytree(store.directory, tmp_path / "left")
+    database.close()
+    left = Store(tmp_path / "left")
+    assert (left.directory / "orders" / "index.sqlite-journal").stat().st_size
+    with left.writer("orders") as writer:
+        assert writer.position == source.position and writer.warnings == []
 
 
 def test_a_segment_that_is_not_looked_at_closely_and_says_nonsense(store: Store) -> None:

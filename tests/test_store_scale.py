@@ -9,6 +9,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -115,6 +116,84 @@ def test_listing_a_long_history_holds_none_of_it(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 16 * MIB
 
 
+# Many segments
+
+
+def make_many(store: Store, segments: int) -> None:
+    """A history whose index knows of so many segments of a checkpoint each, and a real one behind."""
+    before = f"{0:020}-{segments - 1:06}.remus"
+    with store.writer("n") as writer:
+        folder = writer.directory / "segments"
+        (folder / before).touch()
+        sender = Sender(8, first_epoch=segments)
+        writer.begin(full=True)
+        groups = sender.checkpoint(batches(np.arange(8), np.ones((8, 4096), dtype=np.uint8)))
+        data = b"".join(bytes(buffer) for group in groups for buffer in group)
+        assert sender.position is not None
+        commit(writer, data, sender.position)
+    (folder / before).unlink()
+    with closing(sqlite3.connect(writer.directory / "index.sqlite")) as database, database:
+        database.execute("DELETE FROM segments WHERE name = ?", (before,))
+        for number in range(segments):
+            name = f"{number:020}-{number:06}.remus"
+            (folder / name).write_bytes(b"x")
+            database.execute("INSERT INTO segments VALUES (?, 1, 'delta', 8, 8)", (name,))
+            row = (name, number, bytes(32), number)
+            database.execute("INSERT INTO checkpoints VALUES (?, 0, 1, ?, ?, ?, 1)", row)
+
+
+def test_many_segments_are_pruned_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those who wait for the lock, none waits for all of them; and a sync is shared."""
+    make_many(Store(tmp_path), 200)
+    syncs: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        syncs.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    def count(writer: HistoryWriter) -> int:
+        return len(os.listdir(writer.directory / "segments"))
+
+    with Store(tmp_path).writer("n", retention=Retention(count=1)) as writer:
+        assert count(writer) == 201
+        source = fill(writer, 1)
+        left = [count(writer)]
+        while left[-1] > 1:
+            fill(writer, 1, source)
+            left.append(count(writer))
+            assert 0 < left[-2] - left[-1] <= 20
+        assert writer.history.verify().is_good and writer.warnings == []
+    make_many(Store(tmp_path / "other"), 200)
+    with Store(tmp_path / "other").writer("n") as writer:
+        syncs.clear()
+        assert len(writer.prune(Retention(count=1))) == 200
+        assert count(writer) == 1 and syncs.count("segments") <= 20
+
+
+def test_others_go_on_while_many_segments_are_pruned(tmp_path: Path) -> None:
+    make_many(Store(tmp_path), 200)
+    pruned, seen = [0], []
+
+    def go_on() -> None:
+        writer.set_state(term=1)
+        seen.append(pruned[0])
+
+    other = threading.Thread(target=go_on)
+
+    def on_phase(phase: str, epoch: int) -> None:
+        pruned[0] += phase == "pruning"
+        if pruned[0] == 1:
+            other.start()
+
+    with Store(tmp_path).writer("n", on_phase=on_phase) as writer:
+        assert len(writer.prune(Retention(count=1))) == 200
+        other.join()
+    assert seen[0] < 200
+
+
 # An index that cannot be written
 
 
@@ -142,6 +221,30 @@ def test_an_index_that_cannot_be_written_for_long(tmp_path: Path) -> None:
         assert list(read_index(writer.directory / "index.sqlite") or {}) == list(writer._index.known)
     with Store(tmp_path).writer("n") as writer:
         assert writer.warnings == [] and writer.history.verify().is_good
+
+
+def counting_writes(writer: HistoryWriter) -> list[int]:
+    """How often the index has been tried to be written since."""
+    count, real = [0], writer._index._write
+
+    def write() -> None:
+        count[0] += 1
+        real()
+
+    writer._index._write = write  # type: ignore[method-assign]
+    return count
+
+
+def test_an_index_that_can_be_written_again_without_another_checkpoint(tmp_path: Path) -> None:
+    with Store(tmp_path).writer("n", compact_bytes=None) as writer:
+        source = fill(writer, 2)
+        with closing(sqlite3.connect(writer.directory / "index.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            fill(writer, 1_200, source)
+            writer.compact(wait=True)
+            attempts = counting_writes(writer)
+            wait_until(lambda: attempts[0] >= 2)
+        wait_until(lambda: rows_of(writer) == [*range(1_202), 1_201])
 
 
 def overwrite(path: Path) -> None:

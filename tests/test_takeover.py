@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,10 @@ import pytest
 from remus_ckpt.demo import ledger
 from remus_ckpt.demo.ledger import Ledger
 from remus_ckpt.errors import Fenced
-from remus_ckpt.link.address import Address
-from remus_ckpt.link.dial import connect
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.protect import primary_of
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
@@ -63,13 +62,8 @@ def test_there_and_back_five_times_with_a_real_worker(tmp_path: Path) -> None:
             with working(memory) as worker:
                 source = SharedFile(memory, Processes([worker.pid]))
                 commits: list[Committed] = []
-                primary = Primary(
-                    "orders",
-                    source,
-                    partial(connect, Address.parse(to.addresses[0])),
-                    interval_s=0.01,
-                    term=term,
-                    on_commit=commits.append,
+                primary = primary_of(
+                    source, "orders", to.addresses[0], interval_s=0.01, term=term, on_commit=commits.append
                 )
                 ended: list[BaseException] = []
 

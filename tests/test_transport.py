@@ -474,7 +474,6 @@ def test_a_socket_that_another_has_put_there_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_another_user_is_turned_away(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     path = tmp_path / "socket"
     program = f"""

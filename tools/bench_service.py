@@ -21,20 +21,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench import machine, progress, table
 
-from remus_ckpt.link.address import Address
-from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import keys
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.protect import primary_of
+from remus_ckpt.service.release import Committed
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store
@@ -140,10 +138,11 @@ def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, int
         steps = np.frombuffer(mmap.mmap(file.fileno(), 8), dtype=np.uint64)
     tls = TlsFiles(tls_dir) if tls_dir else None
     source = SharedFile(path, Processes([worker]))
-    primary = Primary(
-        NAME,
+    primary = primary_of(
         source,
-        partial(connect, Address.parse(address), tls=tls),
+        NAME,
+        address,
+        tls=tls,
         interval_s=interval_s,
         on_commit=commits.append,
         on_phase=phase,

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Changes one thing in the package at a time, runs the tests of that file, and lists the changes that no test noticed.
+"""Changes one thing in the package at a time, runs the tests that come to that line, and lists what no test noticed.
 
     mutate.py [--only FILE|FOLDER/]... [--sample N] [--seed N] [--jobs N] [--all] [--list] [--json FILE]
 
-It works on copies of the checkout; the working tree is not touched. The first test that fails kills a change; one whose
-tests take three times as long as usual has timed out; any other survives. A survivor is either a promise that no test
-keeps, or a change that makes no difference: somebody has to look. General tools remove no statements, or run the tests
-inside one process; here most tests start processes, and a lost fsync is what matters.
+First the whole suite runs once under coverage.py (which must be installed), so that it is known which tests reach which
+line, also in the processes that they start, and how long each takes. A change is then tried by the tests that reach its
+line, a minute's worth from as many test files as there are. The first that fails kills the change; one whose tests take
+three times as long as usual has timed out; any other survives. A survivor is either a promise that no test keeps, or a
+change that makes no difference: somebody has to look. All of it works on copies of the checkout. General tools remove
+no statements, or run the tests inside one process; here many tests start processes, and a lost fsync is what matters.
 
-Exit codes: 0 nothing survives, 1 something does, 2 the tests fail without any change.
+Tests that fail without any change are named and left out. Exit codes: 0 nothing survives, 1 something does.
 """
 
 from __future__ import annotations
@@ -25,42 +27,54 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "remus_ckpt"
-SERVICE = "test_service*.py test_primary.py test_standby.py test_failover.py test_cli_service.py test_takeover.py"
-STREAM = "test_reader.py test_record_format.py test_vectors.py test_restorer.py test_sender.py test_real_streams.py"
-TESTS = {
-    "disk.py": "test_store_disk.py test_store_crash.py test_store*.py",
-    "link/": f"test_transport.py {SERVICE}",
-    "link/compression.py": f"test_compression.py {SERVICE}",
-    "link/tls.py": "test_keys.py test_transport.py",
-    "loop.py": "test_tracker.py test_own_memory.py test_record.py test_interrupts.py test_source*.py test_primary.py",
-    "observe/": f"test_observe.py {SERVICE}",
-    "restorer.py": f"test_restorer.py {STREAM} test_store.py test_store_recovery.py",
-    "sender.py": f"test_sender.py {STREAM} test_store.py test_service.py",
-    "service/": f"{SERVICE} test_hostile_peers.py",
-    "service/commands.py": f"test_commands.py {SERVICE}",
-    "service/failover.py": f"test_failover.py {SERVICE}",
-    "service/keys.py": "test_keys.py test_transport.py",
-    "service/primary.py": f"test_primary.py test_interrupts.py {SERVICE}",
-    "service/protect.py": f"test_primary.py test_interrupts.py test_own_memory.py {SERVICE}",
-    "service/standby.py": f"test_standby.py {SERVICE} test_hostile_peers.py",
-    "session/": f"test_session.py {SERVICE} test_hostile_peers.py",
-    "source/": "test_tracker.py test_own_memory.py test_source*.py test_record.py",
-    "store/": "test_store*.py test_retention.py test_power*.py",
-    "wire/": f"{STREAM} test_session.py",
-}
-"""What is changed, and the tests that must notice, in the order in which they run. The longest prefix wins."""
-_WRONG = "its tests fail without any change"
+BUDGET_S = 60
+"""So long may the tests of one change have taken when they were measured, one at least."""
+MEASURE = """
+import json, time, coverage, pytest
+
+took, failed = {}, set()
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    measured, begin = coverage.Coverage.current(), time.monotonic()
+    measured.stop()
+    measured.start()  # a test may have put its own tracer there
+    measured.switch_context(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        took[item.nodeid] = time.monotonic() - begin
+        measured.switch_context("")
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        failed.add(report.nodeid)
+
+def pytest_unconfigure():
+    with open("took.json", "w") as file:
+        json.dump([{name: s for name, s in took.items() if name not in failed}, sorted(failed)], file)
+"""
+"""A plugin of pytest: whose lines are whose, and how long each test takes."""
+SETTINGS = f"""
+[run]
+source = {PACKAGE}
+parallel = true
+data_file = covered/data
+context = ${{PYTEST_CURRENT_TEST-}}
+patch = subprocess, fork, _exit
+disable_warnings = trace-changed, no-data-collected, module-not-measured, no-contexts, couldnt-parse, already-imported
+"""
 MARK = "REMUS_MUTATE"
 """An environment variable: processes that outlive their test are found by it."""
 
@@ -224,15 +238,44 @@ def mutants_of(root: Path, only: list[str]) -> Iterator[Mutant]:
     """All changes. only: files and folders of the package; all of TESTS where it is empty"""
     for path in sorted((root / PACKAGE).rglob("*.py")):
         file = str(path.relative_to(root / PACKAGE))
-        if tests_of(root, file) and (not only or file.startswith(tuple(only))):
+        if not only or file.startswith(tuple(only)):
             yield from Finder(file, path.read_text()).found
 
 
-def tests_of(root: Path, file: str) -> list[str]:
-    """The tests that must notice a change in a file, each once."""
-    beginning = max((key for key in TESTS if file.startswith(key)), key=len, default="")
-    globs = TESTS.get(beginning, "").split()
-    return [*dict.fromkeys(f"tests/{path.name}" for glob in globs for path in sorted((root / "tests").glob(glob)))]
+class Reached:
+    """Which tests come to which lines, and what they cost. Made by Tree.measure."""
+
+    def __init__(self, directory: Path) -> None:
+        from coverage import CoverageData
+
+        self._took: dict[str, float]
+        self._took, self.failed = json.loads((directory / "took.json").read_text())
+        data = CoverageData(str(directory / "covered/data"))
+        data.read()
+        self._lines: dict[str, dict[int, set[str]]] = {}
+        for name in data.measured_files():
+            file = str(Path(name).relative_to(directory / PACKAGE))
+            # A process that a test has started says "name (call)", after the variable that pytest sets.
+            self._lines[file] = {
+                line: {context.split(" (")[0].split("|")[-1] for context in contexts} & self._took.keys()
+                for line, contexts in data.contexts_by_lineno(name).items()
+            }
+
+    def tests(self, mutant: Mutant) -> tuple[list[str], float]:
+        """The tests to try, cheapest first, and the seconds that they usually take. What only runs when the module is
+        read is tried by the tests of its other lines."""
+        lines = self._lines.get(mutant.file, {})
+        found = next((lines[line] for line in range(mutant.line, 0, -1) if line in lines), set())
+        files: dict[str, list[str]] = {}
+        for name in sorted(found or set().union(*lines.values()), key=self._took.__getitem__):
+            files.setdefault(name.split("::")[0], []).append(name)
+        chosen: list[str] = []
+        seconds = 0.0
+        for name in (name for row in zip_longest(*files.values()) for name in row if name):
+            if not chosen or seconds + self._took[name] <= BUDGET_S:
+                chosen.append(name)
+                seconds += self._took[name]
+        return sorted(chosen, key=self._took.__getitem__), seconds
 
 
 class Tree:
@@ -249,7 +292,19 @@ class Tree:
                 shutil.copy2(ROOT / name, directory / name)
         compileall.compile_dir(directory, quiet=2)
 
-    def attempt(self, mutant: Mutant, marked: bool, timeout_s: float) -> str:
+    def measure(self, marked: bool) -> Reached:
+        """Run all tests once, and write down what they reach."""
+        (self.directory / "measure.py").write_text(MEASURE)
+        (self.directory / "measure.ini").write_text(SETTINGS)
+        warnings = ["-W", "ignore::coverage.exceptions.CoverageWarning"]
+        self.run(
+            ["tests"], marked, 7200, ["coverage", "run", "--rcfile=measure.ini", "-m"], ["-p", "measure", *warnings]
+        )
+        combine = [sys.executable, "-m", "coverage", "combine", "-q", "--rcfile=measure.ini"]
+        subprocess.run(combine, cwd=self.directory, check=True)
+        return Reached(self.directory)
+
+    def attempt(self, mutant: Mutant, tests: list[str], marked: bool, timeout_s: float) -> str:
         """What became of it: "survives", "timed out", or the test that failed."""
         path = self.directory / PACKAGE / mutant.file
         source = path.read_bytes()
@@ -258,19 +313,22 @@ class Tree:
             cached.unlink()
         path.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
         try:
-            return self.run(tests_of(self.directory, mutant.file), marked, timeout_s)
+            return self.run(tests, marked, timeout_s)
         finally:
             path.write_bytes(source)
 
-    def run(self, tests: list[str], marked: bool, timeout_s: float) -> str:
-        """The same, of the tree as it is."""
+    def run(
+        self, tests: list[str], marked: bool, timeout_s: float, under: Sequence[str] = (), more: Sequence[str] = ()
+    ) -> str:
+        """The same, of the tree as it is. under: a module that runs pytest"""
         temporary = self.directory / "temporary"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        command = [sys.executable, "-m", "pytest", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", *under, "pytest", "-rfE", "--tb=no", "-p", "no:cacheprovider", *more]
         command += [
             f"--basetemp={temporary / 'pytest'}",
             *(["--all"] if marked else ["-m", "not kill and not hostile and not slow"]),
+            *tests,
         ]
         mark = str(self.directory)
         environment = os.environ | {
@@ -340,22 +398,18 @@ def main() -> int:
             (Path(temporary) / str(number)).mkdir()
             trees.put(Tree(Path(temporary) / str(number)))
 
-        usual: dict[tuple[str, ...], float] = {}
-        is_wrong = threading.Event()
+        tree = trees.get()
+        reached = tree.measure(options.all)
+        print(f"measured in {time.monotonic() - begin:.0f} s; fail without any change:", *reached.failed, flush=True)
+        trees.put(tree)
 
         def attempt(mutant: Mutant) -> str:
-            tree, tests = trees.get(), tuple(tests_of(ROOT, mutant.file))
+            tests, seconds = reached.tests(mutant)
+            if not tests:
+                return "survives"
+            tree = trees.get()
             try:
-                if tests not in usual:
-                    begin = time.monotonic()
-                    verdict = tree.run(list(tests), options.all, 3600)
-                    usual[tests] = time.monotonic() - begin
-                    print(f"{mutant.file} without any change: {usual[tests]:.0f} s, {verdict}", flush=True)
-                    if verdict != "survives":
-                        is_wrong.set()
-                if is_wrong.is_set():
-                    return _WRONG
-                return tree.attempt(mutant, options.all, 3 * usual[tests] + 20)
+                return tree.attempt(mutant, ["-x", *tests], options.all, 3 * seconds + 20)
             finally:
                 trees.put(tree)
 
@@ -364,11 +418,7 @@ def main() -> int:
         for future in as_completed(futures):
             one = futures[future]
             results[one] = future.result()
-            if results[one] == _WRONG:
-                continue
             print(f"{one.file}:{one.line:<5} {one.what}  [{results[one]}]", flush=True)
-    if _WRONG in results.values():
-        return 2
     report(results, time.monotonic() - begin)
     if options.json:
         options.json.write_text(json.dumps([asdict(one) | {"verdict": results[one]} for one in mutants], indent=1))

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Runs a worker, `protect` and `backup` for long, breaks their link, restarts the backup, and looks for what grows.
 
-    soak.py [--minutes N] [--tls] [--mib N] [--seed N] [--keep DIR]
+    soak.py [--minutes N] [--pace N] [--tls] [--mib N] [--seed N] [--keep DIR]
 
 The processes are started as users start them. The link is cut now and then all the time; the backup is stopped or
 killed and started again in the first third only, so that what it leaks later adds up. It compacts and prunes unasked,
-and a reader verifies the store beside it. Each minute prints a line of figures. At the end, those of the last third are
-compared with those of the middle one, and what is restored with the worker's memory.
+and a reader verifies the store beside it. Figures are taken six times a minute; each minute prints a line of them. At
+the end a straight line is fitted to those of the last two thirds, over commits and over cuts: its slope is the growth,
+and the verdict. What is restored is compared with the worker's memory.
 
 Exit codes: 0 nothing grows and nothing is lost, 1 otherwise (the directory is kept then).
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -28,7 +30,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import median
+from statistics import StatisticsError, fmean, linear_regression
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -61,7 +63,7 @@ while True:
 
 @dataclass
 class Figures:
-    """Of one minute. rss and disk: MiB"""
+    """Of one instant. rss and disk: MiB; cuts: of the link, so far"""
 
     protect_fds: float
     protect_threads: float
@@ -71,10 +73,15 @@ class Figures:
     backup_rss: float
     disk: float
     commits: float
+    cuts: float
 
 
-GROWTH = {"fds": (0.0, 4.0), "threads": (0.0, 4.0), "rss": (0.1, 8.0), "disk": (0.5, 64.0)}
-"""How much more the median of the last third may be than that of the middle one: a part of it, and a fixed rest."""
+LOOKS = 6
+"""Per minute."""
+GROWTH = {"fds": 4.0, "threads": 4.0, "rss": 8.0, "disk": 64.0}
+"""How much a line through the last two thirds may rise, beyond what chance can make it rise."""
+SURE = 3.0
+"""Standard errors of a slope that are left to chance."""
 
 
 class Relay:
@@ -136,6 +143,7 @@ class Soak:
         self.draw = random.Random(options.seed)
         self.directory = directory
         self.store = directory / "store"
+        self.cuts = 0
         self.relay = Relay()
         self.scheme = "tls" if options.tls else "tcp"
         self.tls_dir: dict[str, list[object]] = {"primary": [], "backup": []}
@@ -216,7 +224,8 @@ class Soak:
         for path in self.store.rglob("*"):
             with suppress(OSError):
                 sizes.append(path.stat().st_blocks * 512)
-        return Figures(*figures(self.protect.pid), *figures(self.backup.pid), sum(sizes) / (1 << 20), self.committed())
+        disk = sum(sizes) / (1 << 20)
+        return Figures(*figures(self.protect.pid), *figures(self.backup.pid), disk, self.committed(), self.cuts)
 
     def finish(self) -> str:
         """Let the worker rest, end all, and hold what is restored against its memory: "" where they are the same."""
@@ -245,26 +254,53 @@ def figures(pid: int) -> tuple[int, int, float]:
     return len(os.listdir(proc / "fd")), int(status["Threads"]), int(status["VmRSS"].split()[0]) / 1024
 
 
+@dataclass
+class Line:
+    """Fitted by least squares. slope: per unit of x; error: its standard error"""
+
+    slope: float
+    error: float
+
+    @staticmethod
+    def through(x: list[float], y: list[float]) -> Line:
+        """Needs three points or more. Raises StatisticsError where all x are the same."""
+        slope, start = linear_regression(x, y)
+        middle = fmean(x)
+        rest = sum((b - start - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+        return Line(slope, math.sqrt(rest / (len(x) - 2) / sum((a - middle) ** 2 for a in x)))
+
+
 def judge(seen: list[Figures]) -> list[str]:
-    """What grows from the middle third to the last, and whether commits stand still."""
-    third = len(seen) // 3
-    middle, last = seen[third : 2 * third], seen[2 * third :]
+    """What grows in the last two thirds, and whether commits stand still."""
+    tail = seen[len(seen) // 3 :]
     faults = []
-    if third:
-        for field in fields(Figures):
-            kind = field.name.rpartition("_")[2]
-            before, after = (median(getattr(one, field.name) for one in part) for part in (middle, last))
-            part, rest = GROWTH.get(kind, (0.0, 0.0))
-            bad = kind in GROWTH and after > before * (1 + part) + rest
-            print(f"{field.name:18} {before:10.1f} → {after:10.1f}  {'GROWS' if bad else ''}".rstrip())
-            faults += [f"{field.name} grows from {before:.1f} to {after:.1f}"] if bad else []
-    still = [number for number in range(1, len(seen)) if seen[number].commits <= seen[number - 1].commits]
+    print(f"{'the last two thirds:':24}{'first':>10}{'last':>10}{'per 1,000 commits':>24}{'per cut':>24}")
+    for name in (field.name for field in fields(Figures)):
+        most = GROWTH.get(name.rpartition("_")[2])
+        if most is None or len(tail) < 3:
+            continue
+        y = [getattr(one, name) for one in tail]
+        row, grows = f"  {name:22}{y[0]:10.1f}{y[-1]:10.1f}", 0.0
+        for x in ([one.commits / 1000 for one in tail], [one.cuts for one in tail]):
+            try:
+                line = Line.through(x, y)
+            except StatisticsError:
+                row += f"{'—':>24}"
+                continue
+            row += f"{line.slope:+14.3f} ± {line.error:7.3f}"
+            grows = max(grows, (line.slope - SURE * line.error) * (x[-1] - x[0]))
+        print(row + ("  GROWS" if grows > most else ""))
+        if grows > most:
+            faults.append(f"{name} grows by {grows:.1f} or more; {most:g} is allowed")
+    minutes = seen[::LOOKS]
+    still = [number for number in range(1, len(minutes)) if minutes[number].commits <= minutes[number - 1].commits]
     return faults + [f"no commit in minute {number + 1}" for number in still]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="six or more give a verdict on growth")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--pace", type=float, default=1.0, help="so many times as many cuts and restarts")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--mib", type=int, default=16, help="of the worker's memory")
     parser.add_argument("--seed", type=int, default=0)
@@ -276,11 +312,11 @@ def main() -> int:
         soak = Soak(options, directory, stack)
         seen: list[Figures] = []
         begin = time.monotonic()
-        end, next_look = begin + 60 * options.minutes, begin + 60
-        cuts = restarts = 0
-        print("minute  " + "  ".join(field.name for field in fields(Figures)) + "  cuts  restarts", flush=True)
+        end, next_look, next_fault = begin + 60 * options.minutes, begin + 60 / LOOKS, begin + 2
+        restarts = looks = 0
+        print("minute  " + "  ".join(field.name for field in fields(Figures)) + "  restarts", flush=True)
         while time.monotonic() < end:
-            time.sleep(min(soak.draw.uniform(2.0, 20.0), max(0.0, next_look - time.monotonic())))
+            time.sleep(max(0.0, min(next_look, next_fault) - time.monotonic()))
             if soak.protect.poll() is not None or soak.backup.poll() is not None:
                 faults.append(f"protect or backup ended by itself: see {directory}")
                 break
@@ -290,17 +326,20 @@ def main() -> int:
                     restarts += 1
                 else:
                     soak.relay.cut()
-                    cuts += 1
+                    soak.cuts += 1
+                next_fault = time.monotonic() + soak.draw.uniform(2.0, 20.0) / options.pace
                 continue
-            next_look += 60
+            next_look += 60 / LOOKS
+            looks += 1
             try:
                 seen.append(soak.look())
             except (RemusError, OSError) as error:
-                faults.append(f"minute {len(seen) + 1}: {error}")
+                faults.append(f"minute {looks / LOOKS:.1f}: {error}")
                 continue
-            row = "  ".join(f"{getattr(seen[-1], field.name):{len(field.name)}.0f}" for field in fields(Figures))
-            print(f"{len(seen):6}  {row}  {cuts:4}  {restarts:8}", flush=True)
-            if len(seen) % 5 == 0 and (said := soak.verify()):
+            if looks % LOOKS == 0:
+                row = "  ".join(f"{getattr(seen[-1], field.name):{len(field.name)}.0f}" for field in fields(Figures))
+                print(f"{looks // LOOKS:6}  {row}  {restarts:8}", flush=True)
+            if looks % (5 * LOOKS) == 0 and (said := soak.verify()):
                 faults.append(said)
         else:
             if said := soak.finish():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
-from typing import Annotated, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -43,6 +44,13 @@ COMMANDS = {
 }
 
 
+@functools.cache
+def _command(name: str) -> Any:
+    # Kept: making all of a module's commands takes longer than many of them run.
+    module = importlib.import_module(f"remus_ckpt.cli.{COMMANDS[name].module}")
+    return typer.main.get_group(module.app).commands[name]
+
+
 class _Commands(TyperGroup):
     """The commands of `COMMANDS`, each loaded when it is run: the help of all needs none of them."""
 
@@ -50,10 +58,7 @@ class _Commands(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx, cmd_name):  # type: ignore[no-untyped-def]
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"remus_ckpt.cli.{COMMANDS[cmd_name].module}")
-        return typer.main.get_group(module.app).get_command(ctx, cmd_name)
+        return _command(cmd_name) if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx, formatter):  # type: ignore[no-untyped-def]
         with formatter.section("Commands"):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 import resource
-import select
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,9 +29,8 @@ from remus_ckpt.cli.options import (
 from remus_ckpt.cli.terminal import complain, errors, out
 from remus_ckpt.errors import LinkError
 from remus_ckpt.limits import GIB, MAX_WINDOW, Limits
-from remus_ckpt.observe.log import LogFormat, configure_logs, log
+from remus_ckpt.observe.log import LogFormat, configure_logs
 from remus_ckpt.observe.systemd import notify, watchdog_interval_s
-from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Compression, Level, check_name
 from remus_ckpt.wire.xen.dialect import StreamCodec
 
@@ -44,15 +38,10 @@ if TYPE_CHECKING:
     from remus_ckpt.link.address import Address
     from remus_ckpt.link.connection import Connection
     from remus_ckpt.link.tls import TlsFiles
-    from remus_ckpt.loop import StopSignal
     from remus_ckpt.observe.metrics import Metrics
-    from remus_ckpt.service.primary import Committed
     from remus_ckpt.source.cgroup import CgroupFreezer
     from remus_ckpt.source.commands import PauseCommands
     from remus_ckpt.source.processes import Processes
-
-_CONNECT_S = 10.0
-_LAST_WORDS_S = 10.0
 
 
 TlsDir = Annotated[
@@ -333,10 +322,10 @@ def protect(
     _check_metrics(metrics)
     address, tls = _address(to, tls_dir, insecure)
     _name(name)
-    from remus_ckpt.link.dial import connect
     from remus_ckpt.loop import Totals
     from remus_ckpt.observe.metrics import Metrics
-    from remus_ckpt.service.primary import Primary
+    from remus_ckpt.service.protect import primary_of
+    from remus_ckpt.service.release import ReleaseCommand
     from remus_ckpt.source.shared_file import SharedFile
 
     configure_logs(log_format)
@@ -350,13 +339,15 @@ def protect(
         _serve_metrics(stack, counted, metrics, tls)
         source = SharedFile(file, _stopper(pid, cgroup, pause, resume), tracking=tracking, audit=audit)
         stack.callback(source.close)
-        release = _Released(name, on_commit, stop) if on_commit else None
+        release = ReleaseCommand(name, on_commit, stop, complain) if on_commit else None
         if release:
             stack.callback(release.close)
-        primary = Primary(
-            name,
+        primary = primary_of(
             source,
-            lambda: connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S)),
+            name,
+            address,
+            tls=tls,
+            insecure=insecure,
             codec=codec,
             interval_s=interval_s,
             duration_s=duration_s,
@@ -421,91 +412,6 @@ def _stopper(
     from remus_ckpt.source.processes import Processes
 
     return Processes(pid or [])
-
-
-class _Released:
-    """The --on-commit command, which reads a line for each commit.
-
-    If it is slow, checkpoints wait for it, and after a while a line in the log says so. At the end it gets ten seconds
-    to read what is left; then it is killed, with everything it started.
-    stop: set when it stops reading: nobody else can release the output that waits for a commit
-    """
-
-    def __init__(self, name: str, command: str, stop: StopSignal) -> None:
-        from remus_ckpt.loop import StopSignal
-
-        self._name = name
-        self._stop = stop
-        self._shell = ShellCommand(command, stdin=subprocess.PIPE, stdout=None, grace_s=_LAST_WORDS_S)
-        assert self._shell.stdin is not None
-        self._pipe = self._shell.stdin
-        os.set_blocking(self._pipe.fileno(), False)
-        self._deadline = math.inf
-        self._lost: int | None = None
-        self._is_over = StopSignal()
-        self.is_gone = False
-        """Whether it stopped to read before the end."""
-        self.has_failed = False
-        self._watcher = threading.Thread(target=self._watch, name="on-commit", daemon=True)
-        self._watcher.start()
-
-    def _watch(self) -> None:
-        poll = select.poll()
-        poll.register(self._pipe.fileno(), 0)  # POLLERR, which need not be asked for: nobody has the other end
-        poll.register(self._shell.fileno(), 0)  # POLLHUP: it has ended, even if what it left behind still has it
-        poll.register(self._is_over.fd, select.POLLIN)
-        poll.poll()
-        if not self._is_over.is_set:
-            self.is_gone = True
-            log("the --on-commit command has stopped reading", level=ERROR, name=self._name)
-            self._stop.set()
-
-    def __call__(self, committed: Committed) -> None:
-        if self._lost is None and not self._write(f"{committed.epoch} {committed.position.digest.hex()}\n".encode()):
-            self._lost = committed.epoch
-
-    def _write(self, line: bytes) -> bool:
-        poll = select.poll()
-        poll.register(self._pipe.fileno(), select.POLLOUT)
-        say_at = time.monotonic() + _LAST_WORDS_S
-        while not self.is_gone and (now := time.monotonic()) < self._deadline:
-            try:
-                os.write(self._pipe.fileno(), line)  # a line is less than PIPE_BUF: all of it or nothing
-                return True
-            except BlockingIOError:
-                if now >= say_at:
-                    say_at = math.inf
-                    log("the --on-commit command does not read; checkpoints wait for it", level=ERROR, name=self._name)
-                if self._stop.is_set:
-                    self.hurry()
-                poll.poll(100)
-            except BrokenPipeError:
-                return False
-        return False
-
-    def hurry(self) -> None:
-        """The end has come."""
-        self._deadline = min(self._deadline, time.monotonic() + _LAST_WORDS_S)
-
-    def close(self) -> None:
-        """No more comes; wait for it to end."""
-        self.hurry()
-        self._is_over.set()
-        self._watcher.join()
-        self._is_over.close()
-        self._pipe.close()
-        status = self._shell.wait(max(self._deadline - time.monotonic(), 1.0))
-        if status is None:
-            complain("the --on-commit command does not exit: it is killed")
-            self._shell.kill()
-            status = self._shell.wait(_LAST_WORDS_S)
-        self.has_failed = status != 0 or self.is_gone or self._lost is not None
-        if self.has_failed:
-            lost = f"; it did not get the commits from epoch {self._lost} on" if self._lost is not None else ""
-            held = "; it will not release what it holds back" if self.is_gone else ""
-            early = " before the end" if self.is_gone else ""
-            ended = "cannot be killed" if status is None else f"ended{early} with status {status}"
-            complain(f"the --on-commit command {ended}{lost}{held}")
 
 
 @app.command(short_help="Show the status of a backup and its primaries.")

@@ -11,14 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from functools import partial
 
 from remus_ckpt.demo import ledger
-from remus_ckpt.link.address import Address
-from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.observe.log import configure_logs
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.protect import primary_of
+from remus_ckpt.service.release import Committed
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 
@@ -40,10 +38,11 @@ def main() -> None:
     def report(committed: Committed) -> None:
         os.write(1, f"committed {committed.epoch}\n".encode())
 
-    primary = Primary(
-        NAME,
+    primary = primary_of(
         SharedFile(path, Processes([int(pid)])),
-        partial(connect, Address.parse(address), tls=TlsFiles(tls_dir)),
+        NAME,
+        address,
+        tls=TlsFiles(tls_dir),
         interval_s=float(interval_s),
         on_paused=look,
         on_commit=report,

@@ -40,6 +40,9 @@ _LOOK_S = 0.25
 class Link:
     """One session with a backup, from its hello to its end.
 
+    One thread makes it, sends and closes it. From `begin` on another one listens, calls back, and says that this side
+    is there. Any thread may ask `check` and `peer`, look at `failed`, and `hang_up`.
+
     connection: to the backup, shaken hands
     hello: who we are
     on_ack: called for each acknowledgement, in the thread that hears it
@@ -60,30 +63,37 @@ class Link:
         left_s: Callable[[float], float] = lambda seconds: seconds,
         compression: str = "auto",
     ) -> None:
+        session = Session("client")
         self._connection = connection
-        self._session = Session("client")
         self._on_ack = on_ack
         self._status = status
         self._left_s = left_s
+        self._lease_s = _WELCOME_S  # until the welcome says better
+        self._term = hello.term
+        self._thread: threading.Thread | None = None
+        # Who sends: the calling thread, but for what the listening one says between two frames.
         self._sending = threading.Lock()
-        self._pending: list[Buffer] = []
-        self._pending_bytes = 0
+        # Under it:
+        self._outgoing = session.outgoing
         # Of the checkpoint that is being written: bytes, and seconds that sending them took.
         self._way_bytes, self._way_s = 0, 0.0
+        # The calling thread's:
+        self._pending: list[Buffer] = []
+        self._pending_bytes = 0
+        self._counted = 0
+        # Who hears: the listening thread, once there is one.
+        self._incoming = session.incoming
+        self._heard = time.monotonic()
+        # Written in one step by one thread, for the other to look at.
         # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
         self._probe: tuple[Position, int, float] | None = None
+        self._closing = False
         self._error: RemusError | None = None
         try:
             self.failed = Flag()
         except OSError as error:
             raise LinkError(f"{self.peer}: {error.strerror}") from error
         """Set once the session has failed."""
-        self._heard = time.monotonic()
-        self._lease_s = _WELCOME_S  # until the welcome says better
-        self._term = hello.term
-        self._closing = False
-        self._counted = 0
-        self._thread: threading.Thread | None = None
         try:
             self._post(hello)
             self.welcome = self._await_welcome(give_up)
@@ -108,7 +118,7 @@ class Link:
     def _await_welcome(self, give_up: Callable[[], bool]) -> Welcome:
         deadline = time.monotonic() + _WELCOME_S
         while True:
-            event = self._session.next_event()
+            event = self._incoming.next_event()
             if isinstance(event, Welcome):
                 return event
             if event is not None:
@@ -160,12 +170,12 @@ class Link:
         self._chooser.look(self._pending)
         with self._sending:
             try:
-                frames = self._session.send_data(self._pending, self._chooser.choice) if self._pending else []
+                frames = self._outgoing.send_data(self._pending, self._chooser.choose()) if self._pending else []
                 if commit is not None:
-                    frames += self._session.send(commit)
+                    frames += self._outgoing.send(commit)
             except ValueError:
                 # The listening thread has read, since we checked, what ended the session, or has ended it.
-                if self._session.ended:
+                if self._outgoing.is_over:
                     raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
             begin = time.monotonic()
@@ -182,7 +192,7 @@ class Link:
 
     def _post(self, message: Message) -> None:
         with self._sending:
-            self._send(self._session.send(message))
+            self._send(self._outgoing.send(message))
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
@@ -201,13 +211,13 @@ class Link:
     def _receive(self, timeout_s: float) -> bool:
         """Take in what has come; whether anything has."""
         try:
-            size = self._connection.recv_into(self._session.get_buffer(), timeout_s)
+            size = self._connection.recv_into(self._incoming.get_buffer(), timeout_s)
         except TimeoutError:
             return False
         if not size:
             raise LinkError(f"{self.peer} has closed the connection")
         self._heard = time.monotonic()
-        self._session.buffer_updated(size)
+        self._incoming.buffer_updated(size)
         return True
 
     def _listen(self) -> None:
@@ -217,7 +227,7 @@ class Link:
         try:
             while not self._closing:
                 self._receive(max(beat - time.monotonic(), 0.0))
-                while (event := self._session.next_event()) is not None:
+                while (event := self._incoming.next_event()) is not None:
                     self._take(event)
                 now = time.monotonic()
                 if now - self._heard > self._lease_s:
@@ -227,9 +237,9 @@ class Link:
                     # Behind data that do not move, a heartbeat would wait, and whoever wants to send wait for it.
                     if self._connection.is_writable() and self._sending.acquire(blocking=False):
                         try:
-                            if not self._session.ended:  # behind a goodbye nothing follows
+                            if not self._outgoing.is_over:  # behind a goodbye nothing follows
                                 self._connection.send(
-                                    self._session.send(Heartbeat(number=number, status=self._status())),
+                                    self._outgoing.send(Heartbeat(number=number, status=self._status())),
                                     self._lease_s,
                                 )
                         finally:
@@ -242,7 +252,7 @@ class Link:
         except RemusError as error:
             self._fail(error)
         except Exception as error:
-            if self._session.ended:  # a heartbeat was due when we had just said goodbye
+            if self._outgoing.is_over:  # a heartbeat was due when we had just said goodbye
                 self._fail(LinkError(f"{self.peer}: the session has ended"))
                 return
             self._fail(LinkError(f"the link to {self.peer} broke: {type(error).__name__}: {error}"))
@@ -271,7 +281,7 @@ class Link:
             try:
                 with suppress(RemusError, ValueError):
                     message = Error(code="malformed", message=str(error), offset=error.offset)
-                    self._connection.send(self._session.send(message), 1.0)
+                    self._connection.send(self._outgoing.send(message), 1.0)
             finally:
                 self._sending.release()
 
@@ -295,7 +305,7 @@ class Link:
         if goodbye is not None and self._error is None and self._sending.acquire(timeout=self._left_s(_GOODBYE_S)):
             with suppress(RemusError, ValueError):  # it may be gone already
                 try:
-                    self._connection.send(self._session.send(Goodbye(reason=goodbye)), self._left_s(_GOODBYE_S))
+                    self._connection.send(self._outgoing.send(Goodbye(reason=goodbye)), self._left_s(_GOODBYE_S))
                 finally:
                     self._sending.release()
                 # Until it hangs up (specs/session.md §4): bytes that nobody reads here could undo the goodbye.
@@ -312,5 +322,5 @@ class Link:
         if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():
             # Its traceback refers back to this link, whose buffers would stay until the next full garbage collection.
             self._error = None
-            self._session.close()
+            self._incoming.close()
         self.failed.close()

@@ -27,18 +27,21 @@ class Chooser:
     wanted: "none", "lz4", "zstd", or "auto": whichever brings the bytes over soonest, by what is measured of the link
         (the time from a checkpoint's last write to the word that it was received) and of the data (a sample)
     offered: what the other side reads
+    The thread that sends calls `look` and `choose`, the one that hears calls `received`.
     """
 
     def __init__(self, wanted: str, offered: Sequence[str]) -> None:
-        self.choice: Compression = "none"
+        # Measured by the thread that hears, only read by the other:
+        self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
+        self._round_trip_s = float("inf")
+        # The sending thread's own:
+        self._choice: Compression = "none"
         self._candidates: list[Compression] = []
         if wanted == "auto":
             self._candidates = [name for name in ("lz4", "zstd") if name in offered]
         elif wanted in offered:
-            self.choice = wanted  # type: ignore[assignment]
+            self._choice = wanted  # type: ignore[assignment]
         self._packing = Packing()
-        self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
-        self._round_trip_s = float("inf")
         self._gains: dict[Compression, tuple[float, float]] = {}  # bytes/s in, bytes out per byte in
         self._until_sample = 0
 
@@ -57,7 +60,6 @@ class Chooser:
             size = len(self._packing.compress(sample, name))
             seconds = time.perf_counter() - begin
             self._gains[name] = len(sample) / max(seconds, 1e-9), size / len(sample)
-        self._choose()
 
     def received(self, wire_bytes: int, seconds: float) -> None:
         """The other side has said that it got these bytes, so long after the write began."""
@@ -68,17 +70,19 @@ class Chooser:
             return
         round_trip_s = self._round_trip_s if self._round_trip_s < seconds else 0.0
         self._rates.append(wire_bytes / max(seconds - max(round_trip_s, _ALLOWANCE_S), 1e-6))
-        self._choose()
 
-    def _choose(self) -> None:
-        if not self._rates or not self._candidates:
-            return
-        rate = max(self._rates)
+    def choose(self) -> Compression:
+        """For what is sent next."""
+        rates = tuple(self._rates)
+        if not rates or not self._candidates:
+            return self._choice
+        rate = max(rates)
         # Seconds per byte. Compressing and sending do not overlap here.
         costs = {name: 1 / speed + ratio / rate for name, (speed, ratio) in self._gains.items()}
         best = min(costs, key=lambda name: costs[name], default=None)
         plain = 1 / rate
-        if best is not None and costs[best] < plain * (1.0 if self.choice == best else _MARGIN):
-            self.choice = best
+        if best is not None and costs[best] < plain * (1.0 if self._choice == best else _MARGIN):
+            self._choice = best
         else:
-            self.choice = "none"
+            self._choice = "none"
+        return self._choice

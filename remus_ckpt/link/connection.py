@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, Self, cast
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.sockets import Late, deadline_of, say, wait
 from remus_ckpt.pages import Buffer
@@ -87,7 +88,7 @@ class Connection:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
-        _live.add(self)
+        disown_in_forks(self)
         self._is_server = server_name is None
         self._users: set[int] = set()  # threads that use the descriptor
         self._use = _Use(self)
@@ -383,17 +384,6 @@ class Connection:
                     self._incoming.write(self._cipher[:size])
                 else:
                     self._incoming.write_eof()
-
-
-_live: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _disown_all() -> None:
-    for connection in list(_live):
-        connection.disown()
-
-
-os.register_at_fork(after_in_child=_disown_all)
 
 
 def _flat(buffer: Buffer) -> memoryview:

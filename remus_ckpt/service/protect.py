@@ -1,4 +1,4 @@
-"""Protecting one's own arrays and mmaps from Python, and getting them back."""
+"""Putting a source, its primary and the way to its backup together; protecting one's own arrays from Python."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from typing import Any, Self
 
 from remus_ckpt.errors import LinkError, RemusError
 from remus_ckpt.link.address import Address
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal, Taken
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.service.primary import Committed, Primary, deadline_in
+from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.release import Committed
+from remus_ckpt.service.turns import deadline_in
 from remus_ckpt.session.messages import Level
+from remus_ckpt.source import Source
 from remus_ckpt.source.lock import Lock
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.source.track.kernel import AUDIT_PAUSES, Tracking
@@ -29,6 +33,26 @@ from remus_ckpt.wire.xen.dialect import StreamCodec
 _CONNECT_S = 10.0
 _HANG_UP_S = 0.5
 """Time for a thread that is late to see that the link has been taken from it."""
+
+
+def primary_of(
+    source: Source, name: str, to: str | Address, *, tls: TlsFiles | None = None, insecure: bool = False, **options: Any
+) -> Primary:
+    """A primary of a source, which dials a backup whenever it needs a link.
+
+    to: the backup, such as "tls://backup:7411"
+    tls: our certificate, for tls://
+    insecure: allow plain tcp:// to another machine
+    options: as for `Primary`
+    Who made the source closes it, behind the primary.
+    """
+    address = Address.parse(to) if isinstance(to, str) else to
+
+    def dial() -> Connection:
+        return connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S))
+
+    primary = Primary(name, source, dial, **options)
+    return primary
 
 
 def protect(
@@ -80,10 +104,12 @@ def protect(
     tls = TlsFiles(tls_dir) if tls_dir is not None else None
     source = OwnMemory(buffers, lock=lock, device_state=device_state, tracking=tracking, audit=audit)
     stop = StopSignal()
-    primary = Primary(
-        name,
+    primary = primary_of(
         source,
-        lambda: connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S)),
+        name,
+        address,
+        tls=tls,
+        insecure=insecure,
         codec=codec,
         interval_s=interval_s or 0.0,
         window=window,

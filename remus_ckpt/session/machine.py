@@ -1,17 +1,17 @@
 """Who may say what when, and bytes to messages and back (specs/session.md §1, §4 to §6). No I/O, no clock.
 
-Bytes come in by `get_buffer` and `buffer_updated`, messages go out by `next_event`; `send` and `send_data` make the
-bytes for the other side. One table says who may say what when, in both directions. The save stream that travels in
-DATA frames is not read here, nor is it moved: the session lends room for it, uncopied where it is long, and says what
-has come.
+Bytes come in by `get_buffer` and `buffer_updated`, messages go out by `next_event` (`Incoming`); `send` and `send_data`
+make the bytes for the other side (`Outgoing`). One table says who may say what when, in both directions. The save
+stream that travels in DATA frames is not read here, nor is it moved: the session lends room for it, uncopied where it
+is long, and says what has come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NoReturn, Protocol, cast
 
 from remus_ckpt.errors import LinkError, UnknownFormat
 from remus_ckpt.limits import KIB
@@ -96,51 +96,146 @@ class Lender(Protocol):
 Parser = Generator["Message | DataReceived | None", None, Any]
 
 
-class Session:
-    """One connection, from its preface to its end.
+def _both(state: State) -> dict[Side, State]:
+    return {"client": state, "server": state}
 
-    One thread may receive while another sends. Two that send must take turns, each until its buffers are on the way:
-    nothing but their order says which frame follows which.
 
-    `next_event` raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end
-    and nobody has ended the session, and the same again from then on. An Error can still be sent then. When this side
-    has sent one, what still comes is counted and not read.
+@dataclass
+class Common:
+    """What both directions of a session look at. Each step of either is one of a dict's own, or sets one field.
+
+    hello, welcome, begin: as they were sent or received; they do not change once the stream has begun
+    states: where each side is that speaks
+    ended: the Error or Goodbye that each side has ended with
+    made: the newest positions of this session, the oldest first, which an ack may name; the client's direction adds
+    """
+
+    hello: Hello | None = None
+    welcome: Welcome | None = None
+    begin: Begin | None = None
+    states: dict[Side, State] = field(default_factory=lambda: _both(State.START))
+    ended: dict[Side, Message] = field(default_factory=dict)
+    made: dict[Position, None] = field(default_factory=dict)
+
+
+class Direction:
+    """What one side says, and so what it may say next. Each session has two, and each may have a thread of its own.
+
+    speaker: whose frames go this way
+
+    Hello, Welcome and Begin move both directions: until Begin is through, one thread has them both, but for heartbeats
+    that another may send. From then on a direction moves by its own frames alone.
+    """
+
+    def __init__(self, speaker: Side, common: Common) -> None:
+        self.speaker: Side = speaker
+        self._listener: Side = "server" if speaker == "client" else "client"
+        self._common = common
+        self._stream_bytes = 0  # since the last commit
+        self._position: Position | None = None  # of the last commit, or that Begin names
+
+    @property
+    def state(self) -> State:
+        return self._common.states[self.speaker]
+
+    @property
+    def ended_with(self) -> Message | None:
+        """The Error or Goodbye that ended it."""
+        return self._common.ended.get(self.speaker)
+
+    @property
+    def answered_with(self) -> Message | None:
+        """The one that ended the other direction."""
+        return self._common.ended.get(self._listener)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether either of them has ended the session."""
+        return bool(self._common.ended)
+
+    def _move(self, number: FrameType, message: Message | None, offset: int | None) -> None:
+        """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
+        following = TRANSITIONS.get((self.state, self.speaker, number))
+        if following is None:
+            self._refuse(number, offset)
+        common = self._common
+        match message:
+            case Hello():
+                common.hello = message
+                if message.role == "control":
+                    following = State.CONTROL_HELLO
+            case Welcome():
+                assert common.hello is not None
+                if message.version not in common.hello.versions:
+                    frames.refuse(f"version {message.version} was not in the hello", offset, "§3.2", number)
+                strange = set(message.compressions) - set(common.hello.compressions)
+                if strange:
+                    frames.refuse(f"compressions {sorted(strange)} were not in the hello", offset, "§3.2", number)
+                common.welcome = message
+            case Begin():
+                self._check_begin(message, offset)
+                common.begin = message
+                self._position = message.position
+                if message.position is not None:
+                    common.made[message.position] = None
+            case Commit():
+                self._check_commit(message, offset)
+                self._stream_bytes = 0
+                self._position = message.position
+                common.made[message.position] = None
+                if len(common.made) > ACKABLE:
+                    del common.made[next(iter(common.made))]
+            case Ack():
+                if message.position not in common.made:
+                    frames.refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
+            case Error() | Goodbye():
+                self._common.ended[self.speaker] = message
+        if isinstance(message, Hello | Welcome | Begin):
+            self._common.states.update(_both(following))
+        else:
+            self._common.states[self.speaker] = following
+
+    def _refuse(self, number: FrameType, offset: int | None) -> NoReturn:
+        frames.refuse(f"the {self.speaker} may not say it in the state {self.state.name}", offset, "§4", number)
+
+    def _check_begin(self, begin: Begin, offset: int | None) -> None:
+        """§5"""
+        welcome = self._common.welcome
+        assert welcome is not None
+        if begin.term != welcome.term:
+            frames.refuse(f"term {begin.term} in a session of term {welcome.term}", offset, "§6", FrameType.BEGIN)
+        if begin.mode == "continue" and (welcome.stream is None or begin.position != welcome.position):
+            frames.refuse(f"it cannot be continued at {begin.position}", offset, "§5", FrameType.BEGIN)
+
+    def _check_commit(self, commit: Commit, offset: int | None) -> None:
+        """§3.5"""
+        if commit.stream_bytes != self._stream_bytes:
+            text = f"{commit.stream_bytes} bytes are committed of {self._stream_bytes}"
+            frames.refuse(text, offset, "§3.5", FrameType.COMMIT)
+        # A full copy need not say in its Begin what it follows.
+        if self._position is not None and commit.before != self._position:
+            text = f"it follows {commit.before}, the one before made {self._position}"
+            frames.refuse(text, offset, "§5", FrameType.COMMIT)
+
+
+class Incoming(Direction):
+    """Bytes to messages.
 
     A DATA frame's checksum stands for the whole frame, and its bytes come out before all of them are there: after an
     error the checkpoint that they belong to must be given up. One whose Commit came out of `next_event` is whole.
     """
 
-    def __init__(self, side: Side) -> None:
-        self.side: Side = side
-        self.peer: Side = "server" if side == "client" else "client"
+    def __init__(self, speaker: Side, common: Common) -> None:
+        super().__init__(speaker, common)
         self.lender: Lender | None = None
         """To be set before the first DATA comes: when Begin came out of `next_event`, at the latest."""
-        self.state = State.START
-        self.hello: Hello | None = None
-        self.welcome: Welcome | None = None
-        self.begin: Begin | None = None
-        """These three as they were sent or received."""
-        self.sent_bytes = 0
-        self.last_sent: Message | None = None
-        """The Error or Goodbye that this side ended with."""
-        self.last_received: Message | None = None
-        """The one that the other side ended with."""
-        self._stream_bytes = 0  # since the last commit
-        self._position: Position | None = None  # of the last commit, or that Begin names
-        self._made: dict[Position, None] = {}  # the newest positions of this session, which an ack may name
-        self._prefaced = False
         self._packing = frames.Packing()
         self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_BUFFER_BYTES * 4)
         self._rest = 0  # of a payload that may be received into the lender's buffer
         self._lent: memoryview | None = None  # that buffer, while it is being received into
         self._crc = 0
         self._error: BaseException | None = None
-        self._parser = self._session()
-
-    @property
-    def ended(self) -> bool:
-        """Whether Error or Goodbye has been sent or received."""
-        return self.last_sent is not None or self.last_received is not None
+        self._parser = self._frames()
 
     @property
     def received_bytes(self) -> int:
@@ -177,7 +272,7 @@ class Session:
     def close(self) -> None:
         """Drop the parser and the error. `next_event` gives nothing more; no other thread may be in it.
 
-        Both refer back to this session. Without this call its buffers stay until the next full garbage collection.
+        Both refer back to it. Without this call its buffers stay until the next full garbage collection.
         """
         self._parser.close()
         self._parser = self._inbox.drain()
@@ -186,14 +281,19 @@ class Session:
     # Events out
 
     def next_event(self) -> Message | DataReceived | None:
-        """The next message, or NEED_DATA."""
+        """The next message, or NEED_DATA.
+
+        Raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end and nobody
+        has ended the session, and the same again from then on. When this side has sent an Error, what still comes is
+        counted and not read.
+        """
         if self._error is not None:
             raise self._error
         self._give_up()
         try:
             return next(self._parser)
         except End:
-            if self.ended:
+            if self.is_over:
                 self._parser = self._inbox.drain()
                 return NEED_DATA
             self._error = LinkError("the connection ended without a goodbye")
@@ -203,13 +303,13 @@ class Session:
 
     # The grammar
 
-    def _session(self) -> Parser:
+    def _frames(self) -> Parser:
         yield from self._preface()
         while True:
             yield from self._frame()
 
     def _give_up(self) -> None:
-        if isinstance(self.last_sent, Error):
+        if isinstance(self.answered_with, Error):
             # What was under way when this side ended it is of no use any longer.
             self._rest = 0
             self._parser.close()
@@ -235,7 +335,7 @@ class Session:
         number, flags, length, crc = self._header(offset)
         self._inbox.skip(frames.HEADER_BYTES)
         if number is FrameType.DATA:
-            self._move(self.peer, number, None, offset)
+            self._move(number, None, offset)
             if flags == frames.FLAGS["none"]:
                 yield from self._plain_data(length, crc, offset)
             else:
@@ -245,18 +345,17 @@ class Session:
         if frames.extend(0, payload) != crc:
             frames.refuse("the payload's checksum is wrong", offset, "§2.1", number)
         message = frames.unpack(number, payload, offset + frames.HEADER_BYTES)
-        self._move(self.peer, number, message, offset)
+        self._move(number, message, offset)
         yield message
         return None
 
     def _header(self, offset: int) -> frames.Header:
         """§2.1"""
         header = frames.parse_head(bytes(self._inbox.front(frames.HEADER_BYTES)), offset)
-        if self.last_received is not None:
+        if self.ended_with is not None:
             frames.refuse("a frame behind the end of the session", offset, "§4")
-        if (self.state, self.peer, header.number) not in TRANSITIONS:
-            text = f"the {self.peer} may not say it in the state {self.state.name}"
-            frames.refuse(text, offset, "§4", header.number)
+        if (self.state, self.speaker, header.number) not in TRANSITIONS:
+            self._refuse(header.number, offset)
         return header
 
     def _plain_data(self, length: int, crc: int, offset: int) -> Parser:
@@ -289,7 +388,8 @@ class Session:
     def _packed_data(self, flags: int, length: int, crc: int, offset: int) -> Parser:
         """§2.3"""
         name = next(name for name, value in frames.FLAGS.items() if value == flags)
-        if self.welcome is None or name not in self.welcome.compressions:
+        welcome = self._common.welcome
+        if welcome is None or name not in welcome.compressions:
             frames.refuse(f"{name} has not been agreed on", offset, "§2.3", FrameType.DATA)
         payload = memoryview((yield from self._inbox.array(length)))
         if frames.extend(0, payload) != crc:
@@ -298,71 +398,16 @@ class Session:
         self._stream_bytes += len(raw)
         yield DataReceived(len(raw), raw)
 
-    # The rules, for both directions
 
-    def _move(self, side: Side, number: FrameType, message: Message | None, offset: int | None) -> None:
-        """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
-        here = self.state
-        following = TRANSITIONS.get((here, side, number))
-        if following is None:
-            frames.refuse(f"the {side} may not say it in the state {here.name}", offset, "§4", number)
-        match message:
-            case Hello():
-                self.hello = message
-                if message.role == "control":
-                    following = State.CONTROL_HELLO
-            case Welcome():
-                assert self.hello is not None
-                if message.version not in self.hello.versions:
-                    frames.refuse(f"version {message.version} was not in the hello", offset, "§3.2", number)
-                strange = set(message.compressions) - set(self.hello.compressions)
-                if strange:
-                    frames.refuse(f"compressions {sorted(strange)} were not in the hello", offset, "§3.2", number)
-                self.welcome = message
-            case Begin():
-                self._check_begin(message, offset)
-                self.begin = message
-                self._position = message.position
-                if message.position is not None:
-                    self._made[message.position] = None
-            case Commit():
-                self._check_commit(message, offset)
-                self._stream_bytes = 0
-                self._position = message.position
-                self._made[message.position] = None
-                if len(self._made) > ACKABLE:
-                    del self._made[next(iter(self._made))]
-            case Ack():
-                if message.position not in self._made:
-                    frames.refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
-            case Error() | Goodbye():
-                if offset is None:
-                    self.last_sent = message
-                else:
-                    self.last_received = message
-        # What leaves the state alone does not write it either: the other thread may have, meanwhile.
-        if following is not here:
-            self.state = following
+class Outgoing(Direction):
+    """Messages to bytes. What it gives must be on its way before more is asked for: nothing but the order of the frames
+    says which follows which. Several threads that send take turns."""
 
-    def _check_begin(self, begin: Begin, offset: int | None) -> None:
-        """§5"""
-        assert self.welcome is not None
-        if begin.term != self.welcome.term:
-            frames.refuse(f"term {begin.term} in a session of term {self.welcome.term}", offset, "§6", FrameType.BEGIN)
-        if begin.mode == "continue" and (self.welcome.stream is None or begin.position != self.welcome.position):
-            frames.refuse(f"it cannot be continued at {begin.position}", offset, "§5", FrameType.BEGIN)
-
-    def _check_commit(self, commit: Commit, offset: int | None) -> None:
-        """§3.5"""
-        if commit.stream_bytes != self._stream_bytes:
-            text = f"{commit.stream_bytes} bytes are committed of {self._stream_bytes}"
-            frames.refuse(text, offset, "§3.5", FrameType.COMMIT)
-        # A full copy need not say in its Begin what it follows.
-        if self._position is not None and commit.before != self._position:
-            text = f"it follows {commit.before}, the one before made {self._position}"
-            frames.refuse(text, offset, "§5", FrameType.COMMIT)
-
-    # Bytes out
+    def __init__(self, speaker: Side, common: Common) -> None:
+        super().__init__(speaker, common)
+        self.sent_bytes = 0
+        self._packing = frames.Packing()
+        self._prefaced = False
 
     def send(self, message: Message) -> list[Buffer]:
         """The bytes that say it, the preface before the first.
@@ -373,7 +418,7 @@ class Session:
         self._may_send()
         number = frames.TYPES[type(message)]
         payload = frames.pack(message)
-        self._move(self.side, number, message, None)
+        self._move(number, message, None)
         return self._out([frames.head(number, 0, len(payload), frames.extend(0, payload)) + payload])
 
     def send_data(self, buffers: Iterable[Buffer], compression: Compression = "none") -> list[Buffer]:
@@ -383,11 +428,12 @@ class Session:
         compression: a frame that it would not make shorter goes as it is
         """
         self._may_send()
-        if compression != "none" and (self.welcome is None or compression not in self.welcome.compressions):
+        welcome = self._common.welcome
+        if compression != "none" and (welcome is None or compression not in welcome.compressions):
             raise ValueError(f"{compression} has not been agreed on")
         out: list[Buffer] = []
         for parts in frames.portions(buffers):
-            self._move(self.side, FrameType.DATA, None, None)
+            self._move(FrameType.DATA, None, None)
             size = sum(len(part) for part in parts)
             self._stream_bytes += size
             packed = None if compression == "none" else self._packing.pack(compression, parts, size)
@@ -405,10 +451,10 @@ class Session:
         return self._out(out)
 
     def _may_send(self) -> None:
-        if self.last_sent is not None:
-            raise ValueError(f"this side has ended the session: {self.last_sent}")
-        if isinstance(self.last_received, Error):
-            raise ValueError(f"the other side has ended the session: {self.last_received}")
+        if self.ended_with is not None:
+            raise ValueError(f"this side has ended the session: {self.ended_with}")
+        if isinstance(self.answered_with, Error):
+            raise ValueError(f"the other side has ended the session: {self.answered_with}")
 
     def _out(self, buffers: list[Buffer]) -> list[Buffer]:
         if buffers and not self._prefaced:
@@ -416,3 +462,76 @@ class Session:
             buffers.insert(0, frames.PREFACE)
         self.sent_bytes += sum(len(buffer) for buffer in buffers)
         return buffers
+
+
+class Session:
+    """One connection, from its preface to its end, in two directions.
+
+    side: which of the two this is
+
+    `incoming` and `outgoing` may have a thread each (`Direction` says from when on). What follows is for who has both.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self.common = Common()
+        self.outgoing = Outgoing(side, self.common)
+        self.incoming = Incoming("server" if side == "client" else "client", self.common)
+
+    @property
+    def state(self) -> State:
+        """Where the session is: in the stream, the client's frames alone move it."""
+        return self.common.states["client"]
+
+    @property
+    def begin(self) -> Begin | None:
+        """As it was sent or received."""
+        return self.common.begin
+
+    @property
+    def last_sent(self) -> Message | None:
+        """The Error or Goodbye that this side ended with."""
+        return self.outgoing.ended_with
+
+    @property
+    def last_received(self) -> Message | None:
+        """The one that the other side ended with."""
+        return self.incoming.ended_with
+
+    @property
+    def ended(self) -> bool:
+        """Whether Error or Goodbye has been sent or received."""
+        return bool(self.common.ended)
+
+    @property
+    def received_bytes(self) -> int:
+        """As of `Incoming`; so what follows, and `send` and `send_data` as of `Outgoing`."""
+        return self.incoming.received_bytes
+
+    @property
+    def lender(self) -> Lender | None:
+        return self.incoming.lender
+
+    @lender.setter
+    def lender(self, lender: Lender | None) -> None:
+        self.incoming.lender = lender
+
+    def get_buffer(self) -> memoryview:
+        return self.incoming.get_buffer()
+
+    def buffer_updated(self, size: int) -> None:
+        self.incoming.buffer_updated(size)
+
+    def feed_eof(self) -> None:
+        self.incoming.feed_eof()
+
+    def close(self) -> None:
+        self.incoming.close()
+
+    def next_event(self) -> Message | DataReceived | None:
+        return self.incoming.next_event()
+
+    def send(self, message: Message) -> list[Buffer]:
+        return self.outgoing.send(message)
+
+    def send_data(self, buffers: Iterable[Buffer], compression: Compression = "none") -> list[Buffer]:
+        return self.outgoing.send_data(buffers, compression)

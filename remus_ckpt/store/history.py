@@ -229,6 +229,8 @@ class History:
             until = behind.first.epoch if behind is not None and behind.first is not None else 0
             lost += self._missing(one, indexed.get(one.name), there, may_grow, until)
         accounted = _joined([*there, *(one.epochs for one in lost)])
+        missing: list[Lost] = []
+        numbers = [sequence_of(name) for name in gone]
         reached = -1
         for before, one in itertools.pairwise(contents):
             reached = max(reached, before.epochs[-1] if before.epochs else -1)
@@ -236,18 +238,17 @@ class History:
             if reached < 0 or one.first is None or not self._path(before.name).exists():
                 continue
             for part in _without(range(reached + 1, one.first.epoch), accounted):
-                between = [
-                    name for name in gone if sequence_of(before.name) < sequence_of(name) < sequence_of(one.name)
-                ]
+                number = bisect.bisect_right(numbers, sequence_of(before.name))
                 if before.name in state.damaged:
-                    missing = Lost(before.name, before.end, str(state.damaged[before.name]), part)
-                elif between:
-                    missing = Lost(between[0], 0, str(state.damaged.get(between[0], _GONE)), part)
+                    missing.append(Lost(before.name, before.end, str(state.damaged[before.name]), part))
+                elif number < len(gone) and numbers[number] < sequence_of(one.name):
+                    name = gone[number]
+                    missing.append(Lost(name, 0, str(state.damaged.get(name, _GONE)), part))
                 else:
                     reason = f"it begins with checkpoint {one.first.epoch}, and what came before that is missing"
-                    missing = Lost(one.name, 0, reason, part)
-                lost = [other for other in lost if other.epochs or other.segment != missing.segment]
-                lost.append(missing)
+                    missing.append(Lost(one.name, 0, reason, part))
+        explained = {one.segment for one in missing}
+        lost = [one for one in lost if one.epochs or one.segment not in explained] + missing
         highest, seen = there[-1][-1] if there else -1, state.highest_epoch
         if names and seen is not None and seen > highest and not any(_last(one.epochs) > highest for one in lost):
             # The index was made again since; of what was lost, only this is left.

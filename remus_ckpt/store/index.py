@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.store.segments import Contents, Entry, Shape, first_epoch_of, is_segment, sequence_of, walk
 from remus_ckpt.wire.record import Position
@@ -44,16 +46,24 @@ _LATEST = 4
 _MAX_WAITING = 512
 _RETRY_FACTOR = 10
 """An index that cannot be written takes no more than a tenth of the time."""
+_RETRY_S = 0.5
 _BUSY_S = 0.1
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA)
-"""What SQLite says of a file that will never be written again; SQLITE_ERROR: it has other tables than ours."""
+"""What SQLite says of a file that is no good; SQLITE_ERROR: it has other tables than ours."""
 
 _Statement = tuple[str, str, tuple[object, ...]]
 """The segment whose rows are not all there without it, "" for none; and what to do."""
 
 
 class Unreadable(Exception):
-    """The index does not say it, or not in a way that can be believed."""
+    """The index does not say it, or not in a way that can be believed.
+
+    is_damage: what stands there will never be read again; else the disk or the system has failed, perhaps for now
+    """
+
+    def __init__(self, reason: str = "", *, is_damage: bool = True) -> None:
+        super().__init__(reason)
+        self.is_damage = is_damage
 
 
 class Rows:
@@ -80,7 +90,10 @@ class Rows:
                     one = Contents(name, shape=Shape(codec, word, p2m_size), size=size)
                     edges = [self._row(name, f"ORDER BY start {order}") for order in ("ASC", "DESC")]
                     with suppress(ValueError, TypeError):
-                        one.first, one.last = (None if row is None else _entry_of(row) for row in edges)
+                        # One string and, of a single checkpoint, one entry: there may be very many segments.
+                        one.first, one.last = (None if row is None else _entry_of((name, *row[1:])) for row in edges)
+                        if one.first == one.last:
+                            one.last = one.first
                         if _is_sound(one):
                             found.append(one)
             finally:
@@ -168,21 +181,22 @@ def _open_to_read(path: Path) -> sqlite3.Connection | None:
         return None
     # The second way is for file systems that are not to be written: it does not look at the log beside the index.
     for options in ("mode=ro", "immutable=1"):
-        database = None
-        try:
-            database = sqlite3.connect(
-                f"{path.absolute().as_uri()}?{options}",
-                uri=True,
-                timeout=5,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            return database
-        except (sqlite3.Error, ValueError):
-            if database is not None:
-                database.close()
+        with suppress(sqlite3.Error, ValueError):
+            return _connect(path, options)
     return None
+
+
+def _connect(path: Path, options: str) -> sqlite3.Connection:
+    """Raises sqlite3.Error, ValueError."""
+    database = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{options}", uri=True, timeout=5, isolation_level=None, check_same_thread=False
+    )
+    try:
+        database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except BaseException:
+        database.close()
+        raise
+    return database
 
 
 @contextmanager
@@ -191,7 +205,12 @@ def _believing() -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise Unreadable(str(error)) from error
+        raise Unreadable(str(error), is_damage=not isinstance(error, sqlite3.Error) or _is_damage(error)) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it says that the file will never be read or written again."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
 def _entry_of(row: tuple[object, ...]) -> Entry:
@@ -243,20 +262,39 @@ class Index:
         self._identity: tuple[int, int] | None = None
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
-        self._is_over = False
+        self._over = threading.Event()
 
     def load(self) -> dict[str, Contents]:
-        """What the database says of the segments. One that cannot be read is removed, and the next begun."""
-        with reading(self._path) as rows, suppress(Unreadable):
-            if rows is not None:
-                found = rows.segments()
-                # What was written just before a loss of power may be there in part.
-                for name in list(found)[-_LATEST:]:
-                    if not rows.is_whole(found[name]):
-                        del found[name]
-                return found
+        """What the database says of the segments. One that is damaged is removed, and the next begun.
+
+        Raises StoreError where the disk or the system fails: what only the index knows must not be lost by that.
+        """
+        try:
+            if stat.S_ISREG(self._path.stat().st_mode):
+                return self._load()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreError(f"{self._path}: {error.strerror}") from error
+        except Unreadable as error:
+            if not error.is_damage:
+                raise StoreError(f"{self._path} cannot be read: {error}") from error
         self._remove()
         return {}
+
+    def _load(self) -> dict[str, Contents]:
+        with _believing():
+            database = _connect(self._path, "mode=rw")  # SQLite may have to take back half a change
+        try:
+            rows = Rows(database)
+            found = rows.segments()
+            # What was written just before a loss of power may be there in part.
+            for name in list(found)[-_LATEST:]:
+                if not rows.is_whole(found[name]):
+                    del found[name]
+            return found
+        finally:
+            database.close()
 
     def fill(self, contents: Contents, *, end: int, advance: Callable[[int], None] | None = None) -> None:
         """Read a segment behind what is known of it, and write its rows as they come. Raises OSError.
@@ -320,12 +358,13 @@ class Index:
             self.flush()
             self._catch_up()
 
-    def drop(self, segment: str) -> None:
-        """A segment is about to go."""
+    def drop(self, segments: Iterable[str]) -> None:
+        """These segments are about to go."""
         with self._lock:
-            self.known.pop(segment, None)
-            self._behind.discard(segment)
-            self._delete(segment)
+            for segment in segments:
+                self.known.pop(segment, None)
+                self._behind.discard(segment)
+                self._delete(segment)
             self.flush()
 
     def flush(self, *, now: bool = False) -> None:
@@ -341,7 +380,7 @@ class Index:
                 except (sqlite3.Error, OSError) as error:
                     self.warning = f"{self._path} is behind: {error}"
                     self._close_database()
-                    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
+                    if _is_damage(error):
                         self._replace()
                     else:
                         self._not_before = time.monotonic() + _RETRY_FACTOR * (time.monotonic() - begin)
@@ -351,7 +390,7 @@ class Index:
 
     def close(self) -> None:
         """Write what can be written, and close it."""
-        self._is_over = True
+        self._over.set()
         if (thread := self._thread) is not None:
             thread.join()
         if self._database is not None or self._waiting:
@@ -391,7 +430,7 @@ class Index:
     def _catch_up(self) -> None:
         """Begin to read back what had to be dropped."""
         with self._lock:
-            if self._next_behind() is None or self._thread is not None or self._is_over:
+            if self._next_behind() is None or self._thread is not None or self._over.is_set():
                 return
             self._thread = threading.Thread(target=self._read_back, name="index", daemon=True)
             try:
@@ -405,31 +444,49 @@ class Index:
         return next((name for name in ended if name in self._behind and name not in but), None)
 
     def _read_back(self) -> None:
-        tried: set[str] = set()
-        while True:
+        tried: set[str] = set()  # what cannot be read back: it is read where it is asked for
+        wait_s = 0.0
+        while not self._over.wait(wait_s):
+            begin = time.monotonic()
             with self._lock:
                 self.flush(now=True)
-                name = None if self._database is None or self._is_over else self._next_behind(tried)
+                name = self._next_behind(tried)
                 if name is None:
                     self._thread = None
                     return
+                one = None if self._database is None else self.known[name]
+                if one is not None:
+                    self._behind.discard(name)
+            if one is not None and self._read_one_back(one):
                 tried.add(name)
-                self._behind.discard(name)
-                one = self.known[name]
-            found = Contents(name)
+                wait_s = 0.0
+            else:
+                wait_s = max(_RETRY_S, _RETRY_FACTOR * (time.monotonic() - begin))
+        with self._lock:
+            self._thread = None
 
-            def stop(_: int, name: str = name) -> None:
-                if self._is_over or name in self._behind or name not in self.known:
-                    raise _Stopped
+    def _read_one_back(self, one: Contents) -> bool:
+        """Whether that is done with: its rows are written, or it cannot be read; else it is behind again."""
+        name = one.name
+        found = Contents(name)
 
-            # Whatever it is: a thread that died here would keep the next from beginning.
-            with suppress(Exception):
-                self.fill(found, end=one.end, advance=stop)
-            with self._lock:
-                if name in self.known and found.last == one.last:
-                    self._wait_for_segment(one)
-                else:  # gone meanwhile, or not what it was: it is read where it is asked for
-                    self._delete(name)
+        def stop(_: int) -> None:
+            if self._over.is_set() or name in self._behind or name not in self.known:
+                raise _Stopped
+
+        # Whatever it is: a thread that died here would keep the next from beginning.
+        with suppress(Exception):
+            self.fill(found, end=one.end, advance=stop)
+        with self._lock:
+            if name in self.known and found.last == one.last:
+                self._wait_for_segment(one)
+            else:  # gone meanwhile, or not what it was: it is read where it is asked for
+                self._delete(name)
+            self.flush(now=True)
+            if self._database is None and any(segment == name for segment, *_ in self._waiting):
+                self._waiting = [waiting for waiting in self._waiting if waiting[0] != name]
+                self._behind.add(name)
+            return name not in self._behind
 
     def _close_database(self) -> None:
         if self._database is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from remus_ckpt.disk import (
     replace_file,
     sync_directory,
     sync_file,
+    sync_files,
+    sync_names_above,
     write_again,
     write_all,
 )
@@ -84,6 +88,8 @@ _NOT_OURS = (
 
 _MAX_WARNINGS = _MAX_DAMAGED = 1_000
 _MAX_REASON = 300
+_PRUNE_BATCH = 16
+_PRUNE_PAUSE_S = 0.001
 
 
 @dataclass(slots=True)
@@ -121,6 +127,20 @@ class _Chain:
         """The base goes up to there. A first copy may hold pages more than once: what one copy needs not is overhead,
         and counts as deltas do."""
         self.base_bytes = min(end, int(np.count_nonzero(self.home.has_room)) * PAGE_SIZE)
+
+
+@dataclass(slots=True)
+class _Pruning:
+    """Segments that retention no longer keeps, and that are removed batch by batch.
+
+    over: segment → the epoch of its last checkpoint, oldest first
+    oldest_left: the sequence number of the first that stays
+    taken_ns: when the newest checkpoint of the last that goes was taken, None where nothing says so
+    """
+
+    over: dict[str, int]
+    oldest_left: int
+    taken_ns: int | None
 
 
 class Torn(StoreError):
@@ -176,6 +196,7 @@ class HistoryWriter:
         self._is_torn = False  # a change has not come to its end: memory may say other than the disk
         self._room = memoryview(b"")
         self._compaction: Compaction | None = None
+        self._pruning: _Pruning | None = None
         self._highest = -1
         self._warm_number = 0
         self._spare_bytes = 0  # room that is kept for the device state of a takeover
@@ -234,9 +255,11 @@ class HistoryWriter:
         for path in [*half_written, *self._segments.glob(f"*{PARTIAL}"), *self._warm.glob("memory-*.image")]:
             with guarding(path):
                 path.unlink(missing_ok=True)
-        # Whoever renamed or removed what is there may have died before this.
+        # Whoever wrote, renamed or removed what is there may have died before this; or it is a copy of another store.
         sync_directory(self._segments)
+        sync_names_above(self._segments)
         names = list_segments(self.directory)
+        sync_files(self._segments, names[:-1])  # the newest is written again, as far as nobody says that it was synced
         there = set(names)
         indexed = self._index.load()
         self._highest = -1 if self.state.highest_epoch is None else self.state.highest_epoch
@@ -293,13 +316,14 @@ class HistoryWriter:
 
     def _note_gaps(self, contents: list[Contents], damaged: dict[str, str]) -> None:
         """Epochs that are missing between two segments, where nothing else says why."""
-        explained = {sequence_of(name) for name in damaged if is_segment(name)}
+        explained = sorted(sequence_of(name) for name in damaged if is_segment(name))
         reached = -1
         for before, one in pairwise(contents):
             reached = max([reached, *before.epochs[-1:]])
-            between = range(sequence_of(before.name), sequence_of(one.name))
+            numbers = sequence_of(before.name), sequence_of(one.name)
+            first, stop = (bisect_left(explained, number) for number in numbers)
             gap = range(reached + 1, one.first.epoch) if one.first is not None and reached >= 0 else range(0)
-            if gap and not any(number in between for number in explained):
+            if gap and first == stop:
                 self._note(f"{one.name}: checkpoints {gap[0]} to {gap[-1]} before it are missing")
 
     def _open_segment(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
@@ -385,7 +409,6 @@ class HistoryWriter:
             is_explained = known.end == size or (known.size == size and name in self.state.damaged)
             if is_explained and known.size in (size, None):
                 return replace(known, size=size), None
-        sync_file(self._segments / name)  # the index will name what it holds
         contents = Contents(name, size=size)
         self._index.fill(contents, end=size)
         if contents.fault is not None:
@@ -472,9 +495,31 @@ class HistoryWriter:
 
     @property
     def is_handed_out(self) -> bool:
-        """Whether somebody has gone on from `position`: it is not the newest state of that memory any more."""
-        given = self.state.more.get("handed_out") or {}
-        return self.position is not None and given.get("position") == str(self.position)
+        """Whether somebody has gone on from this stream: `position` is not the newest state of that memory any more.
+
+        Nothing is acknowledged in a segment behind what was handed out. But a checkpoint that was refused, since the
+        disk failed, may stand there and be found when the history is opened anew.
+        """
+        epoch = _epoch_in(self._given_position)
+        return self._chain is not None and epoch is not None and first_epoch_of(self._chain.path.name) <= epoch
+
+    @property
+    def handed_out(self) -> Position | None:
+        """Of what `hand_out` has given: `position`, or one before it. None where nothing was, or it is not known."""
+        text = self._given_position
+        if self.position is not None and text == str(self.position):
+            return self.position
+        with suppress(RemusError):
+            if (epoch := _epoch_in(text)) is not None:
+                found = self.history.find(epoch).position
+                return found if str(found) == text else None
+        return None
+
+    @property
+    def _given_position(self) -> str:
+        """As store.json says it; empty where nothing was handed out."""
+        given: str = (self.state.more.get("handed_out") or {}).get("position", "")
+        return given
 
     @property
     def highest_epoch(self) -> int:
@@ -747,7 +792,7 @@ class HistoryWriter:
                 self._compact()
             except StoreError as error:
                 self._on_failed(error)
-        if is_new and self._retention is not None:
+        if self._retention is not None and (is_new or self._pruning is not None):
             self._prune_quietly(self._retention)
 
     def _keep_room(self, checkpoint: Checkpoint) -> None:
@@ -839,6 +884,11 @@ class HistoryWriter:
             raise StoreError(f"{self.directory}: there is no checkpoint to compact")
         if chain.home.path is None:
             raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
+        if self.is_handed_out and self._given_position != str(self.position):
+            # In a new segment it would pass for something that came after the takeover.
+            raise StoreError(
+                f"{self.directory}: somebody has gone on from checkpoint {_epoch_in(self._given_position)}"
+            )
         if self._compaction is None:
             path = self._segments / f"compacted-{self._next_sequence():06}{PARTIAL}"
             compaction = Compaction(
@@ -918,43 +968,69 @@ class HistoryWriter:
             self._prune_quietly(self._retention)
 
     def _prune_quietly(self, retention: Retention) -> None:
+        """Find what is to go, unless that is under way; it goes in batches, one behind each checkpoint."""
         try:
-            self._prune(retention, time.time_ns())
+            self._pruning = self._pruning or self._find_over(retention, time.time_ns())
+            self._prune_a_batch()
         except StoreError as error:
+            self._pruning = None
             self._note(f"prune: {error}")
 
     def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
-        """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError."""
-        with self._changing():
-            return self._prune(retention, time.time_ns() if now_ns is None else now_ns)
+        """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError.
 
-    def _prune(self, retention: Retention, now_ns: int) -> list[str]:
-        with self._lock:
-            if self._chain is None or retention == Retention():
-                return []
-            current = sequence_of(self._chain.path.name)
-            older = [one for one in self._index.known.values() if sequence_of(one.name) <= current]
-            newer = [one for one in self._index.known.values() if sequence_of(one.name) > current]
-            times_ns: list[int | None] = [None] * len(older)
-            if retention.age_s is not None:
-                floor_ns = self.state.more.get("pruned_ns")
-                times_ns = times_taken(older, self._written_ns, now_ns, floor_ns if type(floor_ns) is int else None)
-            with guarding(self._segments):
-                sizes = [self._size_of(one) for one in [*older, *newer]]
-            # Newer ones are there where they are damaged: they count for the size.
-            sizes[len(older) - 1 :] = [sum(sizes[len(older) - 1 :])]
-            over = older[: count_over(older, sizes, retention, times_ns)]
-            for one in over:
-                path = self._segments / one.name
-                self._on_phase("pruning", one.last.epoch if one.last else self._epoch)
-                with guarding(path):
-                    # First out of the index: a segment that it does not name is found again if we die here.
-                    self._index.drop(one.name)
-                    path.unlink(missing_ok=True)
-                    sync_directory(self._segments)
-            if over:
-                self._forget_pruned(sequence_of(older[len(over)].name), times_ns[len(over) - 1])
-            return [one.name for one in over]
+        Other threads may go on writing between two batches of them.
+        """
+        self._prune_the_rest()
+        with self._changing():
+            pruning = self._pruning = self._find_over(retention, time.time_ns() if now_ns is None else now_ns)
+            names = [] if pruning is None else list(pruning.over)
+        self._prune_the_rest()
+        return names
+
+    def _prune_the_rest(self) -> None:
+        while self._pruning is not None:
+            with self._changing():
+                self._prune_a_batch()
+            time.sleep(_PRUNE_PAUSE_S)  # else whoever waits for the lock might not get it
+
+    def _find_over(self, retention: Retention, now_ns: int) -> _Pruning | None:
+        if self._chain is None or retention == Retention():
+            return None
+        current = sequence_of(self._chain.path.name)
+        older = [one for one in self._index.known.values() if sequence_of(one.name) <= current]
+        newer = [one for one in self._index.known.values() if sequence_of(one.name) > current]
+        times_ns: list[int | None] = [None] * len(older)
+        if retention.age_s is not None:
+            floor_ns = self.state.more.get("pruned_ns")
+            times_ns = times_taken(older, self._written_ns, now_ns, floor_ns if type(floor_ns) is int else None)
+        with guarding(self._segments):
+            sizes = [self._size_of(one) for one in [*older, *newer]]
+        # Newer ones are there where they are damaged: they count for the size.
+        sizes[len(older) - 1 :] = [sum(sizes[len(older) - 1 :])]
+        count = count_over(older, sizes, retention, times_ns)
+        if not count:
+            return None
+        over = {one.name: one.last.epoch if one.last else self._epoch for one in older[:count]}
+        return _Pruning(over, sequence_of(older[count].name), times_ns[count - 1])
+
+    def _prune_a_batch(self) -> None:
+        """So few that a checkpoint which waits for them is not late."""
+        pruning = self._pruning
+        if pruning is None:
+            return
+        batch = dict(islice(pruning.over.items(), _PRUNE_BATCH))
+        with guarding(self._segments):
+            # First out of the index: a segment that it does not name is found again if we die here.
+            self._index.drop(batch)
+            for name, epoch in batch.items():
+                self._on_phase("pruning", epoch)
+                (self._segments / name).unlink(missing_ok=True)
+                del pruning.over[name]
+            sync_directory(self._segments)
+        if not pruning.over:
+            self._pruning = None
+            self._forget_pruned(pruning.oldest_left, pruning.taken_ns)
 
     def _forget_pruned(self, oldest_left: int, taken_ns: int | None) -> None:
         """Nothing in store.json names what was pruned, but the time that it was from."""
@@ -977,7 +1053,7 @@ class HistoryWriter:
         return (self._segments / one.name).stat().st_size if one.size is None else one.size
 
     def _note(self, warning: str | None) -> None:
-        if warning is not None and warning not in self.warnings and len(self.warnings) < _MAX_WARNINGS:
+        if warning is not None and len(self.warnings) < _MAX_WARNINGS and warning not in self.warnings:
             self.warnings.append(warning)
 
     # Takeover
@@ -986,8 +1062,9 @@ class HistoryWriter:
         """The newest checkpoint's memory and device state, as files for one who goes on from them and writes to them.
 
         They lie where the warm copy does, and are made once for each term: asked again, even after a crash of this
-        process, they are the same files, whatever has been written to them. Only after a crash of the machine, which
-        may have torn them, they are made anew. The stream that led here cannot be continued any more.
+        process, they are the same files, whatever has been written to them, and `handed_out` says which checkpoint
+        they held. Only after a crash of the machine, which may have torn them, they are made anew. The stream that led
+        here cannot be continued any more.
         Raises StoreError, NoCheckpoint.
         """
         with self._changing():
@@ -1002,7 +1079,9 @@ class HistoryWriter:
             device_state = self._warm / f"taken-over-{self.state.term}.state"
             with guarding(_BOOT_ID):
                 made = {"position": str(self.position), "boot": _boot_id()}
-            if self.state.more.get("handed_out") == made and image.exists() and device_state.exists():
+            # Whatever checkpoint is the newest now: these are in use.
+            given = self.state.more.get("handed_out") or {}
+            if given.get("boot") == made["boot"] and image.exists() and device_state.exists():
                 return image, device_state
             with guarding(self._warm):
                 for path in self._warm.glob("taken-over-*"):
@@ -1022,8 +1101,16 @@ class HistoryWriter:
 
     def close(self) -> None:
         """Drop what is incomplete, end a compaction, and let another write. May be called again."""
+        if self._held:
+            self._end()
+
+    def remove(self) -> None:
+        """Close it, and remove the history with all that it holds. Raises StoreError."""
         if not self._held:
-            return
+            raise self._torn()
+        self._end(remove=True)
+
+    def _end(self, *, remove: bool = False) -> None:
         with self._lock:
             compaction = self._compaction
             try:
@@ -1034,7 +1121,7 @@ class HistoryWriter:
             self._cancel_compaction()
         if compaction is not None:
             compaction.join(_CANCEL_S)
-        self._release()
+        self._release(remove=remove)
 
     def disown(self) -> None:
         """In a fork: the history is the parent's. Here it can only be closed, which does nothing.
@@ -1050,7 +1137,7 @@ class HistoryWriter:
             with suppress(OSError):
                 os.close(self._held.pop())
 
-    def _release(self) -> None:
+    def _release(self, *, remove: bool = False) -> None:
         try:
             for chain in (self._coming, self._chain):
                 if chain is not None:
@@ -1059,10 +1146,21 @@ class HistoryWriter:
             self._coming = self._chain = None
             if hasattr(self, "_index"):
                 self._index.close()
+            if remove:
+                self._remove_files()
         finally:  # whatever happened: nobody else could open the history
             while self._held:
                 with suppress(OSError):
                     os.close(self._held.pop())
+
+    def _remove_files(self) -> None:
+        with guarding(self._warm):
+            for path in [*self._warm.glob("memory-*.image"), self._warm / SPARE]:
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # another store may have left something there
+                self._warm.rmdir()
+        with guarding(self.directory):
+            shutil.rmtree(self.directory)
 
     def __enter__(self) -> HistoryWriter:
         return self
@@ -1075,6 +1173,12 @@ def _boot_id() -> str:
     """Changes when the machine starts anew: what was not synced before may be torn then."""
     with open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()
+
+
+def _epoch_in(position: str) -> int | None:
+    """The epoch in a position as store.json has it; None where there is none."""
+    epoch = position.partition(":")[0]
+    return int(epoch) if epoch.isascii() and epoch.isdigit() and len(epoch) < 20 else None
 
 
 def _bounded(damaged: dict[str, str]) -> dict[str, str]:

@@ -30,7 +30,8 @@ from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.primary import Committed, Primary
+from remus_ckpt.service.primary import Primary
+from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile

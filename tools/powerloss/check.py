@@ -149,6 +149,9 @@ class Check:
             if told.committed or told.term > (0, 0):
                 self._wrong(name, "the backup does not know it")
             return
+        if found["term"] is None:
+            self._wrong(name, f"the backup cannot say what it is: {found['trouble']}")
+            return
         if (found["term"], int(found["role"] == "promoted")) < told.term:
             self._wrong(name, f"{found['role']} of term {found['term']}; {told.term} was said")
         newest = max(told.committed, default=-1)

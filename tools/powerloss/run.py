@@ -33,6 +33,8 @@ IMAGE_MIB = 40
 GENERATIONS = 2
 """The second goes on from what a loss of power at the end of the first has left."""
 ACTIONS = 7
+_START_S = 60.0
+"""For a backup to start and answer, on a machine that has other work."""
 MOUNT_OPTIONS = (
     "commit=300",
     "commit=300,noauto_da_alloc",
@@ -103,14 +105,15 @@ class Client:
         """Have it promoted, and protect under the next term what went on."""
         with self.run.span("promotion"):
             self.run.tell("asked", self.name)
-            for _ in range(20):
+            until = time.monotonic() + _START_S
+            while True:
                 try:
                     given = ask(connect(Address.parse(self.run.address)), "failover", {"name": self.name})
                     break
-                except RemusError:
+                except RemusError as error:
+                    if time.monotonic() > until:
+                        raise RuntimeError(f"{self.name} cannot be promoted: {error}") from error
                     time.sleep(0.2)
-            else:
-                raise RuntimeError(f"{self.name} cannot be promoted")
             self.run.tell("promoted", self.name, term=given["term"], position=given["position"])
         if self.run.draw.random() < 0.5:
             time.sleep(0.1)  # the takeover command runs meanwhile

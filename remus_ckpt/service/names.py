@@ -1,0 +1,349 @@
+"""The names that a backup keeps: which of their stores are open, which are being opened, and which cannot be.
+
+A store that cannot be opened, or whose disk hangs, is no fault of the others: each is opened in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from remus_ckpt.errors import NoCheckpoint, RemusError, StoreError
+from remus_ckpt.observe.log import log
+from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S
+from remus_ckpt.service.policy import Policy
+from remus_ckpt.service.standby import Refusal, Standby, close_all
+from remus_ckpt.session import messages
+from remus_ckpt.store import Store
+
+_OPEN_S = 10.0
+"""For a store to open, before others are no longer kept waiting for it."""
+_MOST_OPENED = 8
+"""Names at a time, besides those whose disks hang."""
+_NAME_DESCRIPTORS = 8
+"""Of one name: lock, segments, warm copies, index."""
+_OWN_DESCRIPTORS = 64
+_STATUS_OF_REFUSED: dict[str, Any] = {
+    "role": "unknown",
+    **dict.fromkeys(("term", "epoch", "position", "memory_bytes", "peer", "silent_s"), None),
+    "connected": False,
+    **dict.fromkeys(("fence", "fence_retry_s", "takeover", "takeover_retry_s", "image"), None),
+    "warnings": [],
+    "primary": {},
+}
+"""Of a name whose store cannot be opened, or is not open yet: its role is "opening" then."""
+
+
+class Names:
+    """The standbys of a backup, by name.
+
+    make: opens the store of a name. It may take as long as its disk does; raises StoreError
+    wake: called when a decision may have changed
+
+    One thread calls `turn`, the thread of a session `lend`; any may call the rest.
+    """
+
+    def __init__(
+        self, store: Store, policy: Policy, metrics: Metrics, make: Callable[[str], Standby], wake: Callable[[], None]
+    ) -> None:
+        self._store = store
+        self._policy = policy
+        self._metrics = metrics
+        self._make = make
+        self._wake = wake
+        self._changed = threading.Condition()  # guards all that follows; nobody waits for a disk with it held
+        self.open_ones: dict[str, Standby] = {}
+        self._refused: dict[str, _Refused] = {}
+        self._in_work: set[str] = set()  # names that a thread is opening, or letting go of
+        self._opening: dict[str, float] = {}  # names that threads of ours are opening, and since when
+        self._is_closed = False
+
+    @property
+    def standbys(self) -> list[Standby]:
+        """Those that are open."""
+        with self._changed:
+            return list(self.open_ones.values())
+
+    def find(self, name: str) -> Standby:
+        """That under a name. Raises NoCheckpoint where there is none, StoreError where its store is not open."""
+        with self._changed:
+            standby, refused = self.open_ones.get(name), self._refused.get(name)
+        if refused is not None:
+            raise StoreError(refused.reason)
+        if standby is None:
+            raise NoCheckpoint(f"nothing is protected under the name {name!r} here")
+        return standby
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What there is to say of each, see `Standby.status`; the role of one whose store is not open is "opening", or
+        "unknown" where it cannot be opened."""
+        with self._changed:
+            refused = {name: one.reason for name, one in self._refused.items()}
+            opening = {name for name, one in self._refused.items() if one.is_opening}
+        found = {}
+        for standby in self.standbys:
+            try:
+                found[standby.name] = standby.status()
+                msgpack.packb(found[standby.name])
+            except Exception as error:  # what is wrong with one hides no other
+                refused[standby.name] = f"its status cannot be said: {type(error).__name__}: {error}"
+        return found | {
+            name: _STATUS_OF_REFUSED
+            | self._metrics.backup_status(name)
+            | {"trouble": reason}
+            | ({"role": "opening"} if name in opening else {})
+            for name, reason in refused.items()
+        }
+
+    def turn(self, now: float) -> float:
+        """Open and close what is due; returns when to ask again. Never waits."""
+        self._drop_broken()
+        return self._try_refused(now)
+
+    def close(self, deadline: float) -> None:
+        """Let go of all of them by this time, or a second later: what then still hangs is left to hang."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._count_opening(), max(deadline - time.monotonic(), 0.0))
+        close_all(self.standbys, deadline)
+
+    # Primaries
+
+    @contextmanager
+    def lend(self, name: str) -> Iterator[Standby]:
+        """That under a name, made if it is new, for a primary that is here as long as the block.
+
+        Raises Refusal for one that is not taken here, StoreError for one whose store cannot be opened.
+        """
+        standby = self._take(name)
+        try:
+            yield standby
+        finally:
+            self._release(standby)
+
+    def _take(self, name: str) -> Standby:
+        try:
+            messages.check_name(name)
+        except ValueError as error:
+            raise Refusal("name", str(error)) from None
+        if self._policy.names is not None and name not in self._policy.names:
+            raise Refusal("name", f"{name!r} is not among the names that this backup was started for (--name)")
+        with self._changed:
+            self._wait_until_free(name)
+            if (refused := self._refused.get(name)) is not None and time.monotonic() < refused.retry_at:
+                raise StoreError(refused.reason)
+            if name not in self.open_ones:
+                count = len({*self.open_ones, *self._refused, *self._in_work} - {name})
+                if count >= min(self._policy.max_names, self._room_for_names()):
+                    raise Refusal("limit", f"this backup keeps {count} names already")
+        standby = self._open(name, is_asked_for=True)
+        with self._changed:
+            standby.guests += 1
+            if self.open_ones.get(name) is standby:
+                return standby
+            standby.guests -= 1
+        raise Refusal("busy", f"the store of {name!r} has just been let go of: try again")
+
+    def _room_for_names(self) -> int:
+        """How many names there are descriptors for, when all connections are in use."""
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if descriptors == resource.RLIM_INFINITY:
+            return self._policy.max_names
+        return max((descriptors - self._policy.max_connections - _OWN_DESCRIPTORS) // _NAME_DESCRIPTORS, 1)
+
+    def _release(self, standby: Standby) -> None:
+        """A name under which nothing was ever committed must not keep its place from others."""
+        name = standby.name
+        with self._changed:
+            standby.guests -= 1
+            if standby.guests or not standby.looks_empty():
+                return
+        with suppress(Refusal), self._working_on(name):
+            with self._changed:
+                if standby.guests or self.open_ones.get(name) is not standby:
+                    return
+                del self.open_ones[name]
+            if standby.close_if_empty():
+                self._metrics.forget(name)
+            else:
+                with self._changed:
+                    self.open_ones[name] = standby
+
+    # Opening
+
+    def open_all(self) -> None:
+        """Open what the store holds, side by side; wait as long as one after the other opens. Raises StoreError."""
+        names = self._store.candidates()
+        with self._changed:
+            self._refused = {name: _Refused.not_yet(name) for name in names}
+        unopened = dict(self._refused)
+        deadline = time.monotonic() + _OPEN_S
+        while unopened and (now := time.monotonic()) < deadline:
+            self._try_refused(now)
+            with self._changed:
+                before = len(unopened)
+                unopened = {name: one for name, one in self._refused.items() if one.is_opening}
+                if len(unopened) < before:
+                    deadline = time.monotonic() + _OPEN_S
+                else:
+                    self._changed.wait(min(deadline - now, FIRST_RETRY_S))
+        for name, one in unopened.items():
+            log("store refused", level=logging.ERROR, name=name, reason=one.reason)
+            self._metrics.store_refused(name)
+
+    def _open(self, name: str, *, is_asked_for: bool = False) -> Standby:
+        """That under a name. What keeps one from being opened is said, and is no fault of the others; those that a
+        store holds are tried again. Raises StoreError, Refusal."""
+        with self._working_on(name):
+            with self._changed:
+                if (found := self.open_ones.get(name)) is not None:
+                    return found
+                refused = self._refused.get(name)
+            if not is_asked_for and refused is not None and refused.is_opening and not self._store.may_hold(name):
+                with self._changed:
+                    del self._refused[name]
+                raise NoCheckpoint(f"there is no history in {name!r}")
+            try:
+                standby = self._make(name)
+            except Exception as error:
+                reason = str(error) if isinstance(error, RemusError) else f"{type(error).__name__}: {error}"
+                reason = f"the store of {name!r} cannot be opened: {reason}"
+                if refused is None or refused.reason != reason:
+                    log("store refused", level=logging.ERROR, name=name, reason=reason)
+                if refused is not None or not is_asked_for:
+                    with self._changed:
+                        self._refused[name] = _Refused.after(refused, reason)
+                    self._metrics.store_refused(name)
+                raise StoreError(reason) from error
+            with self._changed:
+                is_late = self._is_closed
+                if not is_late:
+                    self.open_ones[name] = standby
+                    self._refused.pop(name, None)
+            if is_late:
+                standby.close()
+                raise Refusal("shutdown", "the backup is being stopped")
+            if refused is not None and not refused.is_opening:
+                log("store opened", name=name)
+            return standby
+
+    def _wait_until_free(self, name: str) -> None:
+        if not self._changed.wait_for(lambda: name not in self._in_work, _OPEN_S):
+            raise Refusal("busy", f"the store of {name!r} is being opened, or its disk hangs: try again")
+
+    @contextmanager
+    def _working_on(self, name: str) -> Iterator[None]:
+        """One thread at a time opens the store of a name, or lets go of it."""
+        with self._changed:
+            self._wait_until_free(name)
+            self._in_work.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_work.discard(name)
+                self._changed.notify_all()
+
+    def _drop_broken(self) -> None:
+        """Close the stores that have to be opened anew; they are refused meanwhile."""
+        with self._changed:
+            broken = [
+                standby
+                for name, standby in self.open_ones.items()
+                if standby.broken is not None and name not in self._in_work
+            ]
+            for standby in broken:
+                closing = threading.Thread(target=self._close_broken, args=[standby], name=f"closing {standby.name}")
+                try:
+                    closing.start()  # it waits for our lock
+                except RuntimeError:  # there can be no more threads: it is tried again at the next turn
+                    return
+                self._in_work.add(standby.name)
+                self._refused[standby.name] = _Refused.after(None, f"the store is opened anew: {standby.broken}")
+                del self.open_ones[standby.name]
+
+    def _close_broken(self, standby: Standby) -> None:
+        with self._changed:  # until it has been taken away
+            pass
+        log("store refused", level=logging.ERROR, name=standby.name, reason=standby.broken)
+        self._metrics.store_refused(standby.name)
+        try:
+            standby.close()
+        finally:
+            with self._changed:
+                self._in_work.discard(standby.name)
+                self._changed.notify_all()
+            self._wake()
+
+    def _try_refused(self, now: float) -> float:
+        """Open those that could not be opened, each in a thread of its own; returns when to ask again."""
+        with self._changed:
+            if not self._refused:
+                return math.inf
+            waiting = {
+                name: one
+                for name, one in self._refused.items()
+                if name not in self._in_work and name not in self._opening
+            }
+            due = [name for name, one in waiting.items() if now >= one.retry_at]
+            for name in due[: max(_MOST_OPENED - self._count_opening(), 0)]:
+                opening = threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True)
+                try:
+                    opening.start()  # it waits for our lock
+                except RuntimeError:  # there can be no more threads
+                    break
+                self._opening[name] = now
+        return min([now + FIRST_RETRY_S, *(one.retry_at for one in waiting.values() if one.retry_at > now)])
+
+    def _count_opening(self) -> int:
+        """With the lock held: how many stores are being opened, without those whose disks seem to hang."""
+        now = time.monotonic()
+        return sum(now - since < _OPEN_S for since in self._opening.values())
+
+    def _try_again(self, name: str) -> None:
+        try:
+            with suppress(RemusError):
+                self._open(name)
+        finally:
+            with self._changed:
+                del self._opening[name]
+                self._changed.notify_all()
+            self._wake()
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A name whose store is not open.
+
+    reason: why not
+    tries: how often it has failed to open; none while it is being opened for the first time
+    retry_at: when it is tried again
+    """
+
+    reason: str
+    tries: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def is_opening(self) -> bool:
+        return not self.tries
+
+    @staticmethod
+    def not_yet(name: str) -> _Refused:
+        return _Refused(f"the store of {name!r} is being opened; if that does not end, its disk hangs")
+
+    @staticmethod
+    def after(before: _Refused | None, reason: str) -> _Refused:
+        tries = 1 if before is None else before.tries + 1
+        pause_s = min(FIRST_RETRY_S * 2.0 ** min(tries - 1, 10), LONGEST_RETRY_S)
+        return _Refused(reason, tries, time.monotonic() + pause_s)

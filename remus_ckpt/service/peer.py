@@ -1,0 +1,323 @@
+"""One connection to a backup, from its first byte to its end: a primary that is protected, or somebody who asks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, RemusError, StoreError, StreamError, UnknownFormat
+from remus_ckpt.limits import Limits
+from remus_ckpt.link.connection import Connection
+from remus_ckpt.observe.log import log
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.standby import Refusal, Standby
+from remus_ckpt.session import frames, machine, messages
+from remus_ckpt.session.machine import Session
+from remus_ckpt.session.messages import MAX_EPOCH
+from remus_ckpt.store import HistoryWriter
+from remus_ckpt.version import __version__
+
+_HELLO_S = 5.0
+_FRAME_S = 60.0
+BEAT_S = 0.1
+_END_S = 1.0
+_RECEIVED_EVERY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a backup offers to its peers.
+
+    lease_s: a primary that is silent for twice as long is hung up on
+    limits: what streams may claim
+    report_phase: called with ("receiving" or "acknowledged", epoch)
+    standby_of: that under a name, as long as a primary is there. Raises Refusal, StoreError
+    answer: the answer to a method and its arguments, None to one that is not known. Raises RemusError
+    """
+
+    lease_s: float
+    limits: Limits
+    report_phase: Callable[[str, int], None]
+    standby_of: Callable[[str], AbstractContextManager[Standby]]
+    answer: Callable[[str, dict[str, Any]], dict[str, Any] | None]
+
+
+class _Silent(LinkError):
+    """A peer that says nothing; it is told."""
+
+
+def _code_of(error: StreamError) -> str:
+    """What the peer is told of a fault in its bytes (specs/session.md §7)."""
+    if isinstance(error, UnknownFormat) and error.chunk == "HELLO":
+        return "version"
+    if isinstance(error, LimitExceeded):
+        return "limit"
+    return "malformed" if (error.section or "").startswith("session.md") else "stream"
+
+
+class Peer:
+    """One connection, from its handshake to its end, in a thread of its own.
+
+    `beat` is called by one other thread, `end` by any; the rest is the work of its own. What it notes of the peer is
+    written by its own thread alone, and may be read by any.
+    """
+
+    def __init__(self, offer: Offer, connection: Connection) -> None:
+        self.connection = connection
+        self.thread = threading.Thread(target=self._serve, name=f"peer {connection.peer}", daemon=True)
+        self.is_evicted = False
+        """Its place has been given to another; whoever accepts connections says so."""
+        self.is_known = False
+        """Whether it has said hello."""
+        self.run_id = b""
+        self.status: dict[str, Any] = {}
+        """What the primary last said of itself."""
+        self._offer = offer
+        self._session: Session | None = None
+        self._name = ""
+        self._sending = threading.Lock()  # guards what is sent, and the next
+        self._beats = 0
+        self._heard = time.monotonic()
+        self._is_listening = True
+        self._ended_with: str | None = None  # by us
+        self._counted = 0
+
+    @property
+    def peer(self) -> str:
+        """Address and name of the other side."""
+        return self.connection.peer
+
+    @property
+    def heard(self) -> float:
+        """When anything came last; now, while nobody listens: what a slow disk holds up is no silence of the peer."""
+        return self._heard if self._is_listening else time.monotonic()
+
+    @property
+    def session(self) -> Session:
+        """Raises ValueError before the handshake."""
+        if self._session is None:
+            raise ValueError("nothing can be said before the handshake")
+        return self._session
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        """For the log."""
+        return {"peer": self.connection.peer} | ({"name": self._name} if self._name else {})
+
+    # Called by others
+
+    def beat(self) -> None:
+        """Show that we are here, if nothing else is being sent."""
+        if not self.is_known or not self._sending.acquire(blocking=False):
+            return
+        try:
+            self._beats += 1
+            message = messages.Heartbeat(number=self._beats, status={})
+            # The thread that accepts must not wait for a peer: one that takes not even this is not there.
+            self.connection.send(self.session.send(message), BEAT_S)
+        except (LinkError, TimeoutError):
+            self.connection.close()  # its own thread says why
+        except ValueError:
+            pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error
+        finally:
+            self._sending.release()
+
+    def end(self, code: str, message: str, term: int | None = None) -> None:
+        """Tell the peer that it is over, and why; its thread ends. Takes a moment at most."""
+        self._ended_with = code
+        self._try_say(messages.Error(code=code, message=message, term=term), _END_S)
+        self.connection.close()
+
+    # The thread
+
+    def _serve(self) -> None:
+        try:
+            self.connection.handshake(_HELLO_S)
+            self._session = Session("server")  # its buffer is not for those who have not shown who they are
+            hello = self._await_hello()
+            self.is_known = True
+            if hello.role == "control":
+                self._serve_control()
+            else:
+                self._serve_primary(hello)
+        except Refusal as error:
+            self._say_goodbye(messages.Error(code=error.code, message=str(error), term=error.term))
+            log("refused", level=logging.WARNING, **self._who, code=error.code, reason=str(error))
+        except StreamError as error:
+            code = _code_of(error)
+            self._say_goodbye(messages.Error(code=code, message=str(error), offset=error.offset))
+            # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
+            error.__traceback__ = None
+            log("refused", level=logging.WARNING, **self._who, code=code, reason=str(error))
+        except StoreError as error:
+            self._say_goodbye(messages.Error(code="store", message=str(error)))
+            log("store failed", level=logging.ERROR, **self._who, reason=str(error))
+        except _Silent as error:
+            self._say_goodbye(messages.Error(code="timeout", message=str(error)))
+            log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
+        except (LinkError, TimeoutError) as error:
+            if self._ended_with is not None:
+                log("session ended", **self._who, code=self._ended_with)
+            else:
+                log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
+        except Exception as error:
+            self._try_say(messages.Error(code="internal", message=f"{type(error).__name__}: {error}"))
+            log("connection failed", level=logging.ERROR, error=error, **self._who)
+        finally:
+            self.connection.close()
+            if self._session is not None:
+                self._session.close()
+
+    def _await_hello(self) -> messages.Hello:
+        deadline = time.monotonic() + _HELLO_S
+        while True:
+            match self.session.next_event():
+                case messages.Hello() as hello:
+                    frames.negotiate(hello)
+                    return hello
+                case None:
+                    self._receive(deadline - time.monotonic(), f"no hello in {_HELLO_S:g} s")
+
+    def _receive(self, timeout_s: float, otherwise: str) -> None:
+        self._heard, self._is_listening = time.monotonic(), True
+        try:
+            size = self.connection.recv_into(self.session.get_buffer(), max(timeout_s, 0.0))
+        except TimeoutError:
+            raise _Silent(otherwise) from None
+        if not size:
+            raise LinkError("the other side has closed the connection")
+        self._is_listening = False
+        self.session.buffer_updated(size)
+
+    def say(self, message: messages.Message, timeout_s: float | None = None) -> None:
+        """Send one message, within a lease by default. Raises TimeoutError, and LinkError too where the peer has been
+        told that it is over."""
+        timeout_s = self._offer.lease_s if timeout_s is None else timeout_s
+        if not self._sending.acquire(timeout=timeout_s):
+            raise TimeoutError("the peer takes nothing")
+        try:
+            if self.session.last_sent is not None:
+                raise LinkError("the session was ended here")
+            self.connection.send(self.session.send(message), timeout_s)
+        finally:
+            self._sending.release()
+
+    def _try_say(self, message: messages.Message, timeout_s: float | None = None) -> None:
+        with suppress(LinkError, TimeoutError, ValueError):  # if it cannot be told, it cannot be told
+            self.say(message, timeout_s)
+
+    def _say_goodbye(self, message: messages.Message) -> None:
+        self._try_say(message)
+        # Closed at once, what it still sends would destroy what it has not yet read of ours.
+        self.connection.finish(1.0)
+
+    def _serve_control(self) -> None:
+        self.say(messages.Welcome(program=f"remus_ckpt {__version__}", term=0, limits={}, lease_s=self._offer.lease_s))
+        while True:
+            match self.session.next_event():
+                case messages.Request() as request:
+                    self.say(messages.Reply(number=request.number, result=self._answer(request)))
+                case messages.Goodbye():
+                    return
+                case messages.Error() as error:
+                    raise LinkError(error.message)
+                case None:
+                    self._receive(_FRAME_S, f"nothing was asked in {_FRAME_S:g} s")
+
+    def _answer(self, request: messages.Request) -> dict[str, Any]:
+        try:
+            answer = self._offer.answer(request.method, request.arguments)
+        except RemusError as error:
+            return {"error": str(error)}
+        return {"error": f"there is no method {request.method!r} here"} if answer is None else answer
+
+    def _serve_primary(self, hello: messages.Hello) -> None:
+        if hello.page_size != PAGE_SIZE:
+            raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
+        most = self._offer.limits.memory_bytes
+        if hello.memory_pages * PAGE_SIZE > most:
+            text = f"a memory of {hello.memory_pages * PAGE_SIZE:,} bytes; this backup takes {most:,} (--max-memory)"
+            raise Refusal("limit", text)
+        self.run_id = hello.run
+        self._name = hello.name
+        with self._offer.standby_of(hello.name) as standby:
+            self._host(standby, hello)
+
+    def _host(self, standby: Standby, hello: messages.Hello) -> None:
+        with standby.hosting(self, hello) as writer:
+            self.say(standby.welcome(hello, self._offer.limits))
+            last_frame = time.monotonic()
+            while True:
+                event = self.session.next_event()
+                if event is not None:
+                    last_frame = time.monotonic()
+                match event:
+                    case messages.Begin():
+                        writer.begin(full=event.mode == "full")
+                        self.session.lender = writer
+                        log(
+                            "receiving",
+                            name=hello.name,
+                            peer=self.peer,
+                            mode=event.mode,
+                            position=event.position and str(event.position),
+                        )
+                    case machine.DataReceived(size, data):
+                        if data is None:
+                            writer.buffer_updated(size)
+                        else:
+                            writer.feed(data)
+                        self._offer.report_phase("receiving", 0)
+                    case messages.Commit():
+                        self._commit(standby, writer, event)
+                    case messages.Heartbeat():
+                        self.status = event.status
+                    case messages.Goodbye():
+                        standby.said_goodbye(event.reason)
+                        return
+                    case messages.Error():
+                        raise LinkError(f"it ended the session: {event.message}")
+                    case None:
+                        if time.monotonic() - last_frame > _FRAME_S:
+                            raise _Silent(f"no whole frame in {_FRAME_S:g} s")
+                        silence_s = 2 * self._offer.lease_s
+                        self._receive(silence_s, f"silent for {silence_s:g} s")
+
+    def _commit(self, standby: Standby, writer: HistoryWriter, commit: messages.Commit) -> None:
+        begin = time.monotonic()
+        if commit.position.epoch > MAX_EPOCH:
+            raise Refusal("limit", f"epoch {commit.position.epoch}; there are {MAX_EPOCH}")
+        staged = writer.check(commit.position)
+        record = staged.record
+        if record is None or record.before != commit.before or staged.page_count != commit.pages:
+            raise Malformed(
+                f"{commit.pages} pages behind {commit.before} are committed of a checkpoint of {staged.page_count} "
+                f"behind {record and record.before}",
+                offset=self.session.received_bytes,
+                section="session.md §3.5",
+                chunk="COMMIT",
+            )
+        wait = self.session.begin.wait if self.session.begin is not None else "durable"
+        # An acknowledgement wakes the primary, which takes time here while it is wanted for the disk: where `durable`
+        # says the same a little later, `received` is said now and then, for those who measure the link by it.
+        if wait == "received" or commit.position.epoch % _RECEIVED_EVERY == 0:
+            self.say(messages.Ack(level="received", position=commit.position))
+        writer.store()
+        self.say(messages.Ack(level="durable", position=commit.position))
+        self._offer.report_phase("acknowledged", commit.position.epoch)
+        before, self._counted = self._counted, self.connection.bytes_received
+        standby.stored(
+            commit.position,
+            time.monotonic() - begin,
+            raw_bytes=commit.pages * PAGE_SIZE,
+            encoded_bytes=commit.stream_bytes,
+            wire_bytes=self._counted - before,
+        )
+        writer.apply()
+        if wait == "applied":
+            self.say(messages.Ack(level="applied", position=commit.position))

@@ -1,0 +1,50 @@
+"""What a backup is told to do with what it protects: the settings of when to act, and whom to serve."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S
+from remus_ckpt.store import Retention
+
+FENCE_S = 60.0
+TAKEOVER_S = 3600.0
+"""A takeover command may have to read all of a large memory from a slow disk; what takes longer hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a backup does with what it protects.
+
+    lease_s: a primary that is silent for so long is gone
+    automatic: take over then without being asked; `fence` must be there
+    fence: a shell command that makes sure that the primary writes and releases nothing more; exit status 0 says so
+    fence_timeout_s: one that takes longer is killed, with all that it started, and has failed
+    on_failover: a shell command that starts the work here; it ends once the work goes on
+    takeover_timeout_s: one that takes longer is killed, with all that it started, and is tried again
+    retention: what is kept of the past
+    names: that may be protected; None for any
+    max_names, max_connections: how many there may be
+    """
+
+    lease_s: float = 5.0
+    automatic: bool = False
+    fence: str | None = None
+    fence_timeout_s: float = FENCE_S
+    on_failover: str | None = None
+    takeover_timeout_s: float = TAKEOVER_S
+    retention: Retention = field(default_factory=Retention)
+    names: frozenset[str] | None = None
+    max_names: int = 1000
+    max_connections: int = 256
+
+    def __post_init__(self) -> None:
+        least, most = MIN_LEASE_S, MAX_LEASE_S
+        if not least <= self.lease_s <= most:
+            raise ValueError(f"a lease of {self.lease_s:g} s; it has {least:g} s to {most:g} s")
+        if self.automatic and not self.fence:
+            raise ValueError("automatic failover needs a fencing command: without one, two sides may go on at once")
+        for what, timeout_s in (("fence", self.fence_timeout_s), ("takeover", self.takeover_timeout_s)):
+            if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+                raise ValueError(f"a {what} command with {timeout_s:g} s to end in")
