@@ -314,6 +314,29 @@ def test_a_fork_takes_nothing_from_its_parent() -> None:
 
 
 @needs_tracking
+def test_a_fork_does_not_keep_the_memory() -> None:
+    array = mapped(4 * PAGE_SIZE)
+    over, ours = os.pipe()
+    is_there, there = os.pipe()
+    with watched(span_of(array)):
+        pid = os.fork()
+        if not pid:
+            os.write(there, b"x")
+            os.close(ours)
+            os.read(over, 1)
+            os._exit(0)
+        os.read(is_there, 1)
+    try:
+        with watched(span_of(array)) as them:
+            array[PAGE_SIZE] = 1
+            assert them.written().tolist() == [1]
+    finally:
+        for fd in (ours, over, is_there, there):
+            os.close(fd)
+        os.waitpid(pid, 0)
+
+
+@needs_tracking
 def test_memory_is_watched_by_one_at_a_time() -> None:
     """Each would take from the other what it has not seen yet."""
     array = mapped(4 * PAGE_SIZE)

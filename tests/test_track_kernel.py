@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +291,58 @@ def test_a_process_is_tracked(tmp_path: Path) -> None:
         assert (source.tracker.way, source.tracker.why) == ("kernel", "")
         source.stopper.resume()
         source.close()
+
+
+CHILD = """
+import mmap, os, sys, time
+area = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+parent = os.getpid()
+area[0] = 1
+if os.fork():
+    print("ready", flush=True)
+    time.sleep(600)
+number = 0
+while os.getppid() == parent:
+    number += 1
+    area[5 * 4096 + number % 4096] = number % 251
+    time.sleep(0.0005)
+"""
+
+
+@needs_tracking
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")
+def test_a_child_that_writes_is_compared_and_then_tracked(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(PAGES * PAGE_SIZE))
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE) as process:
+        source = None
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            source = SharedFile(path, Processes([process.pid]))
+            memory, tracker, stopper = source.memory, source.tracker, source.stopper
+            for pfns, pages in tracker.copy_live():
+                source.tracker.reference.pages[pfns] = pages  # type: ignore[union-attr]
+            ways = []
+            for _ in range(6):
+                stopper.stop()
+                memory.check()
+                found = tracker.written()
+                ways.append((tracker.way, found.tolist()))
+                now = np.frombuffer(path.read_bytes(), dtype=np.uint8).reshape(-1, PAGE_SIZE)
+                tracker.reference.pages[found] = now[found]  # type: ignore[union-attr]
+                assert (tracker.reference.pages == now).all()  # type: ignore[union-attr]
+                stopper.resume()
+                tracker.taken()
+                before = path.read_bytes()
+                while path.read_bytes() == before:
+                    time.sleep(0.001)
+            assert ways[0][0] == "compare", "the child was not known"
+            assert ways[-2:] == [("kernel", [5])] * 2
+        finally:
+            if source is not None:
+                source.close()
+            process.kill()
 
 
 class Refusing:

@@ -106,13 +106,18 @@ def test_what_processes_write_is_found(path: Path, worker: Mapper) -> None:
         assert not len(watch.written([worker, other]))
 
 
-def test_all_mappings_of_a_process_are_seen(path: Path, worker: Mapper) -> None:
+def test_all_mappings_of_a_process_are_seen(path: Path, worker: Mapper, tmp_path: Path) -> None:
     """Parts of the file, at offsets, and one that can only be read."""
     worker.do(f"part = mmap.mmap(file, {4 * PAGE_SIZE}, offset={8 * PAGE_SIZE})")
     worker.do(f"rest = mmap.mmap(os.open({str(path)!r}, os.O_RDONLY), size, prot=mmap.PROT_READ)")
     worker.do("own = mmap.mmap(file, size, flags=mmap.MAP_PRIVATE)")
+    # The path of another file holds the words by which mappings of this one are known.
+    (major, minor), inode = as_listed(worker, path)
+    other = tmp_path / f"a {major:02x}:{minor:02x} {inode} b"
+    other.write_bytes(bytes(PAGES * PAGE_SIZE))
+    worker.do(f"another = mmap.mmap(os.open({str(other)!r}, os.O_RDWR), 0); another[5 * 4096] = 1")
     with watch_of(path, [worker]) as watch:
-        worker.do(f"part[{PAGE_SIZE}] = 1; own[{20 * PAGE_SIZE}] = 1; rest[{21 * PAGE_SIZE}]")
+        worker.do(f"part[{PAGE_SIZE}] = 1; own[{20 * PAGE_SIZE}] = 1; rest[{21 * PAGE_SIZE}]; another[6 * 4096] = 1")
         worker.touch(0)
         assert watch.written([worker]).tolist() == [0, 9], "a private one's writes do not reach the file"
 
@@ -182,16 +187,23 @@ def test_processes_come_and_go(path: Path, worker: Mapper) -> None:
         assert watch.written([worker]).tolist() == [7]
 
 
-def test_a_process_that_executes_another_program_is_not_known_any_more(path: Path, worker: Mapper) -> None:
+def test_a_process_that_executes_another_program_is_taken_in_anew(path: Path, worker: Mapper) -> None:
     with watch_of(path, [worker]) as watch:
         assert worker.process.stdin is not None and worker.process.stdout is not None
         worker.process.stdin.write(b"os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])\n")
         worker.process.stdin.flush()
         assert worker.process.stdout.readline() == b"ready\n"
-        for _ in range(2):
-            worker.touch(3)
-            with pytest.raises(Untracked):
-                watch.written([worker])
+        worker.touch(3)
+        with pytest.raises(Untracked, match=f"process {worker.pid}"):
+            watch.written([worker])
+        worker.touch(3)
+        with pytest.raises(Untracked, match="is new"):
+            watch.written([worker])
+        watch.attach([worker])
+        with pytest.raises(Untracked, match="mappings"):
+            watch.written([worker])
+        worker.touch(5)
+        assert watch.written([worker]).tolist() == [5]
 
 
 def test_a_process_that_cannot_be_tracked_is_named(path: Path, worker: Mapper) -> None:

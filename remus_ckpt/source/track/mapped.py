@@ -22,7 +22,7 @@ from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
 from remus_ckpt.source.track.foreign import Stopped, userfaultfd_of
 from remus_ckpt.source.track.spans import expand
-from remus_ckpt.source.track.written import Scanner, Userfault
+from remus_ckpt.source.track.written import MemoryGone, Scanner, Userfault
 
 _CMINFLT = 8
 """Faults of children that have ended: which word of /proc/PID/stat, counted from the state."""
@@ -124,6 +124,11 @@ class FileWatch:
                 continue
             try:
                 runs = followed.written(self._listed)
+            except MemoryGone as error:
+                # `attach` takes in what it is now.
+                self._followed.pop(process).close()
+                doubts.append(str(error))
+                continue
             except Untracked as error:
                 doubts.append(str(error))
                 continue
@@ -203,7 +208,7 @@ class _Followed:
             if is_watched:
                 self._scanner.arm(pagemap, row.start, row.stop)
         except Untracked as error:
-            raise Untracked(f"process {self.process.pid}: {error}") from None
+            raise type(error)(f"process {self.process.pid}: {error}") from None
         self._rows[row] = is_watched
 
     def _read_rows(self, listed: bytes) -> set[_Row]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import Untracked
+from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
 
@@ -30,6 +31,10 @@ class Unwatched(Untracked):
     """Some of a range is mapped and not watched."""
 
 
+class MemoryGone(Untracked):
+    """The memory of a userfaultfd is no more: the process has ended, or executed another program."""
+
+
 class Userfault:
     """A userfaultfd: what it has registered is watched until it is closed, here and wherever else it is held.
 
@@ -39,6 +44,8 @@ class Userfault:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        # In a fork's hands it would go on watching, and keep the memory from whoever watches it next.
+        disown_in_forks(self)
         try:
             linux.handshake(fd)
         except OSError as error:
@@ -64,11 +71,15 @@ class Userfault:
         if fd >= 0:
             os.close(fd)
 
+    def disown(self) -> None:
+        """In a fork: it is the parent's."""
+        self.close()
+
     def register(self, start: int, stop: int) -> bool:
         """Take a range of addresses, whole pages. It is watched from `Scanner.arm` on.
 
         Returns False, and leaves it, where it is a mapping that can never be written.
-        Raises Untracked if it cannot be watched: somebody else does so, or some of it is not mapped.
+        Raises Untracked if it cannot be watched: somebody else does so, or some of it is not mapped; MemoryGone.
         """
         try:
             linux.register(self._fd, start, stop)
@@ -76,10 +87,11 @@ class Userfault:
         except OSError as error:
             if error.errno == errno.EPERM:  # of a file opened for reading
                 return False
+            if error.errno == errno.ENOMEM:
+                raise MemoryGone("it has ended, or executed another program") from None
             reason = {
                 errno.EBUSY: "somebody else watches some of it with a userfaultfd",
                 errno.EINVAL: "some of it is not mapped, or mapped in a way that userfaultfd does not take",
-                errno.ENOMEM: "the process whose memory it was has ended, or executed another program",
             }.get(error.errno or 0, error.strerror)
             raise Untracked(f"memory at {start:#x}-{stop:#x} cannot be watched: {reason}") from None
 
