@@ -139,6 +139,12 @@ def test_one_that_is_gone() -> None:
     os.close(pidfd)
 
 
+def test_on_other_machines_it_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(Untracked, match="aarch64"):
+        foreign.userfaultfd_of(os.getppid(), 0)
+
+
 USERFAULTFD, RT_SIGRETURN = linux.CALLS["x86_64"].userfaultfd, linux.CALLS["x86_64"].rt_sigreturn
 
 
