@@ -1,4 +1,4 @@
-"""What finding written pages costs, by the kernel and by comparison: tools/bench_tracking.py [--quick] [--json FILE]
+"""What finding written pages costs, by kernel and by comparison: bench_tracking.py [--quick] [--rounds N] [--json FILE]
 
 Memory of 128 MiB and 1 GiB, of this process (anonymous, 4 KiB pages and transparent huge ones) and of another one (a
 file in /dev/shm that it has mapped), with 0.1, 1 and 10 % of its pages written at random places. In each round, by the
@@ -168,6 +168,7 @@ def cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds, 128 MiB only")
+    parser.add_argument("--rounds", type=int, metavar="N", help="how many rounds [200 for 128 MiB, 100 for 1 GiB]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
     if reason := why_not():
@@ -177,7 +178,7 @@ def main() -> None:
     figures = []
     for mib in SIZES_MIB[:1] if arguments.quick else SIZES_MIB:
         pages = mib * (1 << 20) // PAGE_SIZE
-        rounds = (200 if mib < 512 else 100) // (10 if arguments.quick else 1)
+        rounds = arguments.rounds or (200 if mib < 512 else 100) // (10 if arguments.quick else 1)
         kinds = {
             "own, 4 KiB pages": lambda pages=pages: own(pages, huge=False),
             "own, huge pages": lambda pages=pages: own(pages, huge=True),
