@@ -179,18 +179,22 @@ def test_any_layout_and_any_writes(tracking: Tracking, pieces: list[tuple[int, i
     source.close()
 
 
-def test_many_buffers_that_end_within_a_page() -> None:
+@pytest.mark.parametrize("tracking", ["compare", pytest.param("kernel", marks=needs_tracking)])
+def test_many_buffers_that_end_within_a_page(tracking: Tracking) -> None:
     buffers = {f"b{n}": bytearray(b"x" * (1 + 37 * n % 5000)) for n in range(300)}
-    source = OwnMemory(buffers)
+    source = OwnMemory(buffers, tracking=tracking)
     assert take(source) == list(range(source.memory.pages))
     first = {entry.name: entry.page for entry in Buffers(buffers).manifest.entries}
     for name in ("b0", "b63", "b64", "b65", "b200", "b299"):
         buffers[name][-1] += 1
     written = take(source)
-    assert written == [
+    changed = [
         first[name] + (len(buffers[name]) - 1) // PAGE_SIZE for name in ("b0", "b63", "b64", "b65", "b200", "b299")
     ]
+    assert set(changed) <= set(written)
+    assert tracking == "kernel" or written == changed
     assert shadow(source).tobytes() == image(buffers)
+    source.close()
 
 
 def test_read_only_arrays_are_followed() -> None:
