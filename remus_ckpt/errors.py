@@ -9,7 +9,8 @@
     ├── NoCheckpoint             1   not the checkpoint that was asked for
     │   └── NothingToRestore     20  none at all: the stream or store holds no complete checkpoint
     ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
-    │   └── PauseBroken          1   somebody ran in a pause: what was copied in it is not of one instant
+    │   ├── PauseBroken          1   somebody ran in a pause: what was copied in it is not of one instant
+    │   └── Untracked            1   the kernel cannot say which pages were written; a comparison can
     ├── StoreError               1   a store cannot be opened, read or written; what was committed is untouched
     ├── LinkError                1   no connection to the other side, or none any longer
     │   └── Refused              1   the other side says no, and why
@@ -106,6 +107,10 @@ class SourceError(RemusError):
 
 class PauseBroken(SourceError):
     """Somebody ran in a pause. What was copied in it is not of one instant; another pause may hold."""
+
+
+class Untracked(SourceError):
+    """The kernel cannot say which pages of this memory were written, and why. A comparison can."""
 
 
 class StoreError(RemusError):

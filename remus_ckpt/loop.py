@@ -10,7 +10,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +30,10 @@ _PAUSES = 3
 """How many pauses are tried for one checkpoint before one that is broken is an error."""
 
 
+STEPS = ("stop", "find", "copy", "resume")
+"""Of a pause: those who write are stopped, the pages found, then copied; they run on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """One checkpoint, as the loop saw it. Times are in seconds."""
@@ -43,6 +47,8 @@ class Taken:
     """Of the pause: encoding and writing, which only a bounded capture does there."""
     encode_s: float
     """Encoding and writing outside the pause."""
+    steps_s: Mapping[str, float]
+    """Where the pause went. What is left is the look whether it has held, and a bounded capture's encoding."""
 
 
 class Output(Protocol):
@@ -187,7 +193,7 @@ class CheckpointLoop:
         self._output.commit(self._sender.sent)
         encode_s = time.monotonic() - pause.ended_at
         blocked_s = max(pause.seconds - pause.capture_s, 0.0) if self._bounded else 0.0
-        return Taken(self._sender.sent, pause.dirty_pages, pause.seconds, blocked_s, encode_s)
+        return Taken(self._sender.sent, pause.dirty_pages, pause.seconds, blocked_s, encode_s, pause.steps_s)
 
     def _scan(self, pause: _Pause) -> Iterator[PageBatch]:
         """The capture, with the pause around it; what is drawn after the pause was copied in it."""
@@ -201,7 +207,7 @@ class CheckpointLoop:
         dirty = self._pause_and_find(pause)
         for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
             part = dirty[start : start + MAX_BATCH_ENTRIES]
-            with pause.capturing():
+            with pause.timed("copy"):
                 captured = self._memory.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
             yield from batches(part, captured)
         # Nothing more is drawn: what the last buffer still costs falls outside the pause.
@@ -211,7 +217,8 @@ class CheckpointLoop:
         """The dirty pages of one pause. One that was broken is taken again: nothing of it has been used."""
         for left in reversed(range(_PAUSES)):
             dirty = self._pause_and_find(pause)
-            captured = self._memory.read(dirty, self._room(len(dirty)))
+            with pause.timed("copy"):
+                captured = self._memory.read(dirty, self._room(len(dirty)))
             try:
                 pause.end()
                 break
@@ -223,7 +230,7 @@ class CheckpointLoop:
     def _pause_and_find(self, pause: _Pause) -> NDArray[np.int64]:
         """Pause the source; the pages to be taken."""
         pause.begin()
-        with pause.capturing():
+        with pause.timed("find"):
             self._memory.check()
             dirty = self._tracker.written()
             if len(self._sender.owed):
@@ -344,8 +351,7 @@ class _Pause:
         self.dirty_pages = 0
         self.seconds = 0.0
         """From the order to stop to the order to run on, without what `on_paused` took."""
-        self.capture_s = 0.0
-        """Of it: stopping, finding and copying pages."""
+        self.steps_s: dict[str, float] = dict.fromkeys(STEPS, 0.0)
         self.ended_at = 0.0
 
     def begin(self) -> None:
@@ -355,17 +361,22 @@ class _Pause:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
         self._began = time.monotonic()
         try:
-            with self.capturing():
+            with self.timed("stop"):
                 self._stopper.stop()
         except SourceError:  # they run on
             self._over()
             raise
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
+    def timed(self, step: str) -> Iterator[None]:
         begin = time.monotonic()
         yield
-        self.capture_s += time.monotonic() - begin
+        self.steps_s[step] += time.monotonic() - begin
+
+    @property
+    def capture_s(self) -> float:
+        """Of it: stopping, finding and copying pages."""
+        return self.steps_s["stop"] + self.steps_s["find"] + self.steps_s["copy"]
 
     def end(self) -> None:
         """Look whether it has held, and let them run on. Raises SourceError if it has not."""
@@ -383,12 +394,14 @@ class _Pause:
         """Let them run on, if they may be stopped. Called again where it was interrupted, it goes on."""
         if not self._is_on:
             return
+        begin = time.monotonic()
         try:
             self._stopper.resume()
         except SourceError:
             self._over()
             raise
         self._over()
+        self.steps_s["resume"] += self.ended_at - begin
 
     def _over(self) -> None:
         self.ended_at = time.monotonic()

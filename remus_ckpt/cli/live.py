@@ -12,7 +12,16 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from remus_ckpt.cli.options import AsJson, app, keep_apart, keep_what_is_there, parse_duration, stop_on_signals
+from remus_ckpt.cli.options import (
+    AsJson,
+    Audit,
+    HowTracked,
+    app,
+    keep_apart,
+    keep_what_is_there,
+    parse_duration,
+    stop_on_signals,
+)
 from remus_ckpt.cli.terminal import complain, errors
 from remus_ckpt.errors import SourceError
 from remus_ckpt.wire.xen.dialect import StreamCodec
@@ -54,6 +63,8 @@ def record(
             "--bounded", help="Use less memory: encode and write during the pause, one page buffer at a time."
         ),
     ] = False,
+    tracking: HowTracked = "auto",
+    audit: Audit = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing stream.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +89,7 @@ def record(
     failure: Exception | None = None
     with ExitStack() as stack:
         stop = stop_on_signals(stack)
-        source = SharedFile(file, Processes(pid))
+        source = SharedFile(file, Processes(pid), tracking=tracking, audit=audit)
         stack.callback(source.close)
         writer = StreamWriter(output)
         stack.callback(writer.close)
@@ -104,7 +115,14 @@ def record(
                     show.update(Text(totals.line(taken)))
         except (SourceError, OSError) as error:
             failure = error
-    report = totals.report() | {"stream": output, "ended": "failed" if failure else loop.ended}
+    tracker = source.tracker
+    report = totals.report() | {
+        "stream": output,
+        "tracking": tracker.way,
+        "tracking_why": tracker.why,
+        "missed_pages": tracker.missed_pages,
+        "ended": "failed" if failure else loop.ended,
+    }
     if as_json:
         print(json.dumps(report, indent=1), file=sys.stderr if output == "-" else sys.stdout)
     else:

@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,24 @@ app = typer.Typer(rich_markup_mode=None)
 
 Stream = Annotated[
     str, typer.Argument(help="A stream, or - for standard input. May be compressed with xz, zstd, lz4, gzip or bzip2.")
+]
+HowTracked = Annotated[
+    Literal["auto", "kernel", "compare"],
+    typer.Option(
+        "--tracking",
+        help="How changed pages are found: by the kernel (Linux 6.7 or later) with comparison where it cannot know; by "
+        "it or not at all; by comparison.",
+    ),
+]
+Audit = Annotated[
+    int,
+    typer.Option(
+        "--audit",
+        metavar="COUNT",
+        min=0,
+        help="Compare all memory at every COUNT-th pause too, and stop relying on the kernel if it missed a page; 0: "
+        "never.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
+    Audit,
+    HowTracked,
     MaxMemory,
     app,
     parse_bytes,
@@ -292,6 +294,8 @@ def protect(
         typer.Option(help="How to compress the stream on the link; auto measures the link and the data."),
     ] = "auto",
     codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
+    tracking: HowTracked = "auto",
+    audit: Audit = 1000,
     term: Annotated[
         int | None,
         typer.Option(
@@ -333,7 +337,7 @@ def protect(
         # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         _serve_metrics(stack, counted, metrics, tls)
-        source = SharedFile(file, _stopper(pid, cgroup, pause, resume))
+        source = SharedFile(file, _stopper(pid, cgroup, pause, resume), tracking=tracking, audit=audit)
         stack.callback(source.close)
         release = ReleaseCommand(name, on_commit, stop, complain) if on_commit else None
         if release:
@@ -460,6 +464,20 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
             times = [times.get(part) for part in ("p50", "p99")] if isinstance(times, dict) else [None]
             if all(isinstance(value, float) for value in times):
                 parts.append(f"{what} p50 {times[0]:.2f} ms, p99 {times[1]:.2f} ms")
+            if key == "pause_ms":
+                medians = {
+                    step: value.get("p50")
+                    for step in ("stop", "find", "copy", "resume")
+                    if isinstance(value := primary.get(f"{step}_ms"), dict)
+                }
+                if medians and all(isinstance(value, float) for value in medians.values()):
+                    parts.append("of it " + ", ".join(f"{step} {value:.2f}" for step, value in medians.items()))
+        if primary.get("tracking") == "kernel":
+            parts.append("pages found by the kernel")
+        elif primary.get("tracking_why"):
+            parts.append(f"pages found by comparison: {primary['tracking_why']}")
+        if primary.get("missed_pages"):
+            parts.append(f"missed {primary['missed_pages']} pages")
         lines.append("  " + ", ".join(parts))
     for command in ("fence", "takeover"):
         again = found.get(f"{command}_retry_s")

@@ -516,8 +516,10 @@ def check(
     Set REMUS_CKPT_KERNEL to require one. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
     """
     from remus_ckpt.codec import kernels
+    from remus_ckpt.source.track.written import why_not
 
-    report = kernels.report()
+    no_tracking = why_not()
+    report = kernels.report() | {"tracking": "compare" if no_tracking else "kernel", "no_tracking": no_tracking}
     if as_json:
         print_json(report)
     else:
@@ -526,6 +528,7 @@ def check(
         for name, reason in report["missing"].items():
             out.print(Text(f"missing: {name}: {reason}"))
         seen = [name for name, is_seen in report["features"].items() if is_seen]
+        out.print(Text(f"changed pages: found by {f'comparison ({no_tracking})' if no_tracking else 'the kernel'}"))
         out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not checked'}"))
     if report["kernel"] is None:
         raise RemusError(report["why"])

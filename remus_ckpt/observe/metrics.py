@@ -6,13 +6,14 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from remus_ckpt.loop import STEPS
 from remus_ckpt.observe.http import MetricsServer
 
 _FAST_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -23,7 +24,7 @@ _WINDOW = 1024
 
 _STAGES = ("raw", "encoded", "wire")
 _COMMANDS = ("fence", "takeover")
-_TIMES = ("pause", "commit_latency")
+_TIMES = ("pause", "commit_latency", *STEPS)
 _PERCENTILES = ("p50", "p99", "max")
 
 
@@ -32,6 +33,7 @@ class _Series:
 
     def __init__(self) -> None:
         self.pauses: deque[float] = deque(maxlen=_WINDOW)
+        self.steps: dict[str, deque[float]] = {step: deque(maxlen=_WINDOW) for step in STEPS}
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
         self.both: dict[str, Any] = {
             "committed": 0,
@@ -52,6 +54,9 @@ class _Series:
             "dirty_pages": 0,
             "dirty_pages_total": 0,
             "reconnects": 0,
+            "tracking": None,
+            "tracking_why": "",
+            "missed_pages": 0,
         }
         """What only a primary counts; of a backup, the store knows it."""
 
@@ -67,12 +72,25 @@ class Metrics:
         if registry is None:
             ProcessCollector(registry=self.registry)
         self.pause = self._histogram("remus_checkpoint_pause_seconds", "How long a checkpoint stopped its source")
+        self.step = Histogram(
+            "remus_checkpoint_pause_step_seconds",
+            "Where a pause went: stopping its source, finding pages, copying them, letting it run on",
+            ["name", "step"],
+            buckets=_FAST_BUCKETS,
+            registry=self.registry,
+        )
         self.latency = self._histogram(
             "remus_commit_latency_seconds",
             "On the primary: from the first byte of a checkpoint on its way to its acknowledgement. "
             "On the backup: from the end of a checkpoint's arrival until it is checked, durable and acknowledged",
         )
         self.dirty_pages = self._counter("remus_dirty_pages", "Pages that checkpoints found changed")
+        self.by_kernel = self._gauge(
+            "remus_tracking_kernel", "1 where the kernel found the pages of the newest checkpoint, 0 for a comparison"
+        )
+        self.missed_pages = self._counter(
+            "remus_missed_pages", "Pages that tracking had missed, found by a comparison: the run compares since"
+        )
         self.bytes = self._counter(
             "remus_bytes",
             "Bytes of pages (raw), of the save stream (encoded), and of that on the link (wire), "
@@ -130,12 +148,14 @@ class Metrics:
         *,
         pause_s: float,
         dirty_pages: int,
+        steps_s: Mapping[str, float] | None = None,
         raw_bytes: int = 0,
         encoded_bytes: int = 0,
         wire_bytes: int = 0,
     ) -> None:
         """A checkpoint was taken, by a primary.
 
+        steps_s: of the pause, by their names in STEPS
         raw_bytes: of the pages that it carries; encoded_bytes: of its part of the save stream; wire_bytes: of that
         part as it was sent. What is not known yet is given to `add_bytes` later.
         """
@@ -143,12 +163,29 @@ class Metrics:
             series = self._of(name)
             self.pause.labels(name).observe(pause_s)
             series.pauses.append(pause_s)
+            for step, seconds in (steps_s or {}).items():
+                self.step.labels(name, step).observe(seconds)
+                series.steps[step].append(seconds)
             self.dirty_pages.labels(name).inc(dirty_pages)
             self.reconnects.labels(name)
             series.primary["checkpoints"] += 1
             series.primary["dirty_pages"] = dirty_pages
             series.primary["dirty_pages_total"] += dirty_pages
             self._add_bytes(name, series, raw_bytes, encoded_bytes, wire_bytes)
+
+    def found(self, name: str, way: Literal["kernel", "compare"], why: str, missed_pages: int) -> bool:
+        """How the pages of a checkpoint were found. Returns whether more were missed.
+
+        why: why all memory was compared
+        missed_pages: found by comparison alone, since the beginning
+        """
+        with self._lock:
+            primary = self._of(name).primary
+            self.by_kernel.labels(name).set(way == "kernel")
+            self.missed_pages.labels(name).inc(missed_pages - primary["missed_pages"])
+            grew: bool = missed_pages > primary["missed_pages"]
+            primary |= {"tracking": way, "tracking_why": why, "missed_pages": missed_pages}
+            return grew
 
     def add_bytes(self, name: str, *, raw: int = 0, encoded: int = 0, wire: int = 0) -> None:
         """Bytes were encoded, sent or received."""
@@ -238,6 +275,8 @@ class Metrics:
             self.store_free_bytes.labels(name).set_function(lambda: _free_bytes(segments))
             self.store_errors.labels(name)
             self.store_open.labels(name).set(1)
+            for step in STEPS:
+                self.step.remove(name, step)
             for command in _COMMANDS:
                 self.command_failures.labels(name, command)
 
@@ -280,7 +319,7 @@ class Metrics:
             for metric in (
                 self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
                 self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted, self.store_bytes,
-                self.store_free_bytes, self.store_errors, self.store_open,
+                self.store_free_bytes, self.store_errors, self.store_open, self.by_kernel, self.missed_pages,
             ):  # fmt: skip
                 metric.remove(name)
 
@@ -288,7 +327,8 @@ class Metrics:
         """What there is to say of one name, in plain numbers, strings and dicts: {} if nothing was counted for it.
 
         ratio: raw bytes for each byte on the wire (of the stream where nothing was sent), None without any
-        pause_ms, commit_latency_ms: {"p50", "p99", "max"} of the newest 1,024, None without any
+        pause_ms, its steps stop_ms, find_ms, copy_ms and resume_ms, commit_latency_ms: {"p50", "p99", "max"} of the
+            newest 1,024, None without any
         """
         return self._status(name, is_primary=True)
 
@@ -303,11 +343,13 @@ class Metrics:
                 return {}
             status = (series.primary if is_primary else {}) | series.both
             pauses, latencies = list(series.pauses), list(series.latencies)
+            steps = {f"{step}_ms": list(seconds) for step, seconds in series.steps.items()}
         sent = status["wire_bytes"] or status["encoded_bytes"]
         return (
             status
             | {"ratio": status["raw_bytes"] / sent if sent else None}
             | ({"pause_ms": _in_ms(summarize(pauses))} if is_primary else {})
+            | ({step: _in_ms(summarize(seconds)) for step, seconds in steps.items()} if is_primary else {})
             | {"commit_latency_ms": _in_ms(summarize(latencies))}
         )
 

@@ -525,12 +525,16 @@ class Primary:
         self._metrics.checkpoint(
             self.name,
             pause_s=taken.pause_s,
+            steps_s=taken.steps_s,
             dirty_pages=taken.dirty_pages,
             raw_bytes=taken.sent.pages * PAGE_SIZE,
             encoded_bytes=taken.sent.stream_bytes,
             wire_bytes=self._link.take_wire_bytes() if self._link else 0,
         )
         self._metrics.set_lag(self.name, self._window.lag)
+        tracker = self._source.tracker
+        if self._metrics.found(self.name, tracker.way, tracker.why, tracker.missed_pages):
+            log("tracking had missed pages", level=logging.ERROR, name=self.name, reason=tracker.why)
 
     # What the loop sends
 

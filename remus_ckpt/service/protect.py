@@ -26,6 +26,7 @@ from remus_ckpt.session.messages import Level
 from remus_ckpt.source import Source
 from remus_ckpt.source.lock import Lock
 from remus_ckpt.source.own_memory import OwnMemory
+from remus_ckpt.source.track.kernel import AUDIT_PAUSES, Tracking
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec
 
@@ -71,6 +72,8 @@ def protect(
     term: int | None = None,
     insecure: bool = False,
     metrics: Metrics | None = None,
+    tracking: Tracking = "auto",
+    audit: int = AUDIT_PAUSES,
 ) -> Protection:
     """Keep named numpy arrays, mmaps and bytearrays of this process on a backup.
 
@@ -86,6 +89,7 @@ def protect(
         in the end, and `close`: they say so when their time is over
     window, wait, compression, codec, term: as for `Primary`
     insecure: allow plain tcp:// to another machine
+    tracking, audit: how written pages are found, as for `OwnMemory`
 
         with protect({"orders": orders}, to="tls://backup:7411", name="orders", tls_dir="keys/me") as protection:
             orders[7] += 1
@@ -98,7 +102,7 @@ def protect(
         raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")
     address = Address.parse(to) if isinstance(to, str) else to
     tls = TlsFiles(tls_dir) if tls_dir is not None else None
-    source = OwnMemory(buffers, lock=lock, device_state=device_state)
+    source = OwnMemory(buffers, lock=lock, device_state=device_state, tracking=tracking, audit=audit)
     stop = StopSignal()
     primary = primary_of(
         source,

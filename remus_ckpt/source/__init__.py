@@ -7,7 +7,7 @@ the loop that uses them; `SharedFile` and `OwnMemory` put them together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from remus_ckpt.wire.parts import Parts
 
 if TYPE_CHECKING:
     from remus_ckpt.source.mappings import FileIdentity
+    from remus_ckpt.source.process import Process
 
 
 class Memory(Protocol):
@@ -50,7 +51,15 @@ class Tracker(Protocol):
     """Which pages were written. It may name others too, but never leaves out one that was.
 
     A new one is as `restart` leaves it.
+
+    way: how it has found the last pages
+    why: why they were compared, where the kernel might have told them
+    missed_pages: how many pages a comparison has found that the kernel had not told
     """
+
+    way: Literal["kernel", "compare"]
+    why: str
+    missed_pages: int
 
     @property
     def reference(self) -> Reference | None:
@@ -84,7 +93,7 @@ class Tracker(Protocol):
         """
 
     def taken(self) -> None:
-        """The checkpoint has taken the pages that `written` named."""
+        """The checkpoint has taken the pages that `written` named, and those who write run on."""
 
     def close(self) -> None:
         """Let go of what it tracks with. Called before the memory is let go of."""
@@ -123,6 +132,9 @@ class FileStopper(Stopper, Protocol):
 
         Called once; `stop` looks whether they still do.
         """
+
+    def processes(self) -> Sequence[Process] | None:
+        """All who write to it now, as far as the last stop has found them; None if they are not known one by one."""
 
 
 class Source:

@@ -150,6 +150,9 @@ class CgroupFreezer:
                     "is recorded; begin anew with their new file"
                 )
 
+    def processes(self) -> None:
+        """They are not known one by one."""
+
     def death_fds(self) -> Sequence[int]:
         """A descriptor that becomes readable when one of the processes dies, which is not the last one for sure.
 

@@ -38,6 +38,9 @@ class PauseCommands:
     def check_memory(self, memory: FileIdentity) -> None:
         """Nothing: who writes is not known here."""
 
+    def processes(self) -> None:
+        """They are not known one by one."""
+
     def death_fds(self) -> Sequence[int]:
         """None, for the same reason."""
         return ()

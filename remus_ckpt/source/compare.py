@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,15 @@ class Compare:
     """Compares memory with what the last checkpoint held.
 
     reference: that copy, which begins as zeros. The sender that has it brings it up to date.
+    why: why the kernel does not find the pages, where it might have
     """
 
-    def __init__(self, memory: Comparable) -> None:
+    way: Literal["kernel", "compare"] = "compare"
+    missed_pages = 0
+
+    def __init__(self, memory: Comparable, *, why: str = "") -> None:
         self._memory = memory
+        self.why = why
         self._rooms: tuple[Pages, Pages] = zeros(_LOOK_PAGES), zeros(_LOOK_PAGES)
         self.restart()
 
@@ -96,6 +101,10 @@ class Compare:
         self._is_filled = is_held
         found.append(emptied)
         return np.sort(np.concatenate(found), kind="stable")
+
+    def note(self, pfns: NDArray[np.int64]) -> None:
+        """These will be in the copy too, though `written` has not named them."""
+        self._is_filled[pfns] = True
 
     def taken(self) -> None:
         """Nothing: the copy has them by now."""

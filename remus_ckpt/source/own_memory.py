@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec.scan import gather
-from remus_ckpt.errors import SourceError
+from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
-from remus_ckpt.source import Source
+from remus_ckpt.source import Source, Tracker
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.lock import Lock, LockStopper
 from remus_ckpt.source.manifest import ARRAY, BYTES, Manifest, ManifestEntry
+from remus_ckpt.source.track.kernel import AUDIT_PAUSES, KernelTracker, OwnWatch, Tracking
+from remus_ckpt.source.track.spans import Span, Spans
 
 
 class OwnMemory(Source):
@@ -29,6 +31,9 @@ class OwnMemory(Source):
     lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
     lock_timeout_s: how long a pause waits for it
     device_state: called in each pause, for bytes that come back with the checkpoint
+    tracking: how written pages are found. "auto": by the kernel where it can and the memory is private. "kernel": by
+        it, also in shared memory, to which no other process may write then; Untracked where it cannot
+    audit: every so many pauses everything is compared too, if the kernel finds the pages; 0 for never
     Raises TypeError or ValueError for what cannot be taken.
     """
 
@@ -39,16 +44,30 @@ class OwnMemory(Source):
         lock: Lock | None = None,
         lock_timeout_s: float = 10.0,
         device_state: Callable[[], bytes] = bytes,
+        tracking: Tracking = "auto",
+        audit: int = AUDIT_PAUSES,
     ) -> None:
         memory = Buffers(buffers)
         super().__init__(
             memory,
-            Compare(memory),
+            _tracker(memory, tracking, audit),
             LockStopper(lock, timeout_s=lock_timeout_s),
             device_state=device_state,
             # A dtype that cannot be written down is found here, not at the first checkpoint.
             manifest=memory.manifest.pack(),
         )
+
+
+def _tracker(memory: Buffers, tracking: Tracking, audit: int) -> Tracker:
+    if tracking == "compare":
+        return Compare(memory)
+    try:
+        spans = Spans(memory.spans, shared=tracking == "kernel")
+    except Untracked as error:
+        if tracking == "kernel":
+            raise
+        return Compare(memory, why=str(error))
+    return KernelTracker(Compare(memory), OwnWatch(spans), audit=audit)
 
 
 class Buffers:
@@ -68,6 +87,7 @@ class Buffers:
         self._files: list[tuple[str, mmap.mmap, int]] = []
         entries = []
         spans = []
+        pfns: dict[str, int] = {}
         page = 0
         for name, buffer in buffers.items():
             entry, data = _look(name, buffer, page)
@@ -78,12 +98,15 @@ class Buffers:
                 pieces.append((page, data[:edge].reshape(whole, PAGE_SIZE)))
             if edge < len(data):
                 pieces.append((page + whole, data[edge:]))
+            pfns[name] = page
             if len(data):
                 start = data.__array_interface__["data"][0]
                 spans.append((start, start + len(data), name))
             if (file := _mapped_file(buffer)) is not None:
                 self._files.append((name, *file))
             page += pages_for(len(data))
+        self.spans = [Span(name, start, end - start, pfns[name]) for start, end, name in spans]
+        """Where they lie, in the order of their pages."""
         spans.sort()
         for (_, end, one), (start, _, other) in pairwise(spans):
             if start < end:

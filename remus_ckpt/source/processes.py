@@ -103,6 +103,11 @@ class Processes:
             if found is not None and found.how != WRITES:
                 raise SourceError(f"process {process.pid} {FAULTS[found.how].format(path=memory.path)}")
 
+    def processes(self) -> Sequence[Process]:
+        """Those that live: named, and children that have the memory from them."""
+        self._forget_dead()
+        return [*self._named, *self._heirs]
+
     def death_fds(self) -> Sequence[int]:
         """A descriptor for each process that lives, of those that were named if any; readable when that one dies."""
         self._forget_dead()

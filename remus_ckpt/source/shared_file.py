@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec.scan import gather
-from remus_ckpt.errors import SourceError
+from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
-from remus_ckpt.source import FileStopper, Source
+from remus_ckpt.source import FileStopper, Source, Tracker
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.mappings import FileIdentity
+from remus_ckpt.source.track.kernel import AUDIT_PAUSES, KernelTracker, ProcessesWatch, Tracking
+from remus_ckpt.source.track.mapped import FileWatch
+from remus_ckpt.source.track.written import why_not
 
 
 class SharedFile(Source):
@@ -26,17 +29,46 @@ class SharedFile(Source):
     path: as for `MappedFile`
     stopper: all who write to it; closed with this, and where this raises
     device_state: called in each pause, for bytes that come back with the checkpoint
+    tracking: how written pages are found. "auto": by the kernel where it can. "kernel": by it; Untracked where it
+        cannot, here or when checkpoints begin
+    audit: every so many pauses everything is compared too, if the kernel finds the pages; 0 for never
     Raises as `MappedFile`, and SourceError if they do not write to it.
     """
 
-    def __init__(self, path: str | Path, stopper: FileStopper, *, device_state: Callable[[], bytes] = bytes) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        stopper: FileStopper,
+        *,
+        device_state: Callable[[], bytes] = bytes,
+        tracking: Tracking = "auto",
+        audit: int = AUDIT_PAUSES,
+    ) -> None:
         with ExitStack() as stack:
             stack.callback(stopper.close)
             memory = MappedFile(path)
             stack.callback(memory.close)
             stopper.check_memory(memory.identity())
-            super().__init__(memory, Compare(memory), stopper, device_state=device_state)
+            tracker = _tracker(memory, stopper, tracking, audit)
+            super().__init__(memory, tracker, stopper, device_state=device_state)
             stack.pop_all()
+
+
+def _tracker(memory: MappedFile, stopper: FileStopper, tracking: Tracking, audit: int) -> Tracker:
+    if tracking == "compare":
+        return Compare(memory)
+    try:
+        if (reason := why_not()) is not None:
+            raise Untracked(reason)
+        if stopper.processes() is None:
+            raise Untracked("those who write are not known one by one, as they are with --pid")
+        watch = memory.watch()
+    except Untracked as error:
+        if tracking == "kernel":
+            raise
+        return Compare(memory, why=str(error))
+    them = ProcessesWatch(watch, lambda: stopper.processes() or (), must=tracking == "kernel")
+    return KernelTracker(Compare(memory), them, audit=audit)
 
 
 class MappedFile:
@@ -82,6 +114,11 @@ class MappedFile:
     def identity(self) -> FileIdentity:
         """What its mappings are known by, in any process."""
         return FileIdentity.of(self.path, self._fd)
+
+    def watch(self) -> FileWatch:
+        """Watch it in the processes that have it mapped. Raises Untracked."""
+        identity = self.identity()
+        return FileWatch(self._fd, identity.device, identity.inode, self.pages)
 
     def check(self) -> None:
         """Raise SourceError if the file's size has changed, or if its name leads to another file."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support import Command, process_state, writer_process
+from tracking import needs_tracking
 
 from remus_ckpt import read_checkpoints
 from remus_ckpt.cli import live
@@ -81,6 +82,22 @@ def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path,
     assert report["checkpoints"] == is_whole(stream) > 0
     assert stream.stat().st_mode & 0o777 == 0o600
     assert process_state(worker.pid) != "T"
+
+
+@needs_tracking
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")
+@pytest.mark.parametrize("tracking", ["auto", "kernel", "compare"])
+def test_how_pages_are_found_is_chosen_and_said(
+    memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path, tracking: str
+) -> None:
+    options = ["--duration", "400ms", "--interval", "10ms", "--tracking", tracking, "--audit", "1"]
+    with record(memory, worker.pid, tmp_path / "stream", *options) as recorder:
+        out, err = recorder.communicate(timeout=30)
+    assert recorder.returncode == 0, err
+    report = json.loads(out)
+    assert report["tracking"] == ("compare" if tracking == "compare" else "kernel"), report["tracking_why"]
+    assert report["missed_pages"] == 0
+    assert report["checkpoints"] == is_whole(tmp_path / "stream") > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

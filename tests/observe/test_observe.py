@@ -246,14 +246,31 @@ def test_status_is_plain_and_says_what_is_new() -> None:
     assert metrics.status("orders")["ratio"] == 128
 
 
+def test_pages_that_tracking_missed_are_counted_once() -> None:
+    metrics = Metrics()
+    assert not metrics.found("orders", "kernel", "", 0)
+    assert metrics.found("orders", "compare", "it had missed 2 pages", 2)
+    assert not metrics.found("orders", "compare", "it had missed 2 pages", 2)
+    with metrics.serve("0") as server:
+        scraped = scrape(server.address)
+        assert scraped["remus_missed_pages_total", "orders"] == 2
+        assert scraped["remus_tracking_kernel", "orders"] == 0
+    status = metrics.status("orders")
+    assert (status["tracking"], status["missed_pages"]) == ("compare", 2)
+
+
 def test_a_status_goes_through_a_heartbeat_and_comes_back() -> None:
     metrics = Metrics()
-    metrics.checkpoint("orders", pause_s=0.5, dirty_pages=3)
+    steps = {"stop": 0.1, "find": 0.2, "copy": 0.15, "resume": 0.05}
+    metrics.checkpoint("orders", pause_s=0.5, dirty_pages=3, steps_s=steps)
+    assert not metrics.found("orders", "kernel", "", 0)
     metrics.committed("orders", 1, 0.25, 1e9, bytes(32))
     status = metrics.status("orders")
     flat = flatten(status)
     assert not any(isinstance(value, dict) for value in flat.values())
     assert unflatten(flat) == status
+    assert status["find_ms"] == {"p50": 200, "p99": 200, "max": 200}
+    assert (status["tracking"], status["tracking_why"]) == ("kernel", "")
     # What another program says.
     assert unflatten({"pause_ms": 1, "pause_p99_ms": 2.0, "x_p50_ms": 3}) == {
         "pause_ms": {"p50": None, "p99": 2.0, "max": None},

@@ -39,7 +39,8 @@ OURS = tuple(
     f"{HERE}/{name}"
     for name in (
         "loop.py", "sender.py", "codec/reference.py", "source/__init__.py", "source/compare.py",
-        "source/lock.py", "source/own_memory.py", "wire/xen/writer.py",
+        "source/lock.py", "source/own_memory.py", "source/track/kernel.py", "source/track/spans.py",
+        "source/track/written.py", "source/track/linux.py", "wire/xen/writer.py",
         "session/machine.py", "link/client.py", "link/connection.py", "link/flag.py", "files.py",
         "service/primary.py", "service/protect.py", "service/turns.py", "service/window.py",
     )

@@ -221,6 +221,7 @@ class Shared:
         image = self.path.read_bytes()
         image += bytes(-len(image) % PAGE_SIZE)
         assert self.shadow.tobytes() == image
+        self.tracker.taken()
         return written
 
 

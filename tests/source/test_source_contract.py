@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import writers
 from support import writer_process
+from tracking import needs_tracking
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.files import StreamWriter, read_checkpoints
@@ -30,6 +31,7 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.source import Source
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.source.track.kernel import KernelTracker, Tracking
 
 PAGES = 64
 
@@ -98,15 +100,22 @@ def emptied(path: Path) -> None:
         time.sleep(0.001)
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=needs_cgroup(kind)) for kind in [*writers.KINDS, "own"]])
+BY_COMPARISON = [pytest.param((kind, "compare"), id=kind, marks=needs_cgroup(kind)) for kind in [*writers.KINDS, "own"]]
+BY_KERNEL = [
+    pytest.param((kind, "kernel"), id=f"{kind}, by the kernel", marks=needs_tracking) for kind in ["signals", "own"]
+]
+
+
+@pytest.fixture(params=BY_COMPARISON + BY_KERNEL)
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
-    if request.param == "own":
-        with own() as made:
+    kind, tracking = request.param
+    if kind == "own":
+        with own(tracking) as made:
             yield made
         return
     process, memory = request.getfixturevalue("process")
-    cgroup = request.getfixturevalue("cgroup")(process.pid) if request.param == "freezer" else None
-    source = SharedFile(memory, writers.make(request.param, process.pid, cgroup))
+    cgroup = request.getfixturevalue("cgroup")(process.pid) if kind == "freezer" else None
+    source = SharedFile(memory, writers.make(kind, process.pid, cgroup), tracking=tracking)
     try:
         yield Subject(source, memory.read_bytes, source.close, process)
     finally:
@@ -114,12 +123,12 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]
 
 
 @contextlib.contextmanager
-def own() -> Iterator[Subject]:
+def own(tracking: Tracking) -> Iterator[Subject]:
     """Arrays of this process, written to by two threads of it that take a lock."""
     lock = threading.Lock()
     numbers = np.zeros(10 * 512 + 3, dtype=np.uint64)
     area = mmap.mmap(-1, 5 * PAGE_SIZE)
-    source = OwnMemory({"numbers": numbers, "area": area}, lock=lock)
+    source = OwnMemory({"numbers": numbers, "area": area}, lock=lock, tracking=tracking)
     over = threading.Event()
 
     def write(first: int) -> None:
@@ -174,16 +183,22 @@ def test_written_is_what_differs_and_read_is_what_is_there(subject: Subject) -> 
         now = subject.pages()
         written = tracker.written()
         assert written.dtype == np.int64
-        assert written.tolist() == np.flatnonzero((now != reference.pages).any(axis=1)).tolist()
+        differing = np.flatnonzero((now != reference.pages).any(axis=1))
+        if tracker.way == "compare":
+            assert written.tolist() == differing.tolist()
+        assert (np.diff(written) > 0).all() and np.isin(differing, written).all()
         pages = memory.read(written, np.full((len(written) + 2, PAGE_SIZE), 0xEE, dtype=np.uint8))
         assert (pages == now[written]).all()
         reference.pages[written] = pages
         tracker.taken()
-        assert len(tracker.written()) == 0
-        assert len(memory.read(tracker.written(), pages)) == 0
+        again = tracker.written()
+        assert not len(again) or tracker.way == "kernel", "a comparison names no others"
+        assert (memory.read(again, np.empty((len(again), PAGE_SIZE), np.uint8)) == reference.pages[again]).all()
         stopper.resume()
+        tracker.taken()
         found += len(written)
     assert found
+    assert tracker.way == ("kernel" if isinstance(tracker, KernelTracker) else "compare")
     stopper.stop()
     memory.check()
     assert tracker.restart() is not reference

@@ -1,0 +1,186 @@
+"""A tracker that asks the kernel, and compares where the kernel cannot know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.codec.reference import Shadow
+from remus_ckpt.errors import Untracked
+from remus_ckpt.pages import Pages
+from remus_ckpt.source.compare import Compare
+from remus_ckpt.source.track.mapped import FileWatch, Writer
+from remus_ckpt.source.track.spans import Spans
+
+Tracking = Literal["auto", "kernel", "compare"]
+"""How written pages are found: by the kernel where it can, by it or not at all, by comparison."""
+
+AUDIT_PAUSES = 1000
+
+
+class Watch(Protocol):
+    """What the kernel watches."""
+
+    def begin(self) -> None:
+        """Watch from here on, while it is written; forget what was before. Raises SourceError."""
+
+    def written(self) -> NDArray[np.int64]:
+        """The pages written since the last time, int64[n], ascending. In a pause.
+
+        Raises Untracked where some may be missing; what is written from here on is found all the same, where it can be.
+        """
+
+    def renew(self) -> None:
+        """Take in whoever has come to those who write, while they run."""
+
+    def close(self) -> None:
+        """Watch no longer."""
+
+
+class KernelTracker:
+    """Written pages as the kernel tells them, with a comparison for what it does not know.
+
+    compare: has the copy of memory that a comparison needs; the sender's reference, as ever
+    audit: every so many pauses everything is compared too; 0 for never. A page that was missed is sent, counted in
+        `missed_pages`, and ends the tracking: comparison finds the pages from there on
+
+    way: "kernel" or "compare": how the last pages were found
+    why: why they were compared; empty where they were not
+    """
+
+    def __init__(self, compare: Compare, watch: Watch, *, audit: int = 0) -> None:
+        self._compare = compare
+        self._watch: Watch | None = watch
+        self._audit = audit
+        self._pauses = 0
+        # Whether all that was written and is not in `_pending` is with the kernel. It is false while that changes, so
+        # that an exception between any two instructions leads to a comparison.
+        self._is_known = False
+        self._pending: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.way: Literal["kernel", "compare"] = "compare"
+        self.why = "all memory is copied first"
+        self.missed_pages = 0
+
+    @property
+    def reference(self) -> Shadow:
+        """The copy that a comparison needs."""
+        return self._compare.reference
+
+    def restart(self) -> Shadow:
+        """Begin anew."""
+        self._is_known = False
+        self._pending = np.empty(0, dtype=np.int64)
+        return self._compare.restart()
+
+    def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
+        """Copy the pages that differ; what is written from the beginning on is with the kernel."""
+        self._is_known = False
+        if self._watch is not None:
+            self._watch.begin()
+        yield from self._compare.copy_live()
+        self._is_known = self._watch is not None
+
+    def estimate(self) -> int:
+        """By comparison of a sixteenth."""
+        return self._compare.estimate()
+
+    def written(self) -> NDArray[np.int64]:
+        """The pages that the kernel names, and those before that no checkpoint has taken."""
+        was_known, self._is_known = self._is_known, False
+        found = None
+        why = "" if was_known else self.why or "what was written before was not noted"
+        if self._watch is not None:
+            try:
+                found = self._watch.written()
+            except Untracked as error:
+                why = str(error)
+        if found is None or not was_known:
+            found = self._compare.written()
+            self.way, self.why = "compare", why
+        else:
+            self._compare.note(found)
+            self.way, self.why = "kernel", ""
+            self._pauses += 1
+            if self._audit and self._pauses % self._audit == 0:
+                found = self._check(found)
+        self._pending = np.union1d(self._pending, found) if len(self._pending) else found
+        self._is_known = self._watch is not None
+        return self._pending
+
+    def _check(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Compare everything, too. Returns what was found either way."""
+        differing = self._compare.written()
+        missed = np.setdiff1d(np.setdiff1d(differing, found), self._pending)
+        if not len(missed):
+            return found
+        self.missed_pages += len(missed)
+        self._give_up(f"the kernel had missed {len(missed)} pages, PFN {int(missed[0]):#x} first")
+        return np.union1d(found, missed)
+
+    def _give_up(self, why: str) -> None:
+        watch, self._watch = self._watch, None
+        self.way, self.why = "compare", why
+        if watch is not None:
+            watch.close()
+
+    def taken(self) -> None:
+        """The checkpoint has them."""
+        self._pending = np.empty(0, dtype=np.int64)
+        if self._watch is not None:
+            self._watch.renew()
+
+    def close(self) -> None:
+        """Let go of what is watched."""
+        self._is_known = False
+        if self._watch is not None:
+            self._watch.close()
+
+
+class OwnWatch:
+    """Buffers of this process."""
+
+    def __init__(self, spans: Spans) -> None:
+        self.begin = spans.arm
+        self.written = spans.written
+        self.close = spans.close
+
+    def renew(self) -> None:
+        """Nobody comes."""
+
+
+class ProcessesWatch:
+    """A file, and the processes that have it mapped.
+
+    processes: gives those who write now
+    must: whether each must let itself be tracked
+    """
+
+    def __init__(self, watch: FileWatch, processes: Callable[[], Sequence[Writer]], *, must: bool) -> None:
+        self._watch = watch
+        self._processes = processes
+        self._must = must
+        self.close = watch.close
+
+    def begin(self) -> None:
+        """Take in all processes."""
+        self.renew()
+        if self._must and (refused := self._watch.refused):
+            raise Untracked("; ".join(refused))
+        # The mappings are taken in by the first question.
+        with suppress(Untracked):
+            self._watch.written(self._processes())
+
+    def written(self) -> NDArray[np.int64]:
+        """By all processes together."""
+        processes = self._processes()
+        if not processes:
+            raise Untracked("no process is named that writes")
+        return self._watch.written(processes)
+
+    def renew(self) -> None:
+        """Take in children, and whoever else is new."""
+        self._watch.attach(self._processes())

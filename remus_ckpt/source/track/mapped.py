@@ -1,0 +1,230 @@
+"""A file that other processes have mapped: which of its pages they have written, through all their mappings of it.
+
+What is not known for sure is said (Untracked), and a comparison has to find the pages of that checkpoint: a process or
+a mapping that is new or gone, a child that has ended, a write to the file by a system call.
+
+What is not seen at all: a mapping that comes and goes between two questions, a child that has written and ended but
+is not waited for, and processes that are not named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import Untracked
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.source.track import linux
+from remus_ckpt.source.track.foreign import Stopped, userfaultfd_of
+from remus_ckpt.source.track.spans import expand
+from remus_ckpt.source.track.written import MemoryGone, Scanner, Userfault
+
+_CMINFLT = 8
+"""Faults of children that have ended: which word of /proc/PID/stat, counted from the state."""
+_EVENTS_BYTES = 1 << 16
+
+
+class Writer(Protocol):
+    """A process that writes to the file, held so that it is no other."""
+
+    @property
+    def pid(self) -> int:
+        """Its number here."""
+
+    @property
+    def fd(self) -> int:
+        """Its pidfd."""
+
+    def open(self, name: str) -> int:
+        """Open a file of /proc/PID. Raises OSError."""
+
+
+class _Row(NamedTuple):
+    """A shared mapping of the file. stop: behind its last byte; offset: in the file"""
+
+    start: int
+    stop: int
+    offset: int
+
+
+class FileWatch:
+    """The shared mappings of a file in some processes, watched.
+
+    fd: the open file
+    device, inode: as /proc/PID/maps lists it
+    pages: what is behind them in a mapping is not told
+    One thread at a time may use it.
+    """
+
+    def __init__(self, fd: int, device: tuple[int, int], inode: int, pages: int) -> None:
+        self._pages = pages
+        self._listed = b" %02x:%02x %d " % (*device, inode)
+        self._scanner = Scanner()
+        self._followed: dict[Writer, _Followed] = {}
+        self._refused: dict[Writer, str] = {}
+        if linux.file_system(fd) == linux.HUGETLBFS:
+            raise Untracked("the file is on hugetlbfs: the kernel notes writes to huge pages only")
+        try:
+            self._writes = linux.watch_writes(fd)
+        except OSError as error:
+            raise Untracked(f"writes to the file by system calls cannot be noticed: {error.strerror}") from None
+
+    @property
+    def refused(self) -> list[str]:
+        """Why processes that were given to `attach` cannot be followed."""
+        return [*self._refused.values()]
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        for followed in self._followed.values():
+            followed.close()
+        self._followed.clear()
+        writes, self._writes = self._writes, -1
+        if writes >= 0:
+            os.close(writes)
+
+    def attach(self, processes: Sequence[Writer]) -> None:
+        """Take in processes that are new, and let go of those that are not named. While they run.
+
+        What they write from here on is found; before, it is not known. One that refuses is not asked again: `written`
+        says so from then on. One that is stopped is passed by.
+        """
+        self._let_go(processes)
+        for process in processes:
+            if process in self._followed or process in self._refused:
+                continue
+            try:
+                self._followed[process] = _Followed(process, self._scanner)
+            except Stopped:
+                continue
+            except Untracked as error:
+                self._refused[process] = str(error)
+
+    def written(self, processes: Sequence[Writer]) -> NDArray[np.int64]:
+        """The pages that these processes have written since this was last asked, int64[n], ascending. While they stand.
+
+        Raises Untracked, with the reason, where that is not known for sure. From here on it is, where it can be.
+        """
+        doubts = []
+        with suppress(BlockingIOError):
+            while os.read(self._writes, _EVENTS_BYTES):
+                doubts = ["somebody has written to the file by a system call"]
+        if gone := self._let_go(processes):
+            doubts.append(f"process {gone[0].pid} has ended, or has the file no more")
+        found = [np.empty(0, dtype=np.int64)]
+        for process in processes:
+            followed = self._followed.get(process)
+            if followed is None:
+                doubts.append(self._refused.get(process, f"process {process.pid} is new"))
+                continue
+            try:
+                runs = followed.written(self._listed)
+            except MemoryGone as error:
+                # `attach` takes in what it is now.
+                self._followed.pop(process).close()
+                doubts.append(str(error))
+                continue
+            except Untracked as error:
+                doubts.append(str(error))
+                continue
+            first = np.minimum(runs[:, 0], self._pages)
+            found.append(expand(first, np.minimum(runs[:, 0] + runs[:, 1], self._pages) - first))
+        if doubts:
+            raise Untracked("; ".join(doubts))
+        return np.unique(np.concatenate(found))
+
+    def _let_go(self, named: Sequence[Writer]) -> list[Writer]:
+        """Let go of all who are not named. Returns those who were followed."""
+        gone = [process for process in self._followed if process not in named]
+        for process in gone:
+            self._followed.pop(process).close()
+        self._refused = {process: why for process, why in self._refused.items() if process in named}
+        return gone
+
+
+class _Followed:
+    """One process, and the mappings of it that are watched."""
+
+    def __init__(self, process: Writer, scanner: Scanner) -> None:
+        self.process = process
+        self._scanner = scanner
+        self._rows: dict[_Row, bool] = {}  # is it watched? Not where the process can never write through it
+        self._faults = ""
+        self._userfault = Userfault(userfaultfd_of(process.pid, process.fd))
+
+    def close(self) -> None:
+        self._userfault.close()
+
+    def written(self, listed: bytes) -> NDArray[np.int64]:
+        """Runs of pages of the file, int64[n, 2]. Raises Untracked where some may be missing; it goes on from here."""
+        pid = self.process.pid
+        try:
+            rows = self._read_rows(listed)
+            faults = self._read("stat").rpartition(b")")[2].split()[_CMINFLT].decode()
+            # Opened anew each time: an open one stays with the memory that the process had when it was opened.
+            pagemap = self.process.open("pagemap")
+        except (OSError, IndexError) as error:
+            raise Untracked(f"process {pid} cannot be looked at: {error}") from None
+        doubt = ""
+        if faults != self._faults:
+            doubt = f"a child of process {pid} has ended, which may have written"
+        if not rows:
+            doubt = f"process {pid} has the file mapped nowhere"
+        elif rows != self._rows.keys():
+            doubt = f"process {pid} has changed its mappings"
+        self._rows = {row: is_watched for row, is_watched in self._rows.items() if row in rows}
+        found = [np.empty((0, 2), dtype=np.int64)]
+        try:
+            for row in rows:
+                if row not in self._rows:
+                    self._take_in(row, pagemap)
+                if not self._rows[row]:
+                    continue
+                try:
+                    runs = self._scanner.written(pagemap, row.start, row.stop)
+                except Untracked as error:
+                    # Mapped anew at the same place: it is taken in now.
+                    doubt = f"process {pid}: {error}"
+                    self._take_in(row, pagemap)
+                    continue
+                runs[:, 0] += (row.offset - row.start) // PAGE_SIZE
+                found.append(runs)
+        finally:
+            os.close(pagemap)
+        self._faults = faults
+        if doubt:
+            raise Untracked(doubt)
+        return np.concatenate(found)
+
+    def _take_in(self, row: _Row, pagemap: int) -> None:
+        self._rows.pop(row, None)
+        try:
+            is_watched = self._userfault.register(row.start, row.stop)
+            if is_watched:
+                self._scanner.arm(pagemap, row.start, row.stop)
+        except Untracked as error:
+            raise type(error)(f"process {self.process.pid}: {error}") from None
+        self._rows[row] = is_watched
+
+    def _read_rows(self, listed: bytes) -> set[_Row]:
+        """The shared mappings of what is listed with these words. The lines of others, hundreds, are not looked at."""
+        maps = self._read("maps")
+        rows = set()
+        at = 0
+        while (at := maps.find(listed, at)) >= 0:
+            words = maps[maps.rfind(b"\n", 0, at) + 1 : at].split()
+            # A path may hold the same words, farther behind.
+            if len(words) == 3 and words[1].endswith(b"s"):
+                start, stop = words[0].split(b"-")
+                rows.add(_Row(int(start, 16), int(stop, 16), int(words[2], 16)))
+            at += 1
+        return rows
+
+    def _read(self, name: str) -> bytes:
+        with open(self.process.open(name), "rb", buffering=0) as file:
+            return file.readall()
