@@ -21,10 +21,9 @@ WARM = "warm"
 
 
 class HistoryDirectory:
-    """The directory of a history, and that of its warm copy: nobody else writes there until `release`.
+    """The directory of a history, and that of its warm copy: nobody else writes there from `take` to `release`.
 
     warm_directory: in it, under the name, lies the warm copy; None: it lies in the history itself
-    Raises StoreError where they cannot be made, or another has them.
     """
 
     def __init__(self, path: Path, name: str, warm_directory: Path | None) -> None:
@@ -34,18 +33,17 @@ class HistoryDirectory:
         self._warm_number = 0
         self._held: list[int] = []  # descriptors that hold our locks
         disown_in_forks(self)
-        try:
-            with guarding(path):
-                make_directory(path)
-                make_directory(self.segments)
-            self._take_lock(path / LOCK, os.O_RDWR | os.O_CREAT, path)
-            with guarding(self.warm):
-                make_directory(self.warm)
-            # It may be shared with the histories of another store.
-            self._take_lock(self.warm, os.O_RDONLY | os.O_DIRECTORY, self.warm)
-        except BaseException:
-            self.release()
-            raise
+
+    def take(self) -> None:
+        """Make and lock them. Raises StoreError where that cannot be, or another has them; `release` is to follow."""
+        with guarding(self.path):
+            make_directory(self.path)
+            make_directory(self.segments)
+        self._take_lock(self.path / LOCK, os.O_RDWR | os.O_CREAT, self.path)
+        with guarding(self.warm):
+            make_directory(self.warm)
+        # It may be shared with the histories of another store.
+        self._take_lock(self.warm, os.O_RDONLY | os.O_DIRECTORY, self.warm)
 
     def _take_lock(self, path: Path, flags: int, what: Path) -> None:
         with guarding(path):

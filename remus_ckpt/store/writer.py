@@ -96,6 +96,7 @@ class HistoryWriter:
         self._own = HistoryDirectory(self.directory, name, warm)
         disown_in_forks(self)
         try:
+            self._own.take()
             with guarding(self.directory):
                 self._state = StateFile(self.directory, name)
             self.history = History(self.directory, limits=limits)
