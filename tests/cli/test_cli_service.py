@@ -228,7 +228,7 @@ def test_a_command_that_dies_ends_the_protection(
 def test_a_command_that_does_not_end_is_killed_whole(
     served: Service, memory: Path, remus: Command, does: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "_LAST_WORDS_S", 0.5)
+    monkeypatch.setattr(release, "_LAST_WORDS_S", 2.0)
     lasting = f"sleep 99.{os.getpid()}"
     with writer_process(memory) as worker:
         ran = remus(

@@ -519,6 +519,7 @@ def test_a_file_that_is_replaced_under_its_name_is_an_error(memory: Path) -> Non
 def test_a_file_that_is_unlinked_is_the_memory_still(memory: Path) -> None:
     with python(BUSY, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
+        wait_until(lambda: any(memory.read_bytes()))  # it has said that it is ready, and not written yet
         memory.unlink()
         for _ in range(3):
             source.stopper.stop()
