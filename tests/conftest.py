@@ -32,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help=f"run the {', '.join(LONG)} suites too, and try more cases")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """With -n auto: two for each core, since tests of services wait half of their time; very many would starve."""
+    return min(2 * len(os.sched_getaffinity(0)), 8)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     global _is_all  # noqa: PLW0603 - decorators ask before there is a fixture
     _is_all = config.getoption("--all")

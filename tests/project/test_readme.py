@@ -29,4 +29,4 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_the_two_commands_are_there() -> None:
     commands = re.findall(r"^    (python3 -m venv .venv && .*)$", README, re.MULTILINE)
-    assert [command.split(".venv/bin/")[-1] for command in commands] == ["remus-ckpt demo", "pytest -n 2"]
+    assert [command.split(".venv/bin/")[-1] for command in commands] == ["remus-ckpt demo", "pytest -n auto"]
