@@ -237,7 +237,7 @@ class _Reading:
                 if isinstance(error, UnknownFormat) and error.section == RECORD_SECTION:
                     # Its digest is right: a later program wrote it.
                     raise StoreError(f"{self._segments / name}: {error}") from error
-                contents.fault = error
+                contents.fault = error.with_traceback(None)  # which would keep the memory
         return restorer, contents
 
     def _glance(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:

@@ -235,7 +235,7 @@ def walk(
                 contents.add(entry)
                 yield entry
     except StreamError as error:
-        contents.fault = error
+        contents.fault = error.with_traceback(None)  # which would keep what was read
     finally:
         os.close(fd)
 

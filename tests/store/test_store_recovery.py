@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -663,3 +664,22 @@ def test_memory_that_holds_a_save_stream(store: Store, whose: str) -> None:
     with store.writer("orders") as writer:
         assert bool(writer.warnings) == is_damage and (writer.stream is None) == is_damage
         assert (segment.stat().st_size == size) != is_damage
+
+
+def test_a_damaged_segment_keeps_no_memory(tmp_path: Path) -> None:
+    """What is noted of its fault must not refer to the memory that was being read: a mapping keeps its descriptor."""
+    with Store(tmp_path).writer("orders") as writer:
+        fill(writer, 2)
+    path = next((tmp_path / "orders" / "segments").iterdir())
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size - 200)
+        file.write(bytes(200))
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        with Store(tmp_path).writer("orders") as writer:
+            assert writer.warnings
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
