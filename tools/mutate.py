@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Changes one thing in the package at a time, runs the tests that come to that line, and lists what no test noticed.
 
-    mutate.py [--only FILE|FOLDER/]... [--sample N] [--seed N] [--jobs N] [--all] [--list] [--json FILE]
+    mutate.py [--only FILE|FOLDER/]... [--tests PATH]... [--sample N] [--seed N] [--jobs N] [--all] [--list]
+              [--json FILE]
 
-First the whole suite runs once under coverage.py (which must be installed), so that it is known which tests reach which
+First the suite runs once under coverage.py (which must be installed), so that it is known which tests reach which
 line, also in the processes that they start, and how long each takes. A change is then tried by the tests that reach its
 line, a minute's worth from as many test files as there are. The first that fails kills the change; one whose tests take
 three times as long as usual has timed out; any other survives. A survivor is either a promise that no test keeps, or a
@@ -72,7 +73,7 @@ source = {PACKAGE}
 parallel = true
 data_file = covered/data
 context = ${{PYTEST_CURRENT_TEST-}}
-patch = subprocess, fork, _exit
+patch = subprocess
 disable_warnings = trace-changed, no-data-collected, module-not-measured, no-contexts, couldnt-parse, already-imported
 """
 MARK = "REMUS_MUTATE"
@@ -292,8 +293,8 @@ class Tree:
                 shutil.copy2(ROOT / name, directory / name)
         compileall.compile_dir(directory, quiet=2)
 
-    def measure(self, marked: bool) -> Reached:
-        """Run all tests once, and write down what they reach."""
+    def measure(self, tests: list[str], marked: bool) -> Reached:
+        """Run the tests once, and write down what they reach."""
         (self.directory / "measure.py").write_text(MEASURE)
         (self.directory / "measure.ini").write_text(SETTINGS)
         warnings = ["-W", "ignore::coverage.exceptions.CoverageWarning"]
@@ -375,6 +376,9 @@ def main() -> int:
         metavar="FILE",
         help="store/writer.py, or all of store/; repeatable",
     )
+    parser.add_argument(
+        "--tests", action="append", metavar="PATH", help="the tests that may notice; all by default; repeatable"
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="so many of the changes, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -399,7 +403,7 @@ def main() -> int:
             trees.put(Tree(Path(temporary) / str(number)))
 
         tree = trees.get()
-        reached = tree.measure(options.all)
+        reached = tree.measure(options.tests or ["tests"], options.all)
         print(f"measured in {time.monotonic() - begin:.0f} s; fail without any change:", *reached.failed, flush=True)
         trees.put(tree)
 
