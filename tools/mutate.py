@@ -298,9 +298,7 @@ class Tree:
         (self.directory / "measure.py").write_text(MEASURE)
         (self.directory / "measure.ini").write_text(SETTINGS)
         warnings = ["-W", "ignore::coverage.exceptions.CoverageWarning"]
-        self.run(
-            ["tests"], marked, 7200, ["coverage", "run", "--rcfile=measure.ini", "-m"], ["-p", "measure", *warnings]
-        )
+        self.run(tests, marked, 7200, ["coverage", "run", "--rcfile=measure.ini", "-m"], ["-p", "measure", *warnings])
         combine = [sys.executable, "-m", "coverage", "combine", "-q", "--rcfile=measure.ini"]
         subprocess.run(combine, cwd=self.directory, check=True)
         return Reached(self.directory)
