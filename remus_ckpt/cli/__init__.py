@@ -46,13 +46,13 @@ COMMANDS = {
 
 @functools.cache
 def _command(name: str) -> Any:
-    # Kept: making all of a module's commands takes longer than many of them run.
+    # Cached: building all of a module's commands takes longer than many of them run.
     module = importlib.import_module(f"remus_ckpt.cli.{COMMANDS[name].module}")
     return typer.main.get_group(module.app).commands[name]
 
 
 class _Commands(TyperGroup):
-    """The commands of `COMMANDS`, each loaded when it is run: the help of all needs none of them."""
+    """The commands in `COMMANDS`, each loaded when it is run: the overall help needs none of them."""
 
     def list_commands(self, ctx):  # type: ignore[no-untyped-def]
         return list(COMMANDS)
@@ -80,9 +80,9 @@ app = typer.Typer(
 
 
 def main() -> NoReturn:
-    """Run the command; every error of ours is one line and an exit code."""
+    """Run the command; each of our own errors becomes one line and an exit code."""
     if sys.stdout is None or sys.stderr is None:
-        sys.exit(1)  # closed: nothing could be said
+        sys.exit(1)  # closed: there is nowhere to print
     try:
         app()
         sys.exit(0)
@@ -90,7 +90,7 @@ def main() -> NoReturn:
         _complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # Whoever read our output is gone; that is no error of theirs or ours.
+        # The reader of our output has closed the pipe, which is nobody's error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:

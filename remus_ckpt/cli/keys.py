@@ -1,4 +1,4 @@
-"""The commands on keys: a small CA for mutual TLS."""
+"""The commands for keys: a small CA for mutual TLS."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def show(
 ) -> None:
     """List the certificates in a folder and when they expire. Exits with 1 if one in use has expired.
 
-    If ca.pem holds several CAs, the one in use is the one that signs here, or that signed this certificate.
+    If ca.pem holds several CAs, only one counts as in use: in an authority's folder the CA that signs new certificates,
+    in a machine's folder the CA that signed its certificate.
 
     Example: remus-ckpt keys show keys/
     """

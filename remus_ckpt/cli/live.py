@@ -1,4 +1,4 @@
-"""The commands on live memory, into a file."""
+"""The command that records live memory into a file."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _STILL_S = 1.0
 
 
 class _Stillness:
-    """Says once that no page has changed since the first checkpoint: then the wrong memory may be recorded."""
+    """Notices, once, that no page has changed since the first checkpoint: the wrong memory may be being recorded."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._is_over = False
 
     def lasts(self, dirty_pages: int, now: float) -> bool:
-        """To be asked after each checkpoint, with what its pause found and a time in seconds."""
+        """Call after each checkpoint, with the dirty pages its pause found and the time in seconds."""
         if self._since is None:
             self._since = now
         elif not dirty_pages and not self._is_over and now - self._since >= _STILL_S:

@@ -1,4 +1,4 @@
-"""The application that the commands hang on, and what they share."""
+"""The application that the commands register with, and the options they share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from remus_ckpt.loop import StopSignal
 
 app = typer.Typer(rich_markup_mode=None)
-"""The commands hang on it; `remus_ckpt.cli` lists them for the help."""
+"""Every command registers here; `remus_ckpt.cli` lists them for the help."""
 
 
 Stream = Annotated[
@@ -31,8 +31,8 @@ HowTracked = Annotated[
     Literal["auto", "kernel", "compare"],
     typer.Option(
         "--tracking",
-        help="How changed pages are found: by the kernel (Linux 6.7 or later) with comparison where it cannot know; by "
-        "it or not at all; by comparison.",
+        help="How to find changed pages: auto asks the kernel (Linux 6.7 or later) and compares where it cannot know; "
+        "kernel fails where it cannot know; compare always compares.",
     ),
 ]
 Audit = Annotated[
@@ -41,8 +41,8 @@ Audit = Annotated[
         "--audit",
         metavar="COUNT",
         min=0,
-        help="Compare all memory at every COUNT-th pause too, and stop relying on the kernel if it missed a page; 0: "
-        "never.",
+        help="Compare all memory at every COUNT-th pause too; if the kernel missed a page, always compare from then "
+        "on. 0: never audit.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -57,7 +57,7 @@ MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, he
 
 
 def keep_apart(output: str, *inputs: str | Path) -> None:
-    """Refuse to write to what is to be read, or to one file twice."""
+    """Refuse to write to an input, or to one file twice."""
     for path in map(str, inputs):
         if "-" in (output, path) or (os.path.exists(path) and not os.path.isfile(path)):
             continue
@@ -67,26 +67,26 @@ def keep_apart(output: str, *inputs: str | Path) -> None:
 
 
 def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
-    """Refuse to write over a file that holds something. Raises RemusError."""
+    """Refuse to overwrite a file that is not empty. Raises RemusError."""
     for path in map(str, outputs):
         if path != "-" and not overwrite and os.path.isfile(path) and os.path.getsize(path):
             raise RemusError(f"{path} already exists: name another file, or pass --overwrite")
 
 
 def print_json(value: Any) -> None:
-    """To standard output."""
+    """Print a value as JSON to standard output."""
     print(json.dumps(value, indent=1))
 
 
 def dialect_of(word: int | None, guest: Guest | None, codec: StreamCodec | None) -> Dialect:
-    """What the options say of a stream."""
+    """The dialect that the options describe."""
     if word not in (None, 4, 8):
         raise typer.BadParameter(f"--word must be 8 or 4, not {word}")
     return Dialect(word=word, guest=guest, codec=codec)  # type: ignore[arg-type]
 
 
 def write_out(output: str, data: bytes) -> None:
-    """To a file of mode 0600, or to standard output ("-")."""
+    """Write to a file of mode 0600, or to standard output ("-")."""
     if output == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -102,7 +102,7 @@ _BYTES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 
 
 def parse_duration(text: str) -> float:
-    """Seconds, from a number with its unit: us, ms, s, m, h or d. The one grammar of all options that take a time."""
+    """Seconds, from a number with its unit: us, ms, s, m, h or d. Every option that takes a time uses this grammar."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|d)", text.strip())
     if not match:
         raise typer.BadParameter(f"{text!r} is not a duration: write a number and a unit, such as 25ms, 12h or 7d")
@@ -112,7 +112,7 @@ def parse_duration(text: str) -> float:
 def parse_bytes(text: str) -> int:
     """Bytes, from a number with its unit: 512M, 20G or 20GiB; units are powers of 1,024.
 
-    The one grammar of all options that take a size.
+    Every option that takes a size uses this grammar.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip())
     if not match:
@@ -121,7 +121,7 @@ def parse_bytes(text: str) -> int:
 
 
 def stop_on_signals(stack: ExitStack) -> StopSignal:
-    """Set by Ctrl-C, SIGTERM, and SIGHUP where it is not ignored: the terminal is gone then."""
+    """A signal that is set by Ctrl-C, SIGTERM, and SIGHUP (the terminal is gone) unless SIGHUP is ignored."""
     from remus_ckpt.loop import StopSignal
 
     stop = StopSignal()

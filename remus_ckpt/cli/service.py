@@ -69,7 +69,7 @@ def _name(text: str) -> str:
 
 
 def _address(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
-    """Where to connect or to listen, and our certificate. What the options alone make impossible is bad usage."""
+    """Where to connect or to listen, and our certificate. Options that contradict each other are a usage error."""
     from remus_ckpt.link.address import Address, check_options
     from remus_ckpt.link.tls import TlsFiles
 
@@ -200,12 +200,12 @@ def backup(
         ),
         names=frozenset(map(_name, name)) if name else None,
     )
-    # Before the store is made: whoever typed a port that is in use means another store, or another port.
+    # Before the store is created: whoever names a port that is in use must choose another store or another port.
     for address, tls in places:
         Listener(address, tls=tls, insecure=insecure).close()
     configure_logs(log_format)
     counted = Metrics()
-    with suppress(OSError, ValueError):  # each name takes a few; poll is used here, which knows no highest number
+    with suppress(OSError, ValueError):  # each name takes a few; we use poll, which accepts any descriptor number
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with ExitStack() as stack:
@@ -230,7 +230,7 @@ def backup(
 
 
 def _watchdog() -> Callable[[], None] | None:
-    """Tells systemd that all is well, now and then; None where it does not ask."""
+    """A function that tells systemd at intervals that the service is alive; None if systemd does not ask for it."""
     interval_s = watchdog_interval_s()
     if interval_s is None:
         return None
@@ -312,8 +312,8 @@ def protect(
 ) -> None:
     """Protect shared memory: send checkpoints to a backup until Ctrl-C, or until all writers have exited.
 
-    If the link breaks, it reconnects; meanwhile the processes keep running and nothing is committed. If another side
-    has taken over, it stops with exit code 22: output that waits for a commit must not be released.
+    If the link breaks, this command reconnects; meanwhile the processes keep running and nothing is committed. If
+    another side has taken over, it stops with exit code 22: output that waits for a commit must not be released.
 
     Example: remus-ckpt protect /dev/shm/orders --pid 4711 --to tls://backup:7411 --tls-dir keys/orders --name orders
     """
@@ -334,7 +334,7 @@ def protect(
     counted.set_connected(name, False)
     with ExitStack() as stack:
         stop = stop_on_signals(stack)
-        # Ctrl-Z would leave those stopped whom a pause has stopped. A handler, for children do not inherit it.
+        # Ctrl-Z during a pause would leave the paused processes stopped. A handler, because children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         _serve_metrics(stack, counted, metrics, tls)
         source = SharedFile(file, _stopper(pid, cgroup, pause, resume), tracking=tracking, audit=audit)
@@ -445,7 +445,7 @@ def _short(position: str | None) -> str:
 
 
 def _tell(name: str, found: dict[str, Any]) -> list[str]:
-    """One name, for people."""
+    """The status of one name, as lines of text."""
     primary = found["primary"]
     silent = found["silent_s"]
     where = f"connected to {found['peer']}" if found["connected"] else "no primary connected"
@@ -513,7 +513,7 @@ def failover(
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Promote a backup now: it refuses the old primary from then on, and runs its --on-failover command.
+    """Promote a backup now. From then on it refuses the old primary; it also runs its --on-failover command.
 
     Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
     """
@@ -551,7 +551,7 @@ def demo(
     """
     from remus_ckpt.demo import run_demo
 
-    # As Ctrl-C does: those who were started are ended.
+    # As after Ctrl-C, the processes that the demo started are ended.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         report = run_demo(

@@ -1,4 +1,4 @@
-"""The commands on stores, and what `restore` and `verify` do with `store:DIR/NAME`."""
+"""The commands for stores, and what `restore` and `verify` do with `store:DIR/NAME`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ At = Annotated[
 
 
 def is_store(stream: str) -> bool:
-    """Whether a command's argument names a store in the place of a stream."""
+    """Whether a command's argument names a store instead of a stream."""
     return stream.startswith(PREFIX)
 
 
@@ -58,7 +58,7 @@ def open_history(text: str, max_memory: int = 64) -> History:
 
 
 def _history(path: Path, limits: Limits | None = None) -> History:
-    """Raises StoreError, which names the histories where the path is that of a store."""
+    """Raises StoreError; if the path is that of a whole store, the error lists its names."""
     from remus_ckpt.store import History, Store
     from remus_ckpt.store.history import nothing_in
     from remus_ckpt.store.state import is_history
@@ -74,7 +74,7 @@ def _history(path: Path, limits: Limits | None = None) -> History:
 
 
 def parse_at(text: str | None) -> int | datetime | None:
-    """An epoch, or a time as ISO 8601 writes it; without a zone it is local."""
+    """An epoch, or a time in ISO 8601; a time without a zone is local."""
     if text is None:
         return None
     if text.isdecimal():
@@ -90,7 +90,7 @@ def parse_at(text: str | None) -> int | datetime | None:
 def restore_from_store(
     text: str, output: str, at: int | datetime | None, device_state: Path | None, max_memory: int, as_json: bool
 ) -> None:
-    """The command `restore`. Where the newest is bad, the newest good one before it, and exit code 20."""
+    """The command `restore`. If the newest checkpoint is bad, restores the last good one before it; exit code 20."""
     history = open_history(text, max_memory)
 
     def read(entry: Entry, advance: Progress) -> Checkpoint:
@@ -123,7 +123,7 @@ def _read_good(
     as_json: bool,
     read: Callable[[Entry, Progress], T],
 ) -> tuple[Entry, T, BadCheckpoint | None]:
-    """A checkpoint, or where the newest is asked for and bad, the newest good one, and what is wrong."""
+    """A checkpoint. If the newest is asked for and bad: the newest good one, and what is wrong."""
     fault: BadCheckpoint | None = None
     while True:
         try:
@@ -140,7 +140,7 @@ def _read_good(
 
 
 def verify_store(text: str, max_memory: int, as_json: bool) -> None:
-    """The command `verify`: exit code 20 where something is bad."""
+    """The command `verify`: exit code 20 if anything is bad."""
     history = open_history(text, max_memory)
     size = sum(path.stat().st_size for path in (history.directory / "segments").glob("*.remus"))
     with progress(text, size, as_json) as advance:
@@ -228,7 +228,7 @@ def list_store(
 
 
 def _list_history(history: History, last: int | None, as_json: bool) -> None:
-    """last: so many checkpoints too; None: all of them."""
+    """last: how many checkpoints to list too; None: all."""
     state, survey = history.state, history.survey()
     summary = _summary(state, survey)
     segments: list[dict[str, Any]] = [
@@ -266,7 +266,7 @@ def _list_history(history: History, last: int | None, as_json: bool) -> None:
     if last == 0:
         return
     head = ["epoch", "taken", "pages", "bytes", "segment", "position"]
-    # As wide as the first of them: a table of all may be longer than memory.
+    # As wide as the first rows need: a table of all of them may not fit into memory.
     rows = (_cells(entry) for entry in _listed(history, last))
     widths: list[int] = []
     while block := [*([] if widths else [head]), *itertools.islice(rows, _TABLE_ROWS)]:
@@ -274,7 +274,7 @@ def _list_history(history: History, last: int | None, as_json: bool) -> None:
 
 
 def _listed(history: History, last: int | None) -> Iterator[Entry]:
-    """The last so many checkpoints, or all of them, as they are drawn."""
+    """Yield the last N checkpoints, or all, one at a time."""
     if last is None:
         return history.checkpoints()
     newest_first = itertools.islice(history.checkpoints(newest_first=True), last)
@@ -288,7 +288,7 @@ def _cells(entry: Entry) -> list[str]:
 
 
 def _print_json_list(fields: dict[str, Any], name: str, rows: Iterator[dict[str, Any]]) -> None:
-    """One object, with a list in it that is written as it is drawn."""
+    """Print one JSON object with a list in it that is written as it is produced."""
     head = json.dumps(fields | {name: []})
     sys.stdout.write(head.removesuffix("]}"))
     for number, row in enumerate(rows):
@@ -400,7 +400,7 @@ def _path(text: str) -> Path:
 
 def _writer(text: str) -> HistoryWriter:
     path = _path(text)
-    name = _history(path).name  # only one that is there
+    name = _history(path).name  # refuses a name that does not exist
     from remus_ckpt.store import HistoryWriter
 
     return HistoryWriter(path, name, compact_bytes=None)
@@ -478,7 +478,7 @@ def _report(text: str, report: Report) -> dict[str, Any]:
 
 
 def _print_table(rows: list[list[str]], widths: Sequence[int] = ()) -> list[int]:
-    """Returns how wide the columns were: at least as wide as told."""
+    """Print a table. Returns the widths of its columns: at least those given."""
     columns = zip(*rows, strict=True)
     least = widths or [0] * len(rows[0])
     found = [max(width, *map(len, column)) for width, column in zip(least, columns, strict=True)]

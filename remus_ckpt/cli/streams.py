@@ -1,4 +1,4 @@
-"""The commands on files: streams and images."""
+"""The commands for files: streams and images."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def encode(
 ) -> None:
     """Make a stream from a series of memory images. Each image is compared with the one before to find dirty pages.
 
-    The images are read piece by piece, without their holes: about 150 MB of memory suffice for images of any size. They
-    must not change meanwhile.
+    The images are read piece by piece and their holes are skipped: about 150 MB of memory suffice for images of any
+    size. The images must not change meanwhile.
 
     Example: remus-ckpt encode monday.img tuesday.img -o week.remus
     """
@@ -105,7 +105,7 @@ def encode(
 
             scan = full_batches(differences(image, held.before, pages, done))
             for group in sender.checkpoint(scan, memory_bytes=padded[number]):
-                sender.carried.clear()  # nothing is sent again here, and the list grows with the image
+                sender.carried.clear()  # nothing is sent again here, and the list would grow with the image
                 writer.write(group)
             sent = sender.sent
             assert sent is not None
@@ -151,7 +151,7 @@ def restore(
 ) -> None:
     """Restore the memory of a checkpoint, by default the last complete one, to a sparse image of mode 0600.
 
-    The image file is filled as the stream is read, so that memory may be larger than this machine's.
+    The image file is filled as the stream is read, so the memory restored may be larger than this machine's.
 
     A truncated or corrupt stream yields its last good checkpoint; if it is corrupt, the exit code is still 20.
     From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it.
@@ -179,7 +179,7 @@ def restore(
 
     is_file = output != "-" and (not Path(output).exists() or Path(output).is_file())
     with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGHUP):  # what there is of the image goes then, as after Ctrl-C
+        for number in (signal.SIGTERM, signal.SIGHUP):  # the unfinished image is removed then, as after Ctrl-C
             if signal.getsignal(number) == signal.SIG_DFL:
                 stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
         home = stack.enter_context(image_appearing(output)) if is_file else None
@@ -205,7 +205,7 @@ def restore(
 def _refuse_for_stores(
     strict: bool, word: int | None, guest: Guest | None, codec: StreamCodec | None, hashes: bool = False
 ) -> None:
-    """What is an option for streams of all kinds, and would be ignored for a store. Raises typer.BadParameter."""
+    """Refuse options that apply to streams only and would be ignored for a store. Raises typer.BadParameter."""
     given = {"--strict": strict, "--word": word, "--guest": guest, "--codec": codec, "--hash": hashes}
     for name, value in given.items():
         if value:
@@ -213,7 +213,7 @@ def _refuse_for_stores(
 
 
 def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
-    """Put a checkpoint in force, or the last good one; say what is wrong with the stream on the way."""
+    """Put a checkpoint in force (None: the last good one), and report what is wrong with the stream on the way."""
     epochs = []
     for checkpoint in walk.checkpoints():
         epochs.append(checkpoint.epoch)
@@ -461,7 +461,7 @@ def extract(
     walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
     found = _seek(walk, checkpoint)
     numbers = _page_range(pfn, len(found.memory))
-    # The last page may end before its 4,096 bytes do.
+    # The last page may be shorter than 4,096 bytes.
     pieces = [found.image[number * PAGE_SIZE : (number + 1) * PAGE_SIZE].tobytes() for number in numbers]
     if as_json:
         pages = [{"pfn": number, "hex": piece.hex()} for number, piece in zip(numbers, pieces, strict=True)]

@@ -1,4 +1,4 @@
-"""What a command says: results on standard output, complaints and progress on standard error."""
+"""The output of a command: results on standard output, complaints and progress on standard error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ out = Console(soft_wrap=True, highlight=False)
 
 
 def complain(message: str) -> None:
-    """One line on standard error."""
+    """Print one line to standard error."""
     errors.print(Text(f"remus-ckpt: {message}"))
 
 
 @contextmanager
 def progress(what: str, total: int | None, quiet: bool) -> Iterator[Any]:
-    """A bar on standard error where that is a terminal; yields a function that takes the bytes done."""
+    """A progress bar, if standard error is a terminal; yields a function that takes the bytes done."""
     if quiet or not errors.is_terminal:
         yield lambda done: None
         return
