@@ -38,13 +38,13 @@ from remus_ckpt.store import Store
 from remus_ckpt.version import __version__
 
 _CLOSE_S = 10.0
-"""For all sessions and stores to end; what then still hangs is left to hang."""
+"""Time for all sessions and stores to end; one that still hangs then is abandoned."""
 _MOST_EVICTED = 8
-"""Whose threads have not ended yet."""
+"""Evicted peers whose threads have not ended yet."""
 _LOCK = ".lock"
-"""In the store; no name begins with a dot."""
+"""The lock file in the store; no name begins with a dot."""
 _BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
-"""What is said of a name where there are too many to say all."""
+"""The fields shown for a name when there are too many names to show everything."""
 
 
 class Backup:

@@ -52,13 +52,13 @@ class Durable:
         self._wake = wake
         self._settle_lock = threading.Lock()
         self.trouble: str | None = None
-        """What last went wrong with the name on this side, None since it went well."""
+        """What last went wrong with the name on this side; None once all is well again."""
         self.write_trouble: str | None = None
-        """Why store.json cannot be written, None since it could."""
+        """Why store.json cannot be written; None once a write succeeds."""
         self.is_uncertain = False
-        """What store.json says may be gone after a loss of power: nothing is built on it before it is written anew."""
+        """A loss of power may undo what store.json says: nothing is built on it until store.json is rewritten."""
         self.broken: str | None = None
-        """Why the store has to be closed and opened anew, None where it has not."""
+        """Why the store has to be closed and reopened; None if it need not."""
         self._owed: dict[str, Any] = {}  # in force, but not yet written to store.json
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)

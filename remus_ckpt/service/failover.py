@@ -31,9 +31,9 @@ class Role(StrEnum):
     """The role of a store: a standby of a primary, or promoted."""
 
     STANDBY = "standby"
-    """It takes the checkpoints of a primary."""
+    """It accepts the checkpoints of a primary."""
     PROMOTED = "promoted"
-    """Work went on from it: it takes none of this term."""
+    """Work has continued from it: it accepts no checkpoints of this term."""
 
 
 class Phase(Enum):

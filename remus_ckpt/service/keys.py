@@ -35,7 +35,7 @@ from remus_ckpt.link.tls import RENEW_CA, chains, common_name, ends, load_certif
 
 CA_DAYS = 3650
 CERTIFICATE_DAYS = 825
-"""Two years and a quarter: what most TLS software takes at most."""
+"""Two and a quarter years: the most that most TLS software accepts."""
 SOON_DAYS = 30
 _CLOCK_SKEW = timedelta(minutes=5)
 """A certificate is valid from a little before now: the clocks of two machines differ."""
@@ -53,11 +53,11 @@ class Certificate:
     path: Path
     name: str
     hosts: tuple[str, ...]
-    """Names and addresses under which it may be reached."""
+    """Names and addresses at which it may be reached."""
     issuer: str
     serial: int
     sha256: str
-    """Of the whole certificate, in hex."""
+    """Digest of the whole certificate, in hex."""
     starts: datetime
     expires: datetime
     is_ca: bool

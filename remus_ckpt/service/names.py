@@ -27,11 +27,11 @@ from remus_ckpt.session import messages
 from remus_ckpt.store import Store
 
 _OPEN_S = 10.0
-"""For a store to open, before others are no longer kept waiting for it."""
+"""How long the others wait for a store to open."""
 _MOST_OPENED = 8
-"""Names at a time, besides those whose disks hang."""
+"""Names opened at a time, not counting those whose disks hang."""
 _NAME_DESCRIPTORS = 8
-"""Of one name: lock, segments, warm copies, index."""
+"""File descriptors for one name: lock, segments, warm copies, index."""
 _OWN_DESCRIPTORS = 64
 _STATUS_OF_REFUSED: dict[str, Any] = {
     "role": "unknown",
@@ -41,7 +41,7 @@ _STATUS_OF_REFUSED: dict[str, Any] = {
     "warnings": [],
     "primary": {},
 }
-"""Of a name whose store cannot be opened, or is not open yet: its role is "opening" then."""
+"""The status of a name whose store cannot be opened, or is not open yet (then its role is "opening")."""
 
 
 class Names:

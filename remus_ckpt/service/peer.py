@@ -71,12 +71,12 @@ class Peer:
         self.connection = connection
         self.thread = threading.Thread(target=self._serve, name=f"peer {connection.peer}", daemon=True)
         self.is_evicted = False
-        """Its place has been given to another; whoever accepts connections says so."""
+        """Its place has been given to another peer; set by the accepting thread."""
         self.is_known = False
-        """Whether it has said hello."""
+        """Whether the peer has said hello."""
         self.run_id = b""
         self.status: dict[str, Any] = {}
-        """What the primary last said of itself."""
+        """What the primary last reported about itself."""
         self._offer = offer
         self._session: Session | None = None
         self._name = ""

@@ -10,7 +10,7 @@ from remus_ckpt.store import Retention
 
 FENCE_S = 60.0
 TAKEOVER_S = 3600.0
-"""A takeover command may have to read all of a large memory from a slow disk; what takes longer hangs."""
+"""A takeover command may have to read all of a large memory from a slow disk; one that takes longer hangs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,11 @@ LASTING = frozenset({"version", "name", "limit", "fenced"})
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _SAY_S = 10.0
-"""Checkpoints that wait for longer are worth a line in the log."""
+"""A checkpoint that waits longer than this is worth a line in the log."""
 _LAST_LINK_S = 2.0
-"""How long a primary that ends tries for a new link, so that what it has sent is committed."""
+"""How long an ending primary tries to get a new link, so that what it has sent is committed."""
 _LAST_COMMIT_S = 10.0
-"""How long it waits for commits over one that is well, at least."""
+"""Minimum time that an ending primary waits for commits over a working link."""
 _MAX_UNRELEASED = 1000
 """Commits that may wait for on_commit; then checkpoints wait too."""
 
@@ -126,7 +126,7 @@ class Primary:
         self.term = term
         self.ended = ""
         self.is_running = False
-        """Whether `run` is there to make a lost link anew."""
+        """Whether `run` is active and replaces a lost link."""
         self._has_run = False
         self._fenced: Fenced | None = None
         # Other threads set these too. `close` sets its flag before it looks for a link; connecting checks the flag once

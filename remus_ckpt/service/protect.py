@@ -32,7 +32,7 @@ from remus_ckpt.wire.xen.dialect import StreamCodec
 
 _CONNECT_S = 10.0
 _HANG_UP_S = 0.5
-"""Time for a thread that is late to see that the link has been taken from it."""
+"""Time for a late thread to notice that its link has been closed."""
 
 
 def primary_of(

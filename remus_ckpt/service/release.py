@@ -105,7 +105,7 @@ class ReleaseCommand:
         self._lost: int | None = None
         self._is_over = StopSignal()
         self.is_gone = False
-        """Whether it stopped to read before the end."""
+        """Whether the command stopped reading before the end."""
         self.has_failed = False
         self._watcher = threading.Thread(target=self._watch, name="on-commit", daemon=True)
         self._watcher.start()

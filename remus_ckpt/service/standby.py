@@ -37,7 +37,7 @@ __all__ = ["Policy", "Refusal", "Standby", "Visitor", "close_all"]
 _RETRY_S = 1.0
 _PROMOTION_S = 60.0
 _LEAVE_S = 10.0
-"""How long to wait, at most, for a session or a command that must end first."""
+"""Maximum wait for a session or a command that must end first."""
 _MAX_TERM = 1 << 62
 """So that there is always a higher one."""
 
@@ -75,7 +75,7 @@ class Standby:
     ) -> None:
         self.name = name
         self.guests = 0
-        """Primaries that are here, or wait to be let in; the backup counts them, under its own lock."""
+        """Primaries that are connected or waiting to be let in; `Names` counts them, under its own lock."""
         self._writer = writer
         self._policy = policy
         self._metrics = metrics

@@ -60,12 +60,13 @@ class Takeover:
         self._last_peer = last_peer
         self.fence = Command() if policy.fence else None
         self.command = Command() if policy.on_failover else None
-        """The takeover command. Whoever starts `run_fence` or `run_takeover` puts the run that has begun here."""
+        """The takeover command. Whoever starts `run_takeover` stores the run that has begun here (`run_fence`: in
+        `fence`)."""
         self._fencing: ShellCommand | None = None
         self._taking_over: ShellCommand | None = None
         self._handed_out: dict[str, Any] | None = None
         self.is_promoting = False
-        """The promotion is being written: it cannot be called off any more."""
+        """The promotion is being written, and can no longer be cancelled."""
         self._is_stopped = False
 
     # These need the lock
@@ -186,7 +187,7 @@ class Takeover:
         is_late = status is None
         if is_late:
             shell.kill()
-            status = shell.wait()  # what cannot be killed may still act: so long it runs
+            status = shell.wait()  # a command that cannot be killed may still act: wait for it
         with self._lock:
             if not self._needs_fence(time.monotonic()):
                 log("fence called off", level=logging.WARNING, name=self.name)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from remus_ckpt.errors import RemusError
 
 _LOOK_S = 0.1
-"""How often whoever waits looks for what nobody tells it."""
+"""How often a waiting thread checks for changes that ring no bell."""
 
 T = TypeVar("T")
 

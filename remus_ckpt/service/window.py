@@ -88,7 +88,7 @@ class Window:
         self.committed: Position | None = None
         """The newest position that the backup has acknowledged."""
         self.commits = 0
-        """How many checkpoints it has."""
+        """How many checkpoints the backup has acknowledged."""
 
     @property
     def lag(self) -> int:
