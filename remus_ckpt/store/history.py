@@ -266,7 +266,7 @@ class History:
         return entry
 
     def _read(self, at: int | datetime | None, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
-        """Read a checkpoint into a home. If the newest is compacted and pruned meanwhile, a newer one takes its place."""
+        """Read a checkpoint into a home. If the newest is compacted and pruned meanwhile, a newer one is read."""
         for _ in range(_TRIES):
             try:
                 return self._read_entry(self.find(at), home, progress)

@@ -298,7 +298,7 @@ def holds_a_record(fd: int, position: Position, start: int, size: int) -> bool:
 
 
 def _is_record(fd: int, position: Position, at: int, length: int, size: int) -> bool:
-    """Whether these bytes are the record of the next checkpoint or, in case that one is damaged, of the one after it."""
+    """Whether these bytes are the record of the next checkpoint or, if that one is damaged, of the one after it."""
     if at + length > size or os.pread(fd, len(RECORD_MAGIC), at) != RECORD_MAGIC:
         return False
     if length > Limits().device_state_bytes:
