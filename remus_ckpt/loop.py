@@ -27,11 +27,11 @@ from remus_ckpt.source import Source, Stopper
 from remus_ckpt.wire.parts import Parts
 
 _PAUSES = 3
-"""How many pauses are tried for one checkpoint before one that is broken is an error."""
+"""How many pauses are tried for one checkpoint before a broken pause is an error."""
 
 
 STEPS = ("stop", "find", "copy", "resume")
-"""Of a pause: those who write are stopped, the pages found, then copied; they run on."""
+"""The steps of a pause: stop the writers, find the pages, copy them, resume the writers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,15 @@ class Taken:
 
     sent: Sent
     dirty_pages: int
-    """Those that the pause found and copied. The first checkpoint sends more: it copies all once before its pause."""
+    """Pages that the pause found and copied. The first checkpoint sends more: it copies all before its pause."""
     pause_s: float
     """From the order to stop to the order to run on, without what `on_paused` took."""
     blocked_s: float
-    """Of the pause: encoding and writing, which only a bounded capture does there."""
+    """The part of the pause that went into encoding and writing; only a bounded capture does that there."""
     encode_s: float
     """Encoding and writing outside the pause."""
     steps_s: Mapping[str, float]
-    """Where the pause went. What is left is the look whether it has held, and a bounded capture's encoding."""
+    """The time of each step. The rest of the pause is the check that it has held, and a bounded capture's encoding."""
 
 
 class Output(Protocol):
@@ -58,17 +58,17 @@ class Output(Protocol):
         """Take all of the buffers. They may be kept, and do not change, until `commit` returns."""
 
     def commit(self, sent: Sent) -> None:
-        """What was written since the last one is a whole checkpoint. May wait before it takes the next."""
+        """Everything written since the last commit is a whole checkpoint. May wait before it accepts the next one."""
 
     def fds(self) -> Sequence[int]:
-        """Descriptors that become readable when there is something that `check` raises."""
+        """Descriptors that become readable when `check` has something to raise."""
 
     def check(self) -> None:
-        """Raise what has happened to it meanwhile."""
+        """Raise the error that has happened to the output meanwhile, if any."""
 
 
 class StopSignal:
-    """Says from a signal handler or another thread that a loop shall end."""
+    """Ends a loop from a signal handler or another thread."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -76,24 +76,24 @@ class StopSignal:
         self._pid = os.getpid()
 
     def set(self) -> None:
-        """End the loop after the checkpoint that is being taken. May come after `close`; in a fork it does nothing."""
+        """End the loop after the current checkpoint. Does nothing after `close` or in a forked child."""
         self.is_set = True
         if self.fd >= 0 and self._pid == os.getpid():
             os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
-        """Free the descriptor. May be called again: by then the number may be somebody else's."""
+        """Close the descriptor. May be called again, even if its number has been reused by then."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class CheckpointLoop:
-    """Takes checkpoints of a source until it is told to stop, its time is over, or nobody is left who writes.
+    """Takes checkpoints of a source until it is stopped, its time is over, or no writer is left.
 
     interval_s: running time of the source between two pauses
-    duration_s: how long in all, None for no end
-    bounded: hold one page buffer of the capture at most; encoding and writing then happen in the pause
+    duration_s: total time, None for no end
+    bounded: hold at most one page buffer of the capture; encoding and writing then happen in the pause
     on_capture: called with the epoch just before the source is paused
     on_paused: called with the epoch while the source is paused, after the capture
     """
@@ -129,13 +129,13 @@ class CheckpointLoop:
         self._stop = stop
         self._capture: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
         self.ended = ""
-        """Why it ended: "stopped", "duration" or "source gone"."""
+        """Why the loop ended: "stopped", "duration" or "source gone"."""
 
     def run(self) -> Iterator[Taken]:
-        """The checkpoints, each when it has been written.
+        """Take checkpoints, and yield each once it has been written.
 
-        Raises SourceError or OSError; the source runs on then, and the output ends with the last whole checkpoint when
-        it is closed.
+        Raises SourceError or OSError; the source then runs on, and the output, once closed, ends with the last whole
+        checkpoint.
         """
         begin = time.monotonic()
         while True:
@@ -160,7 +160,7 @@ class CheckpointLoop:
             poll.register(fd, select.POLLIN)
         if self._stop is not None:
             poll.register(self._stop.fd, select.POLLIN)
-        # poll() counts in milliseconds: the last fraction of one is slept.
+        # poll() counts in milliseconds: sleep for the remaining fraction.
         while (left := deadline - time.monotonic()) > 0:
             if poll.poll(int(left * 1000)):
                 break
@@ -171,7 +171,7 @@ class CheckpointLoop:
         self._output.check()
 
     def take(self) -> Taken:
-        """One checkpoint, now. Raises as `run` does."""
+        """Take one checkpoint now. Raises like `run`."""
         epoch = self._sender.next_epoch
         pause = _Pause(self._stopper, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
@@ -187,7 +187,7 @@ class CheckpointLoop:
             finally:
                 pause.give_back()
         finally:
-            pause.give_back()  # again, for a signal's handler may have raised in the first
+            pause.give_back()  # once more: a signal handler may have interrupted the first
         assert self._sender.sent is not None
         self._tracker.taken()
         self._output.commit(self._sender.sent)
@@ -196,7 +196,7 @@ class CheckpointLoop:
         return Taken(self._sender.sent, pause.dirty_pages, pause.seconds, blocked_s, encode_s, pause.steps_s)
 
     def _scan(self, pause: _Pause) -> Iterator[PageBatch]:
-        """The capture, with the pause around it; what is drawn after the pause was copied in it."""
+        """The capture, inside its pause; pages that are drawn after the pause were copied during it."""
         if self._sender.sent is None:
             yield from self._first_copy()
         if self._on_capture is not None:
@@ -210,11 +210,11 @@ class CheckpointLoop:
             with pause.timed("copy"):
                 captured = self._memory.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
             yield from batches(part, captured)
-        # Nothing more is drawn: what the last buffer still costs falls outside the pause.
+        # No more pages are drawn: the cost of the last buffer falls outside the pause.
         pause.end()
 
     def _capture_whole(self, pause: _Pause) -> tuple[NDArray[np.int64], Pages]:
-        """The dirty pages of one pause. One that was broken is taken again: nothing of it has been used."""
+        """The dirty pages of one pause. A broken pause is repeated: nothing from it has been used."""
         for left in reversed(range(_PAUSES)):
             dirty = self._pause_and_find(pause)
             with pause.timed("copy"):
@@ -228,7 +228,7 @@ class CheckpointLoop:
         return dirty, captured
 
     def _pause_and_find(self, pause: _Pause) -> NDArray[np.int64]:
-        """Pause the source; the pages to be taken."""
+        """Pause the source; returns the pages to take."""
         pause.begin()
         with pause.timed("find"):
             self._memory.check()
@@ -242,9 +242,9 @@ class CheckpointLoop:
     def _first_copy(self) -> Iterator[PageBatch]:
         """All of memory while the source runs on, perhaps torn.
 
-        The sender's reference takes it in as it is sent, so that the pause has only to copy what has changed since: a
-        page may stand in round 0 more than once, and the last time counts. It is gone over again while that halves what
-        the pause will find, as far as the tracker can tell.
+        The sender's reference takes the pages in as they are sent, so that the pause only has to copy what has changed
+        since: a page may occur in round 0 more than once, and the last occurrence counts. The pass is repeated for as
+        long as that halves what the pause will find, by the tracker's estimate.
         """
         before = 2 * self._memory.pages
         while True:
@@ -259,7 +259,7 @@ class CheckpointLoop:
             before = count
 
     def _room(self, pages: int) -> Pages:
-        """A buffer for the capture: kept, because fresh memory costs a fault a page, and aligned, for the codec."""
+        """A buffer for the capture: reused, because fresh memory costs a fault per page, and aligned for the codec."""
         if len(self._capture) < pages:
             self._capture = zeros(max(pages, 2 * len(self._capture)))
             expect(self._capture, np.arange(len(self._capture)))
@@ -270,7 +270,7 @@ _KEPT_PAUSES = 100_000
 
 
 class Totals:
-    """What a recording came to. It may be a year long: percentiles are of the newest 100,000 pauses."""
+    """Totals of a recording. It may last a year, so percentiles cover only the newest 100,000 pauses."""
 
     def __init__(self) -> None:
         self.checkpoints = 0
@@ -305,7 +305,7 @@ class Totals:
         return self.changed_bytes / (self.changed_pages * PAGE_SIZE) if self.changed_pages else None
 
     def report(self) -> dict[str, Any]:
-        """For JSON."""
+        """The totals, for JSON."""
         return {
             "checkpoints": self.checkpoints,
             "dirty_pages": self.dirty_pages,
@@ -317,7 +317,7 @@ class Totals:
         }
 
     def text(self) -> str:
-        """For the last line."""
+        """The totals, for the last line."""
         ratio = self.ratio()
         compressed = ""
         if ratio is not None:
@@ -329,7 +329,7 @@ class Totals:
         )
 
     def line(self, taken: Taken) -> str:
-        """For the live line."""
+        """The present figures, for the live line."""
         sent = taken.sent
         raw = sent.pages * PAGE_SIZE
         ratio = f"{sent.compressed_bytes / raw:6.1%}" if sent.compressed_chunks else "   raw"
@@ -341,7 +341,7 @@ class Totals:
 
 
 class _Pause:
-    """One pause of those who write, and how long it was."""
+    """One pause of the writers, and its length."""
 
     def __init__(self, stopper: Stopper, on_paused: Callable[[], None]) -> None:
         self._stopper = stopper
@@ -355,7 +355,7 @@ class _Pause:
         self.ended_at = 0.0
 
     def begin(self) -> None:
-        """Stop them. Whatever this raises, and wherever: `give_back` is to be called."""
+        """Stop the writers. If this raises anything, at any point, call `give_back`."""
         self._is_on = True
         # Ctrl-Z in a pause would leave the source stopped with us.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
@@ -363,7 +363,7 @@ class _Pause:
         try:
             with self.timed("stop"):
                 self._stopper.stop()
-        except SourceError:  # they run on
+        except SourceError:  # the writers run on
             self._over()
             raise
 
@@ -375,11 +375,11 @@ class _Pause:
 
     @property
     def capture_s(self) -> float:
-        """Of it: stopping, finding and copying pages."""
+        """The part of the pause that went into stopping, finding and copying pages."""
         return self.steps_s["stop"] + self.steps_s["find"] + self.steps_s["copy"]
 
     def end(self) -> None:
-        """Look whether it has held, and let them run on. Raises SourceError if it has not."""
+        """Check that the pause has held, and resume the writers. Raises SourceError if it has not."""
         witness = time.monotonic()
         try:
             self._stopper.check_stopped()
@@ -391,7 +391,7 @@ class _Pause:
             self.seconds += self.ended_at - self._began - witness
 
     def give_back(self) -> None:
-        """Let them run on, if they may be stopped. Called again where it was interrupted, it goes on."""
+        """Resume the writers if they may be stopped. If this is interrupted, call it again: it then continues."""
         if not self._is_on:
             return
         begin = time.monotonic()

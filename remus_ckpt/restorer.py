@@ -1,6 +1,6 @@
-"""A stream to memory: checkpoints are staged, checked, and put in force when they are whole (specs/stream.md §8).
+"""A stream to memory: checkpoints are staged, checked, and put in force once they are complete (specs/stream.md §8).
 
-No I/O, no clock. Whatever the bytes do, memory stays at the last checkpoint that was put in force.
+No I/O, no clock. Whatever the bytes are, memory stays at the last checkpoint that was put in force.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from remus_ckpt.wire.xen.dialect import Dialect
 from remus_ckpt.wire.xen.reader import NEED_DATA, Boundary, Digest, Reader
 
 _STAGED_COST_BYTES = 256
-"""What a staged batch or chunk takes besides its contents; without it, tiny ones would take far more than the limit."""
+"""Overhead of a staged batch or chunk; if it were not counted, tiny ones would take far more memory than the limit."""
 
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
     """One checkpoint of a stream.
 
-    epoch: its number, as its record says, or counted from 0
-    start, end: its bytes in the stream
+    epoch: its number, from its record, or else counted from 0
+    start, end: its range of bytes in the stream
     batches, entries, pages: batches, PFN entries, and entries with data
     compressed_chunks, compressed_bytes: COMPRESSED_DATA chunks, and the sum of their payloads
-    memory: uint8[p2m_size, 4096], the memory that it is for: as it left it, until the next one is put in force
+    memory: uint8[p2m_size, 4096], the restored memory; valid until the next checkpoint is put in force
     """
 
     epoch: int
@@ -55,12 +55,12 @@ class Checkpoint:
     toolstack: bytes | None = None
     tail: events.Tail | None = None
     record: CheckpointRecord | None = None
-    """What a stream of ours says of it."""
+    """The checkpoint's record, in one of our own streams."""
     pfn_lists: list[NDArray[np.int64]] = field(default_factory=list, repr=False)
 
     @property
     def pfns(self) -> NDArray[np.int64]:
-        """int64[n]: the pages that it carried, ascending, each once."""
+        """int64[n]: the pages that the checkpoint carried, ascending, each once."""
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self.pfn_lists]))
 
     @property
@@ -70,39 +70,39 @@ class Checkpoint:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of memory; what is left of its last page is padding."""
+        """Bytes of memory; the rest of its last page is padding."""
         stated = None if self.record is None else self.record.memory_bytes
         return len(self.memory) * PAGE_SIZE if stated is None else stated
 
     @property
     def image(self) -> NDArray[np.uint8]:
-        """uint8[memory_bytes]: memory without the padding; a view, good as long as `memory` is."""
+        """uint8[memory_bytes]: memory without the padding; a view, valid for as long as `memory` is."""
         return self.memory.reshape(-1)[: self.memory_bytes]
 
     @property
     def device_state(self) -> bytes:
-        """What came with it in the device model's place: the user's bytes in a stream of ours, else QEMU's."""
+        """The device model's state: in our own streams the user's bytes, otherwise QEMU's."""
         if self.record is not None:
             return self.record.device_state
         return self.tail.device_state if isinstance(self.tail, events.TailHvm) else b""
 
     @property
     def parts(self) -> Parts:
-        """What it holds beside memory. Raises Malformed or UnknownFormat for a manifest that cannot be read."""
+        """What the checkpoint holds beside memory. Raises Malformed or UnknownFormat if the manifest cannot be read."""
         return Parts.unpack(self.device_state)
 
 
 class Home(Protocol):
-    """Where a restorer's memory lives. What it raises passes through the restorer, which is to be rewound then."""
+    """Where a restorer's memory lives. Its exceptions pass through the restorer, which must then be rewound."""
 
     def open(self, pages: int) -> Pages:
         """Fresh memory, uint8[pages, 4096], all zeros."""
 
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
-        """Put pages uint8[n, 4096] into the first checkpoint; where a PFN stands twice the later page counts."""
+        """Write pages uint8[n, 4096] of the first checkpoint; if a PFN occurs twice, the later page counts."""
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:
-        """Make sure that these pages can be written: afterwards writing them into the memory must not fail."""
+        """Make sure that these pages can be written to memory: afterwards, that must not fail."""
 
 
 class Anonymous:
@@ -113,12 +113,12 @@ class Anonymous:
         return zeros(pages)
 
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
-        """Write them."""
+        """Write the pages to memory."""
         expect(memory, pfns)
         memory[pfns] = data
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:
-        """Nothing is to be done."""
+        """Does nothing: writing to memory cannot fail."""
 
 
 class Restorer:
@@ -126,13 +126,13 @@ class Restorer:
 
     dialect: what is known of the stream; the rest is detected
     limits: what the stream may claim
-    strict: refuse what is otherwise accepted under a name in specs/permissive.md
+    strict: refuse deviations that are otherwise accepted and named in specs/permissive.md
     home: where memory lives; by default in this process
-    new_digest: makes what computes a checkpoint's SHA-256
-    start: where in a stream to begin; memory has no pages then, and checkpoints can only be passed over
+    new_digest: returns a new SHA-256 object for a checkpoint
+    start: where in a stream to begin; memory then has no pages, and checkpoints can only be skipped
 
-    Bytes come in by `get_buffer` and `buffer_updated`, or by `feed`, and `feed_eof` ends them. `next_checkpoint` gives
-    a checkpoint that is whole and checked; `commit` puts it in force, `skip` passes over it.
+    Pass bytes in by `get_buffer` and `buffer_updated`, or by `feed`; `feed_eof` ends them. `next_checkpoint` returns a
+    complete, checked checkpoint; `commit` puts it in force, `skip` passes over it.
     """
 
     def __init__(
@@ -154,17 +154,17 @@ class Restorer:
         self.in_force: Checkpoint | None = None
         """The checkpoint that memory holds."""
         self.staged: Checkpoint | None = None
-        """A checkpoint that is whole and checked, and waits for `commit`."""
+        """A complete, checked checkpoint that waits for `commit`."""
         self.end: events.EndOfStream | None = None
         self._coming: Checkpoint | None = None
         self._raw: list[tuple[NDArray[np.int64], Pages]] = []
         self._compressed: list[events.CompressedData] = []
         self._payload: memoryview = memoryview(b"")
         self._index: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._checked = 0  # bytes of the payload that the check took
+        self._checked = 0  # bytes of the payload that the check consumed
         self._announced: list[int] = []  # pages announced before each compressed chunk
         self._staged_bytes = 0
-        self._format_b = False  # the checkpoint that is coming has its pages in COMPRESSED_DATA
+        self._format_b = False  # the incoming checkpoint has its pages in COMPRESSED_DATA
         self._verify_only = False  # ENABLE_VERIFY_MODE has come
         self._written = (0, 0)  # raw batches and pages of the coming checkpoint in front of it
         self._home: Home = home or Anonymous()
@@ -175,29 +175,29 @@ class Restorer:
 
     @property
     def dialect(self) -> Dialect:
-        """Of the stream: as given, with what has been detected so far."""
+        """The stream's dialect: as given, plus what has been detected so far."""
         return self.reader.dialect
 
     @property
     def boundary(self) -> Boundary:
-        """The place behind the checkpoint that is in force."""
+        """The boundary after the checkpoint in force."""
         return self._behind[0]
 
     def feed(self, data: Buffer) -> None:
-        """Bytes of the stream; they are kept, not copied."""
+        """Take in bytes of the stream; they are kept, not copied."""
         self.reader.feed(data)
 
     def checkpoints(self) -> Iterator[Checkpoint]:
-        """Put in force what the bytes so far hold, one checkpoint after the other.
+        """Put the checkpoints received so far in force, and yield each one.
 
-        Raises Malformed or UnknownFormat behind the last good one; memory stays at that.
+        Raises Malformed or UnknownFormat after the last good one, at which memory then stays.
         """
         while (checkpoint := self.next_checkpoint()) is not None:
             self.commit()
             yield checkpoint
 
     def next_checkpoint(self) -> Checkpoint | None:
-        """The next checkpoint, whole and checked but not in force; None where the bytes so far hold none."""
+        """The next checkpoint, complete and checked but not in force; None if the bytes so far hold none."""
         while self.staged is None:
             event = self.next_event()
             if event is NEED_DATA or isinstance(event, events.EndOfStream):
@@ -205,9 +205,9 @@ class Restorer:
         return self.staged
 
     def next_event(self) -> events.Event | None:
-        """The next event of the stream, taken in: after a tail, `staged` is what it closed.
+        """Process and return the next event of the stream; after a tail, `staged` is the checkpoint it closed.
 
-        Raises Malformed or UnknownFormat; what is in force stays.
+        Raises Malformed or UnknownFormat; the checkpoint in force stays.
         """
         if self.staged is not None:
             raise ValueError("a checkpoint is staged: commit it first")
@@ -244,12 +244,12 @@ class Restorer:
             raise ValueError("no checkpoint is staged")
         raw, index = self._raw, self._index
         if self._verify_only:
-            # "from there on the stream changes no memory" (stream.md §8.5): what came before it does
+            # "from there on the stream changes no memory" (stream.md §8.5): only earlier pages are applied
             raw, index = raw[: self._written[0]], index[: self._written[1]]
         for pfns, data in raw:
             self.memory[pfns] = data
         if len(index):
-            # All pages of the checkpoint have been checked; in verify mode only those in front of it are applied.
+            # All pages of the checkpoint have been checked; if verify mode began in it, only earlier ones are applied.
             checked = self._checked if len(index) == len(self._index) else None
             get_codec(self._codec).apply(self._payload, self.memory, index=index, checked=checked)
         return self.skip()
@@ -267,9 +267,9 @@ class Restorer:
         return checkpoint
 
     def rewind(self) -> None:
-        """Drop what has come of a checkpoint that is not in force, a fault in it too, and go on behind the last one.
+        """Drop everything after the checkpoint in force, including a fault, and continue from there.
 
-        The bytes of the next checkpoint are to come from its first one again. Where nothing is in force yet that is the
+        The next bytes must be the next checkpoint's, from its first byte on. If nothing is in force yet, that is the
         beginning of the stream, with fresh memory.
         """
         boundary, self._verify_only = self._behind
@@ -289,7 +289,7 @@ class Restorer:
 
     @property
     def _now(self) -> Checkpoint:
-        assert self._coming is not None  # the reader gives nothing before a header
+        assert self._coming is not None  # the reader returns nothing before a header
         return self._coming
 
     @property
@@ -322,7 +322,7 @@ class Restorer:
             self._charge(event.data.nbytes, event)
             self._raw.append((pfns, event.data))
         elif not self._verify_only:
-            # The first checkpoint follows nothing that would have to be kept, so its pages need no second copy.
+            # No earlier checkpoint has to be preserved, so the first one's pages are written at once.
             self._home.write(self.memory, pfns, event.data)
 
     def _take_compressed(self, event: events.CompressedData) -> None:
@@ -393,12 +393,12 @@ class Restorer:
             raise self._fail(error) from None
 
     def _check_borders(self, joined: NDArray[np.uint8], tail: events.Tail) -> None:
-        """What the reader does not need, but a sender keeps to: whole pages in a chunk, announced before it."""
+        """Check rules that the reader could do without: a chunk holds whole pages, and they are announced before it."""
         codec = get_codec(self._codec)
         at = pages = 0
         for event, announced in zip(self._compressed, self._announced, strict=True):
             border = at + len(event.data)
-            # The chunk holds as many pages as end within it: the number is found by halving.
+            # The chunk holds as many pages as end within it: find the number by bisection.
             low, high = 0, min(len(self._index) - pages, len(event.data))
             while low < high:
                 middle = (low + high + 1) // 2
@@ -414,7 +414,7 @@ class Restorer:
             at = border
 
     def _place(self, offset: int, tail: events.Tail) -> int:
-        """Where in the stream a byte of the joined payloads stands."""
+        """The offset in the stream of a byte of the joined payloads."""
         head = 4 + (self.dialect.word or 8)
         for event in self._compressed:
             if offset < len(event.data):
@@ -424,6 +424,6 @@ class Restorer:
         return last.offset + head + len(last.data) if last else tail.offset
 
     def _fail(self, error: Malformed) -> Malformed:
-        """The stream cannot go on: the reader will say the same again."""
+        """Note that the stream cannot continue: the reader will raise the same error again."""
         self._forget()
         return self.reader.fail(error)

@@ -30,7 +30,7 @@ PAGE_BUFFER_PAGES = {coding.name: coding.page_buffer_pages for coding in CODINGS
 
 @dataclass(slots=True)
 class Sent:
-    """What a checkpoint came to on the wire."""
+    """Summary of a checkpoint on the wire."""
 
     epoch: int
     batches: int = 0
@@ -42,12 +42,12 @@ class Sent:
     stream_bytes: int = 0
     before: Position | None = None
     position: Position | None = None
-    """The positions that it follows and that it makes."""
+    """The positions that the checkpoint follows and makes."""
 
 
 @dataclass(slots=True)
 class _PageBuffer:
-    """Pages that wait to be compressed."""
+    """Pages waiting to be compressed."""
 
     capacity: int
     count: int = 0
@@ -56,15 +56,15 @@ class _PageBuffer:
 
 
 class Sender:
-    """Writes checkpoints of one memory as a save stream of our own: HVM, with an empty context.
+    """Writes checkpoints of one memory as one of our save streams: HVM, with an empty context.
 
     p2m_size: pages of memory
     codec: "delta" or "rle"
     word: bytes of the toolstack's unsigned long in the stream, 8 or 4
     buffer_pages: pages in the page buffer; by default 8,196, and 8,192 for `rle`
-    reference: what deltas are taken against; by default a full `Shadow` of its own
-    position: the position that the first checkpoint follows, None at the beginning of all
-    first_epoch: the number of the first checkpoint where it follows nothing
+    reference: what deltas are taken against; by default the sender's own full `Shadow`
+    position: the position that the first checkpoint follows, None if it is the very first
+    first_epoch: the number of the first checkpoint if it follows nothing
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Sender:
             raise ValueError(f"a page buffer of {buffer_pages} pages; it has 1…{MAX_BUFFER_PAGES}")
         self.p2m_size = p2m_size
         self.position = position
-        """That of the last checkpoint, None before the first."""
+        """The position of the last checkpoint, None before the first."""
         self.sent: Sent | None = None
-        """What the last checkpoint came to."""
+        """The summary of the last checkpoint."""
         self.owed: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        """Pages that the receiver does not hold as the reference says: they must be in the next checkpoint."""
+        """Pages whose copies at the receiver differ from the reference: they must be in the next checkpoint."""
         self._first_epoch = first_epoch
         self._codec_name = codec
         self._codec = get_codec(codec)
@@ -99,10 +99,10 @@ class Sender:
         self._writer = Writer(word)
         self._started = False
         self.unfinished = False
-        """A checkpoint was begun and not taken to its end."""
+        """Whether a checkpoint was begun and not taken to its end."""
         self.carried: list[NDArray[np.int64]] = []
-        """int64[n] each: the pages with data of the last checkpoint, or of the one that broke off, as they came. A page
-        is in it before the reference changes. Each checkpoint has a list of its own."""
+        """Arrays int64[n]: the pages with data of the last, perhaps interrupted, checkpoint, in the order they came. A
+        page is added before the reference changes. Each checkpoint has its own list."""
 
     @property
     def next_epoch(self) -> int:
@@ -111,16 +111,16 @@ class Sender:
 
     @property
     def pfns(self) -> NDArray[np.int64]:
-        """int64[n]: those of `carried` in one piece."""
+        """int64[n]: the arrays of `carried`, joined."""
         return np.concatenate([np.empty(0, dtype=np.int64), *self.carried])
 
     def rewind(self, position: Position, pfns: NDArray[np.int64]) -> None:
-        """Go on from a checkpoint of this stream that the receiver holds, although others were sent behind it.
+        """Continue from a checkpoint of this stream that the receiver holds, although later ones were sent.
 
-        position: that checkpoint's
-        pfns: the pages of all checkpoints behind it, the one that broke off included. What the receiver holds of them
-            is not what the reference says, so they are owed: the next checkpoint carries them, and carries them full.
-        May be called again where it was interrupted.
+        position: of that checkpoint
+        pfns: the pages of all later checkpoints, including one that was interrupted. The receiver's copies of them
+            differ from the reference, so they are owed: the next checkpoint carries them in full.
+        May be called again after an interrupt.
         """
         if self.sent is None:
             raise ValueError("no checkpoint was sent: begin a new stream with a new sender")
@@ -141,19 +141,20 @@ class Sender:
         position: Position | None = None,
         memory_bytes: int | None = None,
     ) -> Iterator[list[Buffer]]:
-        """The buffers of one checkpoint, in groups for vectored sends; to be taken to the end.
+        """The buffers of one checkpoint, in groups for vectored sends; the caller must take them all.
 
-        scan: the dirty pages in batches, in the order in which they are to travel. It is drawn from as buffers are
-            taken: a list holds the whole capture, and a generator that captures as it goes needs memory for one page
-            buffer only, and is held up while that is encoded and written.
-        device_state: the user's bytes, which come back with the checkpoint; or what gives them once the scan has ended
-        parts: gives all that goes with memory once the scan has ended; `device_state` is not looked at then
+        scan: the dirty pages in batches, in the order in which to send them. Batches are drawn as buffers are taken: a
+            list holds the whole capture; a generator that captures as it goes needs memory for one page buffer only,
+            but waits while that is encoded and written.
+        device_state: the user's bytes, which come back with the checkpoint; or a callable that returns them, called
+            once the scan has ended
+        parts: returns everything that goes with memory, called once the scan has ended; replaces `device_state`
         time_ns: when it was taken, in nanoseconds since 1970
-        position: the position that this state has already, for one who encodes it anew; by default it is made
+        position: the position that this state already has, if it is being re-encoded; by default a new one is made
         memory_bytes: how many bytes memory has, if it ends within its last page
 
-        Raises ValueError for pages that do not fit. A checkpoint that is not taken to the end leaves the receiver
-        with half of it: the sender refuses to go on, and a new stream begins with a new sender.
+        Raises ValueError for pages that do not fit. If the caller stops before the end, the receiver has half a
+        checkpoint: the sender then refuses to continue, and a new stream needs a new sender.
         """
         if self.unfinished:
             raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
@@ -202,7 +203,7 @@ class Sender:
         sent.stream_bytes = self._writer.offset - begin
         sent.position = after
         yield closing
-        # Not before: where the last bytes cannot be sent, what they close is still to be taken back.
+        # Only now: if the last bytes cannot be sent, the checkpoint that they close must still be undone.
         self.position = after
         self.sent = sent
         self.owed = np.empty(0, dtype=np.int64)
@@ -232,7 +233,7 @@ class Sender:
             places = np.flatnonzero(with_data)
             first = page = 0
             while first < len(batch.pfns):
-                # A batch that would overfill the buffer is cut before the first page that has no room (§6.3).
+                # A batch that would overfill the buffer is split before the first page that does not fit (§6.3).
                 room = waiting.capacity - waiting.count
                 stop = int(places[page + room]) if len(places) - page > room else len(batch.pfns)
                 part = with_data[first:stop]
@@ -290,7 +291,7 @@ def _without_blank(batch: PageBatch, seen: NDArray[np.bool_]) -> PageBatch:
     with_data = HAS_DATA[batch.types]
     pfns = batch.pfns[with_data].astype(np.int64)
     keep = batch.data.view(np.uint64).any(axis=1) | seen[pfns]
-    # A page that stands twice in this batch: the later may blank the earlier.
+    # If a page occurs twice in this batch, the later copy may blank the earlier one.
     keep |= np.isin(pfns, pfns[keep])
     if keep.all():
         return batch

@@ -103,7 +103,7 @@ def check_plain(address: Address, where: Any, insecure: bool, option: str) -> No
 
 
 def check_options(address: Address, tls: TlsFiles | None, insecure: bool) -> None:
-    """What no number of tries would change, before the first. Raises LinkError."""
+    """Check, before the first try, for faults that no number of tries would change. Raises LinkError."""
     if address.scheme == "tls" and tls is None:
         raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
     with suppress(ValueError):  # a name may mean another address the next time

@@ -1,4 +1,4 @@
-"""The primary's end of one session: what it sends, and a thread that hears what comes back (specs/session.md)."""
+"""The primary's end of one session: what it sends, and a thread that listens for the replies (specs/session.md)."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ _FLUSH_BYTES = 1 << 20
 _WELCOME_S = 30.0
 _GOODBYE_S = 1.0
 _LOOK_S = 0.25
-"""So often who waits for a welcome looks whether it is still to be waited for."""
+"""How often a wait for the welcome checks whether to give up."""
 
 
 class Link:
     """One session with a backup, from its hello to its end.
 
-    One thread makes it, sends and closes it. From `begin` on another one listens, calls back, and says that this side
-    is there. Any thread may ask `check` and `peer`, look at `failed`, and `hang_up`.
+    One thread creates, uses and closes the link. From `begin` on, another thread listens, calls the callbacks and sends
+    heartbeats. Any thread may call `check` and `hang_up`, and read `peer` and `failed`.
 
-    connection: to the backup, shaken hands
+    connection: to the backup, with its handshake done
     hello: who we are
-    on_ack: called for each acknowledgement, in the thread that hears it
-    status: called for what goes with each heartbeat
-    give_up: whether not to wait for the welcome any longer
-    left_s: how many of so many seconds there are for who calls; by default all of them
-    Raises Refused or Fenced if the backup will not have us, LinkError if it is lost, Malformed if it talks nonsense.
+    on_ack: called for each acknowledgement, in the listening thread
+    status: returns what goes with each heartbeat
+    give_up: whether to stop waiting for the welcome
+    left_s: how many of the given seconds the current call may still use; by default all of them
+    Raises Refused or Fenced if the backup rejects us, LinkError if it is lost, Malformed if its bytes are invalid.
     """
 
     def __init__(
@@ -68,23 +68,23 @@ class Link:
         self._on_ack = on_ack
         self._status = status
         self._left_s = left_s
-        self._lease_s = _WELCOME_S  # until the welcome says better
+        self._lease_s = _WELCOME_S  # until the welcome names the real one
         self._term = hello.term
         self._thread: threading.Thread | None = None
-        # Who sends: the calling thread, but for what the listening one says between two frames.
+        # Held to send: by the calling thread, or by the listening thread for a message between two frames.
         self._sending = threading.Lock()
-        # Under it:
+        # Guarded by it:
         self._outgoing = session.outgoing
         # Of the checkpoint that is being written: bytes, and seconds that sending them took.
         self._way_bytes, self._way_s = 0, 0.0
-        # The calling thread's:
+        # Owned by the calling thread:
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
         self._counted = 0
-        # Who hears: the listening thread, once there is one.
+        # Owned by the listening thread, once there is one.
         self._incoming = session.incoming
         self._heard = time.monotonic()
-        # Written in one step by one thread, for the other to look at.
+        # Written in one step by one thread, read by the other.
         # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
         self._probe: tuple[Position, int, float] | None = None
         self._closing = False
@@ -111,7 +111,7 @@ class Link:
         return self._connection.peer
 
     def take_wire_bytes(self) -> int:
-        """Bytes sent since this was asked last."""
+        """Bytes sent since the last call."""
         before, self._counted = self._counted, self._connection.bytes_sent
         return self._counted - before
 
@@ -129,7 +129,7 @@ class Link:
                 self._receive(self._left_s(_LOOK_S))
 
     def _check_welcome(self, hello: Hello) -> None:
-        """What no backup says that works: it is tried again, later. Raises Malformed."""
+        """Refuse a welcome that no working backup sends; the primary tries again later. Raises Malformed."""
         welcome = self.welcome
         fault = None
         if hello.term is not None and welcome.term != hello.term:
@@ -141,28 +141,28 @@ class Link:
         if fault is not None:
             raise Malformed(f"{self.peer}: {fault}", section="session.md §3.2", chunk="WELCOME")
 
-    # What goes out
+    # Sending
 
     def begin(self, message: Begin) -> None:
-        """Say what follows, and begin to listen."""
+        """Announce what follows, and start to listen."""
         self._post(message)
         thread = threading.Thread(target=self._listen, name=f"link to {self.peer}", daemon=True)
         try:
             self._thread = thread
             thread.start()
-        except RuntimeError as error:  # there can be no more threads
+        except RuntimeError as error:  # no more threads are allowed
             self._thread = None
             raise LinkError(f"{self.peer}: {error}") from error
 
     def write(self, buffers: list[Buffer]) -> None:
-        """Bytes of the save stream, of a checkpoint whose commit follows. They are kept until then."""
+        """Send bytes of a checkpoint in the save stream; the buffers are kept until its commit."""
         self._pending += buffers
         self._pending_bytes += sum(len(buffer) for buffer in buffers)
         if self._pending_bytes >= _FLUSH_BYTES:
             self._flush()
 
     def commit(self, message: Commit) -> None:
-        """The end of a checkpoint."""
+        """Send the end of a checkpoint."""
         self._flush(message)
 
     def _flush(self, commit: Commit | None = None) -> None:
@@ -174,14 +174,14 @@ class Link:
                 if commit is not None:
                     frames += self._outgoing.send(commit)
             except ValueError:
-                # The listening thread has read, since we checked, what ended the session, or has ended it.
+                # Since our check, the listening thread has read the message that ended the session, or has ended it.
                 if self._outgoing.is_over:
                     raise self._reason(LinkError(f"{self.peer}: the session has ended")) from None
                 raise
             begin = time.monotonic()
             self._way_bytes += sum(len(frame) for frame in frames)
             if commit is not None:
-                # Before it is sent: the answer may be here before we are back.
+                # Set this before sending: the answer may arrive before `send` returns.
                 self._probe = commit.position, self._way_bytes, begin - self._way_s
             self._send(frames)
             self._way_s += time.monotonic() - begin
@@ -201,15 +201,15 @@ class Link:
             raise self._reason(error) from error
 
     def _reason(self, otherwise: LinkError) -> RemusError:
-        """What the other side said before it closed, which is the better reason."""
+        """The reason the other side gave before it closed, or else `otherwise`."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(self._left_s(1.0))
         return self._error or otherwise
 
-    # What comes back
+    # Receiving
 
     def _receive(self, timeout_s: float) -> bool:
-        """Take in what has come; whether anything has."""
+        """Take in what has arrived; returns whether anything has."""
         try:
             size = self._connection.recv_into(self._incoming.get_buffer(), timeout_s)
         except TimeoutError:
@@ -234,10 +234,10 @@ class Link:
                     raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
                 if now >= beat:
                     number += 1
-                    # Behind data that do not move, a heartbeat would wait, and whoever wants to send wait for it.
+                    # If the connection is stalled, a heartbeat would wait, and hold up whoever wants to send.
                     if self._connection.is_writable() and self._sending.acquire(blocking=False):
                         try:
-                            if not self._outgoing.is_over:  # behind a goodbye nothing follows
+                            if not self._outgoing.is_over:  # nothing may follow a goodbye
                                 self._connection.send(
                                     self._outgoing.send(Heartbeat(number=number, status=self._status())),
                                     self._lease_s,
@@ -246,7 +246,7 @@ class Link:
                             self._sending.release()
                     beat = now + period
         except StreamError as error:
-            # Bytes may have changed on their way: another link may be well (specs/session.md §7).
+            # Bytes may have been corrupted in transit: another link may work (specs/session.md §7).
             self._complain(error)
             self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
         except RemusError as error:
@@ -268,7 +268,7 @@ class Link:
             case Error(code="fenced", term=int() as term) if self._term is None or term >= self._term:
                 raise Fenced(event.message, term=term)
             case Error(code="fenced"):
-                # Who has taken over has a term that is not below ours: this one is mistaken, or lies.
+                # A side that has taken over has a term not below ours: this one is mistaken, or lies.
                 raise LinkError(f"{self.peer} refuses term {self._term} for the sake of term {event.term}")
             case Error():
                 raise Refused(f"{self.peer}: {event.message}", code=event.code)
@@ -276,7 +276,7 @@ class Link:
                 raise LinkError(f"{self.peer} has said goodbye: {event.reason}")
 
     def _complain(self, error: StreamError) -> None:
-        """Tell the backup what was wrong with its bytes, where no other data stand in the way."""
+        """Tell the backup what was wrong with its bytes, if no other data block the way."""
         if self._sending.acquire(blocking=False):
             try:
                 with suppress(RemusError, ValueError):
@@ -292,23 +292,23 @@ class Link:
         self._connection.close()
 
     def hang_up(self) -> None:
-        """Break it: who waits for the other side, in whatever thread, gets a LinkError."""
+        """Break the link: any thread that waits for the other side gets a LinkError."""
         self._connection.close()
 
     def check(self) -> None:
-        """Raise what has ended the session, if anything has."""
+        """Raise the error that has ended the session, if there is one."""
         if self._error is not None:
             raise self._error
 
     def close(self, goodbye: str | None = None) -> None:
-        """End the session; with a reason, tell the backup that this is no accident. May be called again."""
+        """End the session; with a reason, tell the backup that this is intended. May be called again."""
         if goodbye is not None and self._error is None and self._sending.acquire(timeout=self._left_s(_GOODBYE_S)):
             with suppress(RemusError, ValueError):  # it may be gone already
                 try:
                     self._connection.send(self._outgoing.send(Goodbye(reason=goodbye)), self._left_s(_GOODBYE_S))
                 finally:
                     self._sending.release()
-                # Until it hangs up (specs/session.md §4): bytes that nobody reads here could undo the goodbye.
+                # Wait until the backup hangs up (specs/session.md §4): unread bytes here could destroy the goodbye.
                 if self._thread is not None and self._thread is not threading.current_thread():
                     self._thread.join(self._left_s(_GOODBYE_S))
         self._release()
@@ -316,7 +316,7 @@ class Link:
     def _release(self) -> None:
         self._closing = True
         self._connection.close()
-        # Alive: it may never have been started.
+        # `is_alive`, since the thread may never have been started.
         if self._thread is not None and self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(_GOODBYE_S)
         if self._thread in (None, threading.current_thread()) or not self._thread.is_alive():

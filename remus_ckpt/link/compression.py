@@ -1,4 +1,4 @@
-"""The second stage: whether what goes over a link is compressed once more, behind the page codec."""
+"""The second stage: whether data for a link are compressed once more, after the page codec."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _SAMPLE_BYTES = 1 << 18
 _SAMPLE_EVERY_BYTES = 32 << 20
 _SMALL_BYTES = 4096
 _MARGIN = 0.8
-"""Compression has to promise a fifth less time before it is taken up: it is not to be taken up and dropped in turns."""
+"""Compression must promise a fifth less time before it is adopted, so that the choice does not flip back and forth."""
 _RATES = 8
-"""Of so many measurements the fastest counts: the others waited for a processor or a disk."""
+"""Of this many measurements the fastest counts: the others waited for a processor or a disk."""
 _ALLOWANCE_S = 0.003
-"""What both sides' own work may take of an answer. Where that is all that it takes, nothing is to be won."""
+"""How much of an answer's time may be both sides' own work. If that is all of it, compression gains nothing."""
 
 
 class Chooser:
-    """Chooses for one session.
+    """Chooses the compression for one session.
 
-    wanted: "none", "lz4", "zstd", or "auto": whichever brings the bytes over soonest, by what is measured of the link
-        (the time from a checkpoint's last write to the word that it was received) and of the data (a sample)
-    offered: what the other side reads
-    The thread that sends calls `look` and `choose`, the one that hears calls `received`.
+    wanted: "none", "lz4", "zstd", or "auto": whichever delivers the bytes soonest, by measurements of the link (time
+        from a checkpoint's last write to the message that it was received) and of the data (a sample)
+    offered: what the other side can decompress
+    The sending thread calls `look` and `choose`, the listening thread calls `received`.
     """
 
     def __init__(self, wanted: str, offered: Sequence[str]) -> None:
-        # Measured by the thread that hears, only read by the other:
+        # Written by the listening thread, only read by the other:
         self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
         self._round_trip_s = float("inf")
-        # The sending thread's own:
+        # Owned by the sending thread:
         self._choice: Compression = "none"
         self._candidates: list[Compression] = []
         if wanted == "auto":
@@ -46,7 +46,7 @@ class Chooser:
         self._until_sample = 0
 
     def look(self, buffers: Sequence[Buffer]) -> None:
-        """Bytes that are about to be sent: now and then a sample of them is compressed."""
+        """Examine bytes that are about to be sent: now and then, a sample is compressed."""
         if not self._candidates:
             return
         largest = max(buffers, key=len, default=b"")
@@ -62,7 +62,7 @@ class Chooser:
             self._gains[name] = len(sample) / max(seconds, 1e-9), size / len(sample)
 
     def received(self, wire_bytes: int, seconds: float) -> None:
-        """The other side has said that it got these bytes, so long after the write began."""
+        """The other side has reported that it received these bytes; seconds: since the write began"""
         if wire_bytes < _SMALL_BYTES:
             self._round_trip_s = min(self._round_trip_s, seconds)
             return
@@ -72,7 +72,7 @@ class Chooser:
         self._rates.append(wire_bytes / max(seconds - max(round_trip_s, _ALLOWANCE_S), 1e-6))
 
     def choose(self) -> Compression:
-        """For what is sent next."""
+        """The compression for what is sent next."""
         rates = tuple(self._rates)
         if not rates or not self._candidates:
             return self._choice

@@ -1,7 +1,7 @@
 """Connections between primary and backup: mutual TLS 1.3, Unix sockets, and plain TCP on loopback.
 
-It owns sockets, deadlines and certificates. It carries bytes and knows nothing of frames; a stream that ends is told
-from one that is cut by the frames above it. Every wait has a deadline and can be ended by `close()` from any thread.
+This module owns sockets, deadlines and certificates. It carries bytes and knows nothing of frames; the frames above it
+tell a complete stream from a truncated one. Every wait has a deadline, and `close()` from any thread can end it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _USER_TIMEOUT_MS = 120_000
 
 
 class _Use:
-    """Keeps a descriptor from being freed, and given to somebody else, while a thread waits on it."""
+    """Keeps a descriptor from being closed and reused while a thread waits on it."""
 
     def __init__(self, connection: Connection) -> None:
-        # A circle would keep what TLS holds until the garbage is collected, long after the connection is gone.
+        # A reference cycle would keep TLS state until garbage collection, long after the connection is gone.
         self._connection = weakref.proxy(connection)
 
     def __enter__(self) -> None:
         connection = self._connection
         connection._users.add(threading.get_ident())
-        # After that: `close` looks for users after it has said that it is closed, so that one sees the other.
+        # Check after registering: `close` sets its flag before it looks for users, so one of the two sees the other.
         if connection._is_closed:
             connection._leave()
             raise LinkError(f"{connection.peer}: the connection is closed")
@@ -59,7 +59,7 @@ class _Use:
 class Connection:
     """Bytes to and from one peer, made by `connect` or by a listener's `accept`.
 
-    One thread may send while another receives; several that send take turns. Anyone may close.
+    One thread may send while another receives; several senders take turns. Any thread may close.
 
     peer: the address of the other side and, after the handshake, the name in its certificate or its process number
     certificate_name: that name alone, None without TLS
@@ -125,7 +125,7 @@ class Connection:
             return bool(poll.poll(0))
 
     def disown(self) -> None:
-        """In a fork: let go of the parent's connection, which goes on there as if nothing had happened."""
+        """In a forked child: release the connection, which stays intact in the parent."""
         self._is_closed = True
         self._socket.close()  # not shut down: that would end it for the parent too
 
@@ -135,7 +135,7 @@ class Connection:
             self._shut()
 
     def close(self) -> None:
-        """Hang up. Who waits in another thread gets a LinkError. May be called twice, and from any thread."""
+        """Hang up. Threads that wait get a LinkError. May be called twice, and from any thread."""
         self._is_closed = True
         self._users.discard(threading.get_ident())  # it is still there where an interrupt cut a use short
         self._shut()
@@ -147,9 +147,9 @@ class Connection:
             self._socket.close()
 
     def finish(self, timeout_s: float) -> None:
-        """Hang up so that what was sent last arrives: say that no more comes, and wait for the other side to hang up.
+        """Hang up so that the last bytes arrive: announce the end, and wait for the other side to hang up.
 
-        Without it, bytes from the peer that nobody has read make the kernel drop what is still on its way there.
+        Otherwise, unread bytes from the peer would make the kernel drop what is still on its way to the peer.
         Raises nothing; what the peer still sends is dropped. No other thread may be receiving.
         """
         deadline = time.monotonic() + timeout_s
@@ -175,11 +175,11 @@ class Connection:
             self.close()
 
     def handshake(self, timeout_s: float) -> None:
-        """Shake hands: TLS where there is TLS, a look at the peer's user on a Unix socket.
+        """Do the handshake: TLS if the connection uses it; on a Unix socket, a check of the peer's user.
 
-        The time is for all of it, so that a peer who sends a byte a second does not live longer. To be called in the
-        connection's own thread, once, before anything else.
-        Raises LinkError; the connection is closed then.
+        The timeout covers the whole handshake, so that a peer who sends a byte a second gains nothing. Call this once,
+        in the connection's own thread, before anything else.
+        Raises LinkError; the connection is then closed.
         """
         try:
             with self._use:
@@ -226,7 +226,7 @@ class Connection:
         pid, uid, _ = struct.unpack("3i", packed)
         self.peer = f"{self.peer} (pid {pid})"
         ours = os.geteuid()
-        # Root may give its memory to whom it likes; nobody else may be asked for it, or answer for it.
+        # Root may send its memory to any user's backup; otherwise both sides must be the same user, or the peer root.
         if uid not in (0, ours) and (self._is_server or ours):
             raise LinkError(f"{self.peer}: the other side is user {uid}: run both as one user, or as root")
 

@@ -1,4 +1,4 @@
-"""Asking a backup something, from a command."""
+"""Control requests to a backup, for the command line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from remus_ckpt.version import __version__
 
 
 def ask(connection: Connection, method: str, arguments: dict[str, Any], *, timeout_s: float = 90.0) -> dict[str, Any]:
-    """One question and its answer; the connection is closed then.
+    """Send one request and return its answer; the connection is then closed.
 
     method: "status" or "failover" (specs/session.md §3.12)
-    Raises LinkError where no answer comes, RemusError where the answer is no.
+    Raises LinkError if no answer comes, RemusError if the backup refuses.
     """
     deadline = time.monotonic() + timeout_s
     session = Session("client")

@@ -10,10 +10,10 @@ _ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86
 
 
 class Flag:
-    """Something has happened: its descriptor is readable from then on.
+    """A flag whose descriptor becomes readable once it is set.
 
-    Any thread may set and close it. A flag that nobody knows any longer frees its descriptor.
-    Raises OSError where there can be no more descriptors.
+    Any thread may set and close it. A flag without references frees its descriptor.
+    Raises OSError if no more descriptors are available.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Flag:
         return -1 if self._file.closed else self._file.fileno()
 
     def set(self) -> None:
-        """May come again, and after `close`."""
+        """Set the flag. May be called again, and after `close`."""
         with suppress(ValueError):  # it is closed
             self._file.write(_ONE)
 
     def close(self) -> None:
-        """May be called again."""
+        """Close the descriptor. May be called again."""
         self._file.close()
 
     def __del__(self) -> None:

@@ -22,7 +22,7 @@ from remus_ckpt.link.sockets import Late, say
 from remus_ckpt.link.tls import TlsFiles
 
 _BACKLOG = 1024
-"""When it is full, the kernel drops who comes, who tries again a second later at the earliest."""
+"""When the queue is full, the kernel drops new peers, who try again a second later at the earliest."""
 _LOCK_WAIT_S = 2.0
 _RESOLVE_S = 30.0
 
@@ -113,7 +113,7 @@ class Listener:
             raise
 
     def _turn_away(self) -> None:
-        """Hang up on the peer that waits although no descriptor is left: or it would keep a poll awake for ever."""
+        """Hang up on the waiting peer although no descriptor is left: otherwise it would keep a poll awake for ever."""
         with self._lock:
             if self._spare < 0:
                 return
@@ -126,7 +126,7 @@ class Listener:
                 self._spare = -1
 
     def disown(self) -> None:
-        """In a fork: the parent listens on, and nobody here may take its peers or its path from it."""
+        """In a forked child: the parent keeps listening, and the child must not take its peers or its path."""
         self._inode = None
         self._socket.close()
 
@@ -150,7 +150,7 @@ class Listener:
 
 @contextmanager
 def _locked_folder(path: str) -> Iterator[None]:
-    """Only one listener at a time looks at what lies in the folder: two that start at once may not both replace it."""
+    """Let only one listener at a time examine the folder: two that start at once must not both replace the socket."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         until = time.monotonic() + _LOCK_WAIT_S

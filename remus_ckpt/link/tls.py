@@ -31,9 +31,9 @@ class TlsFiles:
     ca.pem may hold several CAs, in any order: one that has expired does no harm while a
     good one issued our certificate.
     cert.pem may hold intermediate CAs behind our certificate.
-    The files are read again when they have changed, so that a renewed certificate needs no restart; while what lies
-    there cannot be used, the last good one serves.
-    Raises LinkError where a file is missing, expired, or does not fit the others.
+    The files are read again when they have changed, so that a renewed certificate needs no restart; while they cannot
+    be used, the last good ones stay in use.
+    Raises LinkError if a file is missing, expired, or does not match the others.
     """
 
     def __init__(self, directory: str | Path, certificate_name: str | None = None) -> None:
@@ -53,11 +53,11 @@ class TlsFiles:
         return self._current()[0]
 
     def client_context(self) -> ssl.SSLContext:
-        """TLS 1.3 for one who connects, and checks the CA and the name of the server."""
+        """TLS 1.3 for a client, which checks the CA and the name of the server."""
         return self._current()[1]
 
     def expires(self) -> datetime:
-        """When the certificate that serves now expires, or the CA that it hangs on."""
+        """When the certificate in use expires, or its CA if that is earlier."""
         self._current()
         return self._expires
 
@@ -136,7 +136,7 @@ class TlsFiles:
         good = [ends(chain) for chain in found if starts(chain) <= now <= ends(chain)]
         if good:
             return max(good)
-        # What is said is about the chain that has most life in it, and about our own certificate before its CA's.
+        # The error describes the chain that lasts longest, and our own certificate before its CA's.
         chain = max(found, key=ends)
         for number, certificate in enumerate(chain):
             where = str(authority_path if 0 < number == len(chain) - 1 else certificate_path)

@@ -1,1 +1,1 @@
-"""Primary and backup: the two services, and what carries them."""
+"""Primary and backup: the two services, and their parts."""

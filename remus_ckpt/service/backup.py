@@ -1,7 +1,7 @@
-"""The backup: receives checkpoints, checks and stores them, says so, and takes over when it is told to or must.
+"""The backup: receives, checks, stores and acknowledges checkpoints, and takes over on request or when it must.
 
-One thread accepts connections and looks at the clock; each connection has a thread of its own (`peer`), and so has each
-command that is run (`takeover`).
+One thread accepts connections and watches the clock. Each connection runs in its own thread (`peer`), and so does each
+command (`takeover`).
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from remus_ckpt.store import Store
 from remus_ckpt.version import __version__
 
 _CLOSE_S = 10.0
-"""For all sessions and stores to end; what then still hangs is left to hang."""
+"""Time for all sessions and stores to end; one that still hangs then is abandoned."""
 _MOST_EVICTED = 8
-"""Whose threads have not ended yet."""
+"""Evicted peers whose threads have not ended yet."""
 _LOCK = ".lock"
-"""In the store; no name begins with a dot."""
+"""The lock file in the store; no name begins with a dot."""
 _BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
-"""What is said of a name where there are too many to say all."""
+"""The fields shown for a name when there are too many names to show everything."""
 
 
 class Backup:
-    """Serves primaries, users who ask, and the clock, until it is stopped.
+    """Serves primaries and control requests, and watches the clock, until it is stopped.
 
     store: where checkpoints are kept, or its directory
-    listen: addresses such as "tls://0.0.0.0:7411"; `addresses` has them with the ports that were chosen for port 0
+    listen: addresses such as "tls://0.0.0.0:7411"; `addresses` has them with the real port in place of port 0
     tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
     insecure: allow plain tcp:// on an address that other machines can reach
     limits: what the streams of primaries may claim
-    warm_dir: where the warm copies lie, such as a folder in /dev/shm; by default in the store
+    warm_dir: where to keep the warm copies, such as a folder in /dev/shm; by default in the store
     on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
 
-    `run` serves in the calling thread; used in a `with`, it serves in a thread of its own.
-    A fork has no part in it: what it has got of locks and listeners is closed there, and only `close` and `stop` may be
-    called, which do nothing.
-    A name whose store cannot be opened, or not within seconds, is refused, with the reason, until it is; the others are
-    served.
-    Raises StoreError or LinkError where it cannot begin.
+    `run` serves in the calling thread; a `with` statement serves in a separate thread.
+    A forked child has no part in it: the child closes the locks and listeners it inherited, and may call only `close`
+    and `stop`, which do nothing there.
+    While the store of a name is not open, because it failed to open or takes more than a few seconds, primaries of that
+    name are refused with the reason; the other names are served.
+    Raises StoreError or LinkError if it cannot start.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Backup:
         """Serve until stopped.
 
         on_turn: called at least every quarter of the lease, while all is well
-        Nothing here waits for a disk, or for a peer for more than a moment.
+        This thread never waits for a disk, and never more than a moment for a peer.
         """
         self._check_process()
         poll = select.poll()
@@ -162,9 +162,9 @@ class Backup:
                     self._receive_peer(connection)
 
     def close(self) -> None:
-        """End all sessions and let go of the store, within seconds even if a disk hangs. What is committed stays.
+        """End all sessions and release the store, within seconds even if a disk hangs. Committed checkpoints stay.
 
-        May be called again. In a fork it does nothing: the backup is its parent's.
+        May be called again. In a forked child it does nothing: the backup belongs to the parent.
         """
         if self._is_closed or self._pid != os.getpid():
             return
@@ -183,7 +183,7 @@ class Backup:
         self._closing.close()
 
     def failover(self, name: str, *, fence: bool = False) -> dict[str, Any]:
-        """Promote by hand, at once; returns what the survivor goes on from.
+        """Promote by hand, at once; returns what the survivor continues from.
 
         fence: run the fencing command first
         Returns or raises within a minute. Raises NoCheckpoint if nothing is committed under that name, StoreError if
@@ -193,7 +193,7 @@ class Backup:
         return self._names.find(name).take_over(fence=fence)
 
     def status(self) -> dict[str, Any]:
-        """What there is to say of this side, for users."""
+        """The status of this backup, for users."""
         self._check_process()
         return {
             "program": f"remus_ckpt {__version__}",
@@ -203,7 +203,7 @@ class Backup:
         }
 
     def _turn_soon(self) -> None:
-        """Something has changed that a decision hangs on."""
+        """Take the next turn at once: something that affects a decision has changed."""
         with self._wake_lock:
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
@@ -238,7 +238,7 @@ class Backup:
     def _receive_peer(self, connection: Connection) -> None:
         peers = self._living_peers()
         if len(peers) >= self.policy.max_connections:
-            # Those who have not said who they are make room, the oldest first; then those who only ask.
+            # Peers that have not identified themselves make room first, the oldest first; then control connections.
             staying = [peer for peer in peers if not peer.is_evicted]
             least = next((peer for peer in staying if not peer.is_known), None)
             least = least or next((peer for peer in staying if not peer.run_id), None)
@@ -270,7 +270,7 @@ class Backup:
     # What only one process may have
 
     def _lock_store(self) -> None:
-        """Keep other backups out: a new name would else be made by two. Raises StoreError."""
+        """Keep other backups out, so that no two create the same new name. Raises StoreError."""
         path = self._store.directory / _LOCK
         try:
             fd = self._store_lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -284,7 +284,7 @@ class Backup:
             raise StoreError(f"{path}: {error.strerror}") from error
 
     def _unlock_store(self) -> None:
-        fd, self._store_lock = self._store_lock, -1  # a fork in between must not close what then has this number
+        fd, self._store_lock = self._store_lock, -1  # a child forked meanwhile must not close a reused number
         if fd >= 0:
             os.close(fd)
 
@@ -294,7 +294,7 @@ class Backup:
             os.close(fd)
 
     def disown(self) -> None:
-        """In a fork: let go of the parent's store. Listeners, histories and commands do so by themselves."""
+        """In a forked child: release the parent's store. Listeners, histories and commands release themselves."""
         self._unlock_store()
 
     def _check_process(self) -> None:
@@ -303,7 +303,7 @@ class Backup:
 
 
 def _shortened(status: dict[str, Any]) -> dict[str, Any]:
-    """A status that fits into one reply, whatever primaries say of themselves and however many they are."""
+    """Shorten a status so that it fits into one reply, however many primaries there are and whatever they report."""
     room = frames.REQUEST_BYTES // 2
     names = status["names"]
     sizes = {name: len(msgpack.packb(found["primary"])) for name, found in names.items()}

@@ -1,4 +1,4 @@
-"""Shell commands of the user's: started, awaited, and killed whole (keeper.py)."""
+"""The user's shell commands: started, awaited, and killed with everything they started (keeper.py)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _UNKNOWN = 255
 
 
 class ShellCommand:
-    """A command that runs in `/bin/sh -c`. If it fails or is killed, so is all that it started; if it succeeds, what
-    it leaves running lives on.
+    """A command that runs in `/bin/sh -c`. If the command fails or is killed, everything it started is killed too; if
+    it succeeds, what it left running lives on.
 
-    environment: in addition to ours; a NUL in a value, which no environment can hold, becomes U+FFFD
-    stdin: reads nothing by default
+    environment: added to ours; a NUL in a value, which no environment can hold, becomes U+FFFD
+    stdin: empty by default
     stdout: goes where our log goes by default
-    grace_s: how long it may go on if this process dies; then it is killed too
-    Raises RemusError where it cannot be started. `kill` and `let_be` may be called from any thread.
+    grace_s: how long the command may outlive this process before it is killed
+    Raises RemusError if it cannot be started. `kill` and `let_be` may be called from any thread.
     """
 
     def __init__(
@@ -61,25 +61,25 @@ class ShellCommand:
 
     @property
     def stdin(self) -> IO[bytes] | None:
-        """Where to write what it is to read, with `stdin=PIPE`."""
+        """The pipe to the command's standard input, with `stdin=PIPE`."""
         return self._keeper.stdin
 
     def fileno(self) -> int:
-        """POLLHUP once it has ended."""
+        """A descriptor that polls POLLHUP once the command has ended."""
         return self._words.fileno()
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """The exit status: 128 and the signal where one ended it; None while it runs.
+        """The exit status: 128 + the signal if one ended the command; None while the command runs.
 
-        With 0 the command has succeeded. With another, nothing that it started is left; 255 where nobody says how it
-        ended. One thread waits.
+        After a status other than 0, nothing that the command started is left. 255 means that nobody knows how the
+        command ended. Only one thread may wait.
         """
         if self._status is None:
             try:
                 status = self._keeper.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 return None
-            # Where SIGCHLD is ignored, or somebody else buries our children, Popen takes every end for a good one.
+            # If SIGCHLD is ignored, or other code reaps our children, Popen reports every end as success.
             said = b""
             with suppress(OSError):
                 said = self._words.recv(16, socket.MSG_DONTWAIT)
@@ -88,15 +88,15 @@ class ShellCommand:
         return self._status
 
     def disown(self) -> None:
-        """In a fork: the keeper must see when the parent dies."""
+        """In a forked child: close the socket, since the keeper must notice when the parent dies."""
         self._words.close()
 
     def kill(self) -> None:
-        """Kill it whole. `wait` returns once all of it is dead."""
+        """Kill the command and all that it started. `wait` returns once everything is dead."""
         self._say(b"K")
 
     def let_be(self) -> None:
-        """From now on nothing of it is killed, whatever happens here."""
+        """From now on, leave the command and its children alive, whatever happens to this process."""
         self._say(b"L")
 
     def _say(self, word: bytes) -> None:

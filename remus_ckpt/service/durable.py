@@ -1,7 +1,7 @@
-"""What one name has on its disk, and what of that is certain: store.json, its term and role, the newest checkpoint.
+"""What one name has on disk, and how much of that is certain: store.json, term and role, the newest checkpoint.
 
-Decisions rest on what a restart would read. What has been said in good order is in force at once: where it cannot be
-written yet, it is owed, and written as soon as it can be (specs/failover.md §4.1).
+Decisions rest on what a restart would read. An orderly change, such as a goodbye, is in force at once: if it cannot be
+written yet, it is owed, and written as soon as the disk allows (specs/failover.md §4.1).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SETTLE_S = 10.0
 
 
 class Refusal(RemusError):
-    """Why a primary is sent away; it is told. code: specs/session.md §7"""
+    """Why a primary is sent away; the primary is told. code: specs/session.md §7"""
 
     def __init__(self, code: str, message: str, term: int | None = None) -> None:
         super().__init__(message)
@@ -34,12 +34,12 @@ class Refusal(RemusError):
 class Durable:
     """The history of one name, and who may change its store.json.
 
-    lock: the lock of the name, which guards all fields that are not those of `writer`. Nobody waits for a disk with it
-    held, so it is not held while anything here writes.
-    wake: called when the store has to be opened anew
+    lock: the lock of the name; guards all fields except those of `writer`. No thread waits for a disk while holding it,
+    so it is never held during a write.
+    wake: called when the store has to be reopened
 
-    `settling` may be entered by any thread; `write`, and what else changes store.json, by the one that is in it.
-    The rest may be called by any thread, with the lock held or without.
+    Any thread may enter `settling`; only the thread inside it may call `write`, or change store.json in another way.
+    Any thread may call the rest, with or without the lock.
     """
 
     def __init__(
@@ -52,42 +52,42 @@ class Durable:
         self._wake = wake
         self._settle_lock = threading.Lock()
         self.trouble: str | None = None
-        """What last went wrong with the name on this side, None since it went well."""
+        """What last went wrong with the name on this side; None once all is well again."""
         self.write_trouble: str | None = None
-        """Why store.json cannot be written, None since it could."""
+        """Why store.json cannot be written; None once a write succeeds."""
         self.is_uncertain = False
-        """What store.json says may be gone after a loss of power: nothing is built on it before it is written anew."""
+        """A loss of power may undo what store.json says: nothing is built on it until store.json is rewritten."""
         self.broken: str | None = None
-        """Why the store has to be closed and opened anew, None where it has not."""
-        self._owed: dict[str, Any] = {}  # what is in force and could not be written to store.json yet
+        """Why the store has to be closed and reopened; None if it need not."""
+        self._owed: dict[str, Any] = {}  # in force, but not yet written to store.json
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
         metrics.watch_store(name, writer.directory)
-        self._told: tuple[int, str] = (self.state.term, str(self.state.role))  # what was last said in metrics and log
+        self._told: tuple[int, str] = (self.state.term, str(self.state.role))  # as last reported in metrics and log
         metrics.set_promoted(name, self.state.role == "promoted")
 
     # What is in force
 
     @property
     def state(self) -> State:
-        """What a restart would read, and what is owed to it."""
+        """What a restart would read, with the owed changes applied."""
         state = self.writer.state
         return replace(state, more={**state.more, **self._owed}) if self._owed else state
 
     def known_state(self) -> State:
-        """What is in force, and will be after a loss of power. Raises StoreError while nobody knows."""
+        """The state in force, which also survives a loss of power. Raises StoreError while that is uncertain."""
         if self.is_uncertain:
             raise StoreError(f"what the store of {self.name!r} says is not certain: {self.write_trouble}")
         return self.state
 
     @property
     def epoch(self) -> int | None:
-        """Of the newest committed checkpoint."""
+        """The epoch of the newest committed checkpoint."""
         return None if self.writer.position is None else self.writer.position.epoch
 
     @property
     def whole_position(self) -> str | None:
-        """Its epoch and the whole digest."""
+        """The newest committed checkpoint's epoch and full digest."""
         position = self.writer.position
         return None if position is None else f"{position.epoch}:{position.digest.hex()}"
 
@@ -95,7 +95,7 @@ class Durable:
 
     @contextmanager
     def settling(self, timeout_s: float = SETTLE_S) -> Iterator[None]:
-        """Nobody else changes store.json meanwhile. Raises Refusal if somebody else does not come to an end."""
+        """Hold the right to change store.json. Raises Refusal if another thread does not finish in time."""
         if not self._settle_lock.acquire(timeout=timeout_s):
             raise Refusal("busy", f"the store of {self.name!r} is busy, or its disk hangs: try again")
         try:
@@ -105,8 +105,8 @@ class Durable:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """What is written to store.json in this block is durable behind it. After an error nobody knows whether a
-        loss of power would leave the old or the new: `is_uncertain` until it could be written."""
+        """Whatever this block writes to store.json is durable when the block ends. After an error, a loss of power
+        could leave the old or the new state: `is_uncertain` holds until a write succeeds."""
         try:
             yield
         except Exception as error:
@@ -125,9 +125,9 @@ class Durable:
             self.is_uncertain, self.write_trouble = False, None
 
     def write(self, *, always: bool = False, **changes: Any) -> None:
-        """Change store.json, and pay what is owed to it. Durable when this returns; raises StoreError.
+        """Change store.json, and write what is owed. Durable when this returns; raises StoreError.
 
-        always: even if that changes nothing, to see whether it can be written
+        always: write even if nothing changes, to see whether the disk accepts it
         """
         with self._lock:
             owed = dict(self._owed)
@@ -152,17 +152,17 @@ class Durable:
             log("promoted", level=logging.WARNING, name=self.name, term=state.term, epoch=self.epoch)
 
     def owe(self, **changes: Any) -> None:
-        """This is in force from now on; `pay` writes it."""
+        """Put changes in force now; `pay` writes them."""
         with self._lock:
             self._owed |= changes
 
     @property
     def is_owing(self) -> bool:
-        """Whether something is in force that could not be written yet."""
+        """Whether a change is in force that has not been written yet."""
         return bool(self._owed)
 
     def pay(self, timeout_s: float = SETTLE_S) -> bool:
-        """Write what is owed, if that is possible now; whether it was."""
+        """Write what is owed, if that is possible now; returns whether it was."""
         try:
             with self.settling(timeout_s):
                 if self._owed or self.is_uncertain:
@@ -174,13 +174,13 @@ class Durable:
     # The end
 
     def note_broken(self, error: BaseException) -> None:
-        """Note that the store has to be opened anew, if this error is of that kind."""
+        """If this error means that the store has to be reopened, note that."""
         if self.broken is None and (isinstance(error, WarmCopyDamaged | Torn) or not isinstance(error, RemusError)):
             self.broken = str(error) if isinstance(error, RemusError) else f"{type(error).__name__}: {error}"
             self._wake()
 
     def close(self) -> None:
-        """Pay what is owed if that is possible, and let go of the history. May wait for its disk."""
+        """Write what is owed if that is possible, and release the history. May wait for its disk."""
         try:
             self.pay()
             self.writer.close()

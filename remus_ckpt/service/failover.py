@@ -1,21 +1,21 @@
 """When a backup takes over, and whom it lets in (specs/failover.md): pure decisions. No clock, no I/O, no memory.
 
-`decide` is asked whenever something has changed and when the time that it named has come; it says what is to be done
-now. Whoever asks does it, notes it in the situation and asks again. Nothing depends on having been asked before: a
-backup that was killed between any two steps and starts again goes on from what is durable (term, role,
-expects_primary, takeover_done) and from a silence that it counts anew.
+The caller calls `decide` whenever something has changed, and at the time that `decide` named. `decide` returns what to
+do now; the caller does it, notes it in the situation and calls again. No decision depends on earlier calls: a backup
+that was killed between any two steps continues after its restart from what is durable (term, role, expects_primary,
+takeover_done), and starts to count the silence anew.
 
     standby ── lease over ──> RunFence ── succeeded ──> Promote ──> RunTakeover ──> done
             └─ by hand ───────────────────────────────────┘
 
 What must hold, whatever is interrupted:
 
-- Automatic failover happens only where it was asked for, with a fence command, after a committed checkpoint, when a
-  primary that has not said goodbye was silent for a whole lease, and when a fence that began after that lease has
-  succeeded. A sign of life before the promotion cancels it, ends the fence, and makes what that said worthless.
-- The takeover command runs only when the promotion is durable. It runs until it has once succeeded: a backup killed
-  while it ran runs it again.
-- Promoted is for good: only a primary of a higher term makes a standby of it again (`admit`).
+- Automatic failover happens only where the user asked for it and gave a fence command, after a committed checkpoint,
+  when a primary that has not said goodbye was silent for a whole lease, and when a fence that began after that lease
+  has succeeded. A sign of life before the promotion cancels the failover, ends the fence, and voids its result.
+- The takeover command runs only once the promotion is durable. It is repeated until it has succeeded once: a backup
+  that is killed while the command runs, runs it again.
+- A promotion is permanent: only a primary of a higher term makes the store a standby again (`admit`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ LONGEST_RETRY_S = 60.0
 
 
 class Role(StrEnum):
-    """What a store is to its memory."""
+    """The role of a store: a standby of a primary, or promoted."""
 
     STANDBY = "standby"
-    """It takes the checkpoints of a primary."""
+    """It accepts the checkpoints of a primary."""
     PROMOTED = "promoted"
-    """Work went on from it: it takes none of this term."""
+    """Work has continued from it: it accepts no checkpoints of this term."""
 
 
 class Phase(Enum):
-    """How far a command is."""
+    """How far a command has got."""
 
     NOT_RUN = "not run"
     RUNNING = "running"
@@ -47,10 +47,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command of the user's, and how its last run went.
+    """One of the user's commands, and how its last run went.
 
-    attempt: which run it is, from 1; 0 before the first
-    began_at, ended_at: of the last run, as far as it went; seconds on the asker's clock
+    attempt: the number of the run, from 1; 0 before the first
+    began_at, ended_at: when the last run began and ended, as far as it got; seconds on the caller's clock
     """
 
     phase: Phase = Phase.NOT_RUN
@@ -60,24 +60,24 @@ class Command:
 
     @staticmethod
     def begun(attempt: int, now: float) -> Command:
-        """It has just been started."""
+        """A command that has just been started."""
         return Command(Phase.RUNNING, attempt, now)
 
     def ended(self, succeeded: bool, now: float) -> Command:
-        """Its run has ended; a run that took too long and was killed has failed."""
+        """The command after its run has ended; a run that took too long and was killed has failed."""
         return Command(Phase.SUCCEEDED if succeeded else Phase.FAILED, self.attempt, self.began_at, now)
 
     def retry_at(self) -> float:
-        """When a failed one is to be tried again: each pause is twice the one before, up to a minute."""
+        """When to try a failed command again: each pause is twice the one before, up to a minute."""
         return self.ended_at + min(FIRST_RETRY_S * 2.0 ** min(self.attempt - 1, 10), LONGEST_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
 class ByHand:
-    """Somebody wants the backup to take over now.
+    """A user's request to take over now.
 
-    at: when that was said
-    fence: run the fence command first, and go on only when it has succeeded. Otherwise who asks vouches for it
+    at: when it was made
+    fence: run the fence command first, and continue only if it succeeds. Otherwise the user vouches for the old side
     """
 
     at: float
@@ -86,23 +86,23 @@ class ByHand:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that a decision rests on, for one name. Times are seconds on one clock that does not jump (monotonic).
+    """Everything a decision rests on, for one name. Times are seconds on one monotonic clock.
 
     Durable, in the store:
     term, role: of the store
-    has_checkpoint: it holds a committed one
+    has_checkpoint: it holds a committed checkpoint
     expects_primary: a primary of this term was let in and has not said goodbye
     takeover_done: the takeover command has succeeded in this term
 
     Of this run of the backup:
-    listening_since: its start, or the end of the last gap in its own running (`listening_since`)
-    last_heard: when anything came from the primary, None if nothing has
+    listening_since: when it started, or when it last resumed after being frozen or starved (`listening_since`)
+    last_heard: when the primary was last heard, None if never
     fence: None without a fence command
     takeover: None without a takeover command
-    by_hand: a wish to take over, None without one
+    by_hand: a request to take over, None without one
 
     Chosen by the user:
-    lease_s: so long a primary may be silent
+    lease_s: how long a primary may be silent
     automatic: take over without being told
     """
 
@@ -122,10 +122,10 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class RunFence:
-    """End the session of a silent primary; then start the fence command: it makes sure that the old primary acts no
-    more, and succeeds only then.
+    """End the session of a silent primary; then start the fence command, which makes sure that the old primary no
+    longer acts, and succeeds only then.
 
-    It may be run more than once, and on a primary that is gone already. It is killed when its reason is gone
+    The command may run more than once, and for a primary that is already gone. It is killed when its reason is gone
     (`needs_fence`), and before a primary is let in.
     """
 
@@ -134,7 +134,7 @@ class RunFence:
 
 @dataclass(frozen=True, slots=True)
 class Promote:
-    """End the primary's session; then make the store durably promoted, with this term, and `takeover_done` false."""
+    """End the primary's session; then durably make the store promoted, with this term and `takeover_done` false."""
 
     term: int
 
@@ -149,7 +149,7 @@ class RunTakeover:
 
 @dataclass(frozen=True, slots=True)
 class WaitUntil:
-    """Nothing before this time, unless something changes."""
+    """Do nothing before this time, unless something changes."""
 
     time: float
 
@@ -158,7 +158,7 @@ Action = RunFence | Promote | RunTakeover | WaitUntil
 
 
 def decide(situation: Situation, now: float) -> list[Action]:
-    """What is to be done now: at most one thing. Nothing: until something changes."""
+    """What to do now: at most one action. An empty list means: wait until something changes."""
     if situation.role is Role.PROMOTED:
         return _take_over(situation, now)
     if not situation.has_checkpoint:
@@ -187,7 +187,7 @@ def _fence_and_promote(situation: Situation, since: float, now: float) -> list[A
 
 
 def needs_fence(situation: Situation, now: float) -> bool:
-    """Whether a fence that runs now still has a reason: one that has none must not go on to stop a primary."""
+    """Whether a running fence still has a reason: without one, it must not go on to stop a primary."""
     return decide(replace(situation, fence=Command()), now) == [RunFence(1)]
 
 
@@ -201,19 +201,20 @@ def _take_over(situation: Situation, now: float) -> list[Action]:
 
 
 def listening_since(since: float, looked_at: float, now: float, lease_s: float) -> float:
-    """Since when a backup has been listening, when it looks again at its clock.
+    """Since when a backup has been listening, computed each time it looks at its clock.
 
-    looked_at: when it looked last; it must look four times a lease at least
-    One that was frozen or starved has not heard what came meanwhile: its gap must not pass for the primary's silence.
+    looked_at: when it last looked; it must look at least four times a lease
+    A backup that was frozen or starved did not hear what arrived meanwhile: that gap must not count as the primary's
+    silence.
     """
     return now if now - looked_at > lease_s / 2 else since
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The primary is let in, under this term: the store becomes a durable standby of it.
+    """The primary is let in, under this term: the store durably becomes its standby.
 
-    A session that is open still is of a lower term, and is ended first.
+    If a session is still open, it has a lower term, and is ended first.
     """
 
     term: int
@@ -221,20 +222,20 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class FencedOff:
-    """The primary must stop: under this term, another has taken over."""
+    """The primary must stop: another side has taken over, under this term."""
 
     term: int
 
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """A primary of this term is being served; the new one may try again when that session has ended."""
+    """A primary of this term is being served; the new one may try again once the open session has ended."""
 
 
 def admit(store_term: int, role: Role, hello_term: int | None, busy: bool) -> Accepted | FencedOff | Busy:
     """Whether a primary that says hello is let in.
 
-    hello_term: what it says, None if it knows of none
+    hello_term: the term in its hello, None if it knows none
     busy: another session of a primary is open
     """
     if hello_term is not None and hello_term > store_term:

@@ -1,14 +1,14 @@
-"""The keeper process: runs one shell command of the user's, and leaves nothing of it behind unless it succeeds.
+"""The keeper process: runs one of the user's shell commands, and leaves nothing of it running unless it succeeds.
 
     python keeper.py SOCKET GRACE_S COMMAND
 
-Whatever the command started and abandoned becomes a child of the keeper (a child subreaper), in whatever session it
-is. A command that fails is killed with all of that, and so is one when the word K comes, or when the other end of the
-socket is gone for longer than GRACE_S. After the word L nothing is killed any more. A command that succeeds may leave
-processes running: they live on. The exit status is the command's, or 128 and the signal that ended it; it is also the
-last word on the socket.
+The keeper is a child subreaper: whatever the command starts and abandons becomes a child of the keeper, even in another
+session. The keeper kills all of these processes when the command fails, when the byte K arrives, or when the other end
+of the socket has been gone for longer than GRACE_S. After the byte L it kills nothing any more. A command that succeeds
+may leave processes running: they live on. The exit status is the command's, or 128 + the signal that ended it; the
+keeper also sends it as its last message on the socket.
 
-It imports nothing but the standard library, so that it starts fast and cannot break with the package.
+It imports only the standard library, so that it starts fast and cannot break with the package.
 Source: prctl(2), PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG.
 """
 
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> int:
-    """Run what the command line names; returns the exit status."""
+    """Run the command that the command line names; returns the exit status."""
     words = socket.socket(fileno=int(sys.argv[1]))
     words.set_inheritable(False)
     grace_s, command = float(sys.argv[2]), sys.argv[3]
@@ -38,7 +38,7 @@ def main() -> int:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     shell = _start(libc, command)
-    # Its input is the command's alone: who writes to it is to see that nobody reads any more.
+    # Only the command holds the input, so that the writer notices when nobody reads it any more.
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -68,7 +68,7 @@ def main() -> int:
         if kill_at <= time.monotonic() or (status and not is_let_be):
             _kill_all()
         status = 128 + signal.SIGKILL if status is None else status
-        with contextlib.suppress(OSError):  # nobody is there any more
+        with contextlib.suppress(OSError):  # the other end is gone
             words.send(b"%d" % status)
         return status
 
@@ -91,7 +91,7 @@ def _start(libc: ctypes.CDLL, command: str) -> int:
 
 
 def _reap(shell: int) -> int | None:
-    """Bury the children that have ended; returns the exit status of the shell if it is among them."""
+    """Reap the children that have ended; returns the exit status of the shell if it is among them."""
     status = None
     while True:
         try:
@@ -106,15 +106,15 @@ def _reap(shell: int) -> int | None:
 
 
 def _kill_all() -> None:
-    """Kill until no child is left: the children of each that dies become ours.
+    """Kill until no child is left: when a child dies, its own children become ours.
 
-    Only children are killed, whose numbers belong to nobody else as long as we have not buried them.
+    Only our children are killed: until we reap a child, its pid cannot be reused.
     """
     while True:
         for child in _children():
             try:
                 os.kill(child, signal.SIGKILL)
-            except PermissionError:  # it runs as somebody else: wait for it
+            except PermissionError:  # it runs as another user: wait for it
                 continue
         try:
             os.waitpid(-1, 0)

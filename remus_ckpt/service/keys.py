@@ -1,17 +1,17 @@
 """A small certificate authority for the mutual TLS between primary and backup. No network.
 
-    DIR/             0700, made by `init`; stays with whoever issues, never on the machines that connect
+    DIR/             0700, made by `init`; stays with the issuer, never on the machines that connect
       ca.pem               the CA's certificate
-      ca-key.pem     0600  its key: who has it can issue
+      ca-key.pem     0600  its key: whoever has it can issue certificates
       NAME/          0700  made by `issue`; goes to one machine, and is what --tls-dir takes
         ca.pem             whom to trust
         cert.pem           who this is, for both ends of a connection
         key.pem      0600  its key
 
-Files that lie there already are never written over, but by a renewal, which replaces key.pem and cert.pem.
+Existing files are never overwritten, except by a renewal, which replaces key.pem and cert.pem.
 
-A CA is changed in steps: put the certificates of the old and the new CA, in any order, into the ca.pem of everybody who
-connects and into that of the new CA's folder; renew each certificate from there; take the old CA out at last.
+To change the CA, work in steps: put the certificates of the old and the new CA, in any order, into every ca.pem in use
+and into the ca.pem of the new CA's folder; renew each certificate from that folder; finally remove the old CA.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from remus_ckpt.link.tls import RENEW_CA, chains, common_name, ends, load_certif
 
 CA_DAYS = 3650
 CERTIFICATE_DAYS = 825
-"""Two years and a quarter: what most TLS software takes at most."""
+"""Two and a quarter years: the most that most TLS software accepts."""
 SOON_DAYS = 30
 _CLOCK_SKEW = timedelta(minutes=5)
 """A certificate is valid from a little before now: the clocks of two machines differ."""
@@ -48,16 +48,16 @@ _DNS_NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What is to be known of a certificate that lies on disk."""
+    """The facts about a certificate on disk."""
 
     path: Path
     name: str
     hosts: tuple[str, ...]
-    """Names and addresses under which it may be reached."""
+    """Names and addresses at which it may be reached."""
     issuer: str
     serial: int
     sha256: str
-    """Of the whole certificate, in hex."""
+    """Digest of the whole certificate, in hex."""
     starts: datetime
     expires: datetime
     is_ca: bool
@@ -65,16 +65,16 @@ class Certificate:
     """Whether its folder depends on it. Other CAs in a ca.pem are there for peers whose certificates they issued."""
 
     def days_left(self, now: datetime) -> float:
-        """Until it expires; negative when it has."""
+        """Days until it expires; negative once it has."""
         return (self.expires - now) / timedelta(days=1)
 
 
 def init(directory: str | Path, *, days: int = CA_DAYS, now: datetime | None = None) -> Certificate:
     """Make a CA: its certificate and its key.
 
-    directory: made, mode 0700, where it is not there
-    now: the instant to count from
-    Raises LinkError where a CA is there already.
+    directory: created with mode 0700 if it does not exist
+    now: the start of the validity
+    Raises LinkError if the directory already holds a CA.
     """
     directory = Path(directory)
     now = now or datetime.now(UTC)
@@ -83,7 +83,8 @@ def init(directory: str | Path, *, days: int = CA_DAYS, now: datetime | None = N
     _make_private(directory)
     key = ec.generate_private_key(ec.SECP256R1())
     serial = x509.random_serial_number()
-    # The serial number makes the name of each CA its own, so that a certificate of another is told from a broken one.
+    # The serial number makes the name of each CA unique, so that a certificate of another CA is not taken for a broken
+    # one.
     name = _subject(f"remus-ckpt CA {serial >> 128:08x}")
     certificate = (
         _builder(name, name, key.public_key(), serial, days, now)
@@ -106,19 +107,19 @@ def issue(
     renew: bool = False,
     now: datetime | None = None,
 ) -> Certificate:
-    """Issue a certificate, good for listening and for connecting, into a folder of its own.
+    """Issue a certificate, valid for listening and for connecting, into a folder of its own.
 
-    directory: of the CA
+    directory: the CA's folder
     name: of the machine or the service; it becomes the common name
-    hosts: DNS names and IP addresses under which it is reached; `name` alone where there are none
-    out: the folder, directory/name where it is not given
-    renew: replace certificate and key of that name in the folder; without `hosts`, the new one has those of the old.
-        Whoever uses the folder takes them up without a restart. The old one may be of any CA in this CA's ca.pem; where
-        the folder's ca.pem lacks the one that issues, it gets those of this CA's ca.pem added
-    Where the CA's ca.pem holds several, the one whose key is there issues, and the folder trusts them all.
-    Its days are cut to those that the CA has left.
-    Raises LinkError where there is no CA, or the folder holds a certificate already; where it is to be renewed, if it
-    holds none of that name and those CAs.
+    hosts: DNS names and IP addresses at which it is reached; by default `name` alone
+    out: the folder; directory/name by default
+    renew: replace the certificate and key of that name in the folder; without `hosts`, the old certificate's hosts are
+        kept. Running services pick up the new files without a restart. Any CA in this CA's ca.pem may have issued the
+        old certificate; if the folder's ca.pem lacks the issuing CA, all CAs of this CA's ca.pem are added to it
+    If the CA's ca.pem holds several certificates, the one whose key is there issues, and the folder trusts them all.
+    The certificate never outlives its CA: its days are cut to those that the CA has left.
+    Raises LinkError if there is no CA, or if the folder already holds a certificate; for a renewal, if it holds none of
+    that name and those CAs.
     """
     if not _NAME.fullmatch(name):
         raise LinkError(f"{name!r} is no name for a certificate: letters, digits, dots and dashes, 64 at most")
@@ -157,7 +158,7 @@ def issue(
     files = {key_path: _key_pem(key), certificate_path: _pem(certificate)}
     if renew:
         there = load_certificates(trusted_path) if trusted_path.is_file() else []
-        if authority not in there:  # first, so that at no instant the folder distrusts its own certificate
+        if authority not in there:  # first, so that the folder always trusts its own certificate
             files = {trusted_path: _pem(*dict.fromkeys([*there, *trusted]))} | files
         _replace_all(files)
     else:
@@ -166,9 +167,9 @@ def issue(
 
 
 def show(directory: str | Path) -> list[Certificate]:
-    """Every certificate in a folder: of a CA and all that lies below it, or of one that was issued.
+    """Every certificate in a folder: a CA's and all those below it, or the one in an issued folder.
 
-    Raises LinkError where there is none, or one cannot be read.
+    Raises LinkError if there is none, or if one cannot be read.
     """
     directory = Path(directory)
     authority_path, certificate_path = directory / "ca.pem", directory / "cert.pem"
@@ -255,7 +256,7 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def _load_authority(
     directory: Path,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, list[x509.Certificate]]:
-    """The certificate that issues, its key, and all that ca.pem holds."""
+    """The certificate that issues, its key, and all certificates in ca.pem."""
     certificate_path, key_path = directory / "ca.pem", directory / "ca-key.pem"
     if not certificate_path.is_file() or not key_path.is_file():
         raise LinkError(f"{directory} holds no CA: make one there with `remus-ckpt keys init {directory}`")
@@ -268,7 +269,7 @@ def _load_authority(
         raise LinkError(f"{key_path} holds no key in PEM") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise LinkError(f"{key_path} is no key of an elliptic curve: make a CA with `remus-ckpt keys init`")
-    # A CA that was renewed with its old key has several.
+    # A CA that was renewed with its old key has several certificates.
     own = [one for one in certificates if one.public_key() == key.public_key()]
     if not own:
         raise LinkError(f"{key_path} is not the key of a certificate in {certificate_path}")
@@ -316,7 +317,7 @@ def _refuse_to_replace(*paths: Path, advice: str = "name another folder") -> Non
 
 
 def _find_renewable(path: Path, name: str, authorities: Sequence[x509.Certificate]) -> Certificate:
-    """The certificate that a renewal replaces. Raises LinkError for one of another name or CA."""
+    """The certificate that a renewal replaces. Raises LinkError if it has another name or CA."""
     if not path.is_file():
         raise LinkError(f"{path} is not there: there is nothing to renew; leave --renew away to issue it")
     certificate = load_certificates(path)[0]
@@ -332,7 +333,7 @@ def _find_renewable(path: Path, name: str, authorities: Sequence[x509.Certificat
 
 
 def _make_private(directory: Path) -> None:
-    # One that is there may be anything, such as /etc: its mode is left alone, since the keys have their own.
+    # An existing folder may be anything, such as /etc: leave its mode alone, since the key files have their own.
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -344,7 +345,7 @@ def _pem(*certificates: x509.Certificate) -> bytes:
 
 
 def _write_all(files: dict[Path, bytes]) -> None:
-    """All of them or none: half a set would have to be removed by hand before the next try."""
+    """Write all of them or none: half a set would have to be removed by hand before the next try."""
     written: list[Path] = []
     try:
         for path, data in files.items():
@@ -362,17 +363,18 @@ def _write_all(files: dict[Path, bytes]) -> None:
 
 
 def _replace_all(files: dict[Path, bytes]) -> None:
-    """Each in one step, one right behind the other: who reads between them finds a pair that does not fit.
+    """Replace each file atomically, one right after the other. A reader in between finds a key and a certificate that
+    do not match.
 
-    `TlsFiles` keeps the old pair then, and looks again for the next connection.
+    `TlsFiles` then keeps the old pair, and looks again at the next connection.
     """
     fresh = {path.with_name(f".new-{path.name}"): data for path, data in files.items()}
     for path in fresh:
-        path.unlink(missing_ok=True)  # of a renewal that was killed
+        path.unlink(missing_ok=True)  # left by a renewal that was killed
     _write_all(fresh)
     try:
         for new, path in zip(fresh, files, strict=True):
-            if path.exists():  # whoever may read it now must be able to read the next one
+            if path.exists():  # whoever can read the old file must be able to read the new one
                 old = path.stat()
                 if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
                     os.chown(new, old.st_uid, old.st_gid)

@@ -1,6 +1,6 @@
-"""The names that a backup keeps: which of their stores are open, which are being opened, and which cannot be.
+"""The names that a backup keeps: which of their stores are open, which are being opened, and which cannot be opened.
 
-A store that cannot be opened, or whose disk hangs, is no fault of the others: each is opened in a thread of its own.
+A store that cannot be opened, or whose disk hangs, must not affect the others: each is opened in a thread of its own.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from remus_ckpt.session import messages
 from remus_ckpt.store import Store
 
 _OPEN_S = 10.0
-"""For a store to open, before others are no longer kept waiting for it."""
+"""How long the others wait for a store to open."""
 _MOST_OPENED = 8
-"""Names at a time, besides those whose disks hang."""
+"""Names opened at a time, not counting those whose disks hang."""
 _NAME_DESCRIPTORS = 8
-"""Of one name: lock, segments, warm copies, index."""
+"""File descriptors for one name: lock, segments, warm copies, index."""
 _OWN_DESCRIPTORS = 64
 _STATUS_OF_REFUSED: dict[str, Any] = {
     "role": "unknown",
@@ -41,16 +41,16 @@ _STATUS_OF_REFUSED: dict[str, Any] = {
     "warnings": [],
     "primary": {},
 }
-"""Of a name whose store cannot be opened, or is not open yet: its role is "opening" then."""
+"""The status of a name whose store cannot be opened, or is not open yet (then its role is "opening")."""
 
 
 class Names:
     """The standbys of a backup, by name.
 
-    make: opens the store of a name. It may take as long as its disk does; raises StoreError
+    make: opens the store of a name; may take as long as the disk does. Raises StoreError
     wake: called when a decision may have changed
 
-    One thread calls `turn`, the thread of a session `lend`; any may call the rest.
+    One thread calls `turn`, the threads of sessions call `lend`; any thread may call the rest.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class Names:
         self._metrics = metrics
         self._make = make
         self._wake = wake
-        self._changed = threading.Condition()  # guards all that follows; nobody waits for a disk with it held
+        self._changed = threading.Condition()  # guards all that follows; no thread waits for a disk while holding it
         self.open_ones: dict[str, Standby] = {}
         self._refused: dict[str, _Refused] = {}
-        self._in_work: set[str] = set()  # names that a thread is opening, or letting go of
-        self._opening: dict[str, float] = {}  # names that threads of ours are opening, and since when
+        self._in_work: set[str] = set()  # names that a thread is opening or closing
+        self._opening: dict[str, float] = {}  # names that our own threads are opening, and since when
         self._is_closed = False
 
     @property
     def standbys(self) -> list[Standby]:
-        """Those that are open."""
+        """The standbys whose stores are open."""
         with self._changed:
             return list(self.open_ones.values())
 
     def find(self, name: str) -> Standby:
-        """That under a name. Raises NoCheckpoint where there is none, StoreError where its store is not open."""
+        """The standby of a name. Raises NoCheckpoint if there is none, StoreError if its store is not open."""
         with self._changed:
             standby, refused = self.open_ones.get(name), self._refused.get(name)
         if refused is not None:
@@ -85,8 +85,8 @@ class Names:
         return standby
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """What there is to say of each, see `Standby.status`; the role of one whose store is not open is "opening", or
-        "unknown" where it cannot be opened."""
+        """The status of each name, see `Standby.status`. A name whose store is not open has the role "opening", or
+        "unknown" if it cannot be opened."""
         with self._changed:
             refused = {name: one.reason for name, one in self._refused.items()}
             opening = {name for name, one in self._refused.items() if one.is_opening}
@@ -95,7 +95,7 @@ class Names:
             try:
                 found[standby.name] = standby.status()
                 msgpack.packb(found[standby.name])
-            except Exception as error:  # what is wrong with one hides no other
+            except Exception as error:  # one that fails must not hide the others
                 refused[standby.name] = f"its status cannot be said: {type(error).__name__}: {error}"
         return found | {
             name: _STATUS_OF_REFUSED
@@ -111,7 +111,7 @@ class Names:
         return self._try_refused(now)
 
     def close(self, deadline: float) -> None:
-        """Let go of all of them by this time, or a second later: what then still hangs is left to hang."""
+        """Close all of them by this time, or a second later; one that still hangs then is abandoned."""
         with self._changed:
             self._is_closed = True
             self._changed.wait_for(lambda: not self._count_opening(), max(deadline - time.monotonic(), 0.0))
@@ -121,9 +121,9 @@ class Names:
 
     @contextmanager
     def lend(self, name: str) -> Iterator[Standby]:
-        """That under a name, made if it is new, for a primary that is here as long as the block.
+        """The standby of a name, created if it is new, for a primary that stays for the length of the block.
 
-        Raises Refusal for one that is not taken here, StoreError for one whose store cannot be opened.
+        Raises Refusal for a name that is not accepted here, StoreError if its store cannot be opened.
         """
         standby = self._take(name)
         try:
@@ -155,14 +155,14 @@ class Names:
         raise Refusal("busy", f"the store of {name!r} has just been let go of: try again")
 
     def _room_for_names(self) -> int:
-        """How many names there are descriptors for, when all connections are in use."""
+        """How many names the file descriptors suffice for when all connections are in use."""
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if descriptors == resource.RLIM_INFINITY:
             return self._policy.max_names
         return max((descriptors - self._policy.max_connections - _OWN_DESCRIPTORS) // _NAME_DESCRIPTORS, 1)
 
     def _release(self, standby: Standby) -> None:
-        """A name under which nothing was ever committed must not keep its place from others."""
+        """Free the place of a name under which nothing was ever committed, so that others can have it."""
         name = standby.name
         with self._changed:
             standby.guests -= 1
@@ -182,7 +182,7 @@ class Names:
     # Opening
 
     def open_all(self) -> None:
-        """Open what the store holds, side by side; wait as long as one after the other opens. Raises StoreError."""
+        """Open all names in the store in parallel; wait as long as they keep opening. Raises StoreError."""
         names = self._store.candidates()
         with self._changed:
             self._refused = {name: _Refused.not_yet(name) for name in names}
@@ -202,8 +202,8 @@ class Names:
             self._metrics.store_refused(name)
 
     def _open(self, name: str, *, is_asked_for: bool = False) -> Standby:
-        """That under a name. What keeps one from being opened is said, and is no fault of the others; those that a
-        store holds are tried again. Raises StoreError, Refusal."""
+        """Open the standby of a name. A failure is reported and does not affect other names; a name that is already in
+        the store is tried again later. Raises StoreError, Refusal."""
         with self._working_on(name):
             with self._changed:
                 if (found := self.open_ones.get(name)) is not None:
@@ -243,7 +243,7 @@ class Names:
 
     @contextmanager
     def _working_on(self, name: str) -> Iterator[None]:
-        """One thread at a time opens the store of a name, or lets go of it."""
+        """Ensure that only one thread at a time opens or closes the store of a name."""
         with self._changed:
             self._wait_until_free(name)
             self._in_work.add(name)
@@ -255,7 +255,7 @@ class Names:
                 self._changed.notify_all()
 
     def _drop_broken(self) -> None:
-        """Close the stores that have to be opened anew; they are refused meanwhile."""
+        """Close the stores that have to be reopened; their names are refused meanwhile."""
         with self._changed:
             broken = [
                 standby
@@ -266,14 +266,14 @@ class Names:
                 closing = threading.Thread(target=self._close_broken, args=[standby], name=f"closing {standby.name}")
                 try:
                     closing.start()  # it waits for our lock
-                except RuntimeError:  # there can be no more threads: it is tried again at the next turn
+                except RuntimeError:  # no more threads are allowed: try again at the next turn
                     return
                 self._in_work.add(standby.name)
                 self._refused[standby.name] = _Refused.after(None, f"the store is opened anew: {standby.broken}")
                 del self.open_ones[standby.name]
 
     def _close_broken(self, standby: Standby) -> None:
-        with self._changed:  # until it has been taken away
+        with self._changed:  # held until the store has been taken out
             pass
         log("store refused", level=logging.ERROR, name=standby.name, reason=standby.broken)
         self._metrics.store_refused(standby.name)
@@ -286,7 +286,7 @@ class Names:
             self._wake()
 
     def _try_refused(self, now: float) -> float:
-        """Open those that could not be opened, each in a thread of its own; returns when to ask again."""
+        """Retry the stores that could not be opened, each in a thread of its own; returns when to ask again."""
         with self._changed:
             if not self._refused:
                 return math.inf
@@ -300,13 +300,13 @@ class Names:
                 opening = threading.Thread(target=self._try_again, args=[name], name=f"opening {name}", daemon=True)
                 try:
                     opening.start()  # it waits for our lock
-                except RuntimeError:  # there can be no more threads
+                except RuntimeError:  # no more threads are allowed
                     break
                 self._opening[name] = now
         return min([now + FIRST_RETRY_S, *(one.retry_at for one in waiting.values() if one.retry_at > now)])
 
     def _count_opening(self) -> int:
-        """With the lock held: how many stores are being opened, without those whose disks seem to hang."""
+        """How many stores are being opened, not counting those whose disks seem to hang. Needs the lock."""
         now = time.monotonic()
         return sum(now - since < _OPEN_S for since in self._opening.values())
 
@@ -325,9 +325,9 @@ class Names:
 class _Refused:
     """A name whose store is not open.
 
-    reason: why not
-    tries: how often it has failed to open; none while it is being opened for the first time
-    retry_at: when it is tried again
+    reason: why it is not open
+    tries: how often it has failed to open; 0 while it is being opened for the first time
+    retry_at: when the next try is due
     """
 
     reason: str

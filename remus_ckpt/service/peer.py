@@ -1,4 +1,4 @@
-"""One connection to a backup, from its first byte to its end: a primary that is protected, or somebody who asks."""
+"""One connection to a backup, from its first byte to its end: from a primary, or with control requests."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _RECEIVED_EVERY = 8
 class Offer:
     """What a backup offers to its peers.
 
-    lease_s: a primary that is silent for twice as long is hung up on
+    lease_s: the connection of a primary that is silent for twice this time is closed
     limits: what streams may claim
     report_phase: called with ("receiving" or "acknowledged", epoch)
-    standby_of: that under a name, as long as a primary is there. Raises Refusal, StoreError
-    answer: the answer to a method and its arguments, None to one that is not known. Raises RemusError
+    standby_of: lends the standby of a name for as long as its primary stays. Raises Refusal, StoreError
+    answer: the answer to a method and its arguments, None if the method is unknown. Raises RemusError
     """
 
     lease_s: float
@@ -48,11 +48,11 @@ class Offer:
 
 
 class _Silent(LinkError):
-    """A peer that says nothing; it is told."""
+    """A peer that sends nothing; the peer is told why it is disconnected."""
 
 
 def _code_of(error: StreamError) -> str:
-    """What the peer is told of a fault in its bytes (specs/session.md §7)."""
+    """The error code that a peer gets for a fault in its bytes (specs/session.md §7)."""
     if isinstance(error, UnknownFormat) and error.chunk == "HELLO":
         return "version"
     if isinstance(error, LimitExceeded):
@@ -63,28 +63,28 @@ def _code_of(error: StreamError) -> str:
 class Peer:
     """One connection, from its handshake to its end, in a thread of its own.
 
-    `beat` is called by one other thread, `end` by any; the rest is the work of its own. What it notes of the peer is
-    written by its own thread alone, and may be read by any.
+    One other thread calls `beat`, any thread may call `end`; the rest runs in this connection's own thread. Only that
+    thread writes the attributes that describe the peer; any thread may read them.
     """
 
     def __init__(self, offer: Offer, connection: Connection) -> None:
         self.connection = connection
         self.thread = threading.Thread(target=self._serve, name=f"peer {connection.peer}", daemon=True)
         self.is_evicted = False
-        """Its place has been given to another; whoever accepts connections says so."""
+        """Its place has been given to another peer; set by the accepting thread."""
         self.is_known = False
-        """Whether it has said hello."""
+        """Whether the peer has said hello."""
         self.run_id = b""
         self.status: dict[str, Any] = {}
-        """What the primary last said of itself."""
+        """What the primary last reported about itself."""
         self._offer = offer
         self._session: Session | None = None
         self._name = ""
-        self._sending = threading.Lock()  # guards what is sent, and the next
+        self._sending = threading.Lock()  # guards sending, and the next field
         self._beats = 0
         self._heard = time.monotonic()
         self._is_listening = True
-        self._ended_with: str | None = None  # by us
+        self._ended_with: str | None = None  # the code with which this side ended it
         self._counted = 0
 
     @property
@@ -94,41 +94,42 @@ class Peer:
 
     @property
     def heard(self) -> float:
-        """When anything came last; now, while nobody listens: what a slow disk holds up is no silence of the peer."""
+        """When anything last arrived; now, while this thread is not receiving: a slow disk here is not the peer's
+        silence."""
         return self._heard if self._is_listening else time.monotonic()
 
     @property
     def session(self) -> Session:
-        """Raises ValueError before the handshake."""
+        """The session. Raises ValueError before the handshake."""
         if self._session is None:
             raise ValueError("nothing can be said before the handshake")
         return self._session
 
     @property
     def _who(self) -> dict[str, Any]:
-        """For the log."""
+        """The log fields that identify the peer."""
         return {"peer": self.connection.peer} | ({"name": self._name} if self._name else {})
 
     # Called by others
 
     def beat(self) -> None:
-        """Show that we are here, if nothing else is being sent."""
+        """Send a heartbeat, unless something else is being sent."""
         if not self.is_known or not self._sending.acquire(blocking=False):
             return
         try:
             self._beats += 1
             message = messages.Heartbeat(number=self._beats, status={})
-            # The thread that accepts must not wait for a peer: one that takes not even this is not there.
+            # The accepting thread must not wait for a peer: a peer that cannot take even a heartbeat is gone.
             self.connection.send(self.session.send(message), BEAT_S)
         except (LinkError, TimeoutError):
-            self.connection.close()  # its own thread says why
+            self.connection.close()  # the connection's own thread reports why
         except ValueError:
-            pass  # not yet, or no longer: before the welcome no heartbeat may be sent, nor behind an error
+            pass  # too early or too late: no heartbeat may be sent before the welcome or after an error
         finally:
             self._sending.release()
 
     def end(self, code: str, message: str, term: int | None = None) -> None:
-        """Tell the peer that it is over, and why; its thread ends. Takes a moment at most."""
+        """Tell the peer that the session is over, and why; its thread ends. Takes a moment at most."""
         self._ended_with = code
         self._try_say(messages.Error(code=code, message=message, term=term), _END_S)
         self.connection.close()
@@ -138,7 +139,7 @@ class Peer:
     def _serve(self) -> None:
         try:
             self.connection.handshake(_HELLO_S)
-            self._session = Session("server")  # its buffer is not for those who have not shown who they are
+            self._session = Session("server")  # created late: no buffer for a peer that has not authenticated
             hello = self._await_hello()
             self.is_known = True
             if hello.role == "control":
@@ -151,7 +152,7 @@ class Peer:
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(messages.Error(code=code, message=str(error), offset=error.offset))
-            # The session keeps the error, whose frames would keep the checkpoint's memory and its file.
+            # The session keeps the error; the traceback's frames would keep the checkpoint's memory and file alive.
             error.__traceback__ = None
             log("refused", level=logging.WARNING, **self._who, code=code, reason=str(error))
         except StoreError as error:
@@ -195,8 +196,8 @@ class Peer:
         self.session.buffer_updated(size)
 
     def say(self, message: messages.Message, timeout_s: float | None = None) -> None:
-        """Send one message, within a lease by default. Raises TimeoutError, and LinkError too where the peer has been
-        told that it is over."""
+        """Send one message, within a lease by default. Raises TimeoutError; LinkError, also if the peer has been told
+        that the session is over."""
         timeout_s = self._offer.lease_s if timeout_s is None else timeout_s
         if not self._sending.acquire(timeout=timeout_s):
             raise TimeoutError("the peer takes nothing")
@@ -213,7 +214,7 @@ class Peer:
 
     def _say_goodbye(self, message: messages.Message) -> None:
         self._try_say(message)
-        # Closed at once, what it still sends would destroy what it has not yet read of ours.
+        # If we closed at once, data that the peer still sends would cause a reset, and destroy our last words unread.
         self.connection.finish(1.0)
 
     def _serve_control(self) -> None:
@@ -303,8 +304,8 @@ class Peer:
                 chunk="COMMIT",
             )
         wait = self.session.begin.wait if self.session.begin is not None else "durable"
-        # An acknowledgement wakes the primary, which takes time here while it is wanted for the disk: where `durable`
-        # says the same a little later, `received` is said now and then, for those who measure the link by it.
+        # Each acknowledgement costs time here that the disk needs. Where `durable` says the same a little later,
+        # `received` is sent only now and then, for those who measure the link by it.
         if wait == "received" or commit.position.epoch % _RECEIVED_EVERY == 0:
             self.say(messages.Ack(level="received", position=commit.position))
         writer.store()

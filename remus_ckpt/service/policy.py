@@ -1,4 +1,4 @@
-"""What a backup is told to do with what it protects: the settings of when to act, and whom to serve."""
+"""The settings of a backup: when to act, whom to serve, and what to keep."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from remus_ckpt.store import Retention
 
 FENCE_S = 60.0
 TAKEOVER_S = 3600.0
-"""A takeover command may have to read all of a large memory from a slow disk; what takes longer hangs."""
+"""A takeover command may have to read all of a large memory from a slow disk; one that takes longer hangs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a backup does with what it protects.
+    """The settings of a backup.
 
-    lease_s: a primary that is silent for so long is gone
-    automatic: take over then without being asked; `fence` must be there
-    fence: a shell command that makes sure that the primary writes and releases nothing more; exit status 0 says so
-    fence_timeout_s: one that takes longer is killed, with all that it started, and has failed
-    on_failover: a shell command that starts the work here; it ends once the work goes on
-    takeover_timeout_s: one that takes longer is killed, with all that it started, and is tried again
-    retention: what is kept of the past
-    names: that may be protected; None for any
-    max_names, max_connections: how many there may be
+    lease_s: a primary that is silent for this long counts as gone
+    automatic: take over then without being asked; requires `fence`
+    fence: a shell command that makes sure that the primary writes and releases nothing more; it exits with 0 once that
+        is certain
+    fence_timeout_s: a fence that takes longer is killed, with all that it started, and counts as failed
+    on_failover: a shell command that starts the work here; it exits once the work is running again
+    takeover_timeout_s: a takeover command that takes longer is killed, with all that it started, and tried again
+    retention: which old checkpoints are kept
+    names: the names that may be protected; None for any
+    max_names, max_connections: how many of each are allowed
     """
 
     lease_s: float = 5.0

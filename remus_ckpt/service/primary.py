@@ -1,7 +1,7 @@
-"""The primary: protects one source. It sends checkpoints, hears which are committed, and connects anew when it must.
+"""The primary: protects one source. It sends checkpoints, learns which are committed, and reconnects when it must.
 
-What is sent and not yet acknowledged is bounded by the window (window.py), which says what an interrupt cannot break: a
-call that finds half a checkpoint sent takes the link down, and the next session settles what the backup holds. What
+The window (window.py) bounds what is sent but not yet acknowledged, and keeps commits right after an interrupt: a call
+that finds a half-sent checkpoint takes the link down, and the next session settles what the backup holds. Output that
 waits for commits is in release.py. Nothing here holds a lock that an interrupt could leave held (turns.py).
 """
 
@@ -38,33 +38,33 @@ LASTING = frozenset({"version", "name", "limit", "fenced"})
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _SAY_S = 10.0
-"""Checkpoints that wait for longer are worth a line in the log."""
+"""A checkpoint that waits longer than this is worth a line in the log."""
 _LAST_LINK_S = 2.0
-"""How long a primary that ends tries for a new link, so that what it has sent is committed."""
+"""How long an ending primary tries to get a new link, so that what it has sent is committed."""
 _LAST_COMMIT_S = 10.0
-"""How long it waits for commits over one that is well, at least."""
+"""Minimum time that an ending primary waits for commits over a working link."""
 _MAX_UNRELEASED = 1000
 """Commits that may wait for on_commit; then checkpoints wait too."""
 
 
 class Primary:
-    """Keeps one source protected by one backup, from the process that made it: a fork has no part in it.
+    """Keeps one source protected by one backup, from the process that made it: a forked child has no part in it.
 
-    name: under which the backup keeps it
-    connect: gives a connection, shaken hands; called again whenever one is lost
-    window: checkpoints that may be on their way at once; with 1, each waits until the one before is committed
+    name: the name under which the backup keeps it
+    connect: returns a connection whose handshake is done; called again whenever a link is lost
+    window: checkpoints that may be under way at once; with 1, each waits until the one before is committed
     wait: what counts as committed: "received", "durable" or "applied"
-    term: under which this side was promoted; None: whatever the backup's is, if it has not been promoted itself
-    on_commit: called for each commit, in order, in a thread of its own. Whatever it raises is logged, and the commits
-        behind it are delivered all the same. While 1,000 wait for it, so do checkpoints
+    term: the term under which this side was promoted; None: the backup's term, unless the backup itself was promoted
+    on_commit: called for each commit, in order, in a thread of its own. Exceptions from it are logged, and later
+        commits are still delivered. While 1,000 commits wait for it, checkpoints wait too
     on_paused: called with the epoch while the source is paused
     on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
         capture
-    on_turn: called often while all is well, also while a link or the backup is waited for
-    What the other callbacks raise goes to the caller; the next checkpoint goes on right behind it.
+    on_turn: called often while all is well, also while waiting for a link or the backup
+    Exceptions from the other callbacks go to the caller; the next checkpoint continues correctly.
 
-    One thread at a time takes checkpoints: that of `run`, or by turns those that call `checkpoint`. All else may be
-    called from any thread.
+    One thread at a time takes checkpoints: the thread of `run`, or in turns those that call `checkpoint`. Any thread
+    may call the rest.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Primary:
         self._stop = stop
         self._run = os.urandom(16)
         self._turns = Turns("checkpoint()")
-        self._bell = Bell()  # rung when the link, or what is in the window, has changed
+        self._bell = Bell()  # rung when the link or the contents of the window change
         self._window = Window(
             name,
             size=window,
@@ -115,22 +115,23 @@ class Primary:
             bell=self._bell,
             metrics=self._metrics,
         )
-        # Of the thread that takes checkpoints:
+        # Owned by the thread that takes checkpoints:
         self._sender: Sender | None = None
-        self._one_by_one: CheckpointLoop | None = None  # that `checkpoint` goes through, kept for its capture buffer
+        self._one_by_one: CheckpointLoop | None = None  # used by `checkpoint`; kept for its capture buffer
         self._connections = 0
-        self._lease_s = math.inf  # of the last welcome
-        self._commits_before = 0  # when the link was made
+        self._lease_s = math.inf  # from the last welcome
+        self._commits_before = 0  # the count when the link was made
         self._backoff_s = 0.0
-        # Of that thread too, for others to look at; each is set in one step.
+        # Owned by that thread too, but others may read them; each is set in one step.
         self.term = term
         self.ended = ""
         self.is_running = False
-        """Whether `run` is there to make a lost link anew."""
+        """Whether `run` is active and replaces a lost link."""
         self._has_run = False
         self._fenced: Fenced | None = None
-        # That others set as well. Who closes says so before it looks for a link, who makes one looks after it has.
-        self._until = math.inf  # when the call that is under way must be over
+        # Other threads set these too. `close` sets its flag before it looks for a link; connecting checks the flag once
+        # the link is made.
+        self._until = math.inf  # when the current call must be over
         self._is_closed = False
         self._link: Link | None = None
 
@@ -142,10 +143,11 @@ class Primary:
     # The user's calls
 
     def run(self) -> Iterator[Taken]:
-        """Checkpoints at the interval, each when it has been sent, until the stop, the duration or the source's end.
+        """Take checkpoints at the interval, and yield each once it has been sent, until the stop is set, the duration
+        is over or the source ends.
 
-        A lost link is made anew; meanwhile the source runs on, and nothing is committed.
-        Raises Fenced when another has taken over, Refused where another try would not help, SourceError.
+        After a lost link it reconnects; meanwhile the source runs on, and nothing is committed.
+        Raises Fenced when another side has taken over, Refused if another try would not help, SourceError.
         """
         self._check_process()
         self._until = math.inf
@@ -182,11 +184,11 @@ class Primary:
 
         Threads that call at once take turns.
 
-        timeout_s: for all of it, a first copy and the turns of others included; math.inf for as long as it takes
-        wait: return when it is committed, and take another if the link breaks before
-        Raises LinkError when that was not done in that time, and RemusError when it was on_commit or another call that
-        did not return; the next call goes on from there. ValueError within another call, as in a callback or a
-        signal's handler.
+        timeout_s: for the whole call, including a first copy and the turns of others; math.inf for no limit
+        wait: return once it is committed, and take another checkpoint if the link breaks before
+        Raises LinkError if the time runs out, or RemusError if it ran out because on_commit or another call did not
+        return; the next call continues correctly. Raises ValueError within another call, as in a callback or a signal
+        handler.
         """
         self._check_process()
         deadline = deadline_in(timeout_s)
@@ -211,28 +213,28 @@ class Primary:
                     return epoch
                 except LinkError as error:
                     if time.monotonic() >= deadline:
-                        self.check()  # the link may be well, and the backup slow
-                        # Why a link broke says more than that the time is over.
+                        self.check()  # nothing raised: the link is fine, and only the backup slow
+                        # The reason why a link broke is more useful than the timeout.
                         raise (lost or error) from None
                     lost = error
                     self._lost(error)
                     if time.monotonic() + self._backoff_s > deadline:
-                        raise  # what was wrong says more than that the time is over
+                        raise  # the fault is more useful than the timeout
         finally:
             lost = None  # its traceback refers to this frame, and to the link's: a cycle
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
 
-        Raises LinkError if the time is over, or if the link breaks and `run` is not there to make it anew: then it is
-        not known to be. Fenced when another has taken over: then it will not be.
+        Raises LinkError if the time runs out, or if the link breaks and no `run` is there to reconnect: whether the
+        epoch is committed is then unknown. Raises Fenced when another side has taken over: it will not be committed.
         """
         self._check_process()
         return self._await(epoch, timeout_s, is_patient=True)
 
     def _await(self, epoch: int, timeout_s: float | None, *, is_patient: bool) -> Position:
         def is_over() -> bool:
-            is_on_its_way = bool(self._window.lag)  # asked first: what is committed next no longer is
+            is_on_its_way = bool(self._window.lag)  # read first: a commit in between would hide it
             if self._window.has_committed(epoch):
                 return True
             if self._fenced is not None:
@@ -251,14 +253,14 @@ class Primary:
         return self.committed
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until all that was sent is committed. Raises LinkError if that does not come to pass."""
+        """Wait until everything sent is committed. Raises LinkError if that does not happen."""
         if (newest := self._window.newest) is not None:
             self._await(newest.epoch, timeout_s, is_patient=False)
 
     def _drain_patiently(self) -> None:
-        """For two leases, or 10 s where that is longer: a link that is dead is found so after one, and made anew.
+        """Wait for two leases, or 10 s if that is longer: a dead link is noticed after one lease, and then replaced.
 
-        A backup that is there and slower than that is told goodbye all the same.
+        A live backup that is slower than that gets its goodbye all the same.
         """
         link = self._link
         if link is None:
@@ -272,7 +274,7 @@ class Primary:
             log("ended before all was committed", level=logging.WARNING, name=self.name, lag=self._window.lag)
 
     def hurry(self, timeout_s: float) -> None:
-        """From another thread: give the call that is under way no more time than that."""
+        """From another thread: give the current call no more than that much time."""
         self._until = time.monotonic() + timeout_s
 
     def hang_up(self) -> None:
@@ -281,16 +283,16 @@ class Primary:
             link.hang_up()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """End the session in an orderly way; what is not committed stays so. In a fork it does nothing.
+        """End the session in an orderly way; what is not committed stays uncommitted. No effect in a forked child.
 
-        timeout_s: for that, and for on_commit to take what is committed
+        timeout_s: for the goodbye, and for on_commit to take the last commits
         Raises RemusError if on_commit has not returned by then.
         """
         if self._pid != os.getpid():
             return
         deadline = deadline_in(timeout_s)
-        self._is_closed = True  # a call in another thread must not make the link anew
-        self.hurry(timeout_s / 2)  # a backup that does not hang up leaves on_commit its half
+        self._is_closed = True  # a call in another thread must not reconnect
+        self.hurry(timeout_s / 2)  # a backup that never hangs up must leave half to on_commit
         try:
             if self._link is not None:
                 self._link.close(self.ended or "closed")
@@ -299,7 +301,7 @@ class Primary:
             self._window.close(deadline - time.monotonic())
 
     def left_s(self, seconds: float) -> float:
-        """How many of so many seconds the call that is under way may still take."""
+        """How many of these seconds the current call may still use."""
         return max(min(seconds, self._until - time.monotonic()), 0.0)
 
     def _check_open(self) -> None:
@@ -314,7 +316,7 @@ class Primary:
             )
 
     def status(self) -> dict[str, Any]:
-        """What there is to say of this side, for the other and for users."""
+        """The status of this side, for the backup and for users."""
         newest = self._sender.position if self._sender else None
         return self._metrics.status(self.name) | {
             "term": self.term,
@@ -328,14 +330,14 @@ class Primary:
     # The link
 
     def _connect_patiently(self, deadline: float | None, end: float | None = None) -> None:
-        """Connect, again and again with longer pauses, until it is done or there is no more reason to.
+        """Connect, retrying with longer and longer pauses, until it succeeds or there is no more reason to.
 
-        deadline: when to raise what was in the way; end: when all is to end, link or no link
+        deadline: when to give up and raise the last error; end: when to stop in any case, connected or not
         """
         if self._fenced is not None:
             raise self._fenced
         if self._link is not None and self._is_torn:
-            # Half a checkpoint has been sent: only another session takes that back.
+            # Half a checkpoint has been sent: only a new session can undo that.
             self._lost(LinkError("a checkpoint broke off"))
         said = ""
         while self._link is None and not self.ended:
@@ -368,16 +370,16 @@ class Primary:
                     raise LinkError(str(error)) from error
 
     def _back_off(self) -> None:
-        """Before the next link, which is made at once only where the last one carried a commit.
+        """Wait before the next link; there is no wait if the last link carried a commit.
 
-        A backup that turned us away, because it was full or busy, must hear of us before its lease is over.
+        A backup that turned us away because it was full or busy must hear from us before its lease is over.
         """
         self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S, self._lease_s / 4)
 
     @property
     def _reason_to_end(self) -> str:
         if not self.is_running:
-            return ""  # a single checkpoint has its deadline
+            return ""  # a single checkpoint has its own deadline
         if self._stop is not None and self._stop.is_set:
             return "stopped"
         return "" if self._source.stopper.alive() else "source gone"
@@ -388,7 +390,8 @@ class Primary:
         return self._window.is_torn or (self._sender is not None and self._sender.unfinished)
 
     def _gives_up(self) -> bool:
-        """Whether to wait for a link no longer. Who ends does so only for what has been sent, and not for long."""
+        """Whether to stop waiting for a link. At the end, only checkpoints already sent are worth a wait, and a short
+        one."""
         if self._reason_to_end:
             if not self._window.lag and not self._is_torn:
                 return True
@@ -396,7 +399,7 @@ class Primary:
         return time.monotonic() >= self._until
 
     def _sleep(self, seconds: float) -> bool:
-        """Sleep; True as soon as there is a reason to end, but only the first time."""
+        """Sleep; return True as soon as there is a reason to end, but only the first time."""
         self._turn()
         poll = select.poll()
         if self.is_running and not self._reason_to_end:
@@ -436,7 +439,7 @@ class Primary:
             link.begin(begin)
             self._lease_s = link.welcome.lease_s
             self._connections += 1
-            if self._window.commits != self._commits_before:  # it has turned out that the last link carried some
+            if self._window.commits != self._commits_before:  # the last link did carry commits
                 self._commits_before, self._backoff_s = self._window.commits, 0.0
             self._link = link
             self._check_open()
@@ -456,7 +459,7 @@ class Primary:
         log("linked", name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
 
     def _agree(self, link: Link) -> Begin:
-        """Go on with deltas if the backup holds what our reference can be brought back to, else begin anew."""
+        """Continue with deltas if our reference can be brought back to what the backup holds; else start over."""
         welcome = link.welcome
         self.term = welcome.term
         shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.memory.pages)
@@ -472,8 +475,8 @@ class Primary:
             log(text, level=logging.ERROR, name=self.name, committed=str(committed), held=str(held))
         floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
         if newest is not None and newest.epoch < floor:
-            newest = None  # what came behind it is lost, and nothing can follow it under a number that was used
-        # No sender while the tracker begins anew: interrupted here, the next call comes here again.
+            newest = None  # later ones are lost; their numbers cannot be reused
+        # Drop the sender before the tracker restarts: if this is interrupted, the next call gets here again.
         self._sender = self._one_by_one = None
         self._window.restart()
         self._sender = Sender(
@@ -536,7 +539,7 @@ class Primary:
         if self._metrics.found(self.name, tracker.way, tracker.why, tracker.missed_pages):
             log("tracking had missed pages", level=logging.ERROR, name=self.name, reason=tracker.why)
 
-    # What the loop sends
+    # Called by the checkpoint loop
 
     def write(self, buffers: list[Buffer]) -> None:
         """Send bytes of a checkpoint."""
@@ -554,7 +557,8 @@ class Primary:
         link.write(buffers)
 
     def commit(self, sent: Sent) -> None:
-        """Send the end of a checkpoint, and wait while the window is full: the interval stretches, memory does not."""
+        """Send the end of a checkpoint, and wait while the window is full: the interval stretches, memory use does not
+        grow."""
         link = self._link
         if link is None or sent.position is None:
             raise LinkError("there is no link")
@@ -566,7 +570,7 @@ class Primary:
         self._await_room()
 
     def _await_room(self, *, stoppable: bool = True) -> None:
-        """Wait while the window is full, or too much of what is committed waits for on_commit."""
+        """Wait while the window is full, or while too many commits wait for on_commit."""
 
         def is_over() -> bool:
             if self._window.has_room:
@@ -586,11 +590,11 @@ class Primary:
         raise LinkError(self._window.in_the_way)
 
     def fds(self) -> Sequence[int]:
-        """Becomes readable when the link is lost."""
+        """Descriptors that become readable when the link is lost."""
         link = self._link
         return () if link is None or (fd := link.failed.fileno()) < 0 else (fd,)
 
     def check(self) -> None:
-        """Raise what has ended the link."""
+        """Raise the error that ended the link, if one did."""
         if (link := self._link) is not None:
             link.check()

@@ -1,4 +1,4 @@
-"""Putting a source, its primary and the way to its backup together; protecting one's own arrays from Python."""
+"""Connects a source, its primary and its backup; protects the caller's own arrays from Python."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from remus_ckpt.wire.xen.dialect import StreamCodec
 
 _CONNECT_S = 10.0
 _HANG_UP_S = 0.5
-"""Time for a thread that is late to see that the link has been taken from it."""
+"""Time for a late thread to notice that its link has been closed."""
 
 
 def primary_of(
     source: Source, name: str, to: str | Address, *, tls: TlsFiles | None = None, insecure: bool = False, **options: Any
 ) -> Primary:
-    """A primary of a source, which dials a backup whenever it needs a link.
+    """A primary for a source; it dials the backup whenever it needs a link.
 
     to: the backup, such as "tls://backup:7411"
     tls: our certificate, for tls://
     insecure: allow plain tcp:// to another machine
     options: as for `Primary`
-    Who made the source closes it, behind the primary.
+    Whoever made the source closes it, after the primary.
     """
     address = Address.parse(to) if isinstance(to, str) else to
 
@@ -77,16 +77,16 @@ def protect(
 ) -> Protection:
     """Keep named numpy arrays, mmaps and bytearrays of this process on a backup.
 
-    buffers: what to protect, by name; `OwnMemory` says what may be given
+    buffers: what to protect, by name; see `OwnMemory` for what is accepted
     to: the backup, such as "tls://backup:7411"
-    name: under which the backup keeps them
+    name: the name under which the backup keeps them
     tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
-    interval_s: take checkpoints in a thread, with so long between two; None: only when `checkpoint` is called
-    lock: taken in each pause; whoever writes to the buffers must hold it. Needed with `interval_s`
-    device_state: called in each pause, for bytes of yours that come back with the checkpoint
-    on_commit: called for each commit, in a thread of its own: what you hold back until then may go out. What it raises
-        is logged, and the commits behind it are delivered all the same. One that does not return holds up checkpoints
-        in the end, and `close`: they say so when their time is over
+    interval_s: take checkpoints in a thread, this far apart; None: only when `checkpoint` is called
+    lock: taken in each pause; whoever writes to the buffers must hold it. Required with `interval_s`
+    device_state: called in each pause; returns bytes of your own that come back with the checkpoint
+    on_commit: called for each commit, in a thread of its own: output held back for it may now go out. Exceptions from
+        it are logged, and later commits are still delivered. If it does not return, checkpoints and `close` eventually
+        wait for it, and raise when their time runs out
     window, wait, compression, codec, term: as for `Primary`
     insecure: allow plain tcp:// to another machine
     tracking, audit: how written pages are found, as for `OwnMemory`
@@ -95,8 +95,8 @@ def protect(
             orders[7] += 1
             protection.checkpoint(wait=True)
 
-    A fork of this process has no part in it: there, `checkpoint` is a ValueError and `close` does nothing.
-    Raises TypeError or ValueError for buffers that cannot be taken.
+    A forked child has no part in it: there, `checkpoint` raises ValueError and `close` does nothing.
+    Raises TypeError or ValueError for buffers that cannot be protected.
     """
     if interval_s is not None and lock is None:
         raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")
@@ -124,7 +124,7 @@ def protect(
 
 
 class Protection:
-    """Buffers under protection, until it is closed. Made by `protect`."""
+    """Buffers under protection, until `close`. Made by `protect`."""
 
     def __init__(self, primary: Primary, source: OwnMemory, stop: StopSignal, *, in_thread: bool) -> None:
         self._primary = primary
@@ -133,7 +133,7 @@ class Protection:
         self._error: BaseException | None = None
         self._pid = os.getpid()
         self._is_closed = False
-        self._has_ended = not in_thread  # the thread
+        self._has_ended = not in_thread  # whether the thread has
         self._thread: threading.Thread | None = None
         if in_thread:
             self._thread = threading.Thread(target=self._run, args=(primary.run(),), name="checkpoints", daemon=True)
@@ -145,15 +145,15 @@ class Protection:
         return self._primary.committed
 
     def checkpoint(self, *, wait: bool = False, timeout_s: float = 30.0) -> int:
-        """Take a checkpoint now; returns its epoch. Not with an interval: then the thread takes them.
+        """Take a checkpoint now; returns its epoch. Not available with an interval: then the thread takes them.
 
-        Threads that call at once take turns. A callback cannot call it within `checkpoint`: that is a ValueError.
+        Threads that call at once take turns. Called from a callback inside `checkpoint`, it raises ValueError.
 
-        wait: return only when it is committed; otherwise as soon as it is sent and the window has room
-        timeout_s: for all of it, a first copy of all memory included; not for `lock`, which has 10 s, nor for what
-            `device_state` takes. math.inf for as long as it takes
-        Raises LinkError when that was not done in that time, RemusError when on_commit or another thread's call does
-        not return, Fenced when another has taken over. The next call goes on from there.
+        wait: return only once it is committed; otherwise as soon as it is sent and the window has room
+        timeout_s: for the whole call, including a first copy of all memory, but not for `lock`, which has 10 s, nor for
+            the time that `device_state` takes; math.inf for no limit
+        Raises LinkError if the time runs out, RemusError if on_commit or another thread's call does not return, Fenced
+        when another side has taken over. The next call continues correctly.
         """
         if self._thread is not None:
             raise ValueError("checkpoints are taken in a thread here; wait_for() waits for a commit")
@@ -169,7 +169,7 @@ class Protection:
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
 
-        Raises LinkError where that is not known, and what has ended the thread.
+        Raises LinkError if the outcome is unknown, or the error that ended the thread.
         """
         self._raise()
         try:
@@ -181,14 +181,15 @@ class Protection:
             raise
 
     def status(self) -> dict[str, Any]:
-        """What `remus-ckpt status` shows of this side."""
+        """The status of this side, as `remus-ckpt status` shows it."""
         return self._primary.status()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Wait for what was sent and for on_commit, and end, in that time.
+        """Wait until what was sent is committed and on_commit has returned, then end, all within `timeout_s`.
 
-        Raises what ended the thread, LinkError if what was sent is not known to be safe, RemusError if a callback does
-        not return. It is closed then all the same. May be called again, and does nothing then; nor in a fork.
+        Raises the error that ended the thread, LinkError if what was sent is not known to be committed, RemusError if a
+        callback does not return; the protection is closed all the same. Further calls, and calls in a forked child, do
+        nothing.
         """
         if self._is_closed or self._pid != os.getpid():
             return
@@ -216,7 +217,7 @@ class Protection:
             raise RemusError("the thread that takes checkpoints does not end: does a callback return, and the lock?")
 
     def _let_go(self) -> None:
-        """Of the source and the signal: the last one who uses them does, here or the thread."""
+        """Release the source and the signal; the last user does this: this call or the thread."""
         if self._is_closed and self._has_ended:
             self._source.close()
             self._stop.close()
@@ -235,11 +236,11 @@ class Protection:
     def _raise(self) -> None:
         if isinstance(self._error, Exception):
             raise self._error
-        if self._error is not None:  # it wanted the thread to end, not whoever calls us
+        if self._error is not None:  # it was meant to end the thread, not our caller
             raise RemusError(f"the thread that takes checkpoints has ended: {self._error!r}") from self._error
 
     def __del__(self) -> None:
-        # Dropped and not closed: without this, the link would keep the name from whoever protects it next.
+        # Dropped without `close`: the open link would otherwise keep the name from whoever protects it next.
         if self._pid == os.getpid():
             self._primary.hang_up()
 

@@ -1,4 +1,4 @@
-"""What waits for commits: a callback of the user's, or a command that reads a line for each."""
+"""What waits for commits: the user's callback, or a command that reads a line for each commit."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _MOMENT_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A checkpoint that the backup holds as the primary asked: what was held back for it may go out.
+    """A checkpoint that the backup holds in the way the primary asked for: output held back for it may go out.
 
-    latency_s: from its first byte on the way to the acknowledgement
+    latency_s: from the sending of its first byte to its acknowledgement
     """
 
     epoch: int
@@ -37,9 +37,9 @@ class Committed:
 
 
 class Release:
-    """Calls back for each commit, in a thread of its own: what is released may be slow, heartbeats may not.
+    """Calls back for each commit, in a thread of its own: the callback may be slow, heartbeats may not.
 
-    Any thread may call anything.
+    Any thread may call any method.
     """
 
     def __init__(self, call: Callable[[Committed], None]) -> None:
@@ -50,16 +50,17 @@ class Release:
 
     @property
     def waiting(self) -> int:
-        """How many commits have not been taken yet."""
+        """How many commits the callback has not taken yet."""
         return self._queue.qsize()
 
     def put(self, commits: Sequence[Committed]) -> None:
-        """Deliver them, in order. Those that come again are delivered once."""
+        """Deliver commits in order. A commit that is put again is delivered only once."""
         for committed in commits:
             self._queue.put(committed)
 
     def close(self, timeout_s: float) -> None:
-        """Deliver what is committed, and end. Raises RemusError where that takes longer; a moment it always has."""
+        """Deliver what is committed, and end; there is always at least a moment for that. Raises RemusError if it takes
+        longer than the timeout."""
         self._queue.put(None)
         if self._thread is threading.current_thread():
             return
@@ -76,7 +77,7 @@ class Release:
             try:
                 self._call(committed)
             except BaseException as error:
-                # What is released is the user's; that it fails, or wants to exit, must not stop the commits behind it.
+                # The callback is the user's code: if it fails, or wants to exit, later commits must still be delivered.
                 with suppress(BaseException):
                     log("on_commit failed", level=logging.ERROR, error=error, epoch=committed.epoch)
 
@@ -84,12 +85,12 @@ class Release:
 class ReleaseCommand:
     """A shell command that reads a line for each commit; an `on_commit` for `Primary`.
 
-    If it is slow, checkpoints wait for it, and after a while a line in the log says so. At the end it gets ten seconds
-    to read what is left; then it is killed, with everything it started.
+    If the command is slow, checkpoints wait for it, and after a while a line in the log says so. At the end it gets ten
+    seconds to read what is left; then it is killed, with everything it started.
 
-    stop: set when it stops reading: nobody else can release the output that waits for a commit
-    complain: told what a user must know of its end
-    It is called in one thread, and watched in another; `hurry` and `close` are for who made it.
+    stop: set when the command stops reading, since nothing else can release the output that waits for commits
+    complain: called with what the user must know about the command's end
+    One thread calls the object, another watches the command; `hurry` and `close` are for its creator.
     """
 
     def __init__(self, name: str, command: str, stop: StopSignal, complain: Callable[[str], None]) -> None:
@@ -104,15 +105,15 @@ class ReleaseCommand:
         self._lost: int | None = None
         self._is_over = StopSignal()
         self.is_gone = False
-        """Whether it stopped to read before the end."""
+        """Whether the command stopped reading before the end."""
         self.has_failed = False
         self._watcher = threading.Thread(target=self._watch, name="on-commit", daemon=True)
         self._watcher.start()
 
     def _watch(self) -> None:
         poll = select.poll()
-        poll.register(self._pipe.fileno(), 0)  # POLLERR, which need not be asked for: nobody has the other end
-        poll.register(self._shell.fileno(), 0)  # POLLHUP: it has ended, even if what it left behind still has it
+        poll.register(self._pipe.fileno(), 0)  # POLLERR (always reported): nobody has the other end
+        poll.register(self._shell.fileno(), 0)  # POLLHUP: it has ended, even if a child still has the pipe
         poll.register(self._is_over.fd, select.POLLIN)
         poll.poll()
         if not self._is_over.is_set:
@@ -130,7 +131,7 @@ class ReleaseCommand:
         say_at = time.monotonic() + _LAST_WORDS_S
         while not self.is_gone and (now := time.monotonic()) < self._deadline:
             try:
-                os.write(self._pipe.fileno(), line)  # a line is less than PIPE_BUF: all of it or nothing
+                os.write(self._pipe.fileno(), line)  # shorter than PIPE_BUF: written whole or not at all
                 return True
             except BlockingIOError:
                 if now >= say_at:
@@ -145,11 +146,11 @@ class ReleaseCommand:
         return False
 
     def hurry(self) -> None:
-        """The end has come."""
+        """The protection is ending: start the command's last seconds."""
         self._deadline = min(self._deadline, time.monotonic() + _LAST_WORDS_S)
 
     def close(self) -> None:
-        """No more comes; wait for it to end."""
+        """Send no more lines; wait for the command to end."""
         self.hurry()
         self._is_over.set()
         self._watcher.join()

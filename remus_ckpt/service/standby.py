@@ -1,10 +1,10 @@
-"""One protected memory on its backup: who may write to it now, when it is taken over, and how it is.
+"""One protected memory on its backup: who may write to it now, when it is taken over, and its status.
 
-What is to be done is decided in `failover`, and done in `takeover`; here it is noted, and asked for again.
+`failover` decides what to do and `takeover` does it; this module records the results, and asks for the next decision.
 
-Two locks. `_changed` guards what is in memory; nobody waits for a disk, a peer or a command with it held. The lock of
-`Durable.settling` is held by the one thread that changes store.json; it comes first, and is never waited for without
-end. So a disk that hangs stops what needs that disk, and nothing else: not the clock, not `status`, not other names.
+Two locks. `_changed` guards the fields in memory; no thread waits for a disk, a peer or a command while holding it. The
+lock of `Durable.settling` is held by the one thread that changes store.json; it is taken first, and always with a
+timeout. So a disk that hangs stops what needs that disk, and nothing else: not the clock, `status` or other names.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Policy", "Refusal", "Standby", "Visitor", "close_all"]
 _RETRY_S = 1.0
 _PROMOTION_S = 60.0
 _LEAVE_S = 10.0
-"""How long to wait, at most, for a session or a command that must end first."""
+"""Maximum wait for a session or a command that must end first."""
 _MAX_TERM = 1 << 62
 """So that there is always a higher one."""
 
@@ -50,24 +50,24 @@ class Visitor(Protocol):
 
     @property
     def heard(self) -> float:
-        """When it was last known to be there."""
+        """When the primary was last known to be alive."""
 
     @property
     def peer(self) -> str:
-        """Its address and name."""
+        """The primary's address and name."""
 
     def end(self, code: str, message: str, term: int | None = None) -> None:
-        """Tell the primary that it is over, and why; its thread ends."""
+        """Tell the primary that the session is over, and why; the session's thread ends."""
 
 
 class Standby:
     """Keeps the history of one name, and takes over.
 
-    writer: of that history; closed with this
+    writer: writes that history; closed with this object
     wake: called when a decision may have changed
 
-    The thread of a session calls `hosting`, `welcome`, `stored` and `said_goodbye`; one thread calls `turn`; the
-    rest is for any thread.
+    The thread of a session calls `hosting`, `welcome`, `stored` and `said_goodbye`; one thread calls `turn`; any thread
+    may call the rest.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Standby:
     ) -> None:
         self.name = name
         self.guests = 0
-        """Primaries that are here, or wait to be let in; the backup counts them, under its own lock."""
+        """Primaries that are connected or waiting to be let in; `Names` counts them, under its own lock."""
         self._writer = writer
         self._policy = policy
         self._metrics = metrics
         self._wake = wake
-        self._changed = threading.Condition()  # guards all that follows, and what is in the next two
+        self._changed = threading.Condition()  # guards all that follows, and the fields of the next two
         self._durable = Durable(name, writer, metrics, self._changed, wake)
         self._takeover = Takeover(
             self._durable,
@@ -93,23 +93,23 @@ class Standby:
         )
         self._visitor: Visitor | None = None
         self._last_peer = ""
-        self._heard: float | None = None  # of the sessions that are over; of the one that is open, it says so itself
+        self._heard: float | None = None  # in past sessions; an open session has its own
         self._listening_since = self._looked_at = time.monotonic()
-        self._by_hand: ByHand | None = None  # a takeover that somebody who waits has asked for
-        self._is_settling = False  # a thread is at a promotion, or writes what is owed
-        self._not_before = 0.0  # an action that failed for want of a disk is tried again then
+        self._by_hand: ByHand | None = None  # a takeover that a waiting user has asked for
+        self._is_settling = False  # a thread is promoting, or writing what is owed
+        self._not_before = 0.0  # when to retry an action that failed because of the disk
         self._is_closed = False
 
     @property
     def broken(self) -> str | None:
-        """Why the store has to be closed and opened anew, None where it has not; the backup does it."""
+        """Why the backup has to close and reopen the store; None if it need not."""
         return self._durable.broken
 
     # Primaries
 
     @contextmanager
     def hosting(self, visitor: Visitor, hello: Hello) -> Iterator[HistoryWriter]:
-        """Let a primary write for as long as it stays. Raises Refusal for one that may not, and StoreError."""
+        """Let a primary write for as long as it stays. Raises Refusal if it may not write, and StoreError."""
         term = self._let_in(visitor, hello)
         try:
             self._metrics.set_term(self.name, term)
@@ -137,7 +137,7 @@ class Standby:
             self._wake()
 
     def _let_in(self, visitor: Visitor, hello: Hello) -> int:
-        """The term under which it is let in; it is the visitor then."""
+        """Make a primary the visitor; returns the term under which it is let in."""
         if hello.term is not None and hello.term > _MAX_TERM:
             raise Refusal("limit", f"term {hello.term} is beyond all takeovers; a term is at most {_MAX_TERM}")
         with self._durable.settling():
@@ -147,7 +147,7 @@ class Standby:
             with self._changed:
                 self._check_open()
                 current = self._visitor
-                # The same one, whose old connection we have not yet missed; or that one is gone.
+                # Either the same primary has reconnected before we noticed the loss, or the old one is gone.
                 is_over = current is not None and (
                     current.run_id == hello.run or time.monotonic() - current.heard > self._policy.lease_s
                 )
@@ -170,14 +170,14 @@ class Standby:
                     if current is not None and is_over:
                         self._dismiss(current, "busy", "another connection has taken the place of this one")
                     elif current is not None:
-                        # "fenced" is for good: it is not said before it is durable.
+                        # "fenced" is final: the term must be durable before a primary is told.
                         self._durable.write(term=term)
                         self._dismiss(current, "fenced", f"a primary of term {term} has come", term)
                     self._durable.write(term=term, role="standby", expects_primary=True, takeover_done=False)
             with self._changed:
                 self._check_open()
-                # Somebody may have asked for a takeover while the disk was written to. Where that one had been done
-                # before, it asked for what this primary goes on from, and not for this primary's end.
+                # A user may have asked for a takeover during the disk write. If the store was promoted already, the
+                # request was for what this primary continues from, not for this primary's end.
                 if state.role != "promoted":
                     self._check_unwanted()
                 self._by_hand = None
@@ -196,21 +196,21 @@ class Standby:
 
     @property
     def _is_wanted(self) -> bool:
-        """With the lock held: whether somebody waits for a takeover that has not been done yet."""
+        """Whether a user waits for a takeover that has not happened yet. Needs the lock."""
         return self._by_hand is not None and self._takeover.given is None
 
     def _check_unwanted(self) -> None:
-        """With the lock held. Raises Refusal where somebody waits for a takeover."""
+        """Raises Refusal if a user waits for a takeover. Needs the lock."""
         if self._is_wanted:
             raise Refusal("busy", f"{self.name!r} is being taken over")
 
     def _await_fence(self) -> None:
-        """A primary has shown itself, and may be let in: first a fence that was to stop it is dead.
+        """Before a primary that has reappeared is let in: wait until a fence that was to stop it is dead.
 
-        Raises Refusal where it is not, or where somebody has asked for the takeover.
+        Raises Refusal if the fence does not die, or if a user has asked for the takeover.
         """
         with self._changed:
-            self._heard = time.monotonic()  # it is there, whatever this side has to say to it next
+            self._heard = time.monotonic()  # it is alive, whatever we answer next
             self._check_unwanted()
             self._takeover.end_vain_fence(self._heard)
             if not self._changed.wait_for(lambda: not self._takeover.is_fencing, self._bound_s):
@@ -221,19 +221,19 @@ class Standby:
         return min(self._policy.lease_s, _LEAVE_S)
 
     def _dismiss(self, visitor: Visitor, code: str, message: str, term: int | None = None) -> None:
-        """End the session that is open. Raises Refusal where its thread does not come back from the disk."""
+        """End the open session. Raises Refusal if its thread does not return from the disk."""
         visitor.end(code, message, term)
         with self._changed:
             if not self._changed.wait_for(lambda: self._visitor is not visitor, self._bound_s):
                 raise Refusal("busy", f"the session of {visitor.peer} has not ended yet: try again")
 
     def _dismiss_visitor(self, code: str, message: str) -> None:
-        """The same of whichever is open, for one who keeps others from being let in meanwhile."""
+        """End whichever session is open, for a caller that keeps others from being let in meanwhile."""
         if (visitor := self._visitor) is not None:
             self._dismiss(visitor, code, message)
 
     def welcome(self, hello: Hello, limits: Limits) -> Welcome:
-        """What the primary that has just been let in is to know."""
+        """The welcome for a primary that has just been let in."""
         shape = self._writer.stream
         return Welcome(
             program=f"remus_ckpt {__version__}",
@@ -247,7 +247,8 @@ class Standby:
         )
 
     def said_goodbye(self, reason: str) -> None:
-        """The primary has ended in an orderly way: nothing is to be taken over from it, whatever the disk says."""
+        """The primary has ended in an orderly way: from now on there is nothing to take over, even if the disk cannot
+        record that yet."""
         log("goodbye", name=self.name, reason=reason)
         self._durable.owe(expects_primary=False)
         self._note(self._durable.pay(_RETRY_S))
@@ -255,9 +256,9 @@ class Standby:
     def stored(
         self, position: Position, seconds: float, *, raw_bytes: int, encoded_bytes: int, wire_bytes: int
     ) -> None:
-        """A checkpoint has been acknowledged, so long after its commit came.
+        """Count a checkpoint that has been acknowledged, and the time that took after its commit arrived.
 
-        raw_bytes: of its pages; encoded_bytes: of its stream; wire_bytes: of what came for it
+        raw_bytes: of its pages; encoded_bytes: of its stream; wire_bytes: received for it
         """
         self._durable.trouble = None
         self._metrics.committed(self.name, position.epoch, seconds, time.time(), position.digest)
@@ -266,11 +267,11 @@ class Standby:
     # Decisions
 
     def turn(self, now: float) -> float:
-        """Do what is due now; returns when to ask again. Never waits."""
+        """Start what is due now; returns when to call again. Never waits."""
         try:
             with self._changed:
                 return self._act(now)
-        except Exception as error:  # others are served by who asks here
+        except Exception as error:  # the caller serves other names too
             if self._durable.trouble != str(error):
                 log("decision failed", level=logging.ERROR, name=self.name, error=error)
             self._durable.trouble = str(error)
@@ -297,7 +298,7 @@ class Standby:
                 case failover.RunFence(attempt):
                     begun = Command.begun(attempt, now)
                     self._start(self._takeover.run_fence, self._takeover.fence, begun)
-                    self._takeover.fence = begun  # the thread waits for our lock
+                    self._takeover.fence = begun  # the new thread first waits for our lock
                 case failover.Promote(term):
                     self._settle(self._takeover.promote, term)
                     return due
@@ -312,14 +313,14 @@ class Standby:
         return due
 
     def _situation(self) -> Situation:
-        """With the lock held."""
+        """The situation now. Needs the lock."""
         state = self._durable.state
         heard = [time for time in (self._heard, self._visitor.heard if self._visitor else None) if time is not None]
         return Situation(
             term=state.term,
             role=Role(state.role),
             has_checkpoint=self._writer.position is not None,
-            # Who was started from what is held here has done work since, which no takeover from it would have.
+            # A worker started from what was handed out has since done work that a takeover from here would lose.
             expects_primary=bool(state.more.get("expects_primary")) and not self._writer.is_handed_out,
             takeover_done=bool(state.more.get("takeover_done")),
             listening_since=self._listening_since,
@@ -332,7 +333,10 @@ class Standby:
         )
 
     def _start(self, work: Callable[..., bool], *arguments: Any, settles: bool = False) -> None:
-        """Do what may wait for a disk or a command, in a thread of its own. work: gives whether its disk was there"""
+        """Do work that may wait for a disk or a command, in a thread of its own.
+
+        work: returns whether the disk was available
+        """
 
         def act() -> None:
             try:
@@ -347,7 +351,7 @@ class Standby:
         threading.Thread(target=act, name=f"{work.__name__} of {self.name}", daemon=True).start()
 
     def _settle(self, work: Callable[..., bool], *arguments: Any) -> None:
-        """The same for what changes store.json: one at a time."""
+        """Like `_start`, for work that changes store.json: one at a time."""
         self._start(work, *arguments, settles=True)
         self._is_settling = True
 
@@ -359,10 +363,10 @@ class Standby:
     # Users
 
     def take_over(self, *, fence: bool) -> dict[str, Any]:
-        """Promote by hand, now; returns what the survivor goes on from.
+        """Promote by hand, now; returns what the survivor continues from.
 
-        Raises NoCheckpoint where nothing is committed, RemusError where the fencing fails or it takes too long; what it
-        says then is true then: a promotion that has begun to be written may still come.
+        Raises NoCheckpoint if nothing is committed, RemusError if the fencing fails or the promotion takes too long.
+        The message describes that moment: a promotion that is already being written may still complete later.
         """
         with self._changed:
             if (given := self._takeover.given) is not None:
@@ -373,7 +377,7 @@ class Standby:
                 if fence and self._takeover.fence is None:
                     raise RemusError("there is no fencing command: start the backup with --fence, or do it yourself")
             wish = ByHand(time.monotonic(), fence)
-            if self._by_hand is None or self._by_hand.fence:  # who vouches for the old side waits for nobody's fence
+            if self._by_hand is None or self._by_hand.fence:  # a user who vouches for the old side waits for no fence
                 self._by_hand = wish
             self._wake()
             is_over = self._changed.wait_for(
@@ -392,7 +396,7 @@ class Standby:
             raise RemusError(self._why_not_taken_over(is_over))
 
     def _why_not_taken_over(self, is_over: bool) -> str:
-        """What is true now of a takeover that was asked for. is_over: before its time"""
+        """Why a requested takeover has not happened. is_over: the request ended before its timeout"""
         why = self._durable.write_trouble or self._durable.trouble
         why = f": {why}" if why else ""
         state = self._durable.state
@@ -411,16 +415,16 @@ class Standby:
         return f"not promoted within {_PROMOTION_S:g} s{why or ': see the log of the backup'}"
 
     def _has_failed(self, wish: ByHand) -> bool:
-        """Whether the fence has that was run for it; an earlier one says nothing."""
+        """Whether the fence that was run for this request has failed; an earlier fence does not count."""
         fence = self._takeover.fence if wish.fence else None
         return fence is not None and fence.phase is failover.Phase.FAILED and fence.began_at >= wish.at
 
     def status(self) -> dict[str, Any]:
-        """What there is to say of it.
+        """The status of this name.
 
         role: "standby" or "promoted"
-        fence, takeover: how far that command is, None without one
-        fence_retry_s, takeover_retry_s: when one that failed is run again, None where it is not
+        fence, takeover: how far that command has got, None without one
+        fence_retry_s, takeover_retry_s: seconds until a failed command runs again, None if it does not
         """
         now = time.monotonic()
         with self._changed:
@@ -450,9 +454,9 @@ class Standby:
     # The end
 
     def looks_empty(self) -> bool:
-        """Whether nothing was ever committed to it, and nobody uses it.
+        """Whether nothing was ever committed here, and nobody uses it.
 
-        A term that it was told is kept: it says who must not come back.
+        A store that was told a term is kept: the term says who must not come back.
         """
         with self._changed:
             return (
@@ -465,7 +469,7 @@ class Standby:
             )
 
     def close_if_empty(self) -> bool:
-        """Let go of the store and remove it, if nothing was ever committed to it; whether it is closed."""
+        """Close and remove the store if nothing was ever committed to it; returns whether it is closed."""
         with suppress(OSError, RemusError), self._durable.settling():
             if not self.looks_empty() or any((self._writer.directory / "segments").iterdir()):
                 return False
@@ -474,18 +478,18 @@ class Standby:
         return self._is_closed
 
     def stop(self) -> None:
-        """Begin nothing more, and kill the commands that run: a takeover is run again when a backup starts anew."""
+        """Start nothing more, and kill running commands: a takeover runs again when a backup restarts."""
         with self._changed:
             self._is_closed = True
             self._takeover.stop()
             self._changed.notify_all()
 
     def close(self, deadline: float | None = None) -> None:
-        """Stop, and let go of the store, by this time: what then still hangs is left to hang."""
+        """Stop, and close the store, by this time; if it still hangs then, it is abandoned."""
         close_all([self], time.monotonic() + _LEAVE_S if deadline is None else deadline)
 
     def _begin_closing(self, deadline: float) -> threading.Thread:
-        """Once it has been stopped. Waits for what must end first, by this time, and not for the disk."""
+        """Begin to close, after `stop`. Waits until the deadline for what must end first, but not for the disk."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._visitor is None and not self._is_settling and not self._takeover.is_running,
@@ -497,7 +501,7 @@ class Standby:
 
 
 def close_all(standbys: Sequence[Standby], deadline: float) -> None:
-    """Stop them, and let go of their stores, by this time or a second later: what then still hangs is left to hang."""
+    """Stop all, and close their stores, by this time or a second later; one that still hangs then is abandoned."""
     for standby in standbys:
         standby.stop()
     closing = [(standby, standby._begin_closing(deadline)) for standby in standbys]

@@ -1,7 +1,7 @@
-"""The way from a standby to the place where work goes on: the fence, the promotion, what is handed out, the command.
+"""The steps of a takeover: the fence, the promotion, the handing out of memory, and the takeover command.
 
-When it is gone is decided in `failover`. Each step asks once more, at its last moment, whether it is still due: between
-a decision and its deed there is time for a sign of life.
+`failover` decides when to take them. Each step checks once more, at the last moment, that it is still due: between the
+decision and the action, the primary may give a sign of life.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from remus_ckpt.service.policy import Policy
 
 
 class _NotRun(RemusError):
-    """A user's command that cannot be started."""
+    """One of the user's commands cannot be started."""
 
 
 class Takeover:
-    """The steps of one name's takeover, and how far its two commands are.
+    """The steps of one name's takeover, and how far its two commands have got.
 
-    lock: the lock of the name; it guards all fields
+    lock: the lock of the name; guards all fields
     situation: what a decision rests on now; called with the lock held
-    dismiss: end the session that is open, if there is one, with this code and message. Raises Refusal where its thread
-        does not come back from the disk
+    dismiss: ends the open session, if there is one, with this code and message. Raises Refusal if its thread does not
+        return from the disk
     last_peer: address and certificate name of the primary that was heard last
 
-    `run_fence`, `promote` and `run_takeover` are the work of a thread each, without the lock; they return whether they
-    got that far as the disk goes: if not, nothing is tried for a while. What else says so needs the lock.
+    `run_fence`, `promote` and `run_takeover` each run in a thread of their own, without the lock. They return False if
+    the disk stopped them: then nothing is tried for a while. The other methods need the lock where they say so.
     """
 
     def __init__(
@@ -60,42 +60,43 @@ class Takeover:
         self._last_peer = last_peer
         self.fence = Command() if policy.fence else None
         self.command = Command() if policy.on_failover else None
-        """The takeover command. Whoever starts `run_fence` or `run_takeover` puts the run that has begun here."""
+        """The takeover command. Whoever starts `run_takeover` stores the run that has begun here (`run_fence`: in
+        `fence`)."""
         self._fencing: ShellCommand | None = None
         self._taking_over: ShellCommand | None = None
         self._handed_out: dict[str, Any] | None = None
         self.is_promoting = False
-        """The promotion is being written: it cannot be called off any more."""
+        """The promotion is being written, and can no longer be cancelled."""
         self._is_stopped = False
 
-    # With the lock held
+    # These need the lock
 
     @property
     def is_fencing(self) -> bool:
-        """Whether a fence runs, or is dying."""
+        """Whether a fence is running, or dying."""
         return self._fencing is not None
 
     @property
     def is_running(self) -> bool:
-        """Whether one of the commands runs."""
+        """Whether one of the commands is running."""
         return self._fencing is not None or self._taking_over is not None
 
     @property
     def given(self) -> dict[str, Any] | None:
-        """What the survivor goes on from, while the term is in force in which it was handed out."""
+        """What the survivor continues from, while the term in which it was handed out is in force."""
         given, state = self._handed_out, self._durable.state
         is_in_force = given is not None and (state.role, state.term) == ("promoted", given["term"])
         return given if is_in_force else None
 
     def end_vain_fence(self, now: float) -> None:
-        """A fence whose reason is gone must not go on to shoot a primary that is back."""
+        """Kill a fence whose reason is gone, so that it does not stop a primary that is back."""
         if self._fencing is not None and not self._needs_fence(now):
             self._fencing.kill()
 
     def begin_term(self) -> None:
-        """Another term begins: nothing of an earlier takeover is true of it.
+        """Another term begins: forget the earlier takeover.
 
-        A command that still runs is let be: the work that it has started is what is protected now.
+        A takeover command that still runs is left alone: the work it has started is what is protected now.
         """
         self.command = self.command and Command()
         if self._taking_over is not None:
@@ -103,14 +104,14 @@ class Takeover:
             self._taking_over = None
 
     def stop(self) -> None:
-        """Begin nothing more, and kill what runs: a takeover is run again when a backup starts anew."""
+        """Start nothing more, and kill running commands: a takeover runs again when a backup restarts."""
         self._is_stopped = True
         for shell in (self._fencing, self._taking_over):
             if shell is not None:
                 shell.kill()
 
     def status(self, now: float) -> dict[str, Any]:
-        """How far the commands are, and what was handed out; see `Standby.status`."""
+        """How far the commands have got, and what was handed out; see `Standby.status`."""
         state = self._durable.state
         actions = failover.decide(self._situation(), now)
 
@@ -142,7 +143,7 @@ class Takeover:
     # The fence
 
     def run_fence(self, before: Command, begun: Command) -> bool:
-        """Fence, unless the reason for it has gone. before: what `fence` is again then"""
+        """Run the fence, unless its reason has gone. before: what `fence` is reset to in that case"""
         after, is_done = before, True
         try:
             shell = self._start_fence(begun)
@@ -150,7 +151,7 @@ class Takeover:
                 after = self._await_fence(shell, begun)
         except _NotRun as error:
             after = self._fence_ended(begun, str(error))
-        except Exception as error:  # nothing can follow it, so nothing was run
+        except Exception as error:  # no promotion could follow, so no fence was run
             self._durable.trouble = str(error)
             is_done = False
         with self._lock:
@@ -160,14 +161,15 @@ class Takeover:
         return is_done
 
     def _start_fence(self, begun: Command) -> ShellCommand | None:
-        """None where its reason is gone. Raises RemusError where nothing could follow it: then nobody is fenced."""
+        """Start the fence; None if its reason is gone. Raises RemusError if no promotion could follow: then nobody is
+        fenced."""
         assert self._policy.fence is not None
         with self._durable.settling():
             self._durable.write(always=True, fencing=begun.attempt)
             with self._lock:
                 is_silent = self._needs_fence(time.monotonic()) and self._situation().by_hand is None
             if is_silent:
-                # It comes back by a new hello, and is let in when this fence is dead.
+                # A primary that is alive sends a new hello, and is let in once this fence is dead.
                 self._dismiss("timeout", f"nothing came for {self._policy.lease_s:g} s")
             with self._lock:
                 if not self._needs_fence(time.monotonic()):
@@ -185,7 +187,7 @@ class Takeover:
         is_late = status is None
         if is_late:
             shell.kill()
-            status = shell.wait()  # what cannot be killed may still act: so long it runs
+            status = shell.wait()  # a command that cannot be killed may still act: wait for it
         with self._lock:
             if not self._needs_fence(time.monotonic()):
                 log("fence called off", level=logging.WARNING, name=self.name)
@@ -204,7 +206,7 @@ class Takeover:
     # The promotion
 
     def promote(self, term: int | None) -> bool:
-        """Promote under this term, None where that is done, and hand out what the survivor goes on from."""
+        """Promote under this term (None: already promoted), and hand out what the survivor continues from."""
         try:
             with self._durable.settling():
                 if term is None or self._make_promoted(term):
@@ -216,18 +218,18 @@ class Takeover:
         return True
 
     def _make_promoted(self, term: int) -> bool:
-        """Whether the store is promoted. Raises RemusError."""
+        """Promote the store; returns whether it is promoted. Raises RemusError."""
         with self._lock:
             is_due = self._is_due(term)
         if is_due:
-            # Not yet "fenced": that is for good, and it is not durable yet. Its next hello will hear it.
+            # Not yet "fenced": that is final, and the promotion is not durable yet. The next hello gets it.
             self._dismiss("busy", f"{self.name!r} is being taken over")
         with self._lock:
-            # Since the decision there was time for a sign of life.
+            # The primary may have given a sign of life since the decision.
             if not self._is_due(term):
                 return False
             self.is_promoting = True
-            self.begin_term()  # something may be left of one that ended just as the disk failed
+            self.begin_term()  # an earlier takeover may have left something when the disk failed
         try:
             self._durable.write(term=term, role="promoted", takeover_done=False, expects_primary=False)
         finally:
@@ -236,9 +238,9 @@ class Takeover:
         return True
 
     def _hand_out(self) -> dict[str, Any]:
-        """The image and the device state, as files of their own: whoever goes on from them may write to them.
+        """Hand out the image and the device state as separate files, which the survivor may write to.
 
-        Raises StoreError, and Refusal where a primary has been let in meanwhile: the memory is that one's again.
+        Raises StoreError, and Refusal if a primary has been let in meanwhile: the memory is that primary's again.
         """
         if (given := self.given) is not None:
             return given
@@ -249,7 +251,7 @@ class Takeover:
             writer = self._durable.writer
             image, device_state = writer.hand_out()
             position = writer.handed_out or writer.position
-        assert position is not None  # there would be nothing to hand out
+        assert position is not None  # only a name with a checkpoint is promoted
         handed_out = {
             "name": self.name,
             "term": state.term,
@@ -266,7 +268,7 @@ class Takeover:
     # The takeover command
 
     def run_takeover(self, begun: Command) -> bool:
-        """Hand out what there is, and run the command; a primary of a later term lets it be."""
+        """Hand out the memory, and run the command; if a primary of a later term comes, the command is left running."""
         succeeded = False
         reason = "the takeover command failed; it is tried again"
         try:
@@ -277,7 +279,7 @@ class Takeover:
             if status is None:
                 reason = f"the takeover command took more than {self._policy.takeover_timeout_s:g} s: it is killed"
                 self._kill_takeover(shell, reason)
-                status = shell.wait()  # what cannot be killed may still act: so long it runs, and is not run again
+                status = shell.wait()  # a command that cannot be killed may still act: do not rerun it
                 reason += ", and is tried again"
             succeeded = status == 0
             if not succeeded:
@@ -286,7 +288,7 @@ class Takeover:
             reason = f"{error}; the takeover is tried again"
             log("takeover failed", level=logging.ERROR, name=self.name, reason=str(error))
         with self._lock:
-            is_ours = self.command is begun  # or a primary of a later term has come, and this says nothing of that
+            is_ours = self.command is begun  # else a primary of a later term has come
             if is_ours:
                 self._taking_over = None
                 self.command = begun.ended(succeeded, time.monotonic())
@@ -301,7 +303,7 @@ class Takeover:
     def _kill_takeover(self, shell: ShellCommand, reason: str) -> None:
         with self._lock:
             if self._taking_over is not shell:
-                return  # what it started is protected by now
+                return  # the work it started is protected by now
             shell.kill()
             self._durable.trouble = reason
         log("command does not end", level=logging.ERROR, name=self.name, command="takeover", reason=reason)
@@ -330,7 +332,7 @@ class Takeover:
             return shell
 
     def _shell(self, command: str, environment: dict[str, str]) -> ShellCommand:
-        """A user's command, begun. Raises _NotRun."""
+        """Start one of the user's commands. Raises _NotRun."""
         own = {
             "REMUS_NAME": self.name,
             "REMUS_TERM": str(self._durable.known_state().term),

@@ -1,7 +1,7 @@
-"""Waiting for each other, with nothing that an interrupt could leave held.
+"""Synchronization that an interrupt cannot leave held.
 
-A signal's handler may raise between any two instructions of the main thread. A lock of `threading` that is held there
-may stay held for ever; what is here is free again when the call that had it is over, however it ended.
+A signal handler may raise between any two instructions of the main thread. A `threading` lock held at that moment may
+stay held for ever; a turn taken here is free again once the call that had it is over, however that call ended.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from typing import Any, TypeVar
 from remus_ckpt.errors import RemusError
 
 _LOOK_S = 0.1
-"""How often whoever waits looks for what nobody tells it."""
+"""How often a waiting thread checks for changes that ring no bell."""
 
 T = TypeVar("T")
 
 
 def deadline_in(timeout_s: float) -> float:
-    """When a time that begins now is over, by `time.monotonic`. Raises ValueError for what is no time."""
+    """The deadline of a timeout that starts now, by `time.monotonic`. Raises ValueError if the timeout is invalid."""
     if math.isnan(timeout_s):
         raise ValueError("timeout_s is no number; math.inf waits as long as it takes")
     return time.monotonic() + timeout_s
 
 
 class Bell:
-    """Wakes all who wait. Any thread may call anything."""
+    """Wakes all waiting threads. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._waiters: set[Any] = set()
 
     def ring(self) -> None:
-        """Let all who wait look again."""
+        """Make all waiting threads look again."""
         for waiter in tuple(self._waiters):
-            with suppress(RuntimeError):  # it is awake already
+            with suppress(RuntimeError):  # that thread is awake already
                 waiter.release()
 
     def wait(self, is_over: Callable[[], bool], deadline: float) -> bool:
-        """Until it is over, which is looked at after each ring and now and then; False when the time is."""
+        """Wait until `is_over()`, which is checked after each ring and now and then; False if the deadline passes."""
         waiter = threading.Lock()
         waiter.acquire()
         try:
@@ -63,9 +63,9 @@ class Bell:
 class _Call:
     """A call that has its turn or waits for it.
 
-    thread: its thread's number
-    frame: where it runs. Whether it does is asked of the frame itself: a call that was cut short is over wherever that
-        was, although it still stands in the queue, and although a traceback still knows its frame
+    thread: the identifier of its thread
+    frame: its stack frame. The frame itself tells whether the call still runs: a call that was interrupted anywhere is
+        over, even if it is still in the queue, and even if a traceback still holds its frame
     """
 
     thread: int
@@ -74,30 +74,30 @@ class _Call:
     @property
     def is_over(self) -> bool:
         try:
-            self.frame.clear()  # refused while it runs
+            self.frame.clear()  # raises while the frame runs
         except RuntimeError:
             return False
         return True
 
 
 class Turns:
-    """Calls that exclude each other, one after the other as they came. Any thread may call.
+    """Calls that exclude each other, in the order in which they came. Any thread may call.
 
-    what: how users know such a call
+    what: how users know such a call, for messages
     """
 
     def __init__(self, what: str) -> None:
         self._what = what
-        # The first has its turn. By keys of their own: a call that knew its own frame would be garbage that only the
-        # collector finds.
+        # The first one has its turn. The keys are separate objects: a frame that held its own call would form a cycle,
+        # which only the garbage collector frees.
         self._calls: dict[object, _Call] = {}
         self._bell = Bell()
 
     def take(self, work: Callable[[], T], timeout_s: float = math.inf) -> T:
-        """Do the work when it is its turn; returns what it returns.
+        """Run `work` when its turn comes; returns its result.
 
         timeout_s: how long to wait for the turn
-        Raises RemusError if it does not come in that time, ValueError within the work of another turn.
+        Raises RemusError if the turn does not come in time, ValueError if called within the work of another turn.
         """
         deadline = deadline_in(timeout_s)
         key = object()
@@ -122,5 +122,5 @@ class Turns:
         raise AssertionError("a call that waits for its turn stands in the queue")
 
     def _leave(self, key: object) -> None:
-        self._calls.pop(key, None)  # another thread may have seen that it was over
+        self._calls.pop(key, None)  # another thread may have removed it as over
         self._bell.ring()

@@ -1,13 +1,13 @@
-"""The window: checkpoints on their way to the backup, and what it has acknowledged.
+"""The window: checkpoints on their way to the backup, and what the backup has acknowledged.
 
-Nothing of a checkpoint is kept but the numbers of its pages: if the link breaks, their present content goes full in the
-next one (specs/session.md §5).
+Of a checkpoint, only the numbers of its pages are kept: if the link breaks, the next checkpoint sends their present
+content in full (specs/session.md §5).
 
-An interrupt may fall between any two instructions of the thread that sends. One rule keeps commits right all the same:
-a page is noted before the reference takes its new content, by the sender and then by a flight, and a flight goes only
-when the backup has acknowledged it or its pages are owed. Until a checkpoint's commit has been sent the window is torn;
-whoever finds it so begins another session, which settles what the backup holds. Whatever takes several steps can be
-done again.
+An interrupt may fall between any two instructions of the sending thread. One rule keeps commits right all the same: a
+page is noted, first by the sender and then by a flight, before the reference takes its new content; and a flight is
+dropped only once the backup has acknowledged it or its pages are owed. Until a checkpoint's commit has been sent, the
+window is torn; a call that finds it torn begins a new session, which settles what the backup holds. Every operation of
+several steps can be repeated.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from remus_ckpt.wire.record import Position
 class _Flight:
     """A checkpoint on its way: being written, or sent and not yet acknowledged.
 
-    carried: int64[n] each, its pages, as the sender adds to them
+    carried: arrays int64[n] of its page numbers; the sender appends to the list
     began: when its first byte was sent
-    sent: what it came to, once it has been written
+    sent: its summary, once it has been written
     """
 
     carried: list[NDArray[np.int64]]
@@ -49,15 +49,15 @@ class _Flight:
 
 
 class Window:
-    """What is sent and not yet committed.
+    """The checkpoints that are sent and not yet committed.
 
-    size: checkpoints that may be in it
+    size: checkpoints that may be in the window
     wait: what counts as committed
-    on_commit: told of each commit, by a `Release`
-    most_unreleased: commits that may wait for it; with more, the window is full too
+    on_commit: called for each commit, by a `Release`
+    most_unreleased: commits that may wait for on_commit; with more, the window counts as full
     bell: rung when something here has changed
-    The thread that sends changes it, and the link's thread by `acknowledge`. Fields of both stand below `_changes`, and
-    each change of them is a turn of it. What is only read may be read by any thread at any time.
+    The sending thread changes the window, and so does the link's thread by `acknowledge`. The fields that both change
+    stand below `_changes`, and each change takes a turn of it. Any thread may read the properties at any time.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class Window:
         self._most_unreleased = most_unreleased
         self._bell = bell
         self._metrics = metrics
-        # The sending thread's own: the checkpoint that is being written, until its commit has been sent.
+        # Owned by the sending thread: the checkpoint being written, until its commit has been sent.
         self._coming: _Flight | None = None
         self._changes = Turns("a change of the window")
         self._flights: deque[_Flight] = deque()  # not acknowledged, the oldest first
-        self._anchor: Position | None = None  # the newest committed one that this sender has made
+        self._anchor: Position | None = None  # this sender's newest committed position
         self.committed: Position | None = None
         """The newest position that the backup has acknowledged."""
         self.commits = 0
-        """How many checkpoints it has."""
+        """How many checkpoints the backup has acknowledged."""
 
     @property
     def lag(self) -> int:
@@ -107,7 +107,7 @@ class Window:
 
     @property
     def in_the_way(self) -> str:
-        """What a window without room waits for, for users."""
+        """What a full window waits for, for users."""
         if self._release is not None and self.is_held_up:
             waiting = self._release.waiting
             return f"on_commit does not return: {waiting:,} commits wait for it, and checkpoints with them"
@@ -115,13 +115,13 @@ class Window:
 
     @property
     def newest(self) -> Position | None:
-        """That of the newest checkpoint which is not acknowledged."""
+        """The position of the newest checkpoint that is not acknowledged."""
         flights = tuple(self._flights)
         return flights[-1].position if flights else None
 
     @property
     def is_torn(self) -> bool:
-        """Whether a checkpoint was begun whose commit is not known to be sent."""
+        """Whether a checkpoint was begun and its commit is not known to have been sent."""
         return self._coming is not None
 
     def has_committed(self, epoch: int) -> bool:
@@ -129,32 +129,32 @@ class Window:
         return self.committed is not None and self.committed.epoch >= epoch
 
     def close(self, timeout_s: float) -> None:
-        """Tell on_commit what is committed, and end. Raises RemusError if it does not return in that time."""
+        """Deliver the last commits to on_commit, and end. Raises RemusError if on_commit does not return in time."""
         if self._release is not None:
             self._release.close(timeout_s)
 
     # What the sending thread does
 
     def begin(self, carried: list[NDArray[np.int64]]) -> bool:
-        """The next bytes are of a checkpoint with these pages; True for the first of them."""
+        """The next bytes belong to a checkpoint with these pages; returns True if they are its first."""
         if self._coming is not None:
             return False
         self._coming = _Flight(carried, time.monotonic())
         return True
 
     def written(self, sent: Sent) -> None:
-        """The checkpoint has been sent but for its commit, which may be acknowledged from now on."""
+        """All of the checkpoint but its commit has been sent; an acknowledgement may come from now on."""
         flight = self._coming
         assert flight is not None
         flight.sent = sent
         self._changes.take(lambda: self._flights.append(flight))
 
     def commit_sent(self) -> None:
-        """Its commit has been sent."""
+        """The checkpoint's commit has been sent."""
         self._coming = None
 
     def rewind(self, sender: Sender, held: Position) -> bool:
-        """Bring a sender back to what the backup holds; False where it cannot be: that is nothing it has sent."""
+        """Bring a sender back to what the backup holds; False if that is nothing the sender has sent."""
         if not self._settle(held):
             return False
         lost = [*sender.carried] if sender.unfinished else []
@@ -165,7 +165,7 @@ class Window:
         return True
 
     def restart(self) -> None:
-        """Another sender begins: nothing that was sent can be gone on from."""
+        """A new sender begins: nothing sent before can be continued from."""
         self._anchor = None
         self._forget()
 
@@ -176,18 +176,18 @@ class Window:
     # What the link's thread does
 
     def acknowledge(self, ack: Ack) -> None:
-        """Raises Malformed for what was not sent."""
+        """Take in an acknowledgement. Raises Malformed if it names a position that was not sent."""
         if LEVELS.index(ack.level) < LEVELS.index(self._wait) or self._settle(ack.position):
             return
         if ack.level == self._wait:
             raise Malformed(f"the backup acknowledges {ack.position}, which was not sent", section="session.md §3")
 
     def _settle(self, position: Position) -> bool:
-        """Take in that the backup holds a position; False if that is no checkpoint of this sender's."""
+        """Record that the backup holds a position; False if it is not a checkpoint of this sender."""
         return self._changes.take(lambda: self._commit_up_to(position)) or position == self._anchor
 
     def _commit_up_to(self, position: Position) -> bool:
-        """Take what the backup holds out of the flights; False if the position is none of theirs."""
+        """Drop the flights that the backup holds; False if the position belongs to none of them."""
         now = time.monotonic()
         flights = tuple(self._flights)
         place = next((place for place, flight in enumerate(flights) if flight.position == position), None)
@@ -200,7 +200,7 @@ class Window:
         self.committed = self._anchor = position
         if self._release is not None:
             self._release.put(done)
-        # Last, and the one that was asked for last of all: whoever is interrupted before finds it still there.
+        # Remove flights last, and the requested one last of all: after an interrupt, a repeat still finds it.
         for _ in done:
             self._flights.popleft()
         self.commits += len(done)

@@ -1,7 +1,7 @@
-"""Where memory comes from: three seams, and a source that is made of one of each.
+"""Where memory comes from: three seams, and a source made of one of each.
 
-`Memory` gives pages, a `Tracker` says which of them were written, a `Stopper` stops those who write. None of them knows
-the loop that uses them; `SharedFile` and `OwnMemory` put them together.
+`Memory` gives pages, a `Tracker` says which of them were written, a `Stopper` stops the writers. None of them knows the
+loop that uses them; `SharedFile` and `OwnMemory` put them together.
 """
 
 from __future__ import annotations
@@ -22,39 +22,41 @@ if TYPE_CHECKING:
 
 
 class Memory(Protocol):
-    """Pages that somebody writes.
+    """The pages that writers write to.
 
     pages: how many
-    size: in bytes; what the last page has beyond that is zeros
+    size: in bytes; the rest of the last page is zeros
     """
 
     pages: int
     size: int
 
     def check(self) -> None:
-        """Look at it at the beginning of each pause, before anything is read.
+        """Called at the beginning of each pause, before anything is read.
 
-        Raises SourceError if this is no longer the memory that is used, or if it has another size.
+        Raises SourceError if this is no longer the memory in use, or if its size has changed.
         """
 
     def sample(self, first: int, stop: int) -> Pages:
-        """A copy of the pages first…stop as they are now, perhaps torn. At any time; raises SourceError."""
+        """A copy of the pages first…stop as they are now, perhaps torn. May be called at any time. Raises
+        SourceError."""
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
-        """Copy pages, ascending, to the first rows of `out`, and return these rows. In a pause, after `check`."""
+        """Copy the given pages (pfns ascending) to the first rows of `out`, and return these rows. In a pause, after
+        `check`."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the memory."""
 
 
 class Tracker(Protocol):
-    """Which pages were written. It may name others too, but never leaves out one that was.
+    """Which pages were written. A tracker may name extra pages, but never omits one that was written.
 
-    A new one is as `restart` leaves it.
+    A new tracker is in the state that `restart` leaves.
 
-    way: how it has found the last pages
-    why: why they were compared, where the kernel might have told them
-    missed_pages: how many pages a comparison has found that the kernel had not told
+    way: how the last pages were found
+    why: why they were found by comparison although the kernel might have reported them
+    missed_pages: how many pages a comparison has found that the kernel had not reported
     """
 
     way: Literal["kernel", "compare"]
@@ -63,84 +65,85 @@ class Tracker(Protocol):
 
     @property
     def reference(self) -> Reference | None:
-        """The copy of memory that it compares with; None if it has none: the sender keeps a reference of its own then.
+        """The copy of memory that the tracker compares with; None if it has none, and the sender keeps its own.
 
-        Where there is one, the sender must have it as its reference: so there is one copy and not two, and the sender
-        brings it up to date as it takes pages.
+        If there is one, the sender must use it as its reference: so there is one copy, not two, and the sender updates
+        it as it takes pages.
         """
 
     def restart(self) -> Reference | None:
-        """Begin anew, for a receiver whose memory is zeros: all pages that are not count as written.
+        """Start over, for a receiver whose memory is zeros: all pages that are not zeros count as written.
 
-        Returns the new `reference`. A checkpoint under way must not go on.
+        Returns the new `reference`. A checkpoint under way must not continue.
         """
 
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
-        """Go over memory once while it is written, and copy what was written since the last time, perhaps torn.
+        """Pass over memory once while writers run, and copy what was written since the last pass, perhaps torn.
 
-        Gives PFNs, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. They are to be sent before the next ones
-        are asked for. A page that is written meanwhile counts as written.
+        Yields PFNs, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. Send them before asking for more. A page
+        that is written meanwhile counts as written.
         """
 
     def estimate(self) -> int:
-        """About how many pages a pause would find now. At any time; raises SourceError."""
+        """About how many pages a pause would find now. May be called at any time. Raises SourceError."""
 
     def written(self) -> NDArray[np.int64]:
         """The pages written since a checkpoint last took them, int64[n], ascending. In a pause, after `Memory.check`.
 
-        Until `taken` is called they are named again: the checkpoint may break off. Raises SourceError where it cannot
-        tell any longer, as when the memory has been mapped anew.
+        Until `taken` is called, the next call names them again, since the checkpoint may be interrupted. Raises
+        SourceError if the tracker can no longer tell, for instance because the memory has been remapped.
         """
 
     def taken(self) -> None:
-        """The checkpoint has taken the pages that `written` named, and those who write run on."""
+        """The checkpoint has taken the pages that `written` named, and the writers run again."""
 
     def close(self) -> None:
-        """Let go of what it tracks with. Called before the memory is let go of."""
+        """Release the means of tracking. Called before the memory is released."""
 
 
 class Stopper(Protocol):
-    """All who write to some memory: stopped and resumed together."""
+    """All writers of some memory, stopped and resumed together."""
 
     def stop(self) -> None:
-        """Stop them all; return when they have stopped. Raises SourceError; they run on then."""
+        """Stop all writers; return once they have stopped. Raises SourceError; the writers then run on."""
 
     def check_stopped(self) -> None:
-        """Raise SourceError if one of them has run since `stop`: what was copied is not of one instant then.
+        """Raise SourceError if a writer has run since `stop`: the copied pages are then not of one instant.
 
-        PauseBroken if another pause may hold.
+        Raises PauseBroken if another pause may succeed.
         """
 
     def resume(self) -> None:
-        """Let them run on, if they are stopped. Raises SourceError where that fails."""
+        """Resume the writers if they are stopped. Raises SourceError if that fails."""
 
     def alive(self) -> bool:
-        """Whether any of them is left."""
+        """Whether any writer is left."""
 
     def death_fds(self) -> Sequence[int]:
-        """Descriptors that become readable when one of them dies; good until the next call."""
+        """Descriptors that become readable when a writer dies; valid until the next call."""
 
     def close(self) -> None:
-        """Let go of them, which run on."""
+        """Release the writers, which run on."""
 
 
 class FileStopper(Stopper, Protocol):
     """Stops other processes that write to a file. If this process dies in between, a guard process resumes them."""
 
     def check_memory(self, memory: FileIdentity) -> None:
-        """Raise SourceError if they are seen not to write to that file: somebody else does then.
+        """Raise SourceError if the processes evidently do not write to that file: others must do so then.
 
-        Called once; `stop` looks whether they still do.
+        Called once; `stop` checks that they still do.
         """
 
     def processes(self) -> Sequence[Process] | None:
-        """All who write to it now, as far as the last stop has found them; None if they are not known one by one."""
+        """The processes that write to the file now, as the last stop found them; None if they are not known
+        individually."""
 
 
 class Source:
-    """Live memory, who writes to it, how what they write is found, and what goes with it.
+    """Live memory, its writers, the way to find written pages, and what goes with the memory.
 
-    device_state: called in each pause, for bytes that come back with the checkpoint
+    device_state: called in each pause; returns bytes that come back with the checkpoint
     manifest: names what lies in memory (specs/manifest.md §2)
     """
 
@@ -160,12 +163,12 @@ class Source:
         self._manifest = manifest
 
     def parts(self) -> Parts:
-        """What goes with memory. In a pause; raises what `device_state` does."""
-        # A copy of what may change behind the pause, and a TypeError for what is no bytes.
+        """What goes with memory. Called in a pause; raises what `device_state` raises."""
+        # `join` copies what may change after the pause, and raises TypeError if it is not bytes.
         return Parts(b"".join((self._device_state(),)), self._manifest)
 
     def close(self) -> None:
-        """Let go of the memory and of those who write to it, who run on."""
+        """Release the memory and its writers, which run on."""
         try:
             self.tracker.close()
             self.memory.close()

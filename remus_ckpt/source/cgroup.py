@@ -24,9 +24,9 @@ _IN_MODIFY = 2
 
 
 class CgroupFreezer:
-    """A cgroup whose processes are frozen and thawed together, those in cgroups below it and those yet to come as well.
+    """A cgroup whose processes are frozen and thawed together, including those in cgroups below it and future ones.
 
-    None may be moved out of it in a pause: it would run on.
+    No process may be moved out of it in a pause: that process would run.
 
     path: its directory, such as /sys/fs/cgroup/system.slice/orders.service
     freeze_timeout_s: how long it may take to freeze (a thread in an uninterruptible wait does not)
@@ -40,7 +40,7 @@ class CgroupFreezer:
         self._guard: Guard | None = None
         self._claim: io.FileIO | None = None
         self._memory: FileIdentity | None = None
-        self._writer: Process | None = None  # one that was seen to have the memory
+        self._writer: Process | None = None  # a process that was seen to have the memory
         self._held_at = self._looked_at = 0.0
         try:
             self._open()
@@ -58,15 +58,15 @@ class CgroupFreezer:
             raise SourceError(f"{self.path} may not be frozen: run as its owner or as root") from None
         except OSError as error:
             raise SourceError(f"{self.path}: {error.strerror}") from None
-        # Two who freeze the same cgroup would each end the other's pauses.
+        # Two recorders that freeze the same cgroup would each end the other's pauses.
         if (claimed := claim(lockable)) is None:
             raise SourceError(f"{self.path} is being recorded by somebody else")
         self._claim = claimed
-        # In all that we freeze: neither we nor the guard would ever run again.
+        # If we were in it, neither we nor the guard would ever run again.
         if os.getpid() in self._pids():
             raise SourceError(f"this process is in {self.path} itself: run it in another cgroup")
         if self._event("frozen") or self._asked():
-            # Whoever froze it wants it so; our pauses would end with it running.
+            # Whoever froze it wants it frozen; our pauses would leave it running.
             raise SourceError(f"{self.path} is frozen already: thaw it first (echo 0 > {self.path}/cgroup.freeze)")
         self._watch = _watch(self.path / "cgroup.freeze")
         self._guard = Guard("thaw", str(self._freeze), fds=[self._freeze, claimed.fileno()])
@@ -86,7 +86,7 @@ class CgroupFreezer:
         raise SourceError(f"{self.path} is no cgroup: name one of version 2, {_examples()}")
 
     def close(self) -> None:
-        """Let go of the cgroup, which is thawed if we had frozen it."""
+        """Release the cgroup, which is thawed if we had frozen it."""
         if self._guard is not None:
             self._guard.close()
             self._guard = None
@@ -106,7 +106,7 @@ class CgroupFreezer:
             raise SourceError(f"no process in {self.path} writes to {memory.path}; {'; '.join(sorted(faults)[:3])}")
 
     def _find_writer(self, memory: FileIdentity) -> set[str]:
-        """Look through all for a process that can write to the memory. Returns what was wrong with others."""
+        """Search all processes for one that can write to the memory. Returns what was wrong with the others."""
         self._forget_writer()
         self._looked_at = time.monotonic()
         faults = set()
@@ -115,7 +115,7 @@ class CgroupFreezer:
             try:
                 process = Process(pid)
                 found = process.look(memory)
-                # The number may have been another's when the cgroup named it.
+                # The pid may have belonged to another process when the cgroup listed it.
                 if found is not None and found.how == WRITES and pid in self._pids() and process.is_alive():
                     self._writer, process = process, None
                     break
@@ -136,7 +136,7 @@ class CgroupFreezer:
             self._writer = None
 
     def _check_held(self, memory: FileIdentity) -> None:
-        """Raise SourceError if there are processes, and for a while none of them has written to the memory."""
+        """Raise SourceError if there are processes, and for a while none of them has had the memory."""
         now = time.monotonic()
         if self._writer is not None and self._writer.is_alive() and self._writer.has(memory):
             self._held_at = now
@@ -151,13 +151,13 @@ class CgroupFreezer:
                 )
 
     def processes(self) -> None:
-        """They are not known one by one."""
+        """The writers are not known individually."""
 
     def death_fds(self) -> Sequence[int]:
-        """A descriptor that becomes readable when one of the processes dies, which is not the last one for sure.
+        """A descriptor that becomes readable when one particular process dies, which need not be the last one.
 
-        The cgroup lives as long as that one does; when it has died, ask again. cgroup.events would wake us for each
-        thaw too, and up to 10 ms late.
+        The cgroup has members at least until then; after that, ask again. cgroup.events would also wake us for each
+        thaw, and up to 10 ms late.
         """
         if self._witness >= 0 and not _is_readable(self._witness):
             return (self._witness,)
@@ -176,11 +176,11 @@ class CgroupFreezer:
         return ()
 
     def alive(self) -> bool:
-        """Whether any process is in it, or below it."""
+        """Whether any process is in the cgroup or below it."""
         return self._event("populated")
 
     def stop(self) -> None:
-        """Freeze it; return when every process has really stopped. On an error they run on."""
+        """Freeze the cgroup; return once every process has really stopped. After an error, they run on."""
         assert self._guard is not None
         self._guard.stopping()
         try:
@@ -190,7 +190,7 @@ class CgroupFreezer:
             while self.alive() and not self._event("frozen"):
                 if time.monotonic() > deadline:
                     raise SourceError(f"{self.path} was not frozen in {self._freeze_timeout_s:g} s")
-                # The kernel tells of changes too, but at most every 10 ms.
+                # The kernel also reports changes, but at most every 10 ms.
                 time.sleep(_POLL_S)
             if self._memory is not None:
                 self._check_held(self._memory)
@@ -199,12 +199,12 @@ class CgroupFreezer:
             raise
 
     def check_stopped(self) -> None:
-        """Raise PauseBroken if somebody else has thawed it since `stop`, even if it is frozen again."""
+        """Raise PauseBroken if anyone else has thawed the cgroup since `stop`, even if it is frozen again."""
         if self.alive() and (self._was_written() or not (self._asked() and self._event("frozen"))):
             raise PauseBroken(f"{self.path} was thawed by somebody else in a pause")
 
     def resume(self) -> None:
-        """Thaw it."""
+        """Thaw the cgroup."""
         assert self._guard is not None
         self._write(b"0")
         self._guard.running()
@@ -224,7 +224,7 @@ class CgroupFreezer:
             return False
 
     def _asked(self) -> bool:
-        """Whether it has been told to be frozen."""
+        """Whether the cgroup has been told to freeze."""
         try:
             return os.pread(self._freeze, 16, 0).strip() == b"1"
         except OSError:  # removed
@@ -238,7 +238,7 @@ class CgroupFreezer:
         return dict(zip(words[::2], words[1::2], strict=True)).get(name) == "1"
 
     def _pids(self) -> Iterator[int]:
-        """The processes in it and below it, as far as they have numbers here."""
+        """The processes in the cgroup and below it that have pids in our namespace."""
         for directory, _, files in os.walk(self.path):
             if "cgroup.procs" not in files:
                 continue
@@ -247,12 +247,12 @@ class CgroupFreezer:
                     numbers = [int(line) for line in file]
             except OSError:
                 continue  # removed, or of single threads, whose processes the cgroup above names
-            # One of another PID namespace has the number 0.
+            # A process of another PID namespace has the number 0.
             yield from (number for number in numbers if number)
 
 
 def _watch(path: Path) -> int:
-    """A descriptor that can be read when a file has been written to."""
+    """A descriptor that becomes readable when a file has been written to."""
     libc = ctypes.CDLL(None, use_errno=True)
     fd = int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
     if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(path), _IN_MODIFY) < 0:
@@ -269,7 +269,7 @@ def _is_readable(fd: int) -> bool:
 
 
 def _examples() -> str:
-    """Where cgroups of version 2 are, for an error."""
+    """Where version 2 cgroups are, for an error message."""
     with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
         mounts = [row[1] for row in map(str.split, file) if row[2] == "cgroup2"]
     return f"a directory below {' or '.join(mounts)}" if mounts else "for which a cgroup2 must be mounted"

@@ -1,4 +1,4 @@
-"""Stopping writers by commands of the user's: for what has its own way to be paused, such as a virtual machine."""
+"""Stopping writers by the user's own commands: for writers with their own way to pause, such as a virtual machine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from remus_ckpt.source.guarded import Guard
 from remus_ckpt.source.mappings import FileIdentity
 
 _SLACK_S = 10.0
-"""What a command that was killed, and the guard, may take on top of the time-out."""
+"""Extra time for a killed command and the guard, on top of the timeout."""
 
 
 class PauseCommands:
-    """Two shell commands: one after which nobody writes, and one after which all run on.
+    """Two shell commands: one stops all writers, the other resumes them.
 
-    pause, resume: run by `/bin/sh -c`, in the environment of this process, with no input; what they print is thrown
-        away, what they complain of comes with the error. `resume` is run too where `pause` has failed, and once more
-        where it has failed itself or this process has died in a pause: it must bear that.
-    timeout_s: how long either may take; it is killed then, with all that it has started
-    Raises SourceError if one is empty.
+    pause, resume: run by `/bin/sh -c`, in the environment of this process, with no input; their standard output is
+        discarded, their error output comes with the error. `resume` also runs if `pause` has failed, and once more if
+        it has failed itself or this process has died in a pause: it must tolerate that.
+    timeout_s: how long either may take before it is killed, with all that it has started
+    Raises SourceError if either is empty.
     """
 
     def __init__(self, pause: str, resume: str, *, timeout_s: float = 10.0) -> None:
@@ -30,27 +30,27 @@ class PauseCommands:
         self._guard: Guard | None = Guard("run", pause, resume, str(timeout_s), timeout_s=timeout_s + _SLACK_S)
 
     def close(self) -> None:
-        """Let go of the writers, which run on."""
+        """Release the writers, which run on."""
         if self._guard is not None:
             self._guard.close()
             self._guard = None
 
     def check_memory(self, memory: FileIdentity) -> None:
-        """Nothing: who writes is not known here."""
+        """Does nothing: the writers are not known here."""
 
     def processes(self) -> None:
-        """They are not known one by one."""
+        """The writers are not known individually."""
 
     def death_fds(self) -> Sequence[int]:
-        """None, for the same reason."""
+        """No descriptors, for the same reason."""
         return ()
 
     def alive(self) -> bool:
-        """Whether it has not been closed."""
+        """Whether this object has not been closed."""
         return self._guard is not None
 
     def stop(self) -> None:
-        """Run the pause command. If it fails, the resume command is run too; then it raises SourceError."""
+        """Run the pause command. If that fails, run the resume command and raise SourceError."""
         assert self._guard is not None
         self._guard.stopping()
         try:
@@ -64,10 +64,10 @@ class PauseCommands:
             raise
 
     def check_stopped(self) -> None:
-        """Nothing: only the commands know."""
+        """Does nothing: only the commands know."""
 
     def resume(self) -> None:
-        """Run the resume command. Raises SourceError if it fails; closing tries it once more."""
+        """Run the resume command. Raises SourceError if that fails; closing tries once more."""
         assert self._guard is not None
         self._guard.running()
         self._check("resume", self._guard.answer(b"C"))

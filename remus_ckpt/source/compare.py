@@ -20,15 +20,15 @@ _LOOK_EVERY = 16
 
 
 class Comparable(Memory, Protocol):
-    """Memory that can be looked at in place.
+    """Memory that can be examined in place.
 
-    partial: int64[n], ascending: pages that it does not fill, padded with zeros; they can only be read
+    partial: int64[n], ascending: pages that the memory fills only in part, padded with zeros; they must be `read`
     """
 
     partial: NDArray[np.int64]
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
-        """All other pages that it holds, ascending: the number of a piece's first, and the pages, uint8[n, 4096].
+        """All other pages, ascending, in pieces: the number of the piece's first page, and its pages, uint8[n, 4096].
 
         A page that is neither here nor in `partial` is zeros. In a pause, after `check`.
         """
@@ -37,8 +37,8 @@ class Comparable(Memory, Protocol):
 class Compare:
     """Compares memory with what the last checkpoint held.
 
-    reference: that copy, which begins as zeros. The sender that has it brings it up to date.
-    why: why the kernel does not find the pages, where it might have
+    reference: a copy of that, which begins as zeros. The sender that uses it keeps it up to date.
+    why: why the kernel does not find the pages although it might have
     """
 
     way: Literal["kernel", "compare"] = "compare"
@@ -51,21 +51,22 @@ class Compare:
         self.restart()
 
     def restart(self) -> Shadow:
-        """Begin anew with a copy that is zeros."""
+        """Start over with a copy of zeros."""
         self.reference = Shadow(zeros(self._memory.pages))
-        # Pages of the copy that may not be zeros. The others are not looked at where memory has a hole.
+        # Pages of the copy that may be non-zero. The others are skipped where memory has a hole.
         self._is_filled = np.zeros(self._memory.pages, dtype=bool)
         return self.reference
 
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
-        """Copy the pages that differ from the copy, which has taken in those before when the next are asked for."""
+        """Yield the pages that differ from the copy. The sender must have put them into the copy before it asks for
+        more."""
         for start in range(0, self._memory.pages, MAX_BATCH_ENTRIES):
             sample, changed = self._look(start, start + MAX_BATCH_ENTRIES)
             self._is_filled[changed + start] = True
             yield changed + start, gather(sample, changed)
 
     def estimate(self) -> int:
-        """By every sixteenth group of 64 pages."""
+        """Estimate from every sixteenth group of 64 pages."""
         looked = found = 0
         for start in range(0, self._memory.pages, _LOOK_EVERY * _LOOK_PAGES):
             sample, changed = self._look(start, start + _LOOK_PAGES)
@@ -74,12 +75,12 @@ class Compare:
         return found * self._memory.pages // looked
 
     def _look(self, first: int, stop: int) -> tuple[Pages, NDArray[np.int64]]:
-        """A sample, and which pages of it differ, counted from its first."""
+        """A sample, and which of its pages differ, counted from its first page."""
         sample = self._memory.sample(first, min(stop, self._memory.pages))
         return sample, dirty_pages(sample, self.reference.pages[first : first + len(sample)])
 
     def written(self) -> NDArray[np.int64]:
-        """The pages that differ, no others."""
+        """Exactly the pages that differ."""
         shadow = self.reference.pages
         found = [np.empty(0, dtype=np.int64)]
         is_held = np.zeros(len(shadow), dtype=bool)
@@ -96,18 +97,18 @@ class Compare:
         is_held[self._memory.partial] = True
         emptied = np.flatnonzero(self._is_filled & ~is_held)
         emptied = emptied[shadow[emptied].any(axis=1)]
-        # Until a checkpoint has taken them, they are filled in the copy.
+        # Until a checkpoint has taken these pages, the copy holds data for them.
         is_held[emptied] = True
         self._is_filled = is_held
         found.append(emptied)
         return np.sort(np.concatenate(found), kind="stable")
 
     def note(self, pfns: NDArray[np.int64]) -> None:
-        """These will be in the copy too, though `written` has not named them."""
+        """Note pages that will also be in the copy, although `written` has not named them."""
         self._is_filled[pfns] = True
 
     def taken(self) -> None:
-        """Nothing: the copy has them by now."""
+        """Does nothing: the copy is already up to date."""
 
     def close(self) -> None:
-        """Nothing: the copy goes when the sender does."""
+        """Does nothing: the copy is freed with the sender."""

@@ -1,17 +1,17 @@
-"""The guard process: lets those run on who were stopped if the one that stopped them dies.
+"""The guard process: resumes stopped processes if the process that stopped them dies.
 
     python guard.py SOCKET continue
     python guard.py SOCKET thaw FILE
     python guard.py SOCKET run PAUSE RESUME TIMEOUT_S
 
-It is sent one word at a time: S before they are stopped, with their pidfds if they are processes (+ brings more of
-those), and C when they run again. At the end of the socket (whoever held the other end is gone) it lets them run on if
-the last word was not C: by SIGCONT, by writing 0 to the open file of a cgroup, or by the user's command. It also runs
-those commands when the word comes, and answers with the word and what was wrong: a pause command has ended before the
-resume command begins, whenever the other side dies.
-It ends with the socket, and ignores the signals that a service manager sends to everybody: whoever is stopped needs it
-until then.
-It imports nothing but the standard library, so that it starts fast and cannot break with the package.
+The other side sends one word at a time: S before the processes are stopped, with their pidfds in the mode `continue` (+
+brings more pidfds), and C once they run again. When the socket ends, because the other side is gone, and the last word
+was not C, the guard resumes them: by SIGCONT, by writing 0 to the open file of a cgroup, or by the user's command. The
+guard also runs the user's commands, each at its word, and answers with the word and the fault, if any: so a pause
+command has ended before the resume command begins, whenever the other side dies.
+The guard ends with the socket. It ignores the signals that a service manager sends to all processes, because stopped
+processes need it until then.
+It imports only the standard library, so that it starts fast and cannot break with the package.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def main() -> None:
     words.set_inheritable(False)
     how, *what = sys.argv[2:]
     if how == "run":
-        # What a command leaves behind becomes our child, so that it can be found.
+        # Processes that a command leaves behind become our children, so that we can find them.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stopped: list[int] = []
     last = b"C"
@@ -83,11 +83,11 @@ def _next(words: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _run(command: str, timeout_s: float) -> str:
-    """Run a command of the user's to its end. Returns what was wrong, or nothing.
+    """Run one of the user's commands to its end. Returns what was wrong, or an empty text.
 
-    Its error output goes to a file: a pipe would end only with the last daemon that it may have started. One that takes
-    too long is killed with all that it has started, in whatever session and process group. What an earlier one has left
-    behind is not: those children we had before.
+    The error output goes to a file: a pipe would stay open until the last daemon that the command started has ended. A
+    command that takes too long is killed with all that it has started, in any session and process group. Processes left
+    by an earlier command are spared: they were already our children.
     """
     output = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -95,7 +95,7 @@ def _run(command: str, timeout_s: float) -> str:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        # None of these numbers is given to another before it is waited for, which only we do.
+        # None of these pids can be reused before the child is reaped, which only we do.
         before = _children()
         pid = os.posix_spawn(
             "/bin/sh",
@@ -120,7 +120,7 @@ def _run(command: str, timeout_s: float) -> str:
     except OSError as error:
         return f"was not run: {error.strerror}"
     finally:
-        # A daemon that it has left behind would fill our memory with what it says.
+        # Otherwise a daemon left behind would fill our memory with its output.
         with contextlib.suppress(OSError):
             fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         os.close(output)
@@ -138,9 +138,9 @@ def _children() -> set[int]:
 
 
 def _kill_all(before: set[int]) -> None:
-    """Kill the children that were not there before, and theirs, which become ours as their parents die.
+    """Kill the new children, and their children, which become ours as their parents die.
 
-    One that the kernel does not let die is not waited for longer than whoever waits for us.
+    If the kernel does not let one die, we give up before the process that waits for us does.
     """
     deadline = time.monotonic() + _KILL_S
     while (found := _children() - before) and time.monotonic() < deadline:

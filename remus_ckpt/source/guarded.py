@@ -24,14 +24,14 @@ _CLAIM_S = 2.0
 _CLAIM_POLL_S = 0.01
 _WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 _MAX_FDS = 253
-"""What one message carries (SCM_MAX_FD)."""
+"""Descriptors that one message can carry (SCM_MAX_FD)."""
 
 
 _ours: weakref.WeakSet[socket.socket | io.FileIO] = weakref.WeakSet()
 
 
 def _disown() -> None:
-    """In a fork: a guard must see our end and not the fork's, and a claim end with us."""
+    """In a forked child: release guards and claims, which must end with the parent, not with the child."""
     for held in list(_ours):
         held.close()
 
@@ -40,11 +40,12 @@ os.register_at_fork(after_in_child=_disown)
 
 
 def claim(fd: int) -> io.FileIO | None:
-    """Lock an open file that only those can open for writing who may stop what it stands for.
+    """Lock an open file that stands for something to be stopped, and that only those who may stop it can open for
+    writing.
 
-    Returns the file, which has the descriptor from now on and holds the lock until it is closed; None, with the
-    descriptor closed, if somebody else has it. Given to a guard, it stays locked until the guard is done with what we
-    had stopped. That of one who died may need a moment, so it is waited for.
+    Returns the file, which then owns the descriptor and holds the lock until it is closed; None, with the descriptor
+    closed, if another process has the lock. If it is given to a guard, it stays locked until the guard has resumed what
+    we had stopped. The guard of a dead process may need a moment for that, so this call waits a little.
     """
     file = io.FileIO(fd, "r+")
     deadline = time.monotonic() + _CLAIM_S
@@ -61,18 +62,18 @@ def claim(fd: int) -> io.FileIO | None:
 
 
 class Guard:
-    """A process that lets those run on who were stopped, if we die before we do.
+    """A process that resumes what we have stopped, if we die before we do so.
 
-    arguments: what it guards, as guard.py takes it
+    arguments: what to guard, as guard.py expects it
     fds: descriptors among the arguments, and claims
-    timeout_s: how long it may take to take a word, or to answer one
+    timeout_s: how long it may take to accept a word, or to answer one
     """
 
     def __init__(self, *arguments: str, fds: Sequence[int] = (), timeout_s: float = 10.0) -> None:
         self._words, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._words.settimeout(timeout_s)
         _ours.add(self._words)
-        # Until it ignores them itself: a service manager may send them to all that it has just started.
+        # Block these signals until the guard ignores them itself: a service manager may send them to all processes.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             with theirs:
@@ -90,14 +91,14 @@ class Guard:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
-        """End it; it lets them run on if they are stopped still."""
+        """End the guard; it resumes what is still stopped."""
         self._words.close()
         self.process.wait()
 
     def stopping(self, pidfds: Sequence[int] = ()) -> None:
-        """Say that they are about to be stopped. Raises SourceError if the guard is gone: then nothing may be.
+        """Announce a stop. Raises SourceError if the guard is gone: then nothing may be stopped.
 
-        pidfds: of the processes, where it guards processes
+        pidfds: of the processes, if it guards processes
         """
         try:
             for start in range(0, max(len(pidfds), 1), _MAX_FDS):
@@ -106,13 +107,13 @@ class Guard:
             raise SourceError("the guard process is gone: nothing was stopped") from None
 
     def running(self) -> None:
-        """Say that they run again."""
+        """Report that everything runs again."""
         with contextlib.suppress(OSError):
             self._words.send(b"C")
 
     def answer(self, word: bytes) -> str:
-        """What was wrong with the command that it has run at a word, or nothing. Raises SourceError if it is gone."""
-        # The answer to a word before may have been too late for whoever waited for it.
+        """What was wrong with the command run at a word, or an empty text. Raises SourceError if the guard is gone."""
+        # The answer to an earlier word may have come after its caller had given up.
         answer = b""
         while answer[:1] != word:
             try:

@@ -1,4 +1,4 @@
-"""Stopping the threads of this process, or of others, by a lock that they hold while they write."""
+"""Stopping threads of this or other processes by a lock that they hold while they write."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from remus_ckpt.errors import SourceError
 
 
 class Lock(Protocol):
-    """What writers hold while they write: a `Lock` or `RLock` of threading or multiprocessing, or what acts as one."""
+    """What writers hold while they write: a `Lock` or `RLock` of threading or multiprocessing, or the like."""
 
     def acquire(self, *, timeout: float) -> bool:
-        """Take it; False if that was not possible in `timeout` seconds."""
+        """Acquire the lock; False if that was not possible in `timeout` seconds."""
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
 
 
 class LockStopper:
     """Stops writers by taking the lock that they hold while they write.
 
-    lock: None where nobody writes in a pause anyway, as the caller sees to
-    timeout_s: how long a pause waits for it
+    lock: None if the caller ensures that nobody writes in a pause
+    timeout_s: how long a pause waits for the lock
     """
 
     def __init__(self, lock: Lock | None, *, timeout_s: float = 10.0) -> None:
@@ -37,11 +37,11 @@ class LockStopper:
         self._pid = os.getpid()
 
     def stop(self) -> None:
-        """Take the lock. Raises SourceError if nobody gives it back in time."""
+        """Acquire the lock. Raises SourceError if it is not released in time."""
         if self._lock is None:
             return
-        # A signal's handler may raise wherever Python code runs, also between taking the lock and noting it: the lock
-        # would stay taken for ever. These iterators are C, so that `_held` changes with the lock; `resume` alike.
+        # A signal handler may raise wherever Python code runs, also between acquiring the lock and noting that, which
+        # would hold it for ever. These iterators run in C, so `_held` changes together with the lock; same in `resume`.
         acquire = iter(partial(self._lock.acquire, timeout=self._timeout_s), None)
         self._held.extend(compress([()], acquire))
         if not self._held:
@@ -51,8 +51,8 @@ class LockStopper:
             )
 
     def resume(self) -> None:
-        """Give the lock back if we hold it. Raises SourceError if it is not ours to give."""
-        # In a fork it is the parent that holds it.
+        """Release the lock if we hold it. Raises SourceError if it is not ours to release."""
+        # In a forked child, it is the parent that holds the lock.
         if self._lock is None or not self._held or self._pid != os.getpid():
             return
         try:
@@ -61,20 +61,20 @@ class LockStopper:
             raise SourceError(f"the lock cannot be given back: {error}") from None
 
     def check_stopped(self) -> None:
-        """Raise SourceError if somebody else has given our lock back, as far as such a lock can tell."""
+        """Raise SourceError if anyone else has released our lock, as far as the lock can tell."""
         locked = getattr(self._lock, "locked", None)
         if locked is not None and not locked():
             raise SourceError("the lock was given back by somebody else in a pause")
 
     def alive(self) -> bool:
-        """Whether it has not been closed: who writes is not known here."""
+        """Whether this object has not been closed: the writers are not known here."""
         return self._is_open
 
     def death_fds(self) -> Sequence[int]:
-        """None, for the same reason."""
+        """No descriptors, for the same reason."""
         return ()
 
     def close(self) -> None:
-        """Give the lock back if it is held."""
+        """Release the lock if it is held."""
         self._is_open = False
         self.resume()

@@ -1,7 +1,7 @@
-"""What lies where in memory that is a program's own buffers: names, dtypes, shapes, pages (specs/manifest.md).
+"""The layout of memory that consists of a program's own buffers: names, dtypes, shapes, pages (specs/manifest.md).
 
-It is a part of every checkpoint, so that a checkpoint explains itself (wire/parts.py says where it stands). What comes
-back is checked against the memory that it describes before anything is made of it.
+The manifest is part of every checkpoint, so that a checkpoint describes itself (wire/parts.py says where it is stored).
+A manifest that is read back is checked against the memory that it describes before it is used.
 """
 
 from __future__ import annotations
@@ -267,11 +267,11 @@ def _structure(form: Mapping[Any, Any], depth: int) -> np.dtype[Any]:
 
 
 def arrays_of(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.generic]], bytes]:
-    """What `protect` had been given, by name, with dtype and shape, and the device state that came with it.
+    """The buffers given to `protect`, by name, with dtype and shape, and the device state that came with them.
 
     checkpoint: from a store or from any stream of such checkpoints
     The arrays are views of the checkpoint's memory; of an mmap or bytearray, uint8[n].
-    Raises NoCheckpoint if these are not the arrays of somebody, Malformed if what names them is damaged.
+    Raises NoCheckpoint if the checkpoint was not made by `protect`, Malformed if its manifest is damaged.
     """
     parts = checkpoint.parts
     if parts.manifest is None:

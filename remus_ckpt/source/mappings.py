@@ -23,7 +23,7 @@ _PROCMAP_QUERY = 0xC0686611
 _SHARED = 8
 
 WRITES, PRIVATE, READ_ONLY, NONE = "writes", "private", "read-only", "none"
-"""How a process has a file: it can write to it, its writes stay its own, it can only read it, not at all."""
+"""How a process holds a file: can write to it; writes only to a private copy; can only read it; does not hold it."""
 
 FAULTS = {
     PRIVATE: "has {path} mapped private (MAP_PRIVATE), so that nothing it writes there reaches the file: "
@@ -74,9 +74,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """How one process has it.
+    """How one process holds a file.
 
-    mapping: the first that it can write to, if it has one
+    mapping: the first mapping that it can write to, if there is one
     has_all: whether all of the file is mapped shared
     """
 
@@ -86,7 +86,7 @@ class Holding:
 
 
 def holding(task: int, memory: FileIdentity) -> Holding | None:
-    """How a process has some memory; None if this thread has no memory at all: it is about to end, or has ended.
+    """How a process holds some memory; None if this thread has no memory at all: it is about to end, or has ended.
 
     task: /proc/PID/task/TID, open
     Raises PermissionError.

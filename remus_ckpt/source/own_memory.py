@@ -29,12 +29,12 @@ class OwnMemory(Source):
 
     buffers: what `Buffers` takes
     lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
-    lock_timeout_s: how long a pause waits for it
-    device_state: called in each pause, for bytes that come back with the checkpoint
-    tracking: how written pages are found. "auto": by the kernel where it can and the memory is private. "kernel": by
-        it, also in shared memory, to which no other process may write then; Untracked where it cannot
-    audit: every so many pauses everything is compared too, if the kernel finds the pages; 0 for never
-    Raises TypeError or ValueError for what cannot be taken.
+    lock_timeout_s: how long a pause waits for the lock
+    device_state: called in each pause; returns bytes that come back with the checkpoint
+    tracking: how written pages are found. "auto": by the kernel if it can and the memory is private. "kernel": only by
+        the kernel, also in shared memory, to which no other process may then write; raises Untracked if it cannot
+    audit: if the kernel finds the pages, everything is also compared once every this many pauses; 0 for never
+    Raises TypeError or ValueError for buffers that cannot be protected.
     """
 
     def __init__(
@@ -74,10 +74,11 @@ class Buffers:
     """Named buffers of this process as memory.
 
     buffers: numpy arrays (contiguous in C or Fortran order, of any dtype without objects, of any shape, also () and
-        with a 0 in it), and all else that is one piece of bytes: mmap, bytearray, memoryview, array.array; at any
-        address. They are held: an mmap cannot be closed nor a bytearray resized until `close`. Read-only ones may be
-        written by others. No two may overlap: restored, they would be two. A file behind an mmap must not shrink
-    Raises TypeError or ValueError for what cannot be taken.
+        with a 0 in it), and any other contiguous buffer: mmap, bytearray, memoryview, array.array; at any address. They
+        are held: until `close`, an mmap cannot be closed nor a bytearray resized. Read-only buffers are allowed, since
+        others may write to them. No two may overlap, because they would be separate after a restore. A file behind an
+        mmap must not shrink
+    Raises TypeError or ValueError for buffers that cannot be protected.
     """
 
     def __init__(self, buffers: Mapping[str, Any]) -> None:
@@ -106,13 +107,13 @@ class Buffers:
                 self._files.append((name, *file))
             page += pages_for(len(data))
         self.spans = [Span(name, start, end - start, pfns[name]) for start, end, name in spans]
-        """Where they lie, in the order of their pages."""
+        """Where the buffers are, in the order of their pages."""
         spans.sort()
         for (_, end, one), (start, _, other) in pairwise(spans):
             if start < end:
                 raise ValueError(f"{one!r} and {other!r} overlap: name the memory once")
         self.manifest = Manifest(tuple(entries))
-        """What lies where."""
+        """The manifest of the buffers."""
         self.pages = self.manifest.pages
         ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
         self.size = max(ends, default=PAGE_SIZE)
@@ -122,12 +123,12 @@ class Buffers:
         self.partial = np.array([first for first, data in pieces if data.ndim == 1], dtype=np.int64)
 
     def close(self) -> None:
-        """Let go of the buffers."""
+        """Release the buffers."""
         self._pieces.clear()
         self._files.clear()
 
     def check(self) -> None:
-        """Raise SourceError if the file behind an mmap has shrunk: to touch what is behind its end would end us."""
+        """Raise SourceError if the file behind an mmap has shrunk: touching memory beyond its end would kill us."""
         for name, area, size in self._files:
             if area.size() < size:
                 raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")

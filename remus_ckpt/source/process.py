@@ -1,4 +1,4 @@
-"""One process, held by descriptors and not by its number, which a stranger may get when it is dead.
+"""One process, held by descriptors rather than by its pid, which may be reused after its death.
 
 Source: Linux, Documentation/filesystems/proc.rst; pidfd_open(2).
 """
@@ -26,10 +26,10 @@ _LOOK_S = 1.0
 
 
 class Process:
-    """A process, its threads, and what /proc says of them. After its death nothing is read and nobody is signalled.
+    """A process, its threads, and what /proc says of them. After its death nothing is read and no signal is sent.
 
-    pid: its number here
-    Raises SourceError if there is none or it is not ours to stop.
+    pid: in our PID namespace
+    Raises SourceError if there is no such process, or if it is not ours to stop.
     """
 
     def __init__(self, pid: int) -> None:
@@ -63,12 +63,12 @@ class Process:
             raise SourceError(f"process {self.pid} may not be stopped: run as its user or as root") from None
         except OSError as error:
             raise SourceError(f"process {self.pid}: {error.strerror} (a thread's number is not a process's)") from None
-        # Only while it lives is the number its own, and the directory too.
+        # The pid and the directory are certain to be this process's only while it lives.
         if not self.is_alive():
             raise SourceError(f"there is no process {self.pid}")
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close all descriptors of the process."""
         for fd in (self.fd, self._task, self._maps, *self._files.values()):
             if fd >= 0:
                 os.close(fd)
@@ -82,7 +82,8 @@ class Process:
         return not poll.poll(0)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal. Nobody gets it if it is dead. Raises SourceError if it is another user's by now."""
+        """Send a signal; if the process is dead, nothing happens. Raises SourceError if it belongs to another user by
+        now."""
         try:
             signal.pidfd_send_signal(self.fd, number)
         except ProcessLookupError:
@@ -97,10 +98,10 @@ class Process:
     # Its threads
 
     def is_stopped(self) -> bool:
-        """Whether every thread is stopped by a signal, or dead; `ran` counts from here then.
+        """Whether every thread is stopped by a signal, or dead; `ran` then counts from here.
 
-        A thread that is stopped starts no other: when as many as are listed are there, and all are stopped, no other
-        is. The states are looked at before the runs are read and after, so that they are those of the stop.
+        A stopped thread starts no other: if there are only as many threads as are listed, and all are stopped, there
+        are no others. The states are read before and after the run counts, so that the counts are those of the stop.
         """
         self._list()
         if not self._look():
@@ -113,20 +114,20 @@ class Process:
     def ran(self) -> list[str]:
         """Threads that were given a CPU since `is_stopped`, or will be at once: none if the stop has held.
 
-        A new thread needs one that starts it, and one thread alone dies only by its own doing. SIGCONT wakes all.
+        A new thread needs one that starts it, and a single thread dies only by its own doing. SIGCONT wakes all.
         """
         moved = [thread for thread, runs in self._runs.items() if self._times_run(thread) != runs]
         moved = moved or [thread for thread in self._first_living() if self._state(thread) not in _STOPPED]
         return moved if not moved or self.is_alive() else []
 
     def is_stopped_by_job_control(self) -> bool:
-        """Whether it is stopped before we stop it, by a look at one thread that lives."""
+        """Whether the process is already stopped before we stop it, judged by one living thread."""
         for thread in self._list():
             self._states[thread] = _UNKNOWN
         return any(self._state(thread) == "T" for thread in self._first_living())
 
     def trouble(self) -> str:
-        """Why it is not stopped as it should be, and what to do; or nothing."""
+        """Why the process is not stopped as it should be, and what to do; or an empty text."""
         if known := self.tracer() or self.freezer():
             return known
         running = {thread: state for thread in self._states if (state := self._state(thread)) not in _STOPPED}
@@ -151,7 +152,7 @@ class Process:
         return None
 
     def freezer(self) -> str | None:
-        """Whose freezer holds it, and what to do; None if none does."""
+        """Which freezer holds the process, and what to do; None if none does."""
         try:
             with open(self.open("cgroup"), encoding="utf-8", errors="replace") as file:
                 rows = [line.rstrip("\n").split(":", 2) for line in file]
@@ -172,10 +173,10 @@ class Process:
         return None
 
     def children(self) -> set[int]:
-        """The processes that it has started and that have it as a parent still, by their numbers here.
+        """The pids of its children.
 
-        While it is stopped: no more come then. The kernel may pass over one while another dies: it is asked until it
-        says the same twice.
+        Call this while the process is stopped, so that it starts no more. The kernel may skip one child while another
+        dies, so the list is read until two reads agree.
         """
         found: set[int] = set()
         for thread in self._states:
@@ -210,7 +211,7 @@ class Process:
         return self._states
 
     def _look(self) -> bool:
-        """Look at the threads that were not seen stopped yet, up to one that is not. Whether all are."""
+        """Check the threads not yet seen stopped, up to the first that is not; returns whether all are stopped."""
         for thread, before in list(self._states.items()):
             if before in _STOPPED:
                 continue
@@ -257,7 +258,10 @@ class Process:
     # Its memory
 
     def look(self, memory: FileIdentity) -> Holding | None:
-        """How it has some memory; None if it has no memory at all: it is about to end. Raises PermissionError."""
+        """How the process holds some memory; None if it has no memory at all, because it is about to end.
+
+        Raises PermissionError.
+        """
         if self._maps >= 0:
             os.close(self._maps)
             self._maps = -1
@@ -282,10 +286,10 @@ class Process:
         return self._holding
 
     def has(self, memory: FileIdentity) -> bool:
-        """Whether it can write to memory that it could write to when `look` was called.
+        """Whether the process can still write to memory that it could write to when `look` was called.
 
-        By its mapping at each call, and by all that it has mapped and open where that is not as it was; where there is
-        none or the kernel cannot be asked, once a second.
+        Each call checks the mapping, and if that has changed, everything that the process has mapped and open. If there
+        is no mapping, or the kernel cannot be asked about one, everything is checked once a second.
         """
         if self._holding is not None and self._holding.how == WRITES:
             mapping = self._holding.mapping
@@ -299,9 +303,9 @@ class Process:
         return found is not None and found.how == WRITES
 
     def has_kept(self, memory: FileIdentity) -> bool:
-        """Whether it has the memory, and all of it mapped if it had that once.
+        """Whether the process still has the memory, and all of it mapped if it once had.
 
-        Where it was mapped whole, a descriptor that is still open says little: other memory lies there now.
+        If it was mapped whole, a descriptor that is still open proves little: other memory is at that address now.
         """
         return self.has(memory) and (not self._had_all or (self._holding is not None and self._holding.has_all))
 

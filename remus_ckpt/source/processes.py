@@ -1,4 +1,4 @@
-"""Stopping processes and letting them run on, with a guard for the case that we die in between."""
+"""Stopping and resuming processes, with a guard in case we die in between."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _LEAVING_S = 1.0
 
 
 class Processes:
-    """Some processes that are stopped and continued together, and those that they fork.
+    """Some processes and their forked children, stopped and resumed together.
 
-    A child that inherits the memory is stopped with its parent from the next pause on, until it has the memory no more.
+    A child that inherits the memory is stopped with its parent from the next pause on, for as long as it has the
+    memory.
 
     pids: of processes that we may send signals to
     stop_timeout_s: how long a thread may take to stop (one in an uninterruptible wait does not)
@@ -38,7 +39,7 @@ class Processes:
         self._heirs: list[Process] = []
         self._others: dict[int, int] = {}  # children without the memory: number → pidfd
         self._stopped: list[Process] = []  # by us
-        self._lost: dict[Process, float] = {}  # named ones that have the memory no more, and since when
+        self._lost: dict[Process, float] = {}  # named processes that no longer have the memory, and since when
         self._guard: Guard | None = None
         self._claims: list[io.FileIO] = []
         self._deaths = select.epoll()
@@ -60,7 +61,8 @@ class Processes:
         process = Process(pid)
         self._named.append(process)
         self._deaths.register(process.fd, select.EPOLLIN)
-        # Two who stop the same process would each end the other's pauses. Only who may write to it can claim it.
+        # Two recorders that stop the same process would each end the other's pauses. Only users who may write to the
+        # process can claim it.
         try:
             fd = process.open("oom_score_adj", os.O_RDWR)
         except OSError:
@@ -68,14 +70,14 @@ class Processes:
         if (claimed := claim(fd)) is None:
             raise SourceError(f"process {pid} is being recorded by somebody else")
         self._claims.append(claimed)
-        # Whoever stopped it wants it so; our pauses would end with it running.
+        # Whoever stopped it wants it stopped; our pauses would leave it running.
         if process.is_stopped_by_job_control():
             raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
         if trouble := process.tracer() or process.freezer():
             raise SourceError(trouble)
 
     def close(self) -> None:
-        """Let go of the processes, which run on."""
+        """Release the processes, which run on."""
         if self._guard is not None:
             self._guard.close()
             self._guard = None
@@ -90,7 +92,7 @@ class Processes:
             held.clear()
 
     def check_memory(self, memory: FileIdentity) -> None:
-        """Raise SourceError if one that lives cannot write to the memory, or does not let us look."""
+        """Raise SourceError if a living process cannot write to the memory, or cannot be inspected."""
         self._memory = memory
         self._forget_dead()
         for process in self._named:
@@ -104,7 +106,7 @@ class Processes:
                 raise SourceError(f"process {process.pid} {FAULTS[found.how].format(path=memory.path)}")
 
     def processes(self) -> Sequence[Process]:
-        """Those that live: named, and children that have the memory from them."""
+        """The living processes: those named, and children that have inherited the memory."""
         self._forget_dead()
         return [*self._named, *self._heirs]
 
@@ -134,9 +136,9 @@ class Processes:
                     process.close()
 
     def stop(self) -> None:
-        """Stop them all; return when every thread of each has really stopped. On an error they run on.
+        """Stop all processes; return once every thread has really stopped. After an error, they run on.
 
-        One that somebody else has stopped meanwhile stays so when the others are let run on.
+        A process that someone else has stopped meanwhile stays stopped when the others are resumed.
         """
         assert self._guard is not None
         self._forget_dead()
@@ -154,7 +156,7 @@ class Processes:
             raise
 
     def _halt(self, processes: Sequence[Process]) -> None:
-        """Order some to stop. They are ours to let run on from here."""
+        """Order some processes to stop. From here on it is our duty to resume them."""
         assert self._guard is not None
         stopped = [*self._stopped, *(process for process in processes if process not in self._stopped)]
         self._guard.stopping([process.fd for process in stopped])
@@ -174,7 +176,7 @@ class Processes:
                 patience = deadline
                 if trouble := process.tracer() or process.freezer():
                     raise SourceError(trouble)
-            # Somebody else's SIGCONT takes ours back.
+            # A SIGCONT from elsewhere cancels our SIGSTOP.
             if process in self._stopped:
                 process.send(signal.SIGSTOP)
             else:
@@ -182,7 +184,7 @@ class Processes:
             time.sleep(_POLL_S)
 
     def _follow(self, memory: FileIdentity, deadline: float) -> None:
-        """Stop children that have inherited the memory, and theirs. Let go of those that have it no more."""
+        """Stop children that have inherited the memory, and their children. Release those that no longer have it."""
         for heir in [heir for heir in self._heirs if not heir.has(memory)]:
             heir.send(signal.SIGCONT)
             self._heirs.remove(heir)
@@ -202,7 +204,7 @@ class Processes:
                 self._wait_stopped(parent, deadline)
 
     def _heir(self, pid: int, memory: FileIdentity) -> Process | None:
-        """A child that has the memory; None if it has not, which is looked at once."""
+        """A child that has the memory; None if it has not, which is checked only once."""
         try:
             process = Process(pid)
         except SourceError:
@@ -221,7 +223,7 @@ class Processes:
         return None
 
     def _check_held(self, memory: FileIdentity) -> None:
-        """Raise SourceError if one that was named lives on without the memory, or without a part of it."""
+        """Raise SourceError if a named process lives on without the memory, or without a part of it."""
         now = time.monotonic()
         for process in self._named:
             if process.has_kept(memory):
@@ -242,7 +244,7 @@ class Processes:
                 )
 
     def resume(self) -> None:
-        """Let them run on."""
+        """Resume the processes."""
         for process in self._stopped:
             process.send(signal.SIGCONT)
         self._stopped.clear()

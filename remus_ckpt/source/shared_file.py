@@ -1,4 +1,4 @@
-"""Memory that is a shared file: in /dev/shm, or any file that others write to."""
+"""Memory that is a shared file: in /dev/shm, or any file that other processes write to."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from remus_ckpt.source.track.written import why_not
 
 
 class SharedFile(Source):
-    """A file and those who write to it, as a source.
+    """A file and its writers, as a source.
 
     path: as for `MappedFile`
-    stopper: all who write to it; closed with this, and where this raises
-    device_state: called in each pause, for bytes that come back with the checkpoint
-    tracking: how written pages are found. "auto": by the kernel where it can. "kernel": by it; Untracked where it
-        cannot, here or when checkpoints begin
-    audit: every so many pauses everything is compared too, if the kernel finds the pages; 0 for never
-    Raises as `MappedFile`, and SourceError if they do not write to it.
+    stopper: stops all writers; closed with this object, also if this raises
+    device_state: called in each pause; returns bytes that come back with the checkpoint
+    tracking: how written pages are found. "auto": by the kernel if it can. "kernel": only by the kernel; raises
+        Untracked if it cannot, here or when checkpoints begin
+    audit: if the kernel finds the pages, everything is also compared once every this many pauses; 0 for never
+    Raises like `MappedFile`, and SourceError if the stopper's processes do not write to the file.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ def _tracker(memory: MappedFile, stopper: FileStopper, tracking: Tracking, audit
 
 
 class MappedFile:
-    """A file as memory, mapped to be read.
+    """A file as memory, mapped for reading.
 
-    path: the file; its size must stay, and its name must not be given to another file. It may be unlinked.
-    Raises OSError where the file cannot be read, SourceError for one that is empty.
+    path: the file; its size must not change, and no other file may take its name. It may be unlinked.
+    Raises OSError if the file cannot be read, SourceError if it is empty.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,7 +89,7 @@ class MappedFile:
                 raise SourceError(f"{self.path} is no file that could be mapped")
             if not self.size:
                 raise SourceError(f"{self.path} is empty: there is no memory in it")
-            # A descriptor of another process that leads to it may be closed, and its number mean another file then.
+            # The path may be another process's descriptor; once that is closed, its number may mean another file.
             self._has_name = not os.path.realpath(os.path.dirname(self.path) or ".").startswith("/proc/")
             self.pages = pages_for(self.size)
             """The last one is padded with zeros where the size is no multiple of 4,096."""
@@ -106,7 +106,7 @@ class MappedFile:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -125,14 +125,14 @@ class MappedFile:
         self._check_name()
         size = os.fstat(self._fd).st_size
         if size != self.size:
-            # Pages behind a shrunken file's end cannot be touched, and a stream has one size.
+            # Pages beyond a shrunken file's end cannot be touched, and a stream has one size.
             raise SourceError(f"{self.path} had {self.size} bytes and has {size}: record it anew")
         self._extents = np.array(self._find_extents(), dtype=np.int64).reshape(-1, 2)
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn.
 
-        It is read, not looked at through the mapping: a file that shrinks meanwhile would end us.
+        Reads the file rather than the mapping: if the file shrank meanwhile, touching the mapping would kill us.
         """
         pages = np.zeros((stop - first, PAGE_SIZE), dtype=np.uint8)
         room = memoryview(pages.reshape(-1))
@@ -143,12 +143,12 @@ class MappedFile:
         return pages
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
-        """All but the holes of a sparse file: in /dev/shm, to look at them would fill them."""
+        """All pages but the holes of a sparse file: in /dev/shm, reading a hole through the mapping would fill it."""
         for first, stop in self._extents.tolist():
             yield first, self._mapped[first:stop]
 
     def _check_name(self) -> None:
-        """A file that has lost its name is the memory of those who have it mapped; another under the name is not it."""
+        """Check the name: an unlinked file is still the writers' memory, but another file under the name is not."""
         if not self._has_name:
             return
         try:
@@ -173,7 +173,7 @@ class MappedFile:
         return target
 
     def _are_holes(self, pfns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some whole pages are holes: those would be filled if they were touched."""
+        """Which of some whole pages are holes: touching a hole would fill it."""
         if not len(self._extents):
             return np.ones(len(pfns), dtype=bool)
         last = np.searchsorted(self._extents[:, 0], pfns, side="right") - 1

@@ -1,8 +1,8 @@
 """Checkpoints on disk: segments that are save streams, an index of them, and a warm copy of memory (specs/store.md).
 
 Store           a directory of histories, one for each protected name
-History         reads one: lists, restores, verifies, exports; without a lock
-HistoryWriter   writes one: receives, checks, stores, applies, compacts, prunes; the only one
+History         reads a history: lists, restores, verifies, exports; takes no lock
+HistoryWriter   the only writer of a history: receives, checks, stores, applies, compacts, prunes
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def open_store(directory: str | Path) -> Store:
-    """A store that is there, to be read: `open_store("/var/lib/remus")["orders"][-1].arrays()`.
+    """Open an existing store for reading: `open_store("/var/lib/remus")["orders"][-1].arrays()`.
 
-    Raises StoreError where there is no such directory.
+    Raises StoreError if there is no such directory.
     """
     store = Store(directory)
     store.names()
@@ -58,22 +58,22 @@ def open_store(directory: str | Path) -> Store:
 
 
 class Store:
-    """A directory of histories, by name: `store["orders"]` is one of them, iterating gives the names."""
+    """A directory of histories by name: `store["orders"]` is a history; iteration yields the names."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
     def create(self) -> None:
-        """Make the directory, of mode 0700, if it is not there; it is durable then. Raises StoreError."""
+        """Create the directory durably, with mode 0700, if it does not exist. Raises StoreError."""
         with guarding(self.directory):
             make_directory(self.directory)
 
     def names(self) -> list[str]:
-        """The histories that are there, those too that have lost their store.json. Raises StoreError."""
+        """The names of all histories, including those that have lost their store.json. Raises StoreError."""
         return [name for name in self.candidates() if self.may_hold(name)]
 
     def candidates(self) -> list[str]:
-        """What may be names of histories: none of them is looked into, so the disk of none is waited for.
+        """Entries that may be histories. None is opened, so this never waits for a disk that only one of them is on.
 
         Raises StoreError.
         """
@@ -86,8 +86,8 @@ class Store:
         return sorted(name for name in found if _NAME.fullmatch(name))
 
     def may_hold(self, name: str) -> bool:
-        """Whether a history of this name is there; or one that we may not look into: whoever opens it is told why that
-        fails."""
+        """Whether a history of this name exists, or an entry that we are not permitted to read: opening it reports
+        why."""
         try:
             return is_history(self._path(name))
         except (OSError, StoreError):
@@ -98,15 +98,15 @@ class Store:
         return iter(self.names())
 
     def __getitem__(self, name: str) -> History:
-        """One history, to be read. Raises StoreError where there is none of that name."""
+        """Open one history for reading. Raises StoreError if there is none of that name."""
         return self.history(name)
 
     def history(self, name: str, *, limits: Limits | None = None) -> History:
-        """One of them, to be read. Raises StoreError."""
+        """Open one history for reading. Raises StoreError."""
         return History(self._path(name), limits=limits)
 
     def writer(self, name: str, **options: Any) -> HistoryWriter:
-        """One of them, to be written; it is created where it is not there. Options as of `HistoryWriter`.
+        """Open one history for writing; it is created if it does not exist. Options: as for `HistoryWriter`.
 
         Raises StoreError.
         """

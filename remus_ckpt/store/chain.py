@@ -1,4 +1,4 @@
-"""The segment that grows: appended to, checked, synced, given its name, cut back (specs/store.md §4, §6.1)."""
+"""The segment that grows: it is appended to, checked, synced, named, and cut back (specs/store.md §4, §6.1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen import events
 
 _BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
-"""What a base may have: a first copy goes over memory more than once, but never so often."""
+"""The most that a base may hold: a first copy covers memory more than once, but never this often."""
 _NOT_OURS = (
     events.FileHeader,
     events.VcpuInfo,
@@ -33,17 +33,17 @@ _NOT_OURS = (
     events.LastCheckpoint,
     events.TailPv,
 )
-"""What no stream of our own has, and a compaction would lose."""
+"""Chunks that no stream of ours has, and that a compaction would lose."""
 
 
 @dataclass(slots=True)
 class Chain:
-    """A segment, and the restorer that its stream is for. Whoever uses it holds the writer's lock.
+    """A segment, and the restorer of its stream. The caller holds the writer's lock.
 
-    end: the first byte behind its last durable checkpoint; written: behind all that came
-    shift: how much further on a byte stands in the segment than in the restorer's stream
+    end: the first byte after its last durable checkpoint; written: the first byte after everything received
+    shift: a byte's offset in the segment minus its offset in the restorer's stream
     is_sealed: nothing may be appended
-    compact_over, compact_behind: bytes of deltas, and checkpoints, that the next compaction waits for
+    compact_over, compact_behind: bytes of deltas, and number of checkpoints, after which the next compaction is due
     """
 
     restorer: Restorer
@@ -62,7 +62,7 @@ class Chain:
 
     @classmethod
     def begin(cls, path: Path, restorer: Restorer, home: MappedFile) -> Chain:
-        """A new segment, under a name that counts for nothing yet. Raises StoreError."""
+        """Start a new segment, under a temporary name that readers ignore. Raises StoreError."""
         with guarding(path):
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         return cls(restorer, home, path, fd)
@@ -79,11 +79,12 @@ class Chain:
         cut: bool,
         is_sealed: bool,
     ) -> Chain:
-        """A segment that is there, behind its checkpoint in force; all up to there is durable then. Raises StoreError.
+        """Continue an existing segment after its checkpoint in force; everything up to there is then durable.
 
-        contents: what it holds; synced: its first bytes, which somebody has synced
-        cut: cut off what stands behind the checkpoint
-        home: removed where this fails
+        contents: what the segment holds; synced: how many of its first bytes are already synced
+        cut: cut off what follows the checkpoint
+        home: removed if this fails
+        Raises StoreError.
         """
         end = contents.end
         fd = -1
@@ -106,14 +107,14 @@ class Chain:
         return chain
 
     def close(self) -> None:
-        """Close the segment. May be called again. What counts has been synced: an error says nothing new."""
+        """Close the segment. May be called again. Everything that counts is synced, so an error here is ignored."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             with suppress(OSError):
                 os.close(fd)
 
     def discard(self) -> None:
-        """Remove the segment and the warm copy: its base is not durable. Raises StoreError."""
+        """Remove a segment whose base is not durable, and its warm copy. Raises StoreError."""
         self.close()
         self.home.close()
         with guarding(self.path):
@@ -124,12 +125,12 @@ class Chain:
 
     @property
     def coming_start(self) -> int:
-        """Where the checkpoint that is coming begins in the restorer's stream."""
+        """Where the checkpoint being received begins in the restorer's stream."""
         staged = self.restorer.staged
         return self.restorer.reader.checkpoint_end if staged is None else staged.start
 
     def expect_more(self) -> None:
-        """Raises Malformed where a checkpoint has come to its end, and waits."""
+        """Raises Malformed if a complete checkpoint is waiting to be checked."""
         if self.restorer.staged is not None:
             raise Malformed(
                 "bytes behind the end of a checkpoint that has not been committed",
@@ -138,7 +139,7 @@ class Chain:
             )
 
     def read(self) -> None:
-        """Read what the restorer has been fed, up to a checkpoint's end. Raises StreamError."""
+        """Parse what the restorer has been fed, up to the end of a checkpoint. Raises StreamError."""
         restorer = self.restorer
         while restorer.staged is None and (event := restorer.next_event()) is not None:
             if isinstance(event, _NOT_OURS):
@@ -149,7 +150,7 @@ class Chain:
                 )
 
     def append(self, data: Buffer) -> None:
-        """Write what was read without a fault. Raises Malformed, StoreError."""
+        """Write bytes that were parsed without a fault. Raises Malformed, StoreError."""
         if not self.end:
             most = _BASE_COPIES * self.restorer.memory.nbytes + _BASE_EXTRA_BYTES
             if self.written + len(data) > most:
@@ -160,7 +161,10 @@ class Chain:
             self.written += write_all(self.fd, [data])
 
     def check(self, position: Position, highest: int) -> Checkpoint:
-        """What is staged: it leads to this position, and its epoch is above the highest. Raises Malformed."""
+        """The staged checkpoint, after checking that it leads to this position and that its epoch is above `highest`.
+
+        Raises Malformed.
+        """
         staged, reader = self.restorer.staged, self.restorer.reader
         if staged is None:
             at = self.written - self.shift
@@ -194,7 +198,8 @@ class Chain:
         return staged
 
     def sync(self) -> None:
-        """What came is durable when this returns. Else nobody knows what the disk holds, and nothing is put behind it.
+        """Make everything received durable. If that fails, the contents of the disk are unknown, and nothing more is
+        appended.
 
         Raises StoreError.
         """
@@ -204,7 +209,7 @@ class Chain:
         self.is_sealed = was_sealed
 
     def cut_back(self) -> None:
-        """Cut off what came behind the last durable checkpoint. Raises StoreError; it is sealed then."""
+        """Cut off what follows the last durable checkpoint. Raises StoreError; the segment is then sealed."""
         self.restorer.rewind()
         was_sealed, self.is_sealed = self.is_sealed, True
         with guarding(self.path):
@@ -216,22 +221,23 @@ class Chain:
     # The length of a segment
 
     def count_base(self, end: int) -> None:
-        """The base goes up to there. A first copy may hold pages more than once: what one copy needs not is overhead,
-        and counts as deltas do."""
+        """Set the end of the base. A first copy may hold pages more than once: what exceeds a single copy is overhead,
+        and counts as deltas."""
         self.base_bytes = min(end, int(np.count_nonzero(self.home.has_room)) * PAGE_SIZE)
 
     @property
     def delta_bytes(self) -> int:
-        """Bytes behind the base."""
+        """Bytes after the base."""
         return self.end - self.base_bytes
 
     def is_long(self, compact_bytes: int, compact_checkpoints: int) -> bool:
-        """Whether its deltas have more bytes than the base and than this, or are more than so many."""
+        """Whether the deltas have more bytes than both the base and `compact_bytes`, or number more than
+        `compact_checkpoints`."""
         most = max(self.base_bytes, compact_bytes, self.compact_over)
         return self.delta_bytes > most or self.checkpoints > max(compact_checkpoints, self.compact_behind)
 
     def go_on_in(self, fd: int, path: Path, size: int) -> None:
-        """What follows goes to another segment, which holds the checkpoint in force as its base."""
+        """Continue in another segment, whose base is the checkpoint in force."""
         self.close()
         self.fd, self.path = fd, path
         self.end = self.written = self.base_bytes = size
@@ -241,9 +247,9 @@ class Chain:
 
 
 def publish(path: Path, final: Path, in_force: Chain | None) -> None:
-    """Give a segment that is synced its name, durably. Raises StoreError, and takes it back then.
+    """Durably give a synced segment its name. If that fails, undoes the renaming and raises StoreError.
 
-    in_force: the chain that the segment would come behind; sealed where nobody knows what the disk has
+    in_force: the chain that the segment would follow; sealed if the state of the disk is unknown
     """
     try:
         with guarding(final):
@@ -254,8 +260,8 @@ def publish(path: Path, final: Path, in_force: Chain | None) -> None:
             final.unlink(missing_ok=True)
             sync_directory(final.parent)
         except OSError:
-            # After a loss of power it may be there again, and count as newer than what the segment in force would get
-            # from now on.
+            # After a loss of power the new segment may reappear, and count as newer than whatever is appended to the
+            # segment in force from now on.
             if in_force is not None:
                 in_force.is_sealed = True
         raise

@@ -1,4 +1,4 @@
-"""A full base written from the warm copy while checkpoints go on coming (specs/store.md §7)."""
+"""A full base, written from the warm copy while checkpoints keep arriving (specs/store.md §7)."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ COMPACT_CHECKPOINTS = 20_000
 _CHUNK_PAGES = 256
 _FEW_PAGES = 1024
 _SYNC_CHUNKS = 8
-"""Synced so often, the disk never has much of it to write when a checkpoint waits for its own sync."""
+"""Sync after this many chunks, so that the disk never has much to write when a checkpoint waits for its own sync."""
 _MAX_ROUNDS = 4
 
 
 class Compaction:
-    """One new segment on its way, written by a thread of its own.
+    """One new segment in the making, written by a thread of its own.
 
-    lock: held by whoever changes memory; the thread takes it for a copy of 1 MiB at a time
+    lock: held by whoever changes memory; the thread takes it to copy 1 MiB at a time
     memory, home: the warm copy, and its file
     path: of the new file
-    on_ready: called with the lock held when but a few pages are left; it may call `close`
-    on_failed: called with the lock held when the file could not be written
+    on_ready: called with the lock held when only a few pages are left; it may call `close`
+    on_failed: called with the lock held if the file could not be written
     """
 
     def __init__(
@@ -72,32 +72,33 @@ class Compaction:
         self._thread = threading.Thread(target=self._run, name="compaction", daemon=True)
 
     def start(self) -> None:
-        """Begin. Raises StoreError where there can be no thread."""
+        """Start the thread. Raises StoreError if that is impossible."""
         try:
             self._thread.start()
         except RuntimeError as error:
             raise StoreError(f"{self.path}: {error}") from error
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Wait for the thread's end; not with the lock held."""
+        """Wait for the thread to end; the caller must not hold the lock."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
     def touch(self, pfns: NDArray[np.int64]) -> None:
-        """These pages have been written; the lock is held."""
+        """Note that these pages have been written; the caller holds the lock."""
         self._touched[pfns] = True
 
     def cancel(self) -> None:
-        """Give up; the lock is held. The thread ends soon, and removes the file if there was one."""
+        """Give up; the caller holds the lock. The thread ends soon, and removes the file if there is one."""
         if self.is_over:
             return
         self.is_over = True
         self._discard()
 
     def close(self, record: CheckpointRecord) -> int:
-        """Write what is left, and the tail; returns the file's descriptor. The lock is held, memory is at `record`.
+        """Write the remaining pages and the tail; returns the file's descriptor.
 
-        Everything is durable then, but not its name. Raises StoreError.
+        The caller holds the lock, and memory is at `record`. Afterwards the contents are durable, but not the name.
+        Raises StoreError.
         """
         with guarding(self.path):
             left = np.flatnonzero(self._touched)
@@ -116,7 +117,7 @@ class Compaction:
             with guarding(self.path):
                 self._copy()
         except Exception as error:
-            # Whatever it was: one that seemed to go on would keep every later one from beginning.
+            # Catch everything: a compaction that seemed to be still running would block every later one.
             reason = (
                 error if isinstance(error, StoreError) else StoreError(f"{self.path}: {type(error).__name__}: {error}")
             )
@@ -144,7 +145,7 @@ class Compaction:
                     batch = self._take(numbers[start : start + _CHUNK_PAGES])
                     if batch is None:
                         continue
-                    # Its own descriptor: a cancelled compaction closes the other one.
+                    # A separate descriptor: `cancel` closes the original.
                     fd = os.dup(self.fd)
                 chunks += 1
                 try:
@@ -158,7 +159,7 @@ class Compaction:
                     return
                 fd = os.dup(self.fd)
             try:
-                # What is left is little, so that the close has little to wait for.
+                # Little is left after this, so `close` has little to wait for.
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
@@ -173,7 +174,8 @@ class Compaction:
                     return
 
     def _take(self, numbers: NDArray[np.int64]) -> events.Batch | None:
-        """A copy of these pages, without zeros that nobody has seen otherwise. The lock is held."""
+        """A copy of these pages, without zero pages that were never written as anything else. The caller holds the
+        lock."""
         self._home.check()
         self._touched[numbers] = False
         numbers = numbers[self._home.has_room[numbers]]
@@ -200,16 +202,17 @@ class Compaction:
         if fd >= 0:
             with suppress(OSError):
                 os.close(fd)
-            # Where it cannot be removed, the next who opens the store does that.
+            # If it cannot be removed now, it is removed when the store is next opened.
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
 
 class Compactor:
-    """Begins compactions, one at a time, and closes them. The lock is held by whoever calls.
+    """Begins compactions, one at a time, and closes them. The caller holds the lock.
 
-    compact_bytes, compact_checkpoints: what the deltas of a chain may come to before one is due; no bytes: never
-    on_ready: called with the lock held when one could be closed; note: called with what went wrong
+    compact_bytes, compact_checkpoints: how long the deltas of a chain may get before a compaction is due; with
+        compact_bytes None, none ever is
+    on_ready: called with the lock held when a compaction can be closed; note: called with what went wrong
     """
 
     def __init__(
@@ -222,13 +225,13 @@ class Compactor:
         note: Callable[[str], None],
     ) -> None:
         self.current: Compaction | None = None
-        """The one that is under way."""
+        """The compaction under way."""
         self._lock = lock
         self._bytes, self._checkpoints = compact_bytes, compact_checkpoints
         self._on_ready, self._note = on_ready, note
 
     def is_due(self, chain: Chain) -> bool:
-        """Whether its segment has come to its length."""
+        """Whether a compaction of the chain's segment is due."""
         return self._bytes is not None and chain.is_long(self._bytes, self._checkpoints)
 
     def begin(self, chain: Chain, path: Path) -> None:
@@ -243,32 +246,32 @@ class Compactor:
             on_ready=self._on_ready,
             on_failed=lambda error: self.fail(chain, error),
         )
-        compaction.start()  # it waits for our lock
+        compaction.start()  # the thread first waits for our lock
         self.current = compaction
 
     def touch(self, checkpoint: Checkpoint) -> None:
-        """It has been applied."""
+        """Note that a checkpoint has been applied."""
         if self.current is not None:
             for pfns in checkpoint.pfn_lists:
                 self.current.touch(pfns)
 
     def fail(self, chain: Chain, error: StoreError) -> None:
-        """It is not tried again at each checkpoint: it may have written all of memory before it failed."""
+        """Note a failure. The next try waits: a compaction may have written all of memory before it failed."""
         self.current = None
         chain.compact_over = chain.delta_bytes + COMPACT_BYTES
         chain.compact_behind = chain.checkpoints + self._checkpoints
         self._note(f"compaction: {error}")
 
     def cancel(self) -> None:
-        """Give up the one that is under way."""
+        """Give up the current compaction."""
         if self.current is not None:
             self.current.cancel()
             self.current = None
 
     def close(self, chain: Chain, name_for: Callable[[int], Path]) -> tuple[int, Entry] | None:
-        """Between two checkpoints: the new segment is durable; its descriptor and its base. None where that failed.
+        """Finish the new segment durably, between two checkpoints; returns its descriptor and base, None on failure.
 
-        name_for: gives the path of a segment that begins with an epoch
+        name_for: returns the path of a segment that begins with a given epoch
         """
         compaction, checkpoint = self.current, chain.restorer.in_force
         assert compaction is not None and checkpoint is not None

@@ -1,4 +1,4 @@
-"""The directories of a history, locked by the one who writes it, and the names in them (specs/store.md §2)."""
+"""The directories of a history, locked by its writer, and the file names in them (specs/store.md §2)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WARM = "warm"
 
 
 class HistoryDirectory:
-    """The directory of a history, and that of its warm copy: nobody else writes there from `take` to `release`.
+    """The directories of a history and of its warm copy: nobody else writes there from `take` to `release`.
 
-    warm_directory: in it, under the name, lies the warm copy; None: it lies in the history itself
+    warm_directory: holds the warm copy, in a directory of the history's name; None: the history itself holds it
     """
 
     def __init__(self, path: Path, name: str, warm_directory: Path | None) -> None:
@@ -35,14 +35,15 @@ class HistoryDirectory:
         disown_in_forks(self)
 
     def take(self) -> None:
-        """Make and lock them. Raises StoreError where that cannot be, or another has them; `release` is to follow."""
+        """Create and lock the directories. Raises StoreError if that fails or another writer holds them; call
+        `release` in any case."""
         with guarding(self.path):
             make_directory(self.path)
             make_directory(self.segments)
         self._take_lock(self.path / LOCK, os.O_RDWR | os.O_CREAT, self.path)
         with guarding(self.warm):
             make_directory(self.warm)
-        # It may be shared with the histories of another store.
+        # The warm directory may be shared with the histories of another store.
         self._take_lock(self.warm, os.O_RDONLY | os.O_DIRECTORY, self.warm)
 
     def _take_lock(self, path: Path, flags: int, what: Path) -> None:
@@ -57,21 +58,21 @@ class HistoryDirectory:
 
     @property
     def is_held(self) -> bool:
-        """Whether it is ours."""
+        """Whether we hold the locks."""
         return bool(self._held)
 
     def release(self) -> None:
-        """Let another have it. May be called again."""
+        """Release the locks. May be called again."""
         while self._held:
             with suppress(OSError):
                 os.close(self._held.pop())
 
     def disown(self) -> None:
-        """In a fork: the locks are the parent's."""
+        """In a forked child: the locks belong to the parent."""
         self.release()
 
     def remove(self) -> None:
-        """Remove the history with all that it holds. Raises StoreError."""
+        """Remove the history with everything in it. Raises StoreError."""
         with guarding(self.warm):
             for path in [*self.warm.glob("memory-*.image"), self.warm / SPARE]:
                 path.unlink(missing_ok=True)
@@ -81,9 +82,9 @@ class HistoryDirectory:
             shutil.rmtree(self.path)
 
     def sync(self) -> None:
-        """Whoever wrote, renamed or removed what is there may have died before it was durable; or it is a copy.
+        """Sync everything but the contents of the newest segment. Raises StoreError.
 
-        All is durable when this returns but the contents of the newest segment. Raises StoreError.
+        An earlier writer may have died before its writes, renames and removals were durable; or the files are a copy.
         """
         with guarding(self.path):
             sync_directory(self.segments)
@@ -91,16 +92,16 @@ class HistoryDirectory:
         sync_files(self.segments, list_segments(self.path)[:-1])
 
     def new_home(self) -> MappedFile:
-        """A file for a warm copy. Raises StoreError."""
+        """Create a file for a warm copy. Raises StoreError."""
         self._warm_number += 1
         return MappedFile(self.warm / f"memory-{self._warm_number}.image")
 
     def partial(self, kind: str) -> Path:
-        """A segment that is not whole yet, of the kind "incoming" or "compacted"."""
+        """The path of an unfinished segment, of the kind "incoming" or "compacted"."""
         return self.segments / f"{kind}-{self._next_sequence():06}{PARTIAL}"
 
     def segment(self, first_epoch: int) -> Path:
-        """A segment that is newer than all that are there. Raises StoreError where the numbers are used up."""
+        """The path for a segment newer than all existing ones. Raises StoreError if the numbers are used up."""
         return self.segments / segment_name(first_epoch, self._next_sequence())
 
     def _next_sequence(self) -> int:

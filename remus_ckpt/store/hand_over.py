@@ -21,30 +21,30 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class HandOver:
-    """Hands out a checkpoint, once for each term; store.json says which. The writer's lock is held.
+    """Hands out a checkpoint once per term; store.json says which one. The caller holds the writer's lock.
 
     directory: of the warm copy
     """
 
     def __init__(self, directory: Path, state: StateFile, history: History) -> None:
         self._directory, self._state, self._history = directory, state, history
-        self._spare_bytes = 0  # room that is kept for the next device state
+        self._spare_bytes = 0  # room reserved for the next device state
 
     def is_of(self, chain: Chain) -> bool:
         """Whether a checkpoint of this chain has been handed out.
 
-        Nothing is acknowledged in a segment behind what was handed out. But a checkpoint that was refused, since the
-        disk failed, may stand there and be found when the history is opened anew.
+        Nothing is acknowledged in a segment after the checkpoint that was handed out. But a checkpoint that was refused
+        because the disk failed may still be there, and be found when the history is reopened.
         """
         epoch = self._epoch
         return epoch is not None and first_epoch_of(chain.path.name) <= epoch
 
     def is_at(self, position: Position | None) -> bool:
-        """Whether just this has been handed out."""
+        """Whether exactly this position has been handed out."""
         return self._given.get("position") == str(position)
 
     def position(self, newest: Position | None) -> Position | None:
-        """Of what has been given: the newest, or one before it. None where nothing was, or it is not known."""
+        """The position that was handed out: `newest` or an earlier one. None if nothing was, or it is not known."""
         if self.is_at(newest):
             return newest
         with suppress(RemusError):
@@ -53,7 +53,8 @@ class HandOver:
         return None
 
     def give(self, chain: Chain, position: Position) -> tuple[Path, Path]:
-        """The image and the device state of this position, where none were given before. Nothing may follow it.
+        """The image and the device state of this position, unless some were given before: then those. Nothing may
+        follow in this stream.
 
         Raises StoreError.
         """
@@ -62,7 +63,7 @@ class HandOver:
         device_state = image.with_suffix(".state")
         with guarding(_BOOT_ID):
             boot = _boot_id()
-        # Whatever checkpoint is the newest now: these are in use. But a crash of the machine may have torn them.
+        # These files are in use, whatever the newest checkpoint is now. But a crash of the machine may have torn them.
         if self._given.get("boot") == boot and image.exists() and device_state.exists():
             return image, device_state
         checkpoint = chain.restorer.in_force
@@ -70,12 +71,12 @@ class HandOver:
         with guarding(self._directory):
             for path in self._directory.glob("taken-over-*"):
                 path.unlink()
-            self._spare_bytes = 0  # also where this fails: it may have cost the spare
+            self._spare_bytes = 0  # even if this fails: it may have used up the spare
             replace_file(device_state, checkpoint.device_state, self._directory / SPARE)
         chain.is_sealed = True
         made = {"position": str(position), "boot": boot}
         self._state.save(replace(state, more={**state.more, "handed_out": made}))
-        if chain.home.path is None:  # it was handed out before, and the file has been taken away
+        if chain.home.path is None:  # handed out before, and the file has been removed
             self._history.restore_image(image, position.epoch)
         else:
             chain.home.hand_out(image, checkpoint.memory_bytes)
@@ -83,7 +84,8 @@ class HandOver:
         return image, device_state
 
     def keep_room(self, device_state: bytes) -> None:
-        """Where the disk has it: so that a full one does not keep anybody from going on from this checkpoint."""
+        """Reserve room for this device state if the disk has any, so that a full disk cannot prevent a takeover from
+        this checkpoint."""
         if (size := max(len(device_state), _SPARE_BYTES)) > self._spare_bytes:
             with suppress(OSError):
                 keep_room(self._directory / SPARE, size)
@@ -95,12 +97,12 @@ class HandOver:
 
     @property
     def _epoch(self) -> int | None:
-        """Of the position that was given, as far as that is one."""
+        """The epoch of the position that was given, if that is valid."""
         epoch = self._given.get("position", "").partition(":")[0]
         return int(epoch) if epoch.isascii() and epoch.isdigit() and len(epoch) < 20 else None
 
 
 def _boot_id() -> str:
-    """Changes when the machine starts anew: what was not synced before may be torn then. Raises OSError."""
+    """An identifier that changes at each boot: files not synced before may be torn. Raises OSError."""
     with open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()

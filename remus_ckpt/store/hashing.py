@@ -1,4 +1,4 @@
-"""SHA-256 in a second thread, for those who read a whole segment: hashing costs as much as all the rest."""
+"""SHA-256 in a second thread, for reading whole segments: hashing costs as much as all the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_WAITING = 4
 
 
 class HashThread:
-    """One thread; `new` makes digests that it computes in the order of their updates."""
+    """One thread; it computes the digests made by `new`, in the order of their updates."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "sha256")
@@ -29,7 +29,7 @@ class HashThread:
 
 
 class ThreadedSha256:
-    """As hashlib's, but what `update` is given must stay as it is; of a bytearray it takes a copy."""
+    """Like hashlib's, but bytes given to `update` must not change afterwards; a bytearray is copied."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -48,7 +48,7 @@ class ThreadedSha256:
         self._waiting.append(self._pool.submit(self._hash.update, bytes(view) if is_used_again else view))
 
     def digest(self) -> bytes:
-        """Of all that was taken in."""
+        """The digest of everything taken in."""
         while self._waiting:
             self._waiting.popleft().result()
         return self._hash.digest()
@@ -56,7 +56,7 @@ class ThreadedSha256:
 
 @contextmanager
 def hashing() -> Iterator[Callable[[], ThreadedSha256]]:
-    """Digests by a second thread, for the time of the block."""
+    """Digests computed by a second thread, for the length of the block."""
     thread = HashThread()
     try:
         yield thread.new

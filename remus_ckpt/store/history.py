@@ -1,4 +1,4 @@
-"""The reading side of a history: no lock, nothing is written, a writer may go on meanwhile (specs/store.md §8)."""
+"""The reading side of a history: takes no lock, writes nothing, and may run beside a writer (specs/store.md §8)."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _TRIES = 3
 class Bad:
     """A fault in a segment.
 
-    byte: where in it; section: the rule that is broken there, None where only bytes are missing
-    epoch: of the bad checkpoint, None where nothing says which it was
-    good: the newest epoch up to it that can be restored, None where there is none
-    unreachable: epochs that are known to have been there and stand nowhere else
+    byte: its offset in the segment; section: the rule it breaks, None if bytes are merely missing
+    epoch: of the bad checkpoint, None if unknown
+    good: the newest epoch up to the bad one that can be restored, None if there is none
+    unreachable: epochs known to have been there that are in no other segment
     """
 
     segment: str
@@ -64,9 +64,10 @@ class Bad:
 class Report:
     """What `History.verify` found.
 
-    checkpoints, segments, bytes: that were read and are good; a checkpoint that stands in two segments counts twice
+    checkpoints, segments, bytes: how many were read and are good; a checkpoint that is in two segments counts twice
     newest: the newest good checkpoint
-    unfinished_bytes: behind the last whole checkpoint of the newest segment: one that was, or is, on its way
+    unfinished_bytes: bytes after the last whole checkpoint of the newest segment: an interrupted checkpoint, or one
+        that is arriving now
     """
 
     checkpoints: int
@@ -78,14 +79,14 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Nothing bad was found."""
+        """Whether nothing bad was found."""
         return not self.bad
 
 
 class History:
     """The checkpoints of one name.
 
-    directory: of that name; raises StoreError where it is no store, or one of a later format
+    directory: of that name; raises StoreError if it is no history, or one of a later format
     limits: what its streams may claim
     """
 
@@ -98,38 +99,38 @@ class History:
 
     @property
     def state(self) -> State:
-        """What store.json says now."""
+        """The present contents of store.json."""
         return load_state(self.directory)
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of this history."""
         return self.state.name
 
-    # What there is
+    # Contents
 
     def survey(self) -> Survey:
-        """What the segments hold, and what they have held. Raises StoreError."""
+        """What the segments hold now, and what they once held. Raises StoreError."""
         return self._surveyor.survey()
 
     def contents(self) -> list[Contents]:
-        """What the segments hold, oldest first: as the index says, and as they say themselves where it does not."""
+        """What the segments hold, oldest first: taken from the index or, where it is silent, from the segments."""
         return list(self.survey().contents)
 
     def checkpoints(self, *, newest_first: bool = False) -> Iterator[Entry]:
-        """The durable checkpoints by epoch, each once, in the newest segment that holds it; none of them is kept.
+        """The durable checkpoints by epoch, each once, from the newest segment that holds it; streamed, not collected.
 
-        Raises StoreError. While a writer is at work the last may be one that it is just about to acknowledge, or to
-        refuse; what is pruned meanwhile may be left out.
+        Raises StoreError. While a writer is at work, the last one may be about to be acknowledged or refused;
+        checkpoints pruned meanwhile may be left out.
         """
         yield from self._listing.by_epoch(self.survey().contents, newest_first=newest_first)
 
     def entries(self) -> list[Entry]:
-        """All `checkpoints` in a list: of a long history that is much memory."""
+        """All `checkpoints` in a list: for a long history this takes much memory."""
         return list(self.checkpoints())
 
     def lost(self) -> list[Lost]:
-        """What was durable and is not there any more, as far as anything is left that says so; oldest first."""
+        """Checkpoints that were durable and are gone, as far as any trace of them is left; oldest first."""
         return list(self.survey().lost)
 
     def __len__(self) -> int:
@@ -137,9 +138,9 @@ class History:
         return self.survey().count
 
     def __getitem__(self, number: int) -> Stored:
-        """A checkpoint by its place: 0 is the oldest, -1 the newest. By its epoch or time, `at` finds it.
+        """A checkpoint by its place: 0 is the oldest, -1 the newest. To find one by epoch or time, use `at`.
 
-        Raises IndexError where there are not so many, StoreError.
+        Raises IndexError if there are not that many, StoreError.
         """
         ranges = joined(one.epochs for one in self.survey().contents)
         left = number if number >= 0 else number + sum(map(len, ranges))
@@ -155,19 +156,19 @@ class History:
             yield Stored(self, entry)
 
     def at(self, at: int | datetime) -> Stored:
-        """A checkpoint by its epoch, or the last one not after a time. Raises as `find`."""
+        """A checkpoint by its epoch, or the last one not after a time. Raises like `find`."""
         return Stored(self, self.find(at))
 
     def newest(self) -> Entry | None:
-        """The newest durable checkpoint that is there."""
+        """The newest durable checkpoint that exists."""
         return self.survey().newest
 
     def find(self, at: int | datetime | None = None) -> Entry:
         """A checkpoint by its epoch; the last one not after a time; or the newest.
 
-        Where clocks were wrong, the last one is looked for from the newest segment backwards, passing over segments
-        that begin and end after that time.
-        Raises NoCheckpoint, BadCheckpoint where it was durable and is lost.
+        If clocks were wrong, the search for a time goes from the newest segment backwards, and skips segments that
+        begin and end after that time.
+        Raises NoCheckpoint, BadCheckpoint if it was durable and is lost.
         """
         survey = self.survey()
         newest, oldest = survey.newest, survey.oldest
@@ -195,7 +196,7 @@ class History:
         found = self._find_until(survey, min(max(until, -(1 << 63)), (1 << 63) - 1))
         reached = -1 if found is None else found.epoch
         if (then := survey.lost_behind(reached)) is not None:
-            # Of one whose time nothing says it is only known that it was taken right behind the one that was found.
+            # If a checkpoint's time is unknown, we only know whether it came right after the one that was found.
             may_be = then.epochs[0] <= reached + 1 and (found is None or found.time_ns != until)
             if may_be if then.time_ns is None else then.time_ns <= until:
                 raise _is_lost(then, survey, reached + 1)
@@ -214,9 +215,9 @@ class History:
     # Reading back
 
     def restore(self, at: int | datetime | None = None, progress: Progress | None = None) -> Checkpoint:
-        """A checkpoint with its memory, in this process.
+        """Restore a checkpoint into the memory of this process.
 
-        Raises NoCheckpoint, BadCheckpoint where it has changed on disk, StoreError.
+        Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError.
         """
         return self._read(at, Anonymous(), progress)[0]
 
@@ -228,15 +229,16 @@ class History:
         *,
         sync: bool = True,
     ) -> Checkpoint:
-        """A checkpoint's memory as a file of mode 0600, zero pages as holes. The file appears when it is whole.
+        """Restore a checkpoint's memory to a file of mode 0600, with zero pages as holes. The file appears once it is
+        complete.
 
-        sync: it is durable when this returns
-        The memory of what is returned is that file, mapped. Raises as `restore`.
+        sync: make the file durable before returning
+        The memory of the returned checkpoint is that file, mapped. Raises like `restore`.
         """
         target = Path(path)
         self.find(at)
         with guarding(target), appearing(target, sync=sync) as descriptor:
-            home = MappedFile(f"/proc/self/fd/{descriptor}")  # its name is known to `appearing` alone
+            home = MappedFile(f"/proc/self/fd/{descriptor}")  # only `appearing` knows its name
             home.path = target
             try:
                 checkpoint, _ = self._read(at, home, progress)
@@ -246,9 +248,10 @@ class History:
         return checkpoint
 
     def export(self, path: str | Path, at: int | datetime | None = None, progress: Progress | None = None) -> Entry:
-        """A segment up to a checkpoint, checked, as a file of mode 0600 or, for "-", to standard output: a save stream.
+        """Check a segment up to a checkpoint, and write it as a save stream: to a file of mode 0600 or, for "-", to
+        standard output.
 
-        Raises as `restore`, and OSError where standard output cannot be written.
+        Raises like `restore`, and OSError if standard output cannot be written.
         """
         _, entry = self._read(at, Nowhere(), progress)
         source = self._open(entry)
@@ -263,7 +266,7 @@ class History:
         return entry
 
     def _read(self, at: int | datetime | None, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
-        """Put a checkpoint into a home. The newest may be compacted and pruned meanwhile: then there is a newer one."""
+        """Read a checkpoint into a home. If the newest is compacted and pruned meanwhile, a newer one is read."""
         for _ in range(_TRIES):
             try:
                 return self._read_entry(self.find(at), home, progress)
@@ -273,9 +276,9 @@ class History:
         return self._read_entry(self.find(at), home, progress)
 
     def _read_entry(self, entry: Entry, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
-        """From another segment that holds it too where one is bad."""
+        """Read a checkpoint; if its segment is bad, from another segment that also holds it."""
         first: BadCheckpoint | NoCheckpoint | None = None
-        # The copies are looked for when they are needed: a compaction may have made one, and what it was made of gone.
+        # Look for copies only when they are needed: a compaction may have made one, and removed the original since.
         for copy in itertools.chain([entry], self._copies(entry)):
             try:
                 return self._replay(copy, home, progress), copy
@@ -285,14 +288,14 @@ class History:
         raise first
 
     def _copies(self, entry: Entry) -> Iterator[Entry]:
-        """The same checkpoint elsewhere: the base of a compaction is also the end of the segment before it."""
+        """The same checkpoint in other segments: the base of a compaction is also in the segment before it."""
         for one in self.contents():
             if one.name != entry.segment and entry.epoch in one.epochs:
                 copy = self._listing.find(one, entry.epoch)
                 if copy is not None and copy.position == entry.position:
                     yield copy
             elif one.name == entry.segment:
-                # The index may have a wrong row for it.
+                # The index may have a wrong row for this checkpoint.
                 yield from (found for found in self._listing.walk(one) if found.epoch == entry.epoch and found != entry)
 
     def _replay(self, entry: Entry, home: Home, progress: Progress | None) -> Checkpoint:
@@ -336,7 +339,7 @@ class History:
         )
 
     def verify(self, progress: Progress | None = None) -> Report:
-        """Read back every checkpoint, and check every byte of it. Raises StoreError where a file cannot be read."""
+        """Read back every checkpoint, and check every byte. Raises StoreError if a file cannot be read."""
         indexed, names = self._surveyor.index_and_names()
         read: list[Contents] = []
         done = unfinished = 0
@@ -373,7 +376,7 @@ class History:
 
     def _is_more_than_cut(self, one: Contents, size: int) -> bool:
         if one.last is None:
-            return True  # a segment has its name only since its base was durable
+            return True  # a segment gets its name only once its base is durable
         path = self._path(one.name)
         with guarding(path):
             fd = open_to_read(path)
@@ -396,14 +399,14 @@ class History:
 
 
 def nothing_in(directory: Path, found: str = "no checkpoint is complete") -> NothingToRestore:
-    """What is said of a store or history without a checkpoint."""
+    """The error for a store or history without a checkpoint."""
     return NothingToRestore(
         f"{directory}: there is nothing to restore: {found}; check the path, and whether `protect` reaches the backup"
     )
 
 
 def _is_lost(lost: Lost, survey: Survey, at: int) -> BadCheckpoint:
-    """What is said of the first checkpoint of these that is not below `at`."""
+    """The error for the first of the lost checkpoints whose epoch is at least `at`."""
     epoch = max(at, lost.epochs[0])
     good = survey.newest_before(epoch)
     offered = "no checkpoint before it is there" if good is None else f"the newest before it is {good}"
@@ -419,7 +422,7 @@ def _is_lost(lost: Lost, survey: Survey, at: int) -> BadCheckpoint:
 
 
 def _bad_of(lost: Lost, one: Contents | None, survey: Survey) -> Bad:
-    """one: what that segment holds, None where it is gone"""
+    """The `Bad` for a loss. one: what its segment holds, None if the segment is gone"""
     fault = None if one is None or one.fault is None or not (lost.byte or one.last is None) else one.fault
     if one is not None and (lost.byte or one.last is None):
         epoch = one.last.epoch + 1 if one.last else first_epoch_of(one.name)
@@ -430,7 +433,7 @@ def _bad_of(lost: Lost, one: Contents | None, survey: Survey) -> Bad:
 
 
 def _copy(source: int, target: int, size: int) -> None:
-    """The first bytes of a file. Raises OSError."""
+    """Copy the first bytes of a file. Raises OSError."""
     block = np.empty(min(size, _COPY_BYTES), dtype=np.uint8)
     at = 0
     while at < size:

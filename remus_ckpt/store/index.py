@@ -1,7 +1,7 @@
 """The index of a history: a table of what its segments hold, so that they need not be read (specs/store.md §5).
 
-It is never the truth: where it is missing, behind or unreadable, the segments say it again. Nobody holds all of its
-rows: a segment is summed up by its first and its last, and the others are asked for when they are needed.
+The segments are the truth: where the index is missing, behind or unreadable, it is rebuilt from them. No object holds
+all rows in memory: a segment is summed up by its first and last row, and the others are read when they are needed.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ _INSERT = "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?)"
 _INSERT_SEGMENT = "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?)"
 _SELECT = 'SELECT segment, start, "end", epoch, digest, time_ns, pages FROM checkpoints WHERE segment = ?'
 _ROWS = 1_000
-"""Read or written at a time."""
+"""How many rows are read or written at a time."""
 _LATEST = 4
 _MAX_WAITING = 512
 _RETRY_FACTOR = 10
-"""An index that cannot be written takes no more than a tenth of the time."""
+"""Retries of an index that cannot be written take at most a tenth of the time."""
 _RETRY_S = 0.5
 _BUSY_S = 0.1
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA)
-"""What SQLite says of a file that is no good; SQLITE_ERROR: it has other tables than ours."""
+"""SQLite's error codes for a damaged file; SQLITE_ERROR: its tables are not ours."""
 
 _Statement = tuple[str, str, tuple[object, ...]]
-"""The segment whose rows are not all there without it, "" for none; and what to do."""
+"""The segment whose rows are incomplete without the statement ("" for none); the SQL and its values."""
 
 
 class Unreadable(Exception):
-    """The index does not say it, or not in a way that can be believed.
+    """The index has no answer, or none that can be believed.
 
-    is_damage: what stands there will never be read again; else the disk or the system has failed, perhaps for now
+    is_damage: its contents can never be read again; otherwise the disk or the system has failed, perhaps temporarily
     """
 
     def __init__(self, reason: str = "", *, is_damage: bool = True) -> None:
@@ -67,13 +67,13 @@ class Unreadable(Exception):
 
 
 class Rows:
-    """An index that is open to be read. Each question is answered by itself: no writer waits meanwhile."""
+    """An index opened for reading. Each query is separate, so that no writer waits between them."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
 
     def segments(self) -> dict[str, Contents]:
-        """What it knows segments to hold, oldest first; not those whose rows cannot be. Raises Unreadable."""
+        """What each segment holds, oldest first, without those whose rows are impossible. Raises Unreadable."""
         found: list[Contents] = []
         with _believing():
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -90,7 +90,7 @@ class Rows:
                     one = Contents(name, shape=Shape(codec, word, p2m_size), size=size)
                     edges = [self._row(name, f"ORDER BY start {order}") for order in ("ASC", "DESC")]
                     with suppress(ValueError, TypeError):
-                        # One string and, of a single checkpoint, one entry: there may be very many segments.
+                        # There may be very many segments: share the name, and the entry of a single checkpoint.
                         one.first, one.last = (None if row is None else _entry_of((name, *row[1:])) for row in edges)
                         if one.first == one.last:
                             one.last = one.first
@@ -107,11 +107,11 @@ class Rows:
         return entry
 
     def newest_until(self, contents: Contents, time_ns: int) -> Entry | None:
-        """The newest of a segment that was not taken later. Raises Unreadable."""
+        """The newest checkpoint of a segment that was taken no later than a time. Raises Unreadable."""
         return self._one(contents.name, "AND time_ns <= ? ORDER BY start DESC", time_ns)
 
     def entries(self, contents: Contents, *, backward: bool = False) -> Iterator[Entry]:
-        """The checkpoints of a segment, each beginning where the one before ends. Raises Unreadable."""
+        """The checkpoints of a segment; each begins where the one before ends. Raises Unreadable."""
         edge = contents.last if backward else contents.first
         done = contents.first if backward else contents.last
         while edge is not None and done is not None:
@@ -138,7 +138,7 @@ class Rows:
             edge = page[-1]
 
     def is_whole(self, contents: Contents) -> bool:
-        """Whether all rows of a segment are there. Raises Unreadable."""
+        """Whether the index has all rows of a segment. Raises Unreadable."""
         with _believing():
             query = "SELECT count(*) FROM checkpoints WHERE segment = ?"
             (count,) = self._database.execute(query, (contents.name,)).fetchone()
@@ -158,7 +158,7 @@ class Rows:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Rows | None]:
-    """An index to be read; None where there is none. Writes nothing."""
+    """An index opened for reading; None if there is none. Writes nothing."""
     database = _open_to_read(path)
     try:
         yield None if database is None else Rows(database)
@@ -168,7 +168,7 @@ def reading(path: Path) -> Iterator[Rows | None]:
 
 
 def read_index(path: Path) -> dict[str, Contents] | None:
-    """What an index knows segments to hold, oldest first; None where it cannot be read. Writes nothing."""
+    """What an index says each segment holds, oldest first; None if it cannot be read. Writes nothing."""
     with reading(path) as rows:
         try:
             return None if rows is None else rows.segments()
@@ -179,7 +179,7 @@ def read_index(path: Path) -> dict[str, Contents] | None:
 def _open_to_read(path: Path) -> sqlite3.Connection | None:
     if not path.is_file():
         return None
-    # The second way is for file systems that are not to be written: it does not look at the log beside the index.
+    # The second option is for read-only file systems: it ignores the log beside the index.
     for options in ("mode=ro", "immutable=1"):
         with suppress(sqlite3.Error, ValueError):
             return _connect(path, options)
@@ -201,7 +201,7 @@ def _connect(path: Path, options: str) -> sqlite3.Connection:
 
 @contextmanager
 def _believing() -> Iterator[None]:
-    """What SQLite, or what stands in its rows, makes impossible as Unreadable."""
+    """Turn errors from SQLite, and from values in its rows, into Unreadable."""
     try:
         yield
     except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError) as error:
@@ -209,7 +209,7 @@ def _believing() -> Iterator[None]:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether it says that the file will never be read or written again."""
+    """Whether the error means that the file can never be read or written again."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
@@ -223,7 +223,7 @@ def _entry_of(row: tuple[object, ...]) -> Entry:
 
 
 def _is_sound(one: Contents) -> bool:
-    """Whether the first and the last row can stand in a segment of that name and size."""
+    """Whether the first and the last row are possible in a segment of that name and size."""
     first, last = one.first, one.last
     if first is None or last is None:
         return first is last
@@ -231,7 +231,7 @@ def _is_sound(one: Contents) -> bool:
     return (
         first.start == 0
         and first.epoch == first_epoch_of(one.name)
-        and gap <= last.start  # no checkpoint is without bytes
+        and gap <= last.start  # every checkpoint has bytes
         and (last == first if gap == 0 else gap > 0 and last.start >= first.end)
         and (one.size is None or one.end <= one.size)
     )
@@ -242,22 +242,22 @@ class Index:
 
     path: of the database; segments: the directory of the files; limits: what their streams may claim
 
-    A database that cannot be written is tried again now and then; what waits for it is bounded. Of a segment whose rows
-    had to be dropped none are written until it has come to its end: then a thread reads them back from the file. A
-    database that is damaged is put aside for a new one, in the same way. `warning` says so meanwhile.
-    The log needs no sync: after a loss of power the index is behind or gone, and is made again.
+    If the database cannot be written, it is tried again now and then; the queue of rows is bounded. If rows of a
+    segment had to be dropped, none are written until the segment is complete: then a thread reads them back from the
+    file. A damaged database is replaced by a new one, which is filled in the same way. `warning` reports both.
+    The log needs no sync: if a loss of power leaves the index behind or destroys it, it is rebuilt.
     """
 
     def __init__(self, path: Path, segments: Path, limits: Limits | None = None) -> None:
         self.known: dict[str, Contents] = {}
-        """What the segments hold, oldest first, whatever the database says."""
+        """What the segments really hold, oldest first, even if the database disagrees."""
         self.warning: str | None = None
         self._path = path
         self._segments = segments
         self._limits = limits
         self._lock = threading.RLock()
         self._waiting: list[_Statement] = []
-        self._behind: set[str] = set()  # segments whose rows are not all there, and are not written for now
+        self._behind: set[str] = set()  # segments with missing rows, for which none are written now
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         self._not_before = 0.0
@@ -265,9 +265,9 @@ class Index:
         self._over = threading.Event()
 
     def load(self) -> dict[str, Contents]:
-        """What the database says of the segments. One that is damaged is removed, and the next begun.
+        """What the database says of the segments. A damaged database is removed, and a new one begun.
 
-        Raises StoreError where the disk or the system fails: what only the index knows must not be lost by that.
+        Raises StoreError if the disk or the system fails: what only the index knows must not be lost by that.
         """
         try:
             if stat.S_ISREG(self._path.stat().st_mode):
@@ -284,11 +284,11 @@ class Index:
 
     def _load(self) -> dict[str, Contents]:
         with _believing():
-            database = _connect(self._path, "mode=rw")  # SQLite may have to take back half a change
+            database = _connect(self._path, "mode=rw")  # SQLite may have to roll back half a change
         try:
             rows = Rows(database)
             found = rows.segments()
-            # What was written just before a loss of power may be there in part.
+            # Rows written just before a loss of power may be there in part.
             for name in list(found)[-_LATEST:]:
                 if not rows.is_whole(found[name]):
                     del found[name]
@@ -297,9 +297,9 @@ class Index:
             database.close()
 
     def fill(self, contents: Contents, *, end: int, advance: Callable[[int], None] | None = None) -> None:
-        """Read a segment behind what is known of it, and write its rows as they come. Raises OSError.
+        """Read a segment beyond what is known of it, and write its rows as they come. Raises OSError.
 
-        contents: what is known, and has its rows; becomes what it holds
+        contents: the known part, whose rows are written; updated to what the segment holds
         end: where to stop
         """
         name = contents.name
@@ -318,9 +318,9 @@ class Index:
             self.flush()
 
     def begin(self, known: Iterable[Contents], on_disk: dict[str, Contents]) -> None:
-        """Say what the segments hold, oldest first, and make the database say the same. Raises OSError.
+        """Take in what the segments hold, oldest first, and make the database agree. Raises OSError.
 
-        on_disk: what it says now
+        on_disk: what the database says now
         """
         self.known = {one.name: one for one in known}
         for name in on_disk:
@@ -339,7 +339,7 @@ class Index:
         self._catch_up()
 
     def add(self, entry: Entry, new_segment: Contents | None = None) -> None:
-        """A checkpoint has become durable; with the base of a segment, what there is to say of that."""
+        """Add a checkpoint that has become durable. new_segment: given with the base of a segment"""
         with self._lock:
             if new_segment is not None:
                 self.known[new_segment.name] = new_segment
@@ -349,17 +349,17 @@ class Index:
             self.flush()
 
     def seal(self, segment: str, size: int) -> None:
-        """A segment will not grow any more."""
+        """Note that a segment will not grow any more."""
         with self._lock:
             self.known[segment].size = size
             self._wait(segment, "UPDATE segments SET size = ? WHERE name = ?", size, segment)
             if self._database is not None and self._identity != _identity_of(self._path):
-                self._replace()  # somebody has taken the file away
+                self._replace()  # the file has been removed
             self.flush()
             self._catch_up()
 
     def drop(self, segments: Iterable[str]) -> None:
-        """These segments are about to go."""
+        """Drop segments that are about to be removed."""
         with self._lock:
             for segment in segments:
                 self.known.pop(segment, None)
@@ -370,7 +370,7 @@ class Index:
     def flush(self, *, now: bool = False) -> None:
         """Write what waits, unless that failed a moment ago.
 
-        now: even then
+        now: try in any case
         """
         with self._lock:
             begin = time.monotonic()
@@ -389,7 +389,7 @@ class Index:
                 self._waiting.clear()
 
     def close(self) -> None:
-        """Write what can be written, and close it."""
+        """Write what can be written, and close the database."""
         self._over.set()
         if (thread := self._thread) is not None:
             thread.join()
@@ -412,7 +412,7 @@ class Index:
             self.warning = None
 
     def _replace(self) -> None:
-        """Another database in the place of one that is damaged; what stood there is read back from the segments."""
+        """Replace a damaged database by a new one; its rows are read back from the segments."""
         self.warning = f"{self._path} was damaged, and is made again"
         self._remove()
         self._waiting.clear()
@@ -429,14 +429,14 @@ class Index:
                 self.warning = f"{path}: {error.strerror}"
 
     def _catch_up(self) -> None:
-        """Begin to read back what had to be dropped."""
+        """Begin to read back the rows that had to be dropped."""
         with self._lock:
             if self._next_behind() is None or self._thread is not None or self._over.is_set():
                 return
             self._thread = threading.Thread(target=self._read_back, name="index", daemon=True)
             try:
                 self._thread.start()
-            except RuntimeError as error:  # there can be no more threads: it is tried again when a segment ends
+            except RuntimeError as error:  # no more threads are allowed: try again when a segment ends
                 self._thread = None
                 self.warning = f"{self._path} is behind: {error}"
 
@@ -445,7 +445,7 @@ class Index:
         return next((name for name in ended if name in self._behind and name not in but), None)
 
     def _read_back(self) -> None:
-        tried: set[str] = set()  # what cannot be read back: it is read where it is asked for
+        tried: set[str] = set()  # segments that cannot be read back: they are read on demand
         wait_s = 0.0
         while not self._over.wait(wait_s):
             with self._lock:
@@ -466,7 +466,8 @@ class Index:
             self._thread = None
 
     def _read_one_back(self, one: Contents) -> bool:
-        """Whether that is done with: its rows are written, or it cannot be read; else it is behind again."""
+        """Read one segment back. True if it is done: its rows are written, or it cannot be read. False if it is behind
+        again."""
         name = one.name
         found = Contents(name)
 
@@ -474,13 +475,13 @@ class Index:
             if self._over.is_set() or name in self._behind or name not in self.known:
                 raise _Stopped
 
-        # Whatever it is: a thread that died here would keep the next from beginning.
+        # Catch everything: a thread that died here would keep the next from starting.
         with suppress(Exception):
             self.fill(found, end=one.end, advance=stop)
         with self._lock:
             if name in self.known and found.last == one.last:
                 self._wait_for_segment(one)
-            else:  # gone meanwhile, or not what it was: it is read where it is asked for
+            else:  # gone meanwhile, or changed: it is read on demand
                 self._delete(name)
             self.flush(now=True)
             if self._database is None and any(segment == name for segment, *_ in self._waiting):
@@ -511,7 +512,7 @@ class Index:
 
 
 class _Stopped(Exception):
-    """What is being read back is of no use any more."""
+    """The rows being read back are no longer needed."""
 
 
 def _said(one: Contents | None) -> tuple[object, ...] | None:
@@ -532,9 +533,9 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
 
 
 def _make_private(path: Path) -> None:
-    """The database of mode 0600, and so the files beside it, which take its mode; where they are ours. Raises OSError.
+    """Give the database mode 0600 if it is ours; the files beside it take over its mode. Raises OSError.
 
-    A database that is there is not opened here: closing it would end locks that SQLite has on it in this process.
+    An existing database is not opened here: closing it would release locks that SQLite holds on it in this process.
     """
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))

@@ -1,4 +1,4 @@
-"""The checkpoints of a history: by the index or, where it does not say, by the segments (specs/store.md §8)."""
+"""The checkpoints of a history: from the index or, where it is silent, from the segments (specs/store.md §8)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Listing:
         self._index = directory / index.FILE
 
     def by_epoch(self, contents: Iterable[Contents], *, newest_first: bool = False) -> Iterator[Entry]:
-        """All of them by epoch, each once, in the newest segment that holds it; none is kept. Raises StoreError."""
+        """All checkpoints by epoch, each once, from the newest segment that holds it; streamed. Raises StoreError."""
         sign, edge = (-1, -1) if newest_first else (1, 0)
         waiting = [one for one in contents if one.epochs]
         waiting.sort(key=lambda one: (sign * one.epochs[edge], -sequence_of(one.name)), reverse=True)
@@ -37,7 +37,7 @@ class Listing:
 
         given = None
         while waiting or open_ones:
-            # A segment is opened when its first checkpoint is due: seldom are more than two open at a time.
+            # A segment is opened when its first checkpoint is due: rarely are more than two open at a time.
             while waiting and (not open_ones or sign * waiting[-1].epochs[edge] <= open_ones[0][0]):
                 put(self.of(waiting.pop(), newest_first))
             if not open_ones:
@@ -49,7 +49,7 @@ class Listing:
             put(rest)
 
     def of(self, contents: Contents, newest_first: bool = False) -> Iterator[Entry]:
-        """The checkpoints of a segment: by the index, and where it does not say, by the segment itself."""
+        """The checkpoints of a segment: from the index or, where it is silent, from the segment itself."""
         given: int | None = None
         with suppress(index.Unreadable), index.reading(self._index) as rows:
             for entry in rows.entries(contents, backward=newest_first) if rows else ():
@@ -63,7 +63,7 @@ class Listing:
                 yield entry
 
     def walk(self, contents: Contents) -> Iterator[Entry]:
-        """The checkpoints of a segment as its bytes say them. Raises StoreError."""
+        """The checkpoints of a segment, read from its bytes. Raises StoreError."""
         path = self._segments / contents.name
         try:
             yield from walk(path, Contents(contents.name), end=contents.end, limits=self._limits)
@@ -83,7 +83,7 @@ class Listing:
         return next((entry for entry in self.walk(contents) if entry.epoch == epoch), None)
 
     def newest_until(self, contents: Contents, time_ns: int) -> Entry | None:
-        """The newest of a segment that was not taken later."""
+        """The newest checkpoint of a segment that was taken no later than a time."""
         with suppress(index.Unreadable), index.reading(self._index) as rows:
             if rows is not None and self._is_indexed(rows, contents):
                 return rows.newest_until(contents, time_ns)

@@ -1,4 +1,4 @@
-"""What retention no longer keeps is removed, some segments at a time (specs/store.md §7.2)."""
+"""Removes what retention no longer keeps, a few segments at a time (specs/store.md §7.2)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from remus_ckpt.store.segments import first_epoch_of, is_segment, sequence_of
 from remus_ckpt.store.state import State, StateFile
 
 _BATCH = 16
-"""So few that a checkpoint which waits for them is not late."""
+"""Few enough that a checkpoint which waits for their removal is not late."""
 
 
 class Pruner:
-    """Removes the oldest segments, some at a time. Whoever calls holds the writer's lock.
+    """Removes the oldest segments, a few at a time. The caller holds the writer's lock.
 
     directory: of the segments; index, state: of the history
-    on_phase: called with "pruning" and an epoch before each
+    on_phase: called with "pruning" and an epoch before each removal
     """
 
     def __init__(self, directory: Path, index: Index, state: StateFile, on_phase: Callable[[str, int], None]) -> None:
@@ -32,13 +32,13 @@ class Pruner:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether some are still to be removed."""
+        """Whether segments are still to be removed."""
         return self._pruning is not None
 
     def begin(self, newest: str, retention: Retention, now_ns: int) -> list[str]:
-        """Find those that are to go now, and return their names. Raises StoreError.
+        """Find the segments to remove now, and return their names. Raises StoreError.
 
-        newest: the segment with the newest checkpoint; now_ns: what this machine's clock says
+        newest: the segment with the newest checkpoint; now_ns: the time on this machine's clock
         """
         state = self._state.state
         self._pruning = None
@@ -47,7 +47,7 @@ class Pruner:
         return [] if self._pruning is None else list(self._pruning.over)
 
     def remove_some(self) -> None:
-        """Remove the next few. Raises StoreError."""
+        """Remove the next few segments. Raises StoreError."""
         if (pruning := self._pruning) is None:
             return
         pruning.remove_some(self._directory, self._index, self._on_phase)
@@ -57,17 +57,17 @@ class Pruner:
                 self._state.save(state)
 
     def give_up(self) -> None:
-        """Those that are left are found the next time."""
+        """Stop pruning; the remaining segments are found the next time."""
         self._pruning = None
 
 
 @dataclass(slots=True)
 class Pruning:
-    """Segments that are to go.
+    """Segments to remove.
 
-    over: segment → the epoch of its last checkpoint, oldest first; without those that are gone
-    oldest_left: the sequence number of the first that stays
-    taken_ns: when the newest checkpoint of the last that goes was taken, None where nothing says so
+    over: segment → the epoch of its last checkpoint, oldest first; without those already removed
+    oldest_left: the sequence number of the first segment that stays
+    taken_ns: when the newest checkpoint of the last removed segment was taken, None if unknown
     """
 
     over: dict[str, int]
@@ -75,10 +75,10 @@ class Pruning:
     taken_ns: int | None
 
     def remove_some(self, directory: Path, index: Index, on_phase: Callable[[str, int], None]) -> None:
-        """Remove the next few from the directory of segments. Raises StoreError."""
+        """Remove the next few segments from the directory. Raises StoreError."""
         batch = dict(islice(self.over.items(), _BATCH))
         with guarding(directory):
-            # First out of the index: a segment that it does not name is found again if we die here.
+            # The index first: if we die here, a segment that the index does not name is found again.
             index.drop(batch)
             for name, epoch in batch.items():
                 on_phase("pruning", epoch)
@@ -87,7 +87,7 @@ class Pruning:
             sync_directory(directory)
 
     def state_behind(self, state: State) -> State:
-        """What store.json is to say then: nothing of what was pruned, but the time that it was from."""
+        """The new contents of store.json: without the pruned segments, but with the time of the last of them."""
         damaged = {
             name: why
             for name, why in state.damaged.items()
@@ -100,9 +100,9 @@ class Pruning:
 def find_over(
     directory: Path, index: Index, newest: str, state: State, retention: Retention, now_ns: int
 ) -> Pruning | None:
-    """What retention says of the segments that the index knows; None where all of them stay. Raises StoreError.
+    """Which of the segments in the index retention removes; None if all of them stay. Raises StoreError.
 
-    newest: the segment with the newest checkpoint; now_ns: what this machine's clock says
+    newest: the segment with the newest checkpoint; now_ns: the time on this machine's clock
     """
     older = [one for one in index.known.values() if sequence_of(one.name) <= sequence_of(newest)]
     newer = [one for one in index.known.values() if sequence_of(one.name) > sequence_of(newest)]
@@ -118,7 +118,7 @@ def find_over(
         times_ns = times_taken(older, written_ns, now_ns, floor_ns if type(floor_ns) is int else None)
     with guarding(directory):
         sizes = [(directory / one.name).stat().st_size if one.size is None else one.size for one in [*older, *newer]]
-    # Newer ones are there where they are damaged: they count for the size.
+    # Segments newer than that one exist only if they are damaged: they count towards the size.
     sizes[len(older) - 1 :] = [sum(sizes[len(older) - 1 :])]
     count = count_over(older, sizes, retention, times_ns)
     if not count:

@@ -1,6 +1,6 @@
-"""What a history holds after any death of its writer, and what is to be done about it (specs/store.md §9).
+"""What a history holds after its writer died at any point, and what must be done about it (specs/store.md §9).
 
-Nothing is cut, removed, synced or saved here: the writer does that, by what is returned.
+Nothing is cut, removed, synced or saved here: the writer does that, following the result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_REASON = 300
 
 
 class Fill(Protocol):
-    """Reads a segment that the index does not know up to `end`, puts it there, and adds it to `contents`."""
+    """Reads the part of a segment, up to `end`, that the index lacks, and adds it to the index and to `contents`."""
 
     def __call__(self, contents: Contents, *, end: int) -> None:
         """Raises OSError."""
@@ -50,11 +50,12 @@ class Fill(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """The segment that the newest checkpoint is in, replayed into a warm copy, where the restorer has it in force.
+    """The segment that holds the newest checkpoint, replayed into a warm copy; the restorer has that checkpoint in
+    force.
 
-    synced: its first bytes, which somebody has synced; the others, up to the checkpoint's end, are to be written again
-    is_cut: what stands behind that is to be cut off: a checkpoint that never came to its end
-    is_sealed: nothing may follow in it
+    synced: how many of its first bytes are already synced; the rest, up to the checkpoint's end, must be written again
+    is_cut: whether to cut off what follows the checkpoint: another that never came to its end
+    is_sealed: nothing may be appended
     """
 
     name: str
@@ -70,11 +71,11 @@ class Newest:
 class Found:
     """What the segments hold.
 
-    contents: of each, oldest first
+    contents: of each segment, oldest first
     indexed: what the index says now
-    newest: None where there is no whole checkpoint
-    highest_epoch: of any checkpoint that was ever seen, −1 before the first
-    state: what store.json has to say
+    newest: None if there is no whole checkpoint
+    highest_epoch: of any checkpoint ever seen, −1 before the first
+    state: what store.json must say
     warnings: what is wrong, in words
     """
 
@@ -87,7 +88,7 @@ class Found:
 
 
 def leftovers(directory: Path, warm: Path) -> list[Path]:
-    """Files that were being written, and warm copies: they are to be removed before anything else is done."""
+    """Partly written files, and warm copies: they must be removed before anything else is done."""
     patterns = ((directory, ".store.json.*"), (warm, ".taken-over-*"), (warm, "memory-*.image"))
     partial = directory / segments.DIRECTORY, f"*{PARTIAL}"
     return [path for where, pattern in (*patterns, partial) for path in where.glob(pattern)]
@@ -102,10 +103,10 @@ def read_segments(
     new_home: Callable[[], MappedFile],
     fill: Fill,
 ) -> Found:
-    """Read what is there. All segments but the newest have been synced: the index may name what they hold.
+    """Read all segments. All but the newest have been synced, so the index may name what they hold.
 
     indexed: what the index says; limits: what streams may claim
-    Raises StoreError where a file cannot be read, or is of a later format.
+    Raises StoreError if a file cannot be read, or has a later format.
     """
     return _Reading(directory, state, indexed, limits, new_home, fill).found()
 
@@ -139,7 +140,7 @@ class _Reading:
 
     def _found(self) -> Found:
         names, there = self._names, set(self._names)
-        # One that is gone stays named until those beside it have been pruned.
+        # A segment that is gone stays named until its neighbours have been pruned.
         oldest = sequence_of(names[0]) if names else -1
         damaged = {
             name: why
@@ -154,16 +155,16 @@ class _Reading:
             with guarding(self._segments / name):
                 contents, reason = (self._read_newest if may_be_newest else self._glance)(name, said)
             if may_be_newest or said is None:
-                damaged.pop(name, None)  # it has been looked at anew
+                damaged.pop(name, None)  # it has been examined again
             if not may_be_newest and (said is None or contents.end != said.end):
-                self._indexed[name] = replace(contents)  # it has been put in
+                self._indexed[name] = replace(contents)  # it is in the index now
             known[name] = contents
             self._see(-1, contents)
             if reason is not None:
                 damaged[name] = reason
         gone = sorted((name for name in self._indexed.keys() - there), key=sequence_of)
         if names:
-            # The oldest are gone because they were pruned.
+            # The oldest ones are gone because they were pruned.
             gone = [name for name in gone if sequence_of(name) > oldest]
         for name in gone:
             self._warn([f"{name}: the index names it, and it is not there"])
@@ -189,7 +190,7 @@ class _Reading:
         self._highest = max(self._highest, epoch, last)
 
     def _read_newest(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
-        """Replay what may be the newest segment; returns what it holds and, where it is damaged, how."""
+        """Replay what may be the newest segment; returns what it holds and, if it is damaged, how."""
         limits = self._limits or Limits()
         if known is not None and known.shape is not None and known.shape.p2m_size * PAGE_SIZE > limits.memory_bytes:
             raise StoreError(
@@ -216,7 +217,7 @@ class _Reading:
             end = contents.end
             if is_sealed:
                 contents.size = end if reason is None else size
-            # The index names what was synced. What is whole behind that, nobody may have synced, or it has failed.
+            # The index names what was synced. Whole checkpoints after that may be unsynced, or their sync has failed.
             synced = 0 if known is None else min(known.end, end)
             self._newest = Newest(name, restorer, home, contents, synced, reason is None and size > end, is_sealed)
         except BaseException:
@@ -235,13 +236,13 @@ class _Reading:
                     restorer.commit()
             except StreamError as error:
                 if isinstance(error, UnknownFormat) and error.section == RECORD_SECTION:
-                    # Its digest is right: a later program wrote it.
+                    # The digest is right: a later version of the program wrote this.
                     raise StoreError(f"{self._segments / name}: {error}") from error
                 contents.fault = error.with_traceback(None)  # which would keep the memory
         return restorer, contents
 
     def _glance(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
-        """An older segment: the index is believed where the size is right, and what is missing there is put in."""
+        """Examine an older segment: trust the index if the size is right, and add to it what is missing."""
         size = (self._segments / name).stat().st_size
         if known is not None and known.last is not None:
             is_explained = known.end == size or (known.size == size and name in self._state.damaged)
@@ -259,7 +260,7 @@ class _Reading:
 
 
 def _gaps(contents: list[Contents], damaged: dict[str, str]) -> Iterator[str]:
-    """What is to be said of epochs that are missing between two segments, where nothing else says why."""
+    """Warnings about epochs missing between two segments, where no other damage explains them."""
     explained = sorted(sequence_of(name) for name in damaged if is_segment(name))
     reached = -1
     for before, one in pairwise(contents):
@@ -272,7 +273,7 @@ def _gaps(contents: list[Contents], damaged: dict[str, str]) -> Iterator[str]:
 
 
 def _damage_of(contents: Contents, known: Contents | None, fd: int, size: int) -> str | None:
-    """How a segment that was read to its end is damaged; None where it is not. Raises OSError."""
+    """How a segment that was read to its end is damaged; None if it is not. Raises OSError."""
     end = contents.end
     lost = known.epochs[len(contents.epochs) :] if known is not None and known.end > end else range(0)
     reason = None
@@ -290,6 +291,6 @@ def _damage_of(contents: Contents, known: Contents | None, fd: int, size: int) -
 
 
 def _bounded(damaged: dict[str, str]) -> dict[str, str]:
-    """As much of it as store.json has room for: what is not named there is found when the store is verified."""
+    """As many entries as store.json has room for: `verify` finds the damage that is not named there."""
     newest_first = sorted(damaged, key=lambda name: sequence_of(name) if is_segment(name) else -1, reverse=True)
     return {name: str(damaged[name])[:_MAX_REASON] for name in reversed(newest_first[:_MAX_DAMAGED])}

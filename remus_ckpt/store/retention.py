@@ -1,4 +1,4 @@
-"""Which of the oldest segments go (specs/store.md §7.2). No I/O, no clock."""
+"""Which of the oldest segments are removed (specs/store.md §7.2). No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _2000_NS = 946_684_800 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What is kept; None: no matter. Whole segments go, oldest first, never the one that holds the newest checkpoint.
+    """What is kept; None: no limit. Whole segments are removed, oldest first, but never the one that holds the newest
+    checkpoint.
 
-    count: a segment goes when so many checkpoints are left without it
-    age_s: a segment goes when its newest checkpoint is so many seconds older than the newest of all
-    bytes: the oldest segments go until what is left has no more bytes
+    count: a segment is removed if at least this many checkpoints are left without it
+    age_s: a segment is removed if its newest checkpoint is more than this many seconds older than the newest of all
+    bytes: the oldest segments are removed until the rest has at most this many bytes
     """
 
     count: int | None = None
@@ -31,10 +32,10 @@ def count_over(
     retention: Retention,
     times_ns: Sequence[int | None],
 ) -> int:
-    """How many of the oldest segments go; the last always stays.
+    """How many of the oldest segments to remove; the last always stays.
 
     segments: what they hold, oldest first; sizes: of their files in bytes
-    times_ns: as `times_taken` judges them
+    times_ns: as estimated by `times_taken`
     """
     # From the newest to the oldest: how many checkpoints there are from each segment on, and how many bytes.
     counts = list(accumulate((_new_in(one, behind) for one, behind in _pairs(segments)), initial=0))[::-1]
@@ -65,10 +66,10 @@ def times_taken(
 ) -> list[int | None]:
     """When the newest checkpoint of each segment was taken, as far as clocks can be believed.
 
-    written_ns: when the file of that name was last written, by the clock of this machine
-    now_ns: what that clock says; floor_ns: nothing that is left was taken before, None where nothing says so
+    written_ns: when the file of that name was last written, by this machine's clock
+    now_ns: the time on that clock; floor_ns: no remaining checkpoint was taken before this, None if unknown
 
-    The last is the time that ages count from. Source: specs/store.md §7.2.
+    Ages count from the last time in the result. Source: specs/store.md §7.2.
     """
     low = _2000_NS if now_ns >= _2000_NS else 0
 
@@ -88,7 +89,7 @@ def times_taken(
         times.append(believed(one))
         low = times[-1] or low
     times.append(now_ns)
-    # None is younger than the one behind it, which also stands in where nothing is believed.
+    # No segment is younger than the one after it, whose time also serves where a segment's own cannot be believed.
     for number in range(len(times) - 2, -1, -1):
         own, behind = times[number], times[number + 1]
         times[number] = behind if own is None or behind is None else min(own, behind)
@@ -96,13 +97,13 @@ def times_taken(
 
 
 def _pairs(segments: Sequence[Contents]) -> list[tuple[Contents, Contents | None]]:
-    """Each segment, from the newest on, and the one behind it."""
+    """Each segment, newest first, with the one after it."""
     newest_first = segments[::-1]
     return list(zip(newest_first, [None, *newest_first], strict=False))
 
 
 def _new_in(one: Contents, behind: Contents | None) -> int:
-    """Its checkpoints, but for one that begins the segment behind it."""
+    """How many checkpoints a segment has, without one that is also the base of the segment after it."""
     is_copied = (
         behind is not None
         and one.last is not None

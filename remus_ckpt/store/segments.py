@@ -30,17 +30,17 @@ _EPOCHS = 1 << 63
 _MAX_SEQUENCE = 10**12
 _SEARCH_BYTES = 1 << 20
 _TIMES_NS = range(-(1 << 63), 1 << 63)
-"""What the index can hold."""
+"""The times that the index can hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One whole checkpoint.
 
-    position, time_ns: as its record says; no time where that is none that can be kept
-    segment, start, end: its bytes in that file; to restore it, the file is read from its beginning to `end`
+    position, time_ns: from its record; time_ns is None if the record's time cannot be kept
+    segment, start, end: its bytes in that file; to restore it, read the file from its beginning to `end`
     pages: how many it carries
-    is_base: it carries all of memory that is not zeros
+    is_base: whether it carries all pages of memory that are not zeros
     """
 
     position: Position
@@ -53,12 +53,12 @@ class Entry:
 
     @property
     def epoch(self) -> int:
-        """Its number."""
+        """The checkpoint's number."""
         return self.position.epoch
 
 
 class Shape(NamedTuple):
-    """What a stream must be, to be continued: its page codec, its toolstack word in bytes, and its pages of memory."""
+    """What a stream must match to continue another: page codec, toolstack word in bytes, and pages of memory."""
 
     codec: StreamCodec
     word: Word
@@ -69,9 +69,9 @@ class Shape(NamedTuple):
 class Contents:
     """What a segment holds, summed up: its epochs are consecutive, and each checkpoint begins where the last one ends.
 
-    first, last: of its checkpoints; None where it has none
-    size: of the file, where it will not grow any more
-    fault: what ended the reading, where that was not the end of the file
+    first, last: of its checkpoints; None if it has none
+    size: of the file, if it will not grow any more
+    fault: what ended the reading, if that was not the end of the file
     """
 
     name: str
@@ -82,25 +82,25 @@ class Contents:
     fault: StreamError | None = None
 
     def add(self, entry: Entry) -> None:
-        """The checkpoint behind the last one."""
+        """Add the checkpoint that follows the last one."""
         self.first = self.first or entry
         self.last = entry
 
     @property
     def end(self) -> int:
-        """The first byte behind the last whole checkpoint."""
+        """The first byte after the last whole checkpoint."""
         return self.last.end if self.last else 0
 
     @property
     def epochs(self) -> range:
-        """Of its checkpoints."""
+        """The epochs of its checkpoints."""
         return range(self.first.epoch, self.last.epoch + 1) if self.first and self.last else range(0)
 
 
 def segment_name(first_epoch: int, sequence: int) -> str:
-    """The name of a segment whose base is that checkpoint; the sequence number says which is newer.
+    """The name of a segment with a base of that epoch; the sequence number says which segment is newer.
 
-    Raises StoreError where the numbers are used up.
+    Raises StoreError if the numbers are used up.
     """
     if sequence >= _MAX_SEQUENCE:
         raise StoreError(f"no segment can follow number {sequence - 1}: continue in a new store")
@@ -108,7 +108,7 @@ def segment_name(first_epoch: int, sequence: int) -> str:
 
 
 def first_epoch_of(name: str) -> int:
-    """The epoch in a segment's name: of its base."""
+    """The epoch in a segment's name, which is that of its base."""
     return int(name.partition("-")[0])
 
 
@@ -137,11 +137,11 @@ def replay(
     end: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Feed a file to a restorer, and yield each checkpoint that is staged, to be committed or skipped by the caller.
+    """Feed a file to a restorer, and yield each staged checkpoint for the caller to commit or skip.
 
-    start, end: the bytes that are read; end None: to the end of the file
-    advance: called with the place in the file that the reading has come to
-    Ends with the bytes. Raises StreamError, and OSError where the file cannot be read.
+    start, end: the range of bytes to read; end None: to the end of the file
+    advance: called with the offset that has been reached in the file
+    Stops at the end of the range. Raises StreamError, and OSError if the file cannot be read.
     """
     at = start
     while True:
@@ -161,9 +161,9 @@ def replay(
 
 
 def entry_of(checkpoint: Checkpoint, segment: str, shift: int = 0) -> Entry:
-    """The entry of a checkpoint of ours, whose bytes stand `shift` further on in its segment than in its stream.
+    """The entry of one of our checkpoints. shift: its offset in the segment minus its offset in its stream
 
-    Raises Malformed for one without a record.
+    Raises Malformed for a checkpoint without a record.
     """
     record = record_of(checkpoint)
     return Entry(
@@ -183,7 +183,7 @@ def can_keep(time_ns: int | None) -> bool:
 
 
 def record_of(checkpoint: Checkpoint) -> CheckpointRecord:
-    """Raises Malformed for a checkpoint without a record of ours."""
+    """The record of a checkpoint. Raises Malformed if it has none of ours."""
     if checkpoint.record is None:
         raise Malformed(
             "a store holds streams of our own: this checkpoint has no record",
@@ -195,7 +195,7 @@ def record_of(checkpoint: Checkpoint) -> CheckpointRecord:
 
 
 class Nowhere:
-    """The home of a restorer that only reads, and skips every checkpoint."""
+    """A home for a restorer that only reads and skips every checkpoint."""
 
     def open(self, pages: int) -> Pages:
         """No memory."""
@@ -216,12 +216,12 @@ def walk(
     limits: Limits | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[Entry]:
-    """Read a segment behind what is known of it, check all that is there, and yield its checkpoints one by one.
+    """Read a segment after its known part, check everything there, and yield its checkpoints one by one.
 
-    contents: what is known, which each checkpoint is added to before it is yielded, and at the end the fault
+    contents: the known part; each checkpoint is added to it before it is yielded, and at the end the fault
     end: where to stop; None: at the end of the file
-    advance: as of `replay`
-    Raises OSError where it cannot be read.
+    advance: as for `replay`
+    Raises OSError if the segment cannot be read.
     """
     start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
     fd = open_to_read(path)
@@ -248,7 +248,7 @@ def scan(
     limits: Limits | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Contents:
-    """`walk` to the end, from the beginning or behind what is `known`. Raises OSError where it cannot be read."""
+    """`walk` to the end, from the beginning or after the `known` part. Raises OSError if it cannot be read."""
     found = Contents(path.name) if known is None else replace(known, fault=None)
     for _ in walk(path, found, end=end, limits=limits, advance=advance):
         pass
@@ -256,14 +256,14 @@ def scan(
 
 
 def shape_of(restorer: Restorer) -> Shape:
-    """Of the stream whose checkpoint is in force; one of ours."""
+    """The shape of the stream whose checkpoint is in force; it must be one of ours."""
     boundary, checkpoint = restorer.boundary, restorer.in_force
     assert checkpoint is not None and checkpoint.record is not None and boundary.dialect.word is not None
     return Shape(cast(StreamCodec, checkpoint.record.codec), boundary.dialect.word, boundary.p2m_size)
 
 
 def boundary_behind(contents: Contents) -> Boundary:
-    """Where reading goes on behind the last entry."""
+    """The boundary after the last entry, where reading continues."""
     last, shape = contents.last, contents.shape
     assert last is not None and shape is not None
     return Boundary.of_ours(
@@ -277,10 +277,10 @@ def boundary_behind(contents: Contents) -> Boundary:
 
 
 def holds_a_record(fd: int, position: Position, start: int, size: int) -> bool:
-    """Whether from `start` to `size` there stands a whole record of a checkpoint that follows `position`.
+    """Whether the bytes from `start` to `size` contain a whole record of a checkpoint that follows `position`.
 
-    Then what is there is no checkpoint that was cut off, whatever its first bytes say. Any other record is memory that
-    holds a save stream. Raises OSError.
+    If so, they are not a checkpoint that was cut off, whatever their first bytes say. Any other record is part of
+    memory that happens to hold a save stream. Raises OSError.
     """
     needle = Signature.REMUS.value
     head = len(needle) + 4
@@ -298,15 +298,15 @@ def holds_a_record(fd: int, position: Position, start: int, size: int) -> bool:
 
 
 def _is_record(fd: int, position: Position, at: int, length: int, size: int) -> bool:
-    """Whether these bytes are the record of the next checkpoint or, should that be damaged, of the one behind it."""
+    """Whether these bytes are the record of the next checkpoint or, if that one is damaged, of the one after it."""
     if at + length > size or os.pread(fd, len(RECORD_MAGIC), at) != RECORD_MAGIC:
         return False
     if length > Limits().device_state_bytes:
-        return True  # it is not worth the memory to tell
+        return True  # to be certain would take too much memory
     try:
         before = CheckpointRecord.unpack(os.pread(fd, max(length - DIGEST_BYTES, 0), at), at).before
     except UnknownFormat:
-        return True  # a later program's
+        return True  # from a later version of the program
     except Malformed:
         return False
     return before is not None and (before == position or before.epoch == position.epoch + 1)

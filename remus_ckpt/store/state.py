@@ -26,13 +26,13 @@ Role = Literal["standby", "promoted"]
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What store.json says.
+    """The contents of store.json.
 
     term: counts the takeovers
-    role: "standby" takes checkpoints, "promoted" has taken over
-    highest_epoch: of any checkpoint that damage has made unreachable, None where there was none
+    role: "standby" accepts checkpoints, "promoted" has taken over
+    highest_epoch: of all checkpoints that damage has made unreachable, None if there are none
     damaged: segment → what is wrong with it
-    more: what else stands there, as JSON
+    more: all other fields, as JSON
     """
 
     name: str
@@ -48,14 +48,14 @@ _OWN = ("format", "name", "term", "role", "highest_epoch", "damaged")
 
 
 def is_history(directory: Path) -> bool:
-    """Whether a history is there: it has a store.json or, where that is lost, segments."""
+    """Whether the directory is a history: it has a store.json or, if that is lost, segments."""
     if (directory / FILE).is_file():
         return True
     return (directory / segments.DIRECTORY).is_dir() and bool(segments.list_segments(directory))
 
 
 def load_state(directory: Path) -> State:
-    """Raises StoreError where it is not there, cannot be read, or is of another format."""
+    """Load store.json. Raises StoreError if it is missing, cannot be read, or has another format."""
     path = directory / FILE
     try:
         data = _read(path)
@@ -72,7 +72,7 @@ def load_state(directory: Path) -> State:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         fields = json.loads(data, parse_constant=_not_json, parse_float=_finite)
-        json.dumps(fields, ensure_ascii=False).encode()  # a lone surrogate could be printed nowhere
+        json.dumps(fields, ensure_ascii=False).encode()  # a lone surrogate could not be printed
         if type(fields["format"]) is int and fields["format"] > FORMAT:
             raise StoreError(
                 f"{path}: the store has format {fields['format']}, this program knows {FORMAT}: use a later one"
@@ -102,8 +102,8 @@ def load_state(directory: Path) -> State:
 
 
 def _read(path: Path) -> bytes:
-    """What stands there. Read until it is the same twice: a file that is being read may be replaced, become the spare,
-    and be written in place. Raises OSError."""
+    """Read a file until two reads agree: while it is read, it may be replaced, become the spare, and be written in
+    place. Raises OSError."""
     data = None
     for _ in range(_TRIES):
         before = data
@@ -115,10 +115,10 @@ def _read(path: Path) -> bytes:
 
 
 def save_state(directory: Path, state: State) -> None:
-    """Whole or not at all, and durable. Raises StoreError.
+    """Write store.json atomically and durably. Raises StoreError.
 
-    A spare beside it has the room that the next change needs, so that a full disk does not keep anybody from noting who
-    may act. What is written is filled up with blanks, so that the file has as much room when it is the spare.
+    A spare file beside it reserves the room for the next change, so that even on a full disk it can be recorded who may
+    act. The contents are padded with blanks, so that the file has as much room when it becomes the spare.
     """
     path = directory / FILE
     spare = spare_of(path)
@@ -136,7 +136,7 @@ def save_state(directory: Path, state: State) -> None:
 
 
 def reserve(directory: Path) -> None:
-    """Give the spare of store.json as much room as the file has, and a little more, if the disk has it."""
+    """Give the spare of store.json a little more room than the file has, if the disk has any."""
     path = directory / FILE
     with suppress(OSError):
         used = len(_read(path).rstrip())
@@ -144,9 +144,9 @@ def reserve(directory: Path) -> None:
 
 
 class StateFile:
-    """store.json in the hands of the one who writes the history, and holds its lock.
+    """store.json, as used by the writer of the history, who holds its lock.
 
-    It is made where there is no history yet, and durable then. Raises StoreError.
+    If there is no history yet, the file is created durably. Raises StoreError.
     """
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -155,17 +155,17 @@ class StateFile:
             save_state(directory, State(name))
         self._directory = directory
         self.state = load_state(directory)
-        """What it says: after an exception too, this is what whoever opens the history would read."""
-        self._is_settled = True  # a loss of power would not change that
+        """The state that anyone who opens the history would read, also after an exception."""
+        self._is_settled = True  # a loss of power would not change `state`
         with guarding(path):
-            # Whoever put it there may have died before this. Only then is the spare no longer what a loss of power
-            # would bring back, and may be written to.
+            # The previous writer may have died before its sync. Only after this sync can a loss of power no longer
+            # bring back the spare, which may then be written to.
             sync_file(path)
             sync_directory(directory)
         reserve(directory)
 
     def save(self, state: State) -> None:
-        """Whole or not at all, and durable. Raises StoreError; `state` says what is in force then."""
+        """Write atomically and durably. Raises StoreError; `state` then still says what is in force."""
         self._is_settled = False
         try:
             save_state(self._directory, state)
@@ -175,7 +175,7 @@ class StateFile:
             raise
 
     def _take_back(self) -> None:
-        """A new state could not be written: put the old one back if need be, and learn which one is there."""
+        """After a failed write: put the old state back if necessary, and find out which one is there."""
         try:
             if load_state(self._directory) != self.state:
                 save_state(self._directory, self.state)
@@ -202,7 +202,7 @@ def _finite(text: str) -> float:
 
 
 def _check_depth(value: Any, left: int = _MAX_DEPTH) -> None:
-    """What can be loaded must be fit to be saved. Raises ValueError."""
+    """Check that what was loaded can also be saved. Raises ValueError."""
     if not left:
         raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
     if isinstance(value, dict | list):
@@ -217,7 +217,10 @@ def _check_damaged(damaged: dict[str, Any]) -> None:
 
 
 def _check_more(more: dict[str, Any]) -> None:
-    """What decides who may act is of its type, or the file says nothing. Raises ValueError, TypeError, KeyError."""
+    """Check the types of the fields that decide who may act; if they are wrong, the whole file is invalid.
+
+    Raises ValueError, TypeError, KeyError.
+    """
     for name in ("expects_primary", "takeover_done"):
         if more.get(name) is not None:
             _typed(more, name, bool)

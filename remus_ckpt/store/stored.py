@@ -1,4 +1,4 @@
-"""One checkpoint of a history, as a handle: nothing of it is read before it is asked for."""
+"""One checkpoint of a history, as a handle: nothing is read until it is needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Stored:
     """A durable checkpoint, such as `open_store("/var/lib/remus")["orders"][-1]`.
 
-    entry: where its bytes stand
+    entry: where its bytes are
     """
 
     history: History
@@ -31,31 +31,31 @@ class Stored:
 
     @property
     def epoch(self) -> int:
-        """Its number."""
+        """The checkpoint's number."""
         return self.entry.epoch
 
     @property
     def position(self) -> Position:
-        """Its number and digest."""
+        """The checkpoint's number and digest."""
         return self.entry.position
 
     @property
     def time(self) -> datetime | None:
-        """When it was taken, by the primary's clock; None if that was not said."""
+        """When it was taken, by the primary's clock; None if unknown."""
         time_ns = self.entry.time_ns
         return None if time_ns is None else datetime.fromtimestamp(time_ns / 1e9, UTC)
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What `protect` had been given, by name, with dtype and shape.
+        """The buffers given to `protect`, by name, with dtype and shape.
 
-        Raises NoCheckpoint if it was not made by `protect`; else as `restore`.
+        Raises NoCheckpoint if the checkpoint was not made by `protect`; otherwise like `restore`.
         """
         return arrays_of(self.restore())[0]
 
     def restore(self) -> Checkpoint:
-        """The checkpoint with its memory, in this process. Raises NoCheckpoint, BadCheckpoint, StoreError."""
+        """Restore the checkpoint into the memory of this process. Raises NoCheckpoint, BadCheckpoint, StoreError."""
         return self.history.restore(self.epoch)
 
     def save(self, path: str | Path) -> Checkpoint:
-        """Its memory as a file, which appears when it is whole and durable. Raises as `restore`."""
+        """Save its memory to a file, which appears once it is complete and durable. Raises like `restore`."""
         return self.history.restore_image(path, self.epoch)

@@ -1,4 +1,4 @@
-"""What the segments of a history hold, and what they have held and is lost (specs/store.md §4.3, §8)."""
+"""What the segments of a history hold, and which of their checkpoints are lost (specs/store.md §4.3, §8)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Checkpoints that were durable and are not there (specs/store.md §4.3).
+    """Checkpoints that were durable and are missing (specs/store.md §4.3).
 
-    segment: that held them; where none is known that did, the one behind them
-    byte: where its whole checkpoints end, 0 where it is gone
-    epochs: theirs, as far as anything says so
-    time_ns: when the first of them was taken, None where nothing says so
+    segment: the one that held them; if that is unknown, the one after them
+    byte: where its whole checkpoints end, 0 if it is gone
+    epochs: of the missing checkpoints, as far as known
+    time_ns: when the first of them was taken, None if unknown
     """
 
     segment: str
@@ -38,10 +38,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What there is, and what there was.
+    """The checkpoints that exist, and those that are lost.
 
     contents: of the segments, oldest first, each summed up
-    lost: what was durable and is not there, oldest first
+    lost: what was durable and is missing, oldest first
     """
 
     contents: tuple[Contents, ...]
@@ -49,13 +49,13 @@ class Survey:
 
     @property
     def newest(self) -> Entry | None:
-        """The checkpoint with the highest epoch that is there, in the newest segment that holds it."""
+        """The existing checkpoint with the highest epoch, from the newest segment that holds it."""
         entries = [one.last for one in reversed(self.contents) if one.last is not None]
         return max(entries, key=lambda entry: entry.epoch, default=None)
 
     @property
     def oldest(self) -> Entry | None:
-        """The one with the lowest."""
+        """The existing checkpoint with the lowest epoch."""
         entries = [one.first for one in self.contents if one.first is not None]
         return min(entries, key=lambda entry: entry.epoch, default=None)
 
@@ -66,21 +66,21 @@ class Survey:
 
     @property
     def bytes(self) -> int:
-        """Of all segments, up to their last whole checkpoints."""
+        """The bytes of all segments, up to their last whole checkpoints."""
         return sum(one.end for one in self.contents)
 
     def lost_behind(self, epoch: int) -> Lost | None:
-        """The first that has lost a checkpoint above that epoch."""
+        """The first loss that includes a checkpoint above that epoch."""
         behind = (one for one in self.lost if one.epochs and one.epochs[-1] > epoch)
         return min(behind, key=lambda one: one.epochs[0], default=None)
 
     def newest_before(self, epoch: int) -> int | None:
-        """The highest epoch below that one that is there."""
+        """The highest existing epoch below that one."""
         return newest_before([one.epochs for one in self.contents], epoch)
 
 
 class Surveyor:
-    """Looks at the segments of a history; writes nothing, and a writer may go on meanwhile.
+    """Examines the segments of a history; writes nothing, and may run beside a writer.
 
     directory: of the history; limits: what its streams may claim
     """
@@ -93,14 +93,14 @@ class Surveyor:
         self._scanned: dict[str, tuple[tuple[int, int], Contents]] = {}
 
     def survey(self) -> Survey:
-        """What the segments hold, and what they have held. Raises StoreError."""
+        """What the segments hold now, and what they once held. Raises StoreError."""
         state = load_state(self.directory)
         indexed, names = self.index_and_names()
         contents = []
         for name in names:
             known = indexed.get(name)
             if known is not None and known.size is not None and known.end != known.size and name not in state.damaged:
-                known = None  # nothing says why it should hold less than its bytes
+                known = None  # nothing explains why it should hold less than its bytes
             try:
                 contents.append(self.look_at(name, known))
             except FileNotFoundError:
@@ -112,7 +112,7 @@ class Surveyor:
         return Survey(tuple(contents), tuple(self.lost(state, indexed, names, contents)))
 
     def index_and_names(self) -> tuple[dict[str, Contents], list[str]]:
-        """The index first: then a segment that it names, and that is not listed, has been removed."""
+        """Read the index, then list the segments: in that order, a segment named but not listed has been removed."""
         for _ in range(_TRIES):
             indexed = index.read_index(self._index) or {}
             names = list_segments(self.directory)
@@ -131,8 +131,9 @@ class Surveyor:
     ) -> list[Lost]:
         """What was durable and is not in `contents`, oldest first.
 
-        Three things say so: the index; the epochs, which go on from segment to segment without a gap; and store.json.
-        whole: the newest segment has been looked at up to its end; else anything may stand behind its last checkpoint
+        Three things reveal losses: the index; a gap between the epochs of two segments, which should be consecutive;
+        and store.json.
+        whole: the newest segment has been read to its end; otherwise anything may follow its last checkpoint
         """
         there = joined(one.epochs for one in contents)
         gone = self._gone(indexed, state, contents)
@@ -151,7 +152,7 @@ class Surveyor:
         reached = -1
         for before, one in itertools.pairwise(contents):
             reached = max(reached, before.epochs[-1] if before.epochs else -1)
-            # Where the one before is gone meanwhile, it was pruned, and others with it.
+            # If the previous segment has disappeared meanwhile, it was pruned, perhaps with others.
             if reached < 0 or one.first is None or not (self._segments / before.name).exists():
                 continue
             for part in without(range(reached + 1, one.first.epoch), accounted):
@@ -168,20 +169,20 @@ class Surveyor:
         lost = [one for one in lost if one.epochs or one.segment not in explained] + missing
         highest, seen = there[-1][-1] if there else -1, state.highest_epoch
         if names and seen is not None and seen > highest and not any(last(one.epochs) > highest for one in lost):
-            # The index was made again since; of what was lost, only this is left.
+            # The index has been rebuilt since; this is the only trace left of what was lost.
             newest = next((one for one in reversed(contents) if one.last is not None), None)
             segment, byte = (names[-1], 0) if newest is None else (newest.name, newest.end)
             lost.append(Lost(segment, byte, "what was durable behind this is lost", range(highest + 1, seen + 1)))
         return sorted(lost, key=lambda one: sequence_of(one.segment))
 
     def _gone(self, indexed: dict[str, Contents], state: State, contents: list[Contents]) -> list[str]:
-        """Segments that the index or store.json names and that are not there, but for the oldest: they were pruned."""
+        """Segments that the index or store.json names and that are missing, except the oldest: those were pruned."""
         there = {one.name for one in contents}
         named = {*indexed, *filter(is_segment, state.damaged)} - there
         if contents:
             named = {name for name in named if sequence_of(name) > sequence_of(contents[0].name)}
         if named:
-            # What is pruned has left them before: it may have been while the segments were looked at.
+            # Pruning removes the names first, and may have done so while we examined the segments.
             still = {*(index.read_index(self._index) or {}), *load_state(self.directory).damaged}
             now = list_segments(self.directory)
             oldest = sequence_of(now[0]) if now else 0
@@ -191,10 +192,10 @@ class Surveyor:
     def _missing(
         self, one: Contents, known: Contents | None, there: list[range], may_grow: bool, until: int
     ) -> list[Lost]:
-        """What a segment that is there has lost.
+        """What an existing segment has lost.
 
-        may_grow: behind its last checkpoint anything may stand
-        until: the first epoch of the segment behind it
+        may_grow: anything may follow its last checkpoint
+        until: the first epoch of the next segment
         """
         is_short = known is not None and known.end > one.end
         is_bad = one.fault is not None and (known is None or not may_grow)
@@ -205,18 +206,19 @@ class Surveyor:
             byte, reason = one.fault.offset or one.end, one.fault.message
         if known is not None and is_short:
             return self._each_lost(known, byte, reason, known.epochs[len(one.epochs) :], there)
-        # No index says what stood there; that something did, the name says of the base, and the fault of the others.
+        # No index says what was there. The name proves that there was a base, and the fault that there was more.
         first = one.last.epoch + 1 if one.last else first_epoch_of(one.name)
         return self._each_lost(Contents(one.name), byte, reason, range(first, max(first + 1, until)), there)
 
     def _each_lost(self, held: Contents, byte: int, reason: str, epochs: range, there: list[range]) -> list[Lost]:
-        """Those epochs that are not there; without one, that the segment is not what it was."""
+        """The losses for those of `epochs` that are missing; if none is, a loss without epochs: the segment has
+        changed."""
         parts = without(epochs, there)
         found = [Lost(held.name, byte, reason, part, self._time_of(held, part[0])) for part in parts]
         return found or [Lost(held.name, byte, reason)]
 
     def _time_of(self, contents: Contents, epoch: int) -> int | None:
-        """When a checkpoint of a segment was taken, as far as the index says."""
+        """When a checkpoint of a segment was taken, if the index says so."""
         if contents.first is not None and contents.first.epoch == epoch:
             return contents.first.time_ns
         with index.reading(self._index) as rows, suppress(index.Unreadable):
@@ -225,7 +227,7 @@ class Surveyor:
         return None
 
     def look_at(self, name: str, known: Contents | None) -> Contents:
-        """What one segment holds: as the index says, if that can be, or as its bytes do. Raises OSError."""
+        """What one segment holds: from the index, if its answer is possible, else from the bytes. Raises OSError."""
         path = self._segments / name
         status = path.stat()
         if known is not None and known.last is not None:
@@ -242,7 +244,7 @@ class Surveyor:
 
 
 def joined(spans: Iterable[range]) -> list[range]:
-    """Ranges of consecutive numbers as ranges that do not touch, ascending."""
+    """Join ranges that overlap or touch; the result is ascending."""
     found: list[range] = []
     for span in sorted((span for span in spans if span), key=lambda span: span[0]):
         if found and span[0] <= found[-1].stop:
@@ -253,7 +255,7 @@ def joined(spans: Iterable[range]) -> list[range]:
 
 
 def without(span: range, there: list[range]) -> list[range]:
-    """What is left of a range without those, which are `joined`."""
+    """What is left of a range without the ranges in `there`, which are `joined`."""
     left = []
     start = span.start
     number = max(bisect.bisect_right(there, span.start, key=lambda one: one.start) - 1, 0)

@@ -18,28 +18,29 @@ from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 
 _COPY_BYTES = 1 << 22
 _GAP_PAGES = 8
-"""Pages that lie so near to each other are given room with one call, and those between them too."""
+"""Pages at most this far apart are allocated with one call, together with those between them."""
 
 
 class WarmCopyDamaged(StoreError):
-    """The file is not what was mapped: to open the history anew makes another from the segments."""
+    """The file is not what was mapped; reopening the history rebuilds it from the segments."""
 
 
 class MappedFile:
-    """A restorer's home: a sparse file of mode 0600. A store into a mapping that finds no room on the disk would end
-    the process with SIGBUS; so pages get their room by `write` and `reserve`, which can say no. `reserve` also finds
-    that somebody has cut the file.
+    """A restorer's home: a sparse file of mode 0600.
+
+    On a full disk, a store into a mapping would kill the process with SIGBUS; so `write` and `reserve` allocate room
+    for pages first, and can fail. `reserve` also notices if the file has been truncated.
 
     path: created, or emptied
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path: Path | None = Path(path)
-        """None once it has been handed out."""
+        """None once the file has been handed out."""
         with guarding(path):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self.has_room: NDArray[np.bool_] = np.empty(0, dtype=bool)
-        """bool[pages]: the others are holes, and zeros."""
+        """bool[pages]: which pages have room on the disk; the others are holes, and zeros."""
 
     def open(self, pages: int) -> Pages:
         """The file as memory of zeros."""
@@ -65,7 +66,7 @@ class MappedFile:
         self.has_room[pfns] = True
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:
-        """Room on the disk for these pages. Raises StoreError, as `check` too."""
+        """Allocate room on the disk for these pages. Raises StoreError, also like `check`."""
         self.check()
         has_room = self.has_room[pfns]
         if has_room.all():
@@ -79,7 +80,7 @@ class MappedFile:
                 self.has_room[start:end] = True
 
     def check(self) -> None:
-        """Raise WarmCopyDamaged if the file has lost pages: to touch what is missing ends the process."""
+        """Raise WarmCopyDamaged if the file has lost pages: touching a missing page kills the process."""
         size, whole = os.fstat(self.fd).st_size, len(self.has_room)
         if pages_for(size) < whole:
             raise WarmCopyDamaged(
@@ -88,7 +89,7 @@ class MappedFile:
             )
 
     def copy(self, path: Path, size: int) -> None:
-        """Copy its first bytes to a file that appears when it is whole and durable. Raises StoreError."""
+        """Copy its first bytes to a file that appears once it is complete and durable. Raises StoreError."""
         edges = np.flatnonzero(np.diff(self.has_room, prepend=False, append=False)).reshape(-1, 2) * PAGE_SIZE
         with guarding(path), appearing(path) as descriptor:
             os.ftruncate(descriptor, size)
@@ -98,25 +99,25 @@ class MappedFile:
                     at += _copy_range(self.fd, descriptor, at, stop - at)
 
     def sync(self) -> None:
-        """Durable when it returns. Raises StoreError."""
+        """Make the file durable. Raises StoreError."""
         with guarding(self.path):
             os.fsync(self.fd)
 
     def cut(self, size: int) -> None:
-        """Let the file end within its last page, whose rest in memory is zeros then. Raises StoreError."""
+        """Truncate the file within its last page; the rest of that page in memory becomes zeros. Raises StoreError."""
         with guarding(self.path):
             os.ftruncate(self.fd, size)
 
     def hand_out(self, path: Path, size: int) -> None:
-        """Give the file to somebody else, under another name: it is not removed with this.
+        """Hand the file over under another name; it is no longer removed with this object.
 
-        size: its bytes, which end in its last page
-        Raises StoreError, as `check` too.
+        size: of the file in bytes, which ends in its last page
+        Raises StoreError, also like `check`.
         """
         assert self.path is not None, "it has been handed out before"
         self.check()
         self.cut(size)
-        own, self.path = self.path, None  # before the other has it: from then on nobody here may believe what it holds
+        own, self.path = self.path, None  # first: once it is handed over, its contents may change
         try:
             with guarding(own):
                 os.rename(own, path)
@@ -125,14 +126,14 @@ class MappedFile:
             raise
 
     def close(self) -> None:
-        """Close the descriptor; memory stays mapped as long as somebody has it."""
+        """Close the descriptor; memory stays mapped while anything refers to it."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            with suppress(OSError):  # what must be durable has been synced
+            with suppress(OSError):  # whatever must be durable is synced
                 os.close(fd)
 
     def remove(self) -> None:
-        """Close it and take the file away."""
+        """Close and remove the file."""
         self.close()
         if self.path is None:
             return

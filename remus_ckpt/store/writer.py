@@ -35,26 +35,27 @@ _PRUNE_PAUSE_S = 0.001
 
 
 class Torn(StoreError):
-    """The writer is closed, or a change to it was interrupted: to open the history anew finds what is durable."""
+    """The writer is closed, or a change to it was interrupted: reopening the history finds what is durable."""
 
 
 class HistoryWriter:
-    """The one who may write a history. Opening recovers what is there (specs/store.md §9).
+    """The only writer of a history. Opening it recovers what is there (specs/store.md §9).
 
-    directory: of the name; it is created where it is not there
+    directory: of the name; created if it does not exist
     name: written into a new store
     limits: what a stream may claim
-    warm_directory: in it, under the name, lies the warm copy; by default it lies in the history itself
-    retention: pruned by it after each compaction and each new base
-    compact_bytes, compact_checkpoints: compact when the deltas behind a base have more bytes than it and than this,
-        or are more than so many; None: only by `compact`
+    warm_directory: holds the warm copy, under the name; by default the history itself holds it
+    retention: applied after each compaction and each new base
+    compact_bytes, compact_checkpoints: compact when the deltas after a base have more bytes than both the base and
+        compact_bytes, or number more than compact_checkpoints; with compact_bytes None, only `compact` does
     on_phase: called with "staged", "stored", "applying", "applied", "compacting", "compacted" or "pruning" and an epoch
 
-    Per checkpoint: bytes by `feed`, or `get_buffer` and `buffer_updated`; then `check`, `store`, `apply`. After any
-    error but one of `begin`, `abandon` comes before anything else. Methods may be called by one thread at a time.
-    An exception from elsewhere, such as KeyboardInterrupt, may end any of them anywhere: either nothing has changed, or
-    the writer refuses everything but `close`, and what is durable is found by opening the history again.
-    Raises StoreError where the store cannot be opened or written, or another writer has it.
+    For each checkpoint, pass its bytes to `feed`, or use `get_buffer` and `buffer_updated`; then call `check`, `store`,
+    `apply`. After any error, except from `begin`, call `abandon` before anything else. Only one thread at a time may
+    call methods.
+    An outside exception, such as KeyboardInterrupt, may end any method at any point: either nothing has changed, or the
+    writer refuses everything but `close`, and reopening the history finds what is durable.
+    Raises StoreError if the store cannot be opened or written, or if another writer has it.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class HistoryWriter:
     ) -> None:
         self.directory = Path(directory)
         self.warnings: list[str] = []
-        """What was found wrong when the store was opened, and what could not be done since."""
+        """What was found wrong when the store was opened, and what has failed since."""
         self.position: Position | None = None
-        """Of the newest durable checkpoint."""
+        """The position of the newest durable checkpoint."""
         self._limits = limits
         self._retention = retention
         self._on_phase = on_phase or (lambda phase, epoch: None)
@@ -81,8 +82,8 @@ class HistoryWriter:
         self._chain: Chain | None = None
         self._coming: Chain | None = None
         self._stored: Entry | None = None
-        self._failed = False  # what comes is not taken in any more, until `abandon`
-        self._is_torn = False  # a change has not come to its end: memory may say other than the disk
+        self._failed = False  # no more bytes are taken in until `abandon`
+        self._is_torn = False  # a change was interrupted: memory and disk may differ
         self._room = memoryview(b"")
         self._highest = -1
         self._compactor = Compactor(
@@ -149,7 +150,8 @@ class HistoryWriter:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """A change, with the lock held. Our own errors leave memory as the disk is; after any other, nobody knows."""
+        """A change, with the lock held. After our own errors, memory still agrees with the disk; after any other
+        error, it may not."""
         with self._lock:
             if self._is_torn:
                 raise self._torn()
@@ -164,19 +166,19 @@ class HistoryWriter:
     def _torn(self) -> Torn:
         return Torn(f"{self.directory}: it is closed, or a change to it was interrupted: open it again")
 
-    # What there is
+    # Contents
 
     @property
     def state(self) -> State:
-        """What store.json says: after an exception too, this is what whoever opens the history would read."""
+        """The contents of store.json, as anyone who opens the history would read them, also after an exception."""
         return self._state.state
 
     def set_state(self, *, term: int | None = None, role: Role | None = None, **more: Any) -> None:
-        """Change store.json: whole or not at all, and durable when this returns.
+        """Change store.json atomically and durably.
 
-        Raises StoreError. `state` is then what whoever opens the history would read: what it was before, or, where the
-        disk did not even take that back, the new one. If it is not known what a loss of power would leave, nothing is
-        received, stored, handed out or changed until `state` could be written again.
+        Raises StoreError. `state` is then what anyone who opens the history would read: the old state or, if not even
+        the old one could be put back, the new one. If it is unknown which of them a loss of power would leave, nothing
+        is received, stored, handed out or changed until `state` has been written again.
         """
         with self._changing():
             self._state.settle()
@@ -191,7 +193,7 @@ class HistoryWriter:
 
     @property
     def stream(self) -> Shape | None:
-        """What a stream must be, to continue from `position`; None: only a full one can follow."""
+        """What a stream must match to continue from `position`; None: only a full stream can follow."""
         chain = self._chain
         if chain is None or chain.is_sealed or self._epoch < self._highest:
             return None
@@ -199,17 +201,18 @@ class HistoryWriter:
 
     @property
     def is_handed_out(self) -> bool:
-        """Whether somebody has gone on from this stream: `position` is not the newest state of that memory any more."""
+        """Whether work has continued from this stream: `position` is then no longer the newest state of that memory."""
         return self._chain is not None and self._hand_over.is_of(self._chain)
 
     @property
     def handed_out(self) -> Position | None:
-        """Of what `hand_out` has given: `position`, or one before it. None where nothing was, or it is not known."""
+        """The position that `hand_out` has given: `position` or an earlier one. None if there is none, or if it is
+        unknown."""
         return self._hand_over.position(self.position)
 
     @property
     def highest_epoch(self) -> int:
-        """Of any checkpoint that was ever seen here, −1 before the first: a new base must have a higher one."""
+        """The highest epoch ever seen here, −1 before the first: the epoch of a new base must be higher."""
         return self._highest
 
     @property
@@ -219,28 +222,28 @@ class HistoryWriter:
 
     @property
     def memory(self) -> Pages | None:
-        """uint8[p2m_size, 4096], the warm copy; it changes in `apply` alone.
+        """uint8[p2m_size, 4096], the warm copy; only `apply` changes it.
 
-        Where it lies on a tmpfs, looking at a page that was never written takes room there, and where there is none it
-        ends the process: read `image` instead, or copy it with `copy_image`.
+        On a tmpfs, merely reading a page that was never written allocates room, and kills the process if there is none:
+        read `image` instead, or copy it with `copy_image`.
         """
         return None if self._chain is None else self._chain.restorer.memory
 
     @property
     def image(self) -> Path | None:
-        """The warm copy's file; of use to others only while nothing is applied."""
+        """The warm copy's file; only useful to others while nothing is being applied."""
         return None if self._chain is None else self._chain.home.path
 
     def copy_image(self, path: str | Path) -> Checkpoint:
-        """Copy the warm copy to a file of mode 0600 that appears when it is whole and durable; holes stay holes.
+        """Copy the warm copy to a file of mode 0600 that appears once it is complete and durable; holes stay holes.
 
-        Nothing is applied meanwhile. Returns the checkpoint that it holds. Raises NoCheckpoint, StoreError.
+        Nothing is applied meanwhile. Returns the checkpoint in the file. Raises NoCheckpoint, StoreError.
         """
         with self._lock:
             chain, held = self._chain, self.in_force
             if chain is None or held is None:
                 raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
-            if self._is_torn or chain.home.path is None:  # half applied, or in the hands of another who writes to it
+            if self._is_torn or chain.home.path is None:  # half applied, or handed out to be written to
                 return self.history.restore_image(path, held.epoch)
             chain.home.copy(Path(path), held.memory_bytes)
             return held
@@ -248,9 +251,10 @@ class HistoryWriter:
     # Receiving
 
     def begin(self, *, full: bool) -> None:
-        """What comes next begins a new stream (full), or goes on with the one whose last checkpoint is `position`.
+        """Begin a new stream (full), or continue the one whose last checkpoint is `position`.
 
-        What is incomplete is dropped. Raises StoreError where the stream cannot go on or a file cannot be created.
+        An incomplete checkpoint is dropped. Raises StoreError if the stream cannot continue or a file cannot be
+        created.
         """
         with self._changing():
             self._abandon()
@@ -271,7 +275,7 @@ class HistoryWriter:
 
     @contextmanager
     def _receiving(self) -> Iterator[Chain]:
-        """What comes goes there, with the lock held. Whatever is raised, `abandon` has to follow."""
+        """The chain that receives bytes, with the lock held. After any exception, `abandon` must follow."""
         with self._lock:
             if self._is_torn:
                 raise self._torn()
@@ -284,26 +288,26 @@ class HistoryWriter:
 
     @property
     def coming_start(self) -> int:
-        """Where the checkpoint that is coming begins, counted as the offset of a StreamError is."""
+        """Where the checkpoint being received begins, counted like the offset of a StreamError."""
         return 0 if self._coming is None else self._coming.coming_start
 
     def get_buffer(self) -> memoryview:
-        """Where to receive the next bytes; `buffer_updated` says how many came."""
+        """The buffer for the next bytes; tell `buffer_updated` how many came."""
         with self._receiving() as chain:
             self._room = chain.restorer.get_buffer()
             return self._room
 
     def buffer_updated(self, size: int) -> None:
-        """Take in what was received into `get_buffer`. Raises StreamError, and StoreError where there is no room."""
+        """Take in what was received into `get_buffer`. Raises StreamError, and StoreError if there is no room."""
         with self._receiving() as chain:
             chain.restorer.buffer_updated(size)
             chain.read()
-            # The buffer that was lent still holds what was read without a fault: reading moves no byte.
+            # The lent buffer still holds what was parsed without a fault: parsing moves no bytes.
             chain.append(self._room[:size])
             self._room = memoryview(b"")
 
     def feed(self, data: Buffer) -> None:
-        """Take in bytes that are there already. Raises as `buffer_updated`."""
+        """Take in bytes from the caller. Raises like `buffer_updated`."""
         if not len(data):
             return
         with self._receiving() as chain:
@@ -312,7 +316,7 @@ class HistoryWriter:
             chain.append(data)
 
     def check(self, position: Position) -> Checkpoint:
-        """After the last byte of a checkpoint: it is whole and right, and leads to this position.
+        """After the last byte of a checkpoint: check that it is complete and valid, and leads to this position.
 
         Raises Malformed.
         """
@@ -330,7 +334,7 @@ class HistoryWriter:
             return staged
 
     def store(self) -> Entry:
-        """Make the checked checkpoint durable: it is when this returns, and may be acknowledged. Raises StoreError."""
+        """Make the checked checkpoint durable; it may then be acknowledged. Raises StoreError."""
         with self._changing():
             chain = self._coming
             if chain is None or self._failed or self._stored is not None or chain.restorer.staged is None:
@@ -353,9 +357,10 @@ class HistoryWriter:
             return entry
 
     def apply(self) -> None:
-        """Put the stored checkpoint into the index and the warm copy, which cannot fail. May close a compaction.
+        """Put the stored checkpoint into the index and the warm copy. May close a compaction.
 
-        But raises WarmCopyDamaged where somebody has cut the warm copy: the history has to be opened anew.
+        This cannot fail, except that it raises WarmCopyDamaged if the warm copy has been truncated from outside: the
+        history must then be reopened.
         """
         with self._changing():
             self._apply()
@@ -392,7 +397,7 @@ class HistoryWriter:
             self._prune_quietly()
 
     def _switch(self, chain: Chain) -> None:
-        """Another stream is in force."""
+        """Put another stream in force."""
         self._compactor.cancel()  # it reads the memory of the old one
         old = self._chain
         self._chain = chain
@@ -404,17 +409,18 @@ class HistoryWriter:
                 self._note(str(error))
 
     def _seal(self, chain: Chain) -> None:
-        """Its segment will not grow any more."""
+        """Seal the chain's segment: it will not grow any more."""
         with suppress(OSError):
             self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
         chain.close()
 
     def abandon(self) -> None:
-        """Cut off what is incomplete, back to the newest durable checkpoint; after an error in any step too.
+        """Cut off what is incomplete, back to the newest durable checkpoint; also to be called after an error in any
+        step.
 
-        A checkpoint that is stored and not applied yet is durable, and applied. Nothing comes before the next `begin`.
+        A checkpoint that is stored but not yet applied is durable, and is applied now. The next call must be `begin`.
         """
-        if self._own.is_held:  # closing it has done that
+        if self._own.is_held:  # after `close`, which has already done this, do nothing
             with self._changing():
                 self._abandon()
 
@@ -439,10 +445,11 @@ class HistoryWriter:
         return self._compactor.current is not None
 
     def compact(self, *, wait: bool = False) -> None:
-        """Start a new segment, with a full base that is written in the background from the warm copy.
+        """Start a new segment, whose full base is written in the background from the warm copy.
 
-        wait: return when it is closed; not while checkpoints come, since it is closed between two of them
-        A compaction that fails leaves things as they were; `warnings` says why. Raises StoreError.
+        wait: return once the compaction is closed; not for use while a checkpoint is arriving, since a compaction is
+            closed between two checkpoints
+        A compaction that fails changes nothing; `warnings` says why. Raises StoreError.
         """
         with self._changing():
             compaction = self._compact()
@@ -456,7 +463,7 @@ class HistoryWriter:
         if chain.home.path is None:
             raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
         if self.is_handed_out and not self._hand_over.is_at(self.position):
-            # In a new segment it would pass for something that came after the takeover.
+            # In a new segment the checkpoint would look as if it came after the takeover.
             raise StoreError(f"{self.directory}: somebody has gone on from an earlier checkpoint of this stream")
         if self._compactor.current is None:
             self._on_phase("compacting", self._epoch)
@@ -476,7 +483,7 @@ class HistoryWriter:
                 self._close_compaction()
 
     def _close_compaction(self) -> None:
-        """Between two checkpoints: the new segment is the one that later ones go to."""
+        """Between two checkpoints: switch to the new segment, which receives all later checkpoints."""
         chain = self._chain
         assert chain is not None
         if (closed := self._compactor.close(chain, self._own.segment)) is None:
@@ -490,7 +497,7 @@ class HistoryWriter:
         self._prune_quietly()
 
     def _prune_quietly(self) -> None:
-        """Find what is to go, unless that is under way; it goes in batches, one behind each checkpoint."""
+        """Begin to prune, unless that is under way; segments are removed in batches, one after each checkpoint."""
         if self._retention is None or self._chain is None:
             return
         try:
@@ -502,9 +509,9 @@ class HistoryWriter:
             self._note(f"prune: {error}")
 
     def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
-        """Remove the oldest segments as far as `retention` says; returns their names. Raises StoreError.
+        """Remove the oldest segments as `retention` requires; returns their names. Raises StoreError.
 
-        Other threads may go on writing between two batches of them.
+        Other threads may continue to write between two batches.
         """
         self._prune_the_rest()
         with self._changing():
@@ -519,7 +526,7 @@ class HistoryWriter:
         while self._pruner.is_under_way:
             with self._changing():
                 self._pruner.remove_some()
-            time.sleep(_PRUNE_PAUSE_S)  # else whoever waits for the lock might not get it
+            time.sleep(_PRUNE_PAUSE_S)  # otherwise threads that wait for the lock might not get it
 
     def _note(self, warning: str | None) -> None:
         if warning is not None and len(self.warnings) < MAX_WARNINGS and warning not in self.warnings:
@@ -528,11 +535,12 @@ class HistoryWriter:
     # Takeover
 
     def hand_out(self) -> tuple[Path, Path]:
-        """The newest checkpoint's memory and device state, as files for one who goes on from them and writes to them.
+        """The newest checkpoint's memory and device state, as files for a survivor that continues from them and writes
+        to them.
 
-        They lie beside the warm copy, and are made once for each term: asked again, by another process too, they are
+        The files are beside the warm copy, and are made once per term: later calls, even from another process, return
         the same files, whatever has been written to them; `handed_out` says which checkpoint they held. After a crash
-        of the machine, which may have torn them, they are made anew. The stream that led here has come to its end.
+        of the machine, which may have torn them, they are made again. The stream that led here ends with this call.
         Raises StoreError, NoCheckpoint.
         """
         with self._changing():
@@ -547,12 +555,12 @@ class HistoryWriter:
     # The end
 
     def close(self) -> None:
-        """Drop what is incomplete, end a compaction, and let another write. May be called again."""
+        """Drop what is incomplete, end a compaction, and release the history to other writers. May be called again."""
         if self._own.is_held:
             self._end()
 
     def remove(self) -> None:
-        """Close it, and remove the history with all that it holds. Raises StoreError."""
+        """Close the writer, and remove the history with everything in it. Raises StoreError."""
         if not self._own.is_held:
             raise self._torn()
         self._end(remove=True)
@@ -571,7 +579,8 @@ class HistoryWriter:
         self._release(remove=remove)
 
     def disown(self) -> None:
-        """In a fork: the history is the parent's, and nothing is written. SQLite's files must not be closed there."""
+        """In a forked child: the history belongs to the parent, and nothing is written. SQLite's files must not be
+        closed there."""
         self._is_torn, self._lock = True, threading.RLock()
         self._close_chains()
         self._own.disown()
@@ -584,7 +593,7 @@ class HistoryWriter:
                 self._index.close()
             if remove:
                 self._own.remove()
-        finally:  # whatever happened: nobody else could open the history
+        finally:  # in any case, or nobody else could open the history
             self._own.release()
 
     def _close_chains(self) -> None:
