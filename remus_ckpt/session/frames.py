@@ -50,7 +50,7 @@ FLAGS: dict[str, int] = {"none": 0, "lz4": 1, "zstd": 2}
 """How the payload of a DATA frame is packed (specs/session.md §2.3)."""
 
 COMPRESSIONS: tuple[str, ...] = ("lz4", "zstd") if zstandard else ("lz4",)
-"""What can be unpacked here: what a hello offers and a welcome chooses from."""
+"""What can be unpacked here: a hello offers these, and a welcome chooses from them."""
 
 
 class FrameType(IntEnum):
@@ -80,7 +80,7 @@ _PAYLOAD_BYTES: dict[FrameType, tuple[str, int]] = {
 
 
 def negotiate(hello: Hello) -> int:
-    """The version to speak with whoever says that hello. Raises UnknownFormat with a sentence for both sides."""
+    """The protocol version to use after this hello. Raises UnknownFormat with a message for both sides."""
     return _common(hello.versions, hello.program, None)
 
 
@@ -118,7 +118,7 @@ class Header(NamedTuple):
 
 
 def extend(crc: int, data: Buffer) -> int:
-    """The CRC-32C of bytes behind those that gave `crc`."""
+    """Extend the CRC-32C `crc` by more bytes."""
     # The library takes arrays without a copy, and refuses any other buffer that could be written to.
     return int(google_crc32c.extend(crc, np.frombuffer(data, dtype=np.uint8))) if len(data) else crc
 
@@ -160,7 +160,7 @@ def parse_head(data: bytes, offset: int) -> Header:
 
 
 def pack(message: Message) -> bytes:
-    """The payload that says a message. Raises ValueError where it is too long, or holds what has no form there."""
+    """The payload of a message. Raises ValueError if it is too long, or holds a value that has no form on the wire."""
     number = TYPES[type(message)]
     fields = {key: getattr(message, key) for key in FIELDS[type(message)]}
     try:
@@ -174,7 +174,7 @@ def pack(message: Message) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What of ours has a form on the wire."""
+    """Convert one of our values to its form on the wire."""
     if isinstance(value, Position):
         return [value.epoch, value.digest]
     if isinstance(value, StreamShape):
@@ -229,7 +229,7 @@ def unpack(number: FrameType, payload: memoryview, offset: int) -> Message:
 
 
 def portions(buffers: Iterable[Buffer]) -> Iterator[list[memoryview]]:
-    """The buffers in lists of at most DATA_BYTES, cut where they must be."""
+    """The buffers in lists of at most DATA_BYTES, split where necessary."""
     parts: list[memoryview] = []
     room = DATA_BYTES
     for buffer in buffers:
@@ -275,7 +275,7 @@ class Packing:
         if len(payload) <= _RAW.size:
             refuse(f"a payload of {len(payload)} bytes holds nothing compressed", offset, "§2.3", FrameType.DATA)
         (size,) = _RAW.unpack_from(payload)
-        # The length counts before anything is taken for it.
+        # Check the length before anything is allocated for it.
         if size > DATA_BYTES:
             raise LimitExceeded(
                 f"compressed data of {size} bytes exceed the limit data_bytes of {DATA_BYTES}",
@@ -297,7 +297,7 @@ class Packing:
     def _decompress(self, compression: str, data: memoryview, size: int) -> bytes:
         if compression == "lz4":
             return cast(bytes, lz4.block.decompress(data, uncompressed_size=size))
-        # What the frame says of itself is what would be allocated.
+        # The size in the frame's own header is what would be allocated.
         if zstandard.frame_content_size(data) != size:
             raise ValueError("its header says another size")
         if self._zstd_in is None:

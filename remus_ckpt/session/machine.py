@@ -1,9 +1,9 @@
-"""Who may say what when, and bytes to messages and back (specs/session.md §1, §4 to §6). No I/O, no clock.
+"""Who may send what and when, and bytes to messages and back (specs/session.md §1, §4 to §6). No I/O, no clock.
 
-Bytes come in by `get_buffer` and `buffer_updated`, messages go out by `next_event` (`Incoming`); `send` and `send_data`
-make the bytes for the other side (`Outgoing`). One table says who may say what when, in both directions. The save
-stream that travels in DATA frames is not read here, nor is it moved: the session lends room for it, uncopied where it
-is long, and says what has come.
+`Incoming` takes bytes by `get_buffer` and `buffer_updated`, and returns messages by `next_event`; `Outgoing` makes the
+bytes for the other side by `send` and `send_data`. One table says who may send what and when, in both directions. The
+save stream inside DATA frames is not parsed here: the session lends buffers for it, so that long payloads are received
+without a copy, and reports what has arrived.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further message."""
 
 DIRECT_BYTES = 64 * KIB
-"""From here on a payload is received straight into the lender's buffer."""
+"""Payloads of at least this size are received directly into the lender's buffer."""
 
 ACKABLE = 4096
-"""So many commits back an acknowledgement may reach."""
+"""How many commits back an acknowledgement may reach."""
 _BUFFER_BYTES = 1 << 16
 
 Side = Literal["client", "server"]
@@ -37,9 +37,9 @@ Side = Literal["client", "server"]
 
 @dataclass(frozen=True, slots=True)
 class DataReceived:
-    """Bytes of the stream have come: take them in before the next event is asked for.
+    """Bytes of the stream have arrived: take them in before you ask for the next event.
 
-    data: the bytes; None: the first `size` bytes of what the lender's `get_buffer` gave last
+    data: the bytes; None: they are the first `size` bytes of the buffer that the lender's `get_buffer` last returned
     """
 
     size: int
@@ -47,7 +47,7 @@ class DataReceived:
 
 
 class SessionState(Enum):
-    """A place in the session; both sides walk the same ones."""
+    """A state of the session; both sides go through the same ones."""
 
     START = "start"
     PRIMARY_HELLO = "hello of a primary, unanswered"
@@ -87,7 +87,7 @@ cross on the way mean the same to both."""
 
 
 class Lender(Protocol):
-    """Where the stream's bytes are to be received: a reader, or what wraps one."""
+    """Lends buffers to receive the stream's bytes into: a reader, or a wrapper around one."""
 
     def get_buffer(self) -> memoryview:
         """A writable buffer of one byte or more."""
@@ -102,12 +102,12 @@ def _both(state: SessionState) -> dict[Side, SessionState]:
 
 @dataclass
 class Common:
-    """What both directions of a session look at. Each step of either is one of a dict's own, or sets one field.
+    """What both directions of a session share. Each change is one atomic dict operation, or sets one field.
 
     hello, welcome, begin: as they were sent or received; they do not change once the stream has begun
-    states: where each side is that speaks
-    ended: the Error or Goodbye that each side has ended with
-    made: the newest positions of this session, the oldest first, which an ack may name; the client's direction adds
+    states: the state of each speaking side
+    ended: the Error or Goodbye with which each side has ended
+    made: the newest positions of this session, oldest first, which an ack may name; added by the client's direction
     """
 
     hello: Hello | None = None
@@ -119,12 +119,12 @@ class Common:
 
 
 class Direction:
-    """What one side says, and so what it may say next. Each session has two, and each may have a thread of its own.
+    """What one side sends, and so what it may send next. Each session has two, and each may have its own thread.
 
-    speaker: whose frames go this way
+    speaker: the side whose frames go this way
 
-    Hello, Welcome and Begin move both directions: until Begin is through, one thread has them both, but for heartbeats
-    that another may send. From then on a direction moves by its own frames alone.
+    Hello, Welcome and Begin change the state of both directions: until Begin is complete, one thread must own both,
+    except that another may send heartbeats. After that, only its own frames change the state of a direction.
     """
 
     def __init__(self, speaker: Side, common: Common) -> None:
@@ -132,7 +132,7 @@ class Direction:
         self._listener: Side = "server" if speaker == "client" else "client"
         self._common = common
         self._stream_bytes = 0  # since the last commit
-        self._position: Position | None = None  # of the last commit, or that Begin names
+        self._position: Position | None = None  # of the last commit, or the one that Begin names
 
     @property
     def state(self) -> SessionState:
@@ -140,21 +140,21 @@ class Direction:
 
     @property
     def ended_with(self) -> Message | None:
-        """The Error or Goodbye that ended it."""
+        """The Error or Goodbye that ended this direction."""
         return self._common.ended.get(self.speaker)
 
     @property
     def answered_with(self) -> Message | None:
-        """The one that ended the other direction."""
+        """The Error or Goodbye that ended the other direction."""
         return self._common.ended.get(self._listener)
 
     @property
     def is_over(self) -> bool:
-        """Whether either of them has ended the session."""
+        """Whether either side has ended the session."""
         return bool(self._common.ended)
 
     def _move(self, number: FrameType, message: Message | None, offset: int | None) -> None:
-        """Go on by one frame. offset: where it was received; None: it is to be sent, and what is wrong a ValueError."""
+        """Advance by one frame. offset: where it was received; None: it is to be sent, and a fault is a ValueError."""
         following = TRANSITIONS.get((self.state, self.speaker, number))
         if following is None:
             self._refuse(number, offset)
@@ -212,7 +212,7 @@ class Direction:
         if commit.stream_bytes != self._stream_bytes:
             text = f"{commit.stream_bytes} bytes are committed of {self._stream_bytes}"
             frames.refuse(text, offset, "§3.5", FrameType.COMMIT)
-        # A full copy need not say in its Begin what it follows.
+        # The Begin of a full copy need not say what it follows.
         if self._position is not None and commit.before != self._position:
             text = f"it follows {commit.before}, the one before made {self._position}"
             frames.refuse(text, offset, "§5", FrameType.COMMIT)
@@ -221,8 +221,8 @@ class Direction:
 class Incoming(Direction):
     """Bytes to messages.
 
-    A DATA frame's checksum stands for the whole frame, and its bytes come out before all of them are there: after an
-    error the checkpoint that they belong to must be given up. One whose Commit came out of `next_event` is whole.
+    A DATA frame's checksum covers the whole frame, but its bytes are passed on before the frame is complete: after an
+    error, drop the checkpoint that they belong to. A checkpoint whose Commit has come out of `next_event` is complete.
     """
 
     def __init__(self, speaker: Side, common: Common) -> None:
@@ -239,7 +239,7 @@ class Incoming(Direction):
 
     @property
     def received_bytes(self) -> int:
-        """Bytes received so far, but for those that `next_event` has not come to."""
+        """Bytes received so far, without those that `next_event` has not reached."""
         return self._inbox.offset
 
     # Bytes in
@@ -256,7 +256,7 @@ class Incoming(Direction):
         return self._inbox.get_buffer()
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes were received into what `get_buffer` returned. Then `next_event` until it says NEED_DATA."""
+        """`size` bytes were received into the buffer. Then call `next_event` until it returns NEED_DATA."""
         if self._lent is None:
             self._inbox.buffer_updated(size)
             return
@@ -270,9 +270,9 @@ class Incoming(Direction):
         self._inbox.feed_eof()
 
     def close(self) -> None:
-        """Drop the parser and the error. `next_event` gives nothing more; no other thread may be in it.
+        """Drop the parser and the error. `next_event` then returns nothing more; no other thread may be in it.
 
-        Both refer back to it. Without this call its buffers stay until the next full garbage collection.
+        Both refer back to this object: without this call, its buffers stay until the next full garbage collection.
         """
         self._parser.close()
         self._parser = self._inbox.drain()
@@ -283,9 +283,9 @@ class Incoming(Direction):
     def next_event(self) -> Message | DataReceived | None:
         """The next message, or NEED_DATA.
 
-        Raises Malformed, LimitExceeded or UnknownFormat for what the peer did, LinkError where the bytes end and nobody
-        has ended the session, and the same again from then on. When this side has sent an Error, what still comes is
-        counted and not read.
+        Raises Malformed, LimitExceeded or UnknownFormat for the peer's faults, LinkError if the bytes end before either
+        side has ended the session; later calls raise the same error. Once this side has sent an Error, further bytes
+        are counted but not parsed.
         """
         if self._error is not None:
             raise self._error
@@ -310,7 +310,7 @@ class Incoming(Direction):
 
     def _give_up(self) -> None:
         if isinstance(self.answered_with, Error):
-            # What was under way when this side ended it is of no use any longer.
+            # A frame that was under way when this side ended the session is no longer needed.
             self._rest = 0
             self._parser.close()
             self._parser = self._inbox.drain()
@@ -359,7 +359,7 @@ class Incoming(Direction):
         return header
 
     def _plain_data(self, length: int, crc: int, offset: int) -> Parser:
-        """§2.3. What is in the buffer is copied on; when nothing is, the lender's may be received into."""
+        """§2.3. Bytes already in our buffer are copied; once it is empty, the lender's buffer may be used directly."""
         lender = self.lender
         assert lender is not None, "DATA, and nobody who lends a buffer"
         self._rest = length
@@ -400,8 +400,8 @@ class Incoming(Direction):
 
 
 class Outgoing(Direction):
-    """Messages to bytes. What it gives must be on its way before more is asked for: nothing but the order of the frames
-    says which follows which. Several threads that send take turns."""
+    """Messages to bytes. Send the returned bytes before you ask for more: only the order of the frames says which
+    follows which. Several sending threads must take turns."""
 
     def __init__(self, speaker: Side, common: Common) -> None:
         super().__init__(speaker, common)
@@ -410,10 +410,10 @@ class Outgoing(Direction):
         self._prefaced = False
 
     def send(self, message: Message) -> list[Buffer]:
-        """The bytes that say it, the preface before the first.
+        """The bytes of a message; the first is preceded by the preface.
 
-        Raises ValueError where the message may not stand, and when this side has ended the session, or the other has
-        by an Error. Error may be sent in every state, and after `next_event` has raised.
+        Raises ValueError if the message is not allowed now, or if this side has ended the session, or the other side
+        has by an Error. Error may be sent in every state, also after `next_event` has raised.
         """
         self._may_send()
         number = frames.TYPES[type(message)]
@@ -422,10 +422,10 @@ class Outgoing(Direction):
         return self._out([frames.head(number, 0, len(payload), frames.extend(0, payload)) + payload])
 
     def send_data(self, buffers: Iterable[Buffer], compression: Compression = "none") -> list[Buffer]:
-        """DATA frames of the stream's next bytes; uncompressed, the buffers themselves stand between the headers.
+        """DATA frames with the stream's next bytes; without compression, the given buffers are returned uncopied.
 
         buffers: as the sender of the stream yields them; they must not change before they are sent
-        compression: a frame that it would not make shorter goes as it is
+        compression: not applied to a frame that it would not make shorter
         """
         self._may_send()
         welcome = self._common.welcome
@@ -467,7 +467,7 @@ class Outgoing(Direction):
 class Session:
     """One connection, from its preface to its end, in two directions.
 
-    side: which of the two this is
+    side: which of the two sides this is
 
     `incoming` and `outgoing` may have a thread each (`Direction` says from when on). What follows is for who has both.
     """
@@ -494,7 +494,7 @@ class Session:
 
     @property
     def last_received(self) -> Message | None:
-        """The one that the other side ended with."""
+        """The Error or Goodbye that the other side ended with."""
         return self.incoming.ended_with
 
     @property

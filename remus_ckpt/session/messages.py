@@ -1,7 +1,6 @@
-"""What primary and backup say: the messages, and what each of their fields may hold (specs/session.md §3).
+"""The messages between primary and backup, and what each of their fields may hold (specs/session.md §3).
 
-A message checks its fields when it is made, whoever makes it: what came off the wire and what is to be sent obey one
-table, `FIELDS`.
+A message checks its fields when it is created: received messages and those to be sent obey one table, `FIELDS`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DEPTH = 16
 """How deep the arguments of a request and the result of a reply may nest."""
 
 MIN_LEASE_S, MAX_LEASE_S = 0.05, 3600.0
-"""Shorter, it is over before anybody could have spoken; longer, nobody would notice a death for want of a word."""
+"""A shorter lease ends before anything can be sent; with a longer one, a silent death would go unnoticed."""
 MAX_EPOCH = 1 << 62
 """So that there is always a next one."""
 _MOST = (1 << 63) - 1
@@ -69,7 +68,7 @@ def check_name(name: str) -> str:
     return name
 
 
-# What a field may hold. Each takes what the wire brings, or the object it stands for, and gives the object.
+# What a field may hold. Each function takes a value from the wire, or the object it stands for; returns the object.
 
 Check = Callable[[Any], Any]
 
@@ -93,7 +92,7 @@ def _text(most: int, least: int = 0) -> Check:
 
 
 def _clipped(value: Any) -> str:
-    """A sentence for a person: rather cut than refused."""
+    """Text for a person: truncated rather than refused."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.40} in place of a text")
     return value[:TEXT_CHARS].encode("utf-8", "replace").decode()
@@ -211,7 +210,7 @@ def _checked(message: Any, kinds: dict[str, Check]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StreamShape:
-    """What a stream must be to go on where another stopped. p2m_size: pages of memory."""
+    """What a stream must match to continue where another stopped. p2m_size: pages of memory."""
 
     codec: str
     word: int
@@ -231,14 +230,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello(Message):
-    """The client's first word (specs/session.md §3.1). All after `role` may be empty or zero for `control`.
+    """The client's first message (specs/session.md §3.1). For `control`, all fields after `role` may be empty or zero.
 
-    versions: of this protocol, that the client can speak
+    versions: of this protocol that the client can speak
     program: name and version, for people
     run: 16 bytes, random for each run of a primary
-    term: None for one that has never been told any
-    memory_pages, page_size: of what is protected; codec, word: of the stream that would follow
-    compressions: of DATA frames, that the client can make
+    term: None if the primary has never been told one
+    memory_pages, page_size: of the protected memory; codec, word: of the stream that would follow
+    compressions: of DATA frames that the client can make
     """
 
     versions: tuple[int, ...] = (VERSION,)
@@ -265,14 +264,14 @@ class Hello(Message):
 class Welcome(Message):
     """The server's answer (specs/session.md §3.2).
 
-    version: of the hello's, the one that is spoken from here on
+    version: the one of the hello's versions that is used from here on
     term: of this session
     position: of the newest checkpoint that the backup holds durably, None: nothing
-    highest_epoch: that it has ever seen, also in checkpoints that it has lost: a full copy must have a higher one
-    stream: what a stream that continues there must be; None: only a full copy will do
-    compressions: of the hello's, those that DATA frames may use
-    limits: by name, what the backup takes
-    lease_s: after so many seconds without any frame the other side counts as lost
+    highest_epoch: the highest it has ever seen, even in checkpoints since lost: a full copy must have a higher one
+    stream: what a stream that continues there must match; None: only a full copy can follow
+    compressions: those of the hello's that DATA frames may use
+    limits: by name, the limits of what the backup accepts
+    lease_s: after this many seconds without a frame, the other side counts as lost
     """
 
     version: int = VERSION
@@ -310,9 +309,9 @@ class Begin(Message):
 class Commit(Message):
     """The end of a checkpoint (specs/session.md §3.5).
 
-    position, before: that it makes and that it follows
-    stream_bytes: in DATA frames since the last commit, unpacked
-    pages: that it carries
+    position, before: the positions that it makes and follows
+    stream_bytes: bytes in DATA frames since the last commit, unpacked
+    pages: how many it carries
     """
 
     position: Position
@@ -328,7 +327,7 @@ class Commit(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack(Message):
-    """What the backup has done with a checkpoint and all before it (specs/session.md §3.6)."""
+    """How far a checkpoint, and all before it, have come on the backup (specs/session.md §3.6)."""
 
     level: Level
     position: Position
@@ -364,7 +363,7 @@ class Goodbye(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Message):
-    """Something asked for in a control session (specs/session.md §3.10)."""
+    """A request in a control session (specs/session.md §3.10)."""
 
     number: int
     method: str
@@ -373,7 +372,7 @@ class Request(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply(Message):
-    """What came of the request of that number (specs/session.md §3.11)."""
+    """The result of the request with that number (specs/session.md §3.11)."""
 
     number: int
     result: dict[str, Any]

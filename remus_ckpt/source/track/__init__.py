@@ -1,8 +1,8 @@
-"""Finding the pages that were written without looking at them: the kernel notes the first write to each.
+"""Finding the written pages without reading memory: the kernel notes the first write to each page.
 
 `linux` has the numbers of system calls and structures, `written` arms address ranges and asks for what was written in
 them, `spans` says which pages of memory these are. `foreign` gets the userfaultfd of another process, which runs on
-unmodified; `seccomp` foretells whether its filters would let it make the calls; `mapped` follows a file that other
+unmodified; `seccomp` predicts whether that process's filters allow the calls; `mapped` follows a file that other
 processes have mapped.
 
 What the kernel notes is a write through one page table. It does not see writes through another mapping of the same

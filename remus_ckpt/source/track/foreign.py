@@ -10,12 +10,12 @@
     mask, registers as before┘ itself
     DETACH                                  runs on; a blocking call goes on waiting, for what was left of its time
 
-Only this thread stops, for a millisecond; the others run on. The kernel detaches a tracer that dies, at any step: the
-thread then executes `syscall; ret`, returns into its C library's signal return, and that loads the frame: registers,
-FPU, signal mask as they were. A system call that was interrupted is begun anew then. At worst the descriptor stays open
-in it.
+Only this thread stops, for a millisecond; the others run on. If we die at any step, the kernel detaches the tracer: the
+thread then executes `syscall; ret`, and returns into its C library's signal return, which restores registers, FPU and
+signal mask from the frame. An interrupted system call is then restarted. At worst, the descriptor stays open in the
+process.
 
-The frame is what the kernel itself lays there for a signal. Source: Linux, arch/x86/kernel/signal_64.c and
+The frame is the one that the kernel itself writes for a signal. Source: Linux, arch/x86/kernel/signal_64.c and
 fpu/signal.c; arch/x86/include/uapi/asm/sigcontext.h; ptrace(2).
 """
 
@@ -89,7 +89,7 @@ _STACK_ROOM = 32 << 10
 
 
 class _Again(Exception):
-    """Another thread, or another moment, may do; its text is why this one did not."""
+    """Another thread or another moment may work; the message says why this one did not."""
 
 
 class Stopped(Untracked):
@@ -97,19 +97,18 @@ class Stopped(Untracked):
 
 
 def userfaultfd_of(pid: int, pidfd: int) -> int:
-    """A userfaultfd over the memory of process `pid`, before its handshake. It is our descriptor alone.
+    """A userfaultfd over the memory of process `pid`, before its handshake. Only we hold the descriptor.
 
-    pidfd: of the process, which must be the one that has the number now
-    Raises Untracked, with the reason, where it cannot be had, Stopped where that may be another time: the process runs
-    on as it was.
+    pidfd: of the process, which must be the one that has the pid now
+    Raises Untracked, with the reason, if that is impossible, Stopped if it may be possible later; in both cases the
+    process runs on as before.
     """
     _check_process(pid)
     found: list[int] = []
     failed: list[Exception] = []
 
     def trace() -> None:
-        # A thread of its own: no signal's handler interrupts it, and whatever it leaves attached is let go of when it
-        # ends.
+        # A separate thread: no signal handler interrupts it, and whatever it leaves attached is detached when it ends.
         try:
             found.append(_trace(pid, pidfd))
         except Exception as error:
@@ -130,7 +129,7 @@ def userfaultfd_of(pid: int, pidfd: int) -> int:
 
 
 def _check_process(pid: int) -> None:
-    """Raise Untracked for what is known to fail, or to harm the process."""
+    """Raise Untracked if tracing is known to fail, or to harm the process."""
     if platform.machine() != "x86_64" or linux.calls() is None:
         raise Untracked(f"writes of another process can be tracked on x86-64 only, not on {platform.machine()}")
     try:
@@ -142,7 +141,7 @@ def _check_process(pid: int) -> None:
         raise Untracked(f"process {pid} is traced by process {tracer}")
     if status.get("Seccomp", "0") == "1":
         raise Untracked(f"process {pid} is in seccomp's strict mode")
-    # A shadow stack would not know of the return into the frame.
+    # A shadow stack would reject the return into the frame.
     if "shstk" in status.get("x86_Thread_features", ""):
         raise Untracked(f"process {pid} has a shadow stack, which forbids to lay a frame on its stack")
 
@@ -188,7 +187,7 @@ def _read_maps(pid: int) -> list[_Mapping]:
 
 
 def _threads(pid: int) -> list[int] | None:
-    """Its threads, those that wait in a system call first: they stop at once, and nothing is computed meanwhile.
+    """Its threads, first those that wait in a system call: they stop at once, and their stop delays no computation.
 
     None if one is stopped.
     """
@@ -226,7 +225,7 @@ class _Tracee:
             self._stop()
             return self._inject(pidfd)
         finally:
-            # It is stopped, or gone; where it is neither, it is let go of when our thread ends.
+            # The thread is stopped or gone; if it is neither, it is detached when our own thread ends.
             with suppress(ProcessLookupError):
                 linux.ptrace(Request.DETACH, self._thread)
 
@@ -250,7 +249,7 @@ class _Tracee:
             registers |= {"rax": registers["orig_rax"], "rip": registers["rip"] - _SYSCALL_BYTES, "orig_rax": _NO_CALL}
             before = _PRSTATUS.pack(*(registers[name] for name in _REGISTERS))
         stack = self._lay_frame(registers, mask, back)
-        # From here on it gets back by itself.
+        # From here on the thread gets back to its work without us.
         call = dict(registers, rip=code, rsp=stack, orig_rax=_NO_CALL)
         try:
             fd = self._call(call | {"rax": numbers.userfaultfd, "rdi": linux.USERFAULTFD_FLAGS}, block_signals=True)
@@ -269,7 +268,7 @@ class _Tracee:
             linux.set_registers(self._thread, linux.NT_PRSTATUS, before)
 
     def _is_to_be_called_again(self, registers: dict[str, int]) -> bool:
-        """Whether it was interrupted in a call that says so to its caller, and by us: no signal waits."""
+        """Whether the thread's system call would report the interruption, and we caused it: no signal is pending."""
         if registers["orig_rax"] not in _ENDED_BY_A_STOP or registers["rax"] != _EINTR:
             return False
         status = Path(f"/proc/{self._pid}/task/{self._thread}/status").read_text(errors="replace")
@@ -277,7 +276,7 @@ class _Tracee:
         return not (int(words["SigPnd"], 16) | int(words["ShdPnd"], 16)) & ~int(words["SigBlk"], 16)
 
     def _call(self, registers: dict[str, int], *, block_signals: bool = False) -> int:
-        """Let it make one system call. Returns what the call does."""
+        """Make the thread execute one system call; returns the call's result."""
         packed = _PRSTATUS.pack(*(registers[name] for name in _REGISTERS))
         linux.set_registers(self._thread, linux.NT_PRSTATUS, packed)
         if block_signals:
@@ -298,7 +297,7 @@ class _Tracee:
             raise Stopped(f"process {self._pid} is stopped by signal {number}")
 
     def _wait(self, deadline: float, *, is_event: bool) -> int:
-        """Wait until it stops: as it was interrupted, or at a system call. Returns the signal of the stop."""
+        """Wait until the thread stops, interrupted or at a system call. Returns the signal of the stop."""
         while True:
             try:
                 thread, status = os.waitpid(self._thread, linux.WALL | os.WNOHANG)
@@ -315,7 +314,7 @@ class _Tracee:
             if status >> 16 == linux.EVENT_STOP:
                 if is_event:
                     return number
-                # Somebody stops the process: it will, when we have let go of it.
+                # Someone else stops the process: the stop takes effect once we have detached.
                 linux.ptrace(Request.SYSCALL, self._thread)
             elif number == 5 | 0x80:
                 if not is_event:
@@ -360,7 +359,7 @@ class _Tracee:
                 raise _Again(f"thread {self._thread} of process {self._pid} is in a restartable sequence")
 
     def _code(self, wanted: Sequence[bytes]) -> Iterator[int]:
-        """Where some instructions are."""
+        """The addresses of some instruction sequences."""
         for mapping in self._maps:
             if mapping.flags[0] != "r" or mapping.flags[2] != "x" or mapping.name == "[vsyscall]":
                 continue
@@ -370,7 +369,7 @@ class _Tracee:
                     yield mapping.start + at
 
     def _lay_frame(self, registers: dict[str, int], mask: bytes, back: int) -> int:
-        """Write a signal frame below its stack that puts back all as it was. Returns the address of it."""
+        """Write a signal frame below the thread's stack that restores its state. Returns the frame's address."""
         stack = registers["rsp"]
         self._check_stack(stack)
         was = dict(registers)

@@ -1,10 +1,10 @@
 """A file that other processes have mapped: which of its pages they have written, through all their mappings of it.
 
-What is not known for sure is said (Untracked), and a comparison has to find the pages of that checkpoint: a process or
-a mapping that is new or gone, a child that has ended, a write to the file by a system call.
+In some cases writes may have been missed: a process or a mapping is new or gone, a child has ended, or a system call
+has written to the file. Then Untracked is raised, and a comparison must find the pages of that checkpoint.
 
-What is not seen at all: a mapping that comes and goes between two questions, a child that has written and ended but
-is not waited for, and processes that are not named.
+Some writes are not seen at all: through a mapping that comes and goes between two queries, by a child that has ended
+but has not been waited for, and by processes that are not named.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _EVENTS_BYTES = 1 << 16
 
 
 class Writer(Protocol):
-    """A process that writes to the file, held so that it is no other."""
+    """A process that writes to the file, held by descriptors so that its pid cannot come to mean another."""
 
     @property
     def pid(self) -> int:
-        """Its number here."""
+        """Its pid here."""
 
     @property
     def fd(self) -> int:
@@ -80,7 +80,7 @@ class FileWatch:
         return [*self._refused.values()]
 
     def close(self) -> None:
-        """Let go of all processes."""
+        """Release all processes."""
         for followed in self._followed.values():
             followed.close()
         self._followed.clear()
@@ -89,10 +89,10 @@ class FileWatch:
             os.close(writes)
 
     def attach(self, processes: Sequence[Writer]) -> None:
-        """Take in processes that are new, and let go of those that are not named. While they run.
+        """Attach to new processes, and release those that are not named. Call this while they run.
 
-        What they write from here on is found; before, it is not known. One that refuses is not asked again: `written`
-        says so from then on. One that is stopped is passed by.
+        Writes from here on are found; earlier ones are unknown. A process that cannot be tracked is not tried again:
+        `written` reports it from then on. A stopped process is skipped.
         """
         self._let_go(processes)
         for process in processes:
@@ -106,9 +106,10 @@ class FileWatch:
                 self._refused[process] = str(error)
 
     def written(self, processes: Sequence[Writer]) -> NDArray[np.int64]:
-        """The pages that these processes have written since this was last asked, int64[n], ascending. While they stand.
+        """The pages that these processes have written since the last call, int64[n], ascending. Call this while they
+        are stopped.
 
-        Raises Untracked, with the reason, where that is not known for sure. From here on it is, where it can be.
+        Raises Untracked, with the reason, if pages may be missing. Writes from here on are found again, if possible.
         """
         doubts = []
         with suppress(BlockingIOError):
@@ -139,7 +140,7 @@ class FileWatch:
         return np.unique(np.concatenate(found))
 
     def _let_go(self, named: Sequence[Writer]) -> list[Writer]:
-        """Let go of all who are not named. Returns those who were followed."""
+        """Release all processes that are not named. Returns those that were followed."""
         gone = [process for process in self._followed if process not in named]
         for process in gone:
             self._followed.pop(process).close()
@@ -153,7 +154,7 @@ class _Followed:
     def __init__(self, process: Writer, scanner: Scanner) -> None:
         self.process = process
         self._scanner = scanner
-        self._rows: dict[_Row, bool] = {}  # is it watched? Not where the process can never write through it
+        self._rows: dict[_Row, bool] = {}  # whether it is watched: not if the process can never write through it
         self._faults = ""
         self._userfault = Userfault(userfaultfd_of(process.pid, process.fd))
 
@@ -161,12 +162,13 @@ class _Followed:
         self._userfault.close()
 
     def written(self, listed: bytes) -> NDArray[np.int64]:
-        """Runs of pages of the file, int64[n, 2]. Raises Untracked where some may be missing; it goes on from here."""
+        """Runs of written pages of the file, int64[n, 2]. Raises Untracked if some may be missing; the next call
+        counts from here."""
         pid = self.process.pid
         try:
             rows = self._read_rows(listed)
             faults = self._read("stat").rpartition(b")")[2].split()[_CMINFLT].decode()
-            # Opened anew each time: an open one stays with the memory that the process had when it was opened.
+            # Reopened each time: an open pagemap stays with the memory that the process had when it was opened.
             pagemap = self.process.open("pagemap")
         except (OSError, IndexError) as error:
             raise Untracked(f"process {pid} cannot be looked at: {error}") from None
@@ -188,7 +190,7 @@ class _Followed:
                 try:
                     runs = self._scanner.written(pagemap, row.start, row.stop)
                 except Untracked as error:
-                    # Mapped anew at the same place: it is taken in now.
+                    # Remapped at the same address: register the new mapping now.
                     doubt = f"process {pid}: {error}"
                     self._take_in(row, pagemap)
                     continue

@@ -1,4 +1,4 @@
-"""What a process's seccomp filters would say to a system call, found by reading them: asking could kill the process.
+"""Whether a process's seccomp filters allow a system call, found by reading them: trying it could kill the process.
 
 Source: Linux, Documentation/userspace-api/seccomp_filter.rst; include/uapi/linux/bpf_common.h, seccomp.h.
 """
@@ -51,14 +51,14 @@ def allows(program: bytes, audit: int, number: int, arguments: tuple[int, ...] =
     program: instructions of classic BPF, 8 bytes each
     audit: AUDIT_ARCH_* of the caller
     number: of the call
-    A program that cannot be followed does not allow.
+    A program that cannot be interpreted counts as refusing.
     """
     padded = (*arguments, *[0] * (6 - len(arguments)))
     return verdict(program, _DATA.pack(number, audit, 0, *padded)) & _ACTION in (ALLOW, LOG)
 
 
 def verdict(program: bytes, data: bytes) -> int:
-    """What a filter returns for a struct seccomp_data; KILL for a program that is none.
+    """What a filter returns for a struct seccomp_data; KILL for an invalid program.
 
     Jumps go forward only, so it takes no more steps than there are instructions.
     """

@@ -1,4 +1,4 @@
-"""Buffers of this process under watch: at any address, several on one page, and which of their pages were written."""
+"""Watches buffers of this process, at any address, even several on one page: which of their pages were written."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Span(NamedTuple):
 class Spans:
     """Some pieces of this process's memory, watched.
 
-    They are registered by whole pages: what lies beside them on a page counts as theirs. A page under two spans counts
-    for both.
+    They are registered by whole pages: a write beside a span on the same page counts as a write to it. A page under two
+    spans counts for both.
 
     shared: take shared mappings too; writes to them by other processes are not seen
     Raises Untracked, with the name, for what cannot be watched.
-    Only the process that made it may ask; in a fork it does nothing.
+    Only the process that made it may query it; in a forked child it does nothing.
     """
 
     def __init__(self, spans: Sequence[Span], *, shared: bool = False) -> None:
@@ -59,7 +59,7 @@ class Spans:
         self.close()
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Stop watching the memory."""
         self._userfault.close()
         pagemap, self._pagemap = self._pagemap, -1
         if pagemap >= 0:
@@ -75,9 +75,9 @@ class Spans:
             self._check_mapped(area)
 
     def written(self) -> NDArray[np.int64]:
-        """The PFNs written since `arm` or since this was last asked, int64[n], ascending if the spans' are.
+        """The PFNs written since `arm` or the last call, int64[n], ascending if the spans' are.
 
-        Raises SourceError if some of the memory was freed, moved or mapped anew: it is not the memory that was given.
+        Raises SourceError if some of the memory was freed, moved or remapped: it is not the memory that was given.
         """
         if os.getpid() != self._pid:
             raise SourceError("a forked child cannot track its parent's memory")
@@ -87,7 +87,7 @@ class Spans:
                 found.append(self._scanner.written(self._pagemap, area.start, area.stop))
             except Unwatched:
                 raise _lost(area) from None
-            # After the scan: it passes by what is not mapped, and what is unmapped later is found the next time.
+            # Check after the scan, which skips unmapped ranges; memory that is unmapped later is found the next time.
             self._check_mapped(area)
         runs = np.concatenate([np.empty((0, 2), dtype=np.int64), *found])
         if not len(runs):
@@ -195,7 +195,7 @@ def _mappings(area: _Area) -> list[tuple[int, bool]]:
 
 
 def _mappings_by_smaps(area: _Area) -> list[tuple[int, bool]]:
-    """The same. It walks the page tables of all memory: slow."""
+    """Like `_mappings`, from smaps. Slow: the kernel walks the page tables of all memory."""
     found = []
     overlaps = is_shared = False
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:

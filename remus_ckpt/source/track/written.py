@@ -1,8 +1,8 @@
-"""Address ranges that the kernel watches: arm them, ask which pages were written since the last time, let go.
+"""Address ranges that the kernel watches: arm them, query which pages were written since the last time, release them.
 
-A watched page is write-protected; the first write to it lifts that without anybody being asked (asynchronous
-write-protection, Linux 6.7). A scan finds the pages that are not protected any longer and protects them again, in one
-step: no write is lost between the two. Scan first, copy after.
+A watched page is write-protected; the kernel lifts that at the first write, without a handler (asynchronous
+write-protection, Linux 6.7). A scan finds the pages that are no longer protected and protects them again, in one step:
+no write is lost between the two. Scan first, then copy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Unwatched(Untracked):
 
 
 class MemoryGone(Untracked):
-    """The memory of a userfaultfd is no more: the process has ended, or executed another program."""
+    """The memory of a userfaultfd no longer exists: the process has ended, or executed another program."""
 
 
 class Userfault:
@@ -44,7 +44,7 @@ class Userfault:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # In a fork's hands it would go on watching, and keep the memory from whoever watches it next.
+        # A forked child's copy would keep watching, and keep the memory from whoever watches it next.
         disown_in_forks(self)
         try:
             linux.handshake(fd)
@@ -66,13 +66,13 @@ class Userfault:
         self.close()
 
     def close(self) -> None:
-        """Let go of all ranges: writes cost nothing any more."""
+        """Release all ranges: writes no longer cost anything."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def disown(self) -> None:
-        """In a fork: it is the parent's."""
+        """In a forked child: the userfaultfd belongs to the parent."""
         self.close()
 
     def register(self, start: int, stop: int) -> bool:
@@ -97,7 +97,7 @@ class Userfault:
 
 
 class Scanner:
-    """Asks for what was written. One thread at a time may use it.
+    """Queries which pages were written. One thread at a time may use it.
 
     Each call takes a descriptor of /proc/PID/pagemap, opened since the process last executed a program.
     """
@@ -106,7 +106,7 @@ class Scanner:
         self._vector = np.empty((_REGIONS, linux.REGION_WORDS), dtype=np.uint64)
 
     def arm(self, pagemap: int, start: int, stop: int) -> None:
-        """Protect all pages of a range: what is written from here on is found by `written`.
+        """Protect all pages of a range: `written` finds writes from here on.
 
         Takes 10 to 30 ms a GiB that is in use; pages that were never touched take as much when memory is 4 KiB a page.
         Raises Untracked as `written` does.
