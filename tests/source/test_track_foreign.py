@@ -178,7 +178,7 @@ def filtered(program: bytes) -> subprocess.Popen[bytes]:
         f"import tracking; tracking.put_filter({program!r})\n"
         "while line := sys.stdin.buffer.readline(): sys.stdout.buffer.write(line); sys.stdout.flush()"
     )
-    process = subprocess.Popen(["python3", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     check_filtered(process)
     return process
 
