@@ -6,10 +6,11 @@
 
 First the suite runs once under coverage.py (which must be installed), so that it is known which tests reach which
 line, also in the processes that they start, and how long each takes. A change is then tried by the tests that reach its
-line, a minute's worth from as many test files as there are. The first that fails kills the change; one whose tests take
-three times as long as usual has timed out; any other survives. A survivor is either a promise that no test keeps, or a
-change that makes no difference: somebody has to look. All of it works on copies of the checkout. General tools remove
-no statements, or run the tests inside one process; here many tests start processes, and a lost fsync is what matters.
+line, 15 seconds' worth from as many test files as there are. The first that fails kills the change; one whose tests
+take three times as long as usual has timed out; any other survives. A survivor is either a promise that no test keeps,
+or a change that makes no difference: somebody has to look. All of it works on copies of the checkout. General tools
+remove no statements, or run the tests inside one process; here many tests start processes, and a lost fsync is what
+matters.
 
 Tests that fail without any change are named and left out. Exit codes: 0 nothing survives, 1 something does.
 """
@@ -39,7 +40,7 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "remus_ckpt"
-BUDGET_S = 60
+BUDGET_S = 15
 """So long may the tests of one change have taken when they were measured, one at least."""
 MEASURE = """
 import json, time, coverage, pytest
