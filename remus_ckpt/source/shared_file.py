@@ -99,8 +99,6 @@ class MappedFile:
             if whole:
                 area = mmap.mmap(self._fd, whole * PAGE_SIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
                 self._mapped = np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-            self._extents: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
-            """The whole pages that are no holes, int64[n, 2] as (first, stop), as `check` has found them."""
         except BaseException:
             self.close()
             raise
@@ -127,7 +125,6 @@ class MappedFile:
         if size != self.size:
             # Pages beyond a shrunken file's end cannot be touched, and a stream has one size.
             raise SourceError(f"{self.path} had {self.size} bytes and has {size}: record it anew")
-        self._extents = np.array(self._find_extents(), dtype=np.int64).reshape(-1, 2)
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn.
@@ -144,8 +141,20 @@ class MappedFile:
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
         """All pages but the holes of a sparse file: in /dev/shm, reading a hole through the mapping would fill it."""
-        for first, stop in self._extents.tolist():
-            yield first, self._mapped[first:stop]
+        whole = len(self._mapped)
+        if not self._has_holes():
+            yield 0, self._mapped
+            return
+        at = 0
+        while at < whole * PAGE_SIZE:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+            except OSError:  # no data behind it
+                break
+            at = os.lseek(self._fd, start, os.SEEK_HOLE)
+            first, stop = start // PAGE_SIZE, min(pages_for(at), whole)
+            if first < stop:
+                yield first, self._mapped[first:stop]
 
     def _check_name(self) -> None:
         """Check the name: an unlinked file is still the writers' memory, but another file under the name is not."""
@@ -162,22 +171,38 @@ class MappedFile:
         """Copy pages, ascending, to the first rows of `out`, and return these rows."""
         target = out[: len(pfns)]
         mapped = int(np.searchsorted(pfns, len(self._mapped)))
-        if (holes := self._are_holes(pfns[:mapped])).any():
-            whole = target[:mapped]
-            whole[holes] = 0
-            whole[~holes] = self._mapped[pfns[:mapped][~holes]]
-        else:
-            gather(self._mapped, pfns[:mapped], target)
+        at = 0
+        for hole in self._holes(pfns[:mapped]):
+            gather(self._mapped, pfns[at:hole], target[at:hole])
+            target[hole] = 0
+            at = hole + 1
+        gather(self._mapped, pfns[at:mapped], target[at:mapped])
         if mapped < len(pfns):
             target[mapped] = self._tail()
         return target
 
-    def _are_holes(self, pfns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some whole pages are holes: touching a hole would fill it."""
-        if not len(self._extents):
-            return np.ones(len(pfns), dtype=bool)
-        last = np.searchsorted(self._extents[:, 0], pfns, side="right") - 1
-        holes: NDArray[np.bool_] = (last < 0) | (pfns >= self._extents[last, 1])
+    def _has_holes(self) -> bool:
+        return os.fstat(self._fd).st_blocks * 512 < self.size
+
+    def _holes(self, pfns: NDArray[np.int64]) -> list[int]:
+        """Which of some whole pages, ascending, are holes, by index: touching a hole would fill it.
+
+        Only these pages are asked about, each once: a list of all extents would take time by the size of the file.
+        """
+        if not self._has_holes():
+            return []
+        holes = []
+        data = 0  # where the next data after the last page asked about begin
+        for index, at in enumerate((pfns * PAGE_SIZE).tolist()):
+            if at >= data:
+                try:
+                    data = os.lseek(self._fd, at, os.SEEK_DATA)
+                except OSError:  # no data behind it
+                    data = self.size + PAGE_SIZE
+            if at < data // PAGE_SIZE * PAGE_SIZE:
+                holes.append(index)
+            else:
+                data = 0
         return holes
 
     def _tail(self) -> Pages:
@@ -186,21 +211,3 @@ class MappedFile:
         rest = os.pread(self._fd, self.size % PAGE_SIZE, self.size - self.size % PAGE_SIZE)
         page[: len(rest)] = np.frombuffer(rest, dtype=np.uint8)
         return page
-
-    def _find_extents(self) -> list[tuple[int, int]]:
-        """The pages that the file really has, as (first, stop)."""
-        whole = len(self._mapped)
-        if os.fstat(self._fd).st_blocks * 512 >= self.size:
-            return [(0, whole)]
-        extents = []
-        at = 0
-        while at < whole * PAGE_SIZE:
-            try:
-                start = os.lseek(self._fd, at, os.SEEK_DATA)
-            except OSError:  # no data behind it
-                break
-            at = os.lseek(self._fd, start, os.SEEK_HOLE)
-            first, stop = start // PAGE_SIZE, min(pages_for(at), whole)
-            if first < stop:
-                extents.append((first, stop))
-        return extents

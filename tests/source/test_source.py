@@ -320,3 +320,19 @@ def test_a_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path: Path) -> None
 def test_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         Shared(tmp_path / "memory", 0)
+
+
+def test_only_the_pages_that_are_read_are_asked_about(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of all holes would take time by the size of the file, in each pause."""
+    shared = Shared(shm, 4000 * PAGE_SIZE)
+    for pfn in range(0, 4000, 2):
+        shared.write(pfn * PAGE_SIZE, b"x")
+    asked = []
+    real = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda *arguments: asked.append(arguments) or real(*arguments))
+    shared.memory.check()
+    pages = shared.memory.read(np.array([10, 11, 3000]), np.ones((3, PAGE_SIZE), dtype=np.uint8))
+    assert pages.any(axis=1).tolist() == [True, False, True]
+    assert len(asked) <= 3
+    monkeypatch.undo()
+    shared.source.close()

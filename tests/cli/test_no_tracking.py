@@ -1,0 +1,79 @@
+"""The commands where the kernel cannot track writes: all works by comparison, and says so."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tracking
+from support import writer_process
+from tracking import needs_tracking
+
+from remus_ckpt import read_checkpoints
+from remus_ckpt.errors import Untracked
+from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.source.track import linux
+
+pytestmark = [needs_tracking, pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filters are for x86-64")]
+
+LACKS = {
+    "no userfaultfd": (linux.CALLS["x86_64"].userfaultfd, None, errno.ENOSYS, "no userfaultfd"),
+    "a kernel before 6.7": (tracking.IOCTL, linux.UFFDIO_API, errno.EINVAL, "6.7"),
+    "no scan": (tracking.IOCTL, linux.PAGEMAP_SCAN, errno.ENOTTY, "6.7"),
+}
+
+
+def command_without(lack: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command under a filter that answers as such a kernel does."""
+    number, argument, answer, _ = LACKS[lack]
+    program = (
+        "import sys, runpy, tracking\n"
+        f"tracking.put_filter(tracking.filter_of({number}, tracking.ERRNO | {answer}, argument={argument}))\n"
+        "runpy.run_module('remus_ckpt', run_name='__main__', alter_sys=True)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_record_compares_and_says_why(lack: str, tmp_path: Path) -> None:
+    memory, stream = tmp_path / "memory", tmp_path / "stream"
+    memory.write_bytes(b"\1" * (64 * PAGE_SIZE))
+    with writer_process(memory, pages=8, threads=2) as worker:
+        options = ["--duration", "300ms", "--interval", "10ms", "--json"]
+        done = command_without(lack, "record", str(memory), "--pid", str(worker.pid), "-o", str(stream), *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["tracking"] == "compare"
+    assert LACKS[lack][3] in report["tracking_why"]
+    assert report["checkpoints"] == sum(1 for _ in read_checkpoints(stream, strict=True)) > 1
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_record_with_only_the_kernel_is_refused(lack: str, tmp_path: Path) -> None:
+    memory, stream = tmp_path / "memory", tmp_path / "stream"
+    memory.write_bytes(b"\1" * (64 * PAGE_SIZE))
+    with writer_process(memory, pages=8, threads=2) as worker:
+        options = ["--duration", "300ms", "--tracking", "kernel"]
+        done = command_without(lack, "record", str(memory), "--pid", str(worker.pid), "-o", str(stream), *options)
+        assert worker.poll() is None
+    assert done.returncode == Untracked.exit_code
+    assert LACKS[lack][3] in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_check_says_what_is_missing(lack: str) -> None:
+    done = command_without(lack, "check")
+    assert done.returncode == 0, done.stderr
+    assert LACKS[lack][3] in " ".join(done.stdout.split())
