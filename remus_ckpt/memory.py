@@ -1,4 +1,4 @@
-"""Memory as an array: fresh, from an image file, to an image file, and what differs between two."""
+"""Memory as an array: fresh, written to an image file, hashed, and compared with another."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import ctypes
 import errno
 import hashlib
 import mmap
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.disk import appearing, write_all
-from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.pages import PAGE_SIZE, Pages
 
 _CHUNK_PAGES = 4096
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -51,23 +50,6 @@ def expect(memory: Pages, pfns: NDArray[np.int64]) -> None:
     first, pages = int(pfns[0]), int(pfns[-1]) - int(pfns[0]) + 1
     if len(pfns) <= pages <= len(pfns) * 5 // 4:
         _madvise(memory.ctypes.data + first * PAGE_SIZE, pages * PAGE_SIZE, _MADV_HUGEPAGE)
-
-
-def load_image(path: str | Path, pages: int | None = None) -> Pages:
-    """An image file as pages that are not to be written.
-
-    pages: how many; by default as many as the file needs. What the file does not fill is zeros.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if pages is None:
-            pages = pages_for(size)
-        if size and size == pages * PAGE_SIZE:
-            area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            return np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-        memory = zeros(pages) if pages else np.empty((0, PAGE_SIZE), dtype=np.uint8)
-        file.readinto(memory.reshape(-1)[:size])
-        return memory
 
 
 def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None:
@@ -109,20 +91,25 @@ def differing_ranges(numbers: NDArray[np.int64], before: Pages, after: Pages) ->
 
     numbers: int64[n], ascending: which pages of memory these are
     before, after: uint8[n, 4096]
-    Ranges that meet at a page's border are one.
+    A difference across a page's border comes as two ranges that meet: see `joined`.
     """
-    last = None
     for start in range(0, len(numbers), _CHUNK_PAGES):
         differ = before[start : start + _CHUNK_PAGES] != after[start : start + _CHUNK_PAGES]
         for number, flags in zip(numbers[start : start + _CHUNK_PAGES].tolist(), differ, strict=True):
             edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)) + number * PAGE_SIZE
-            for first, stop in edges.reshape(-1, 2).tolist():
-                if last is not None and first == last[1]:
-                    last = (last[0], stop)
-                    continue
-                if last is not None:
-                    yield last
-                last = (first, stop)
+            yield from map(tuple, edges.reshape(-1, 2).tolist())
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ascending ranges (first, stop), with those that meet joined into one."""
+    last: tuple[int, int] | None = None
+    for first, stop in ranges:
+        if last is not None and last[1] == first:
+            last = (last[0], stop)
+            continue
+        if last is not None:
+            yield last
+        last = (first, stop)
     if last is not None:
         yield last
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -281,20 +281,6 @@ def print_deviations(walk: Walk) -> None:
             f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
             "(specs/permissive.md)"
         )
-
-
-def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending ranges (first, stop), those that meet as one."""
-    last: tuple[int, int] | None = None
-    for start, stop in ranges:
-        if last is not None and last[1] == start:
-            last = (last[0], stop)
-            continue
-        if last is not None:
-            yield last
-        last = (start, stop)
-    if last is not None:
-        yield last
 
 
 def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], list[int]]:

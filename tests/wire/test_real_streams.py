@@ -23,7 +23,7 @@ from remus_ckpt.sender import Sender
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
 from remus_ckpt.wire.xen.reader import Reader
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 pytestmark = needs_xen
 every_stream = pytest.mark.parametrize("name", XEN_IDS)
@@ -152,7 +152,7 @@ def test_what_is_read_is_written_again_byte_by_byte(name: str) -> None:
             break
         assert event.offset == at
         assert reader.dialect.word is not None
-        writer = writer or Writer(reader.dialect.word)
+        writer = writer or EventWriter(reader.dialect.word)
         for buffer in writer.write(event):
             assert data[at : at + len(buffer)] == buffer
             at += len(buffer)
