@@ -26,7 +26,7 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def zeros(pages: int) -> Pages:
     """Fresh memory, uint8[pages, 4096]: a page takes memory when it is first written.
 
-    Raises OSError where this process may not have so much address space.
+    Raises OSError if this process may not have that much address space.
     """
     size = pages * PAGE_SIZE
     slack = _HUGE_BYTES if size >= _HUGE_BYTES else 0
@@ -40,10 +40,10 @@ def zeros(pages: int) -> Pages:
 
 
 def expect(memory: Pages, pfns: NDArray[np.int64]) -> None:
-    """These pages of what `zeros` gave are about to be written: where they lie side by side, let them be huge ones.
+    """Prepare for writes to these pages of fresh memory: if they are contiguous, ask for huge pages.
 
-    Fresh memory costs a fault a page, which takes longer than to fill it. Where pages are scattered nothing changes: a
-    page that is written must not take the memory of 512.
+    Fresh memory costs a fault per page, which takes longer than filling it. Scattered pages are left alone: a written
+    page must not take the memory of 512.
     """
     if len(pfns) * PAGE_SIZE < _HUGE_BYTES:
         return
@@ -53,14 +53,14 @@ def expect(memory: Pages, pfns: NDArray[np.int64]) -> None:
 
 
 def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None:
-    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole, and durable.
+    """Write pages to a file of mode 0600, zero pages as holes. The file appears once it is complete and durable.
 
-    size: how many of their bytes, if they end within the last page
+    size: bytes to write, if memory ends within its last page
     """
     size = memory.nbytes if size is None else size
     target = Path(path)
     if target.exists() and not target.is_file():
-        # A device or a pipe is written to, not replaced.
+        # Write to a device or a pipe; do not replace it.
         with open(target, "wb") as device:
             for start, chunk in _chunks(memory):
                 device.write(chunk.reshape(-1)[: size - start * PAGE_SIZE].data)
@@ -89,7 +89,7 @@ def memory_sha256(memory: NDArray[np.uint8]) -> str:
 def differing_ranges(numbers: NDArray[np.int64], before: Pages, after: Pages) -> Iterator[tuple[int, int]]:
     """The byte ranges (first, stop) in which pages differ, ascending.
 
-    numbers: int64[n], ascending: which pages of memory these are
+    numbers: int64[n], ascending: the numbers of these pages in memory
     before, after: uint8[n, 4096]
     A difference across a page's border comes as two ranges that meet: see `joined`.
     """
