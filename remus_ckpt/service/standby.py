@@ -180,7 +180,8 @@ class Standby:
     def _seat(self, visitor: Visitor, term: int, before: State) -> None:
         """Make a primary the visitor, durably. before: the state in force until now
 
-        Raises RemusError. The primary to fence is then still the one before: that is written before a fence starts.
+        Raises RemusError. If the term is still the same, the primary to fence is then the one before: that is written
+        before a fence starts.
         """
         try:
             # The fence must know whom to stop, also after a restart: the identity is durable before the first commit.
@@ -199,7 +200,8 @@ class Standby:
                 self._heard = time.monotonic()
                 self._changed.notify_all()
         except RemusError:
-            self._durable.owe(peer=before.more.get("peer"))
+            if self._durable.state.term == before.term:
+                self._durable.owe(peer=before.more.get("peer"))
             raise
 
     def _check_open(self) -> None:
