@@ -39,8 +39,8 @@ class PeerIdentity:
 
     text: address and name for users, of 1 to 300 printable characters
     host, port: its end of the connection, with a numeric address; "" and 0 on a Unix socket
-    certificate: the name in its certificate; "" without TLS, or if the name is not one word of letters, digits, ".", "_" and "-",
-        at most 64 in all
+    certificate: the name in its certificate; "" without TLS, or if the name is not made of 1 to 64 letters, digits,
+        dots, underscores and dashes, the first a letter or a digit
     Raises ValueError if a value breaks these rules.
     """
 
