@@ -408,7 +408,7 @@ class Primary:
             for fd in self._source.stopper.death_fds():
                 poll.register(fd, select.POLLIN)
             if self._stop is not None:
-                poll.register(self._stop.fd, select.POLLIN)
+                poll.register(self._stop, select.POLLIN)
         return bool(poll.poll(int(self.left_s(seconds) * 1000)))
 
     def _open(self) -> None:

@@ -339,7 +339,7 @@ def test_closed_twice_nobody_elses_descriptor_is_touched(tmp_path: Path, in_thre
 
 def test_a_stop_signal_that_is_closed() -> None:
     stop = StopSignal()
-    number = stop.fd
+    number = stop.fileno()
     stop.close()
     other = os.memfd_create("other")
     try:
