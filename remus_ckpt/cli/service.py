@@ -148,7 +148,9 @@ def backup(
     fence: Annotated[
         str | None,
         typer.Option(
-            metavar="CMD", help="Command that stops the primary for good. It must exit with 0 only if that is certain."
+            metavar="CMD",
+            help="Command that stops the primary for good. It must exit with 0 only if that is certain. It gets 1 "
+            "minute.",
         ),
     ] = None,
     keep_count: Annotated[
@@ -168,9 +170,12 @@ def backup(
     """Store every checkpoint that primaries commit, and keep a warm copy of their memory.
 
     The commands of --on-failover and --fence run in a shell. Both get REMUS_NAME, REMUS_EPOCH and REMUS_TERM;
-    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE, and --fence gets REMUS_PEER.
+    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE. --fence gets the last primary: REMUS_PEER_HOST
+    (empty for unix:), REMUS_PEER_PORT, REMUS_PEER_CERT (the name in its certificate), and REMUS_PEER, all in one text.
 
     Example: remus-ckpt backup --listen 0.0.0.0:7411 --store /var/lib/remus --tls-dir keys/backup
+
+    Example: remus-ckpt backup … --auto-failover --fence '/etc/remus-ckpt/power-off "$REMUS_PEER_CERT"'
     """
     _check_metrics(metrics)
     places = [_address(text, tls_dir, insecure) for text in listen]
