@@ -134,6 +134,14 @@ def test_one_that_fails(tmp_path: Path, served: Service, memory: Path) -> None:
     assert "status 3" in failed["reason"]
 
 
+def test_none(tmp_path: Path, served: Service, memory: Path) -> None:
+    """As a unit gives it where its owner has set no command."""
+    with writer_process(memory) as worker, Protecting(tmp_path, served, memory, worker.pid, "") as protecting:
+        protecting.fail_over()
+        assert protecting.report()["ended"] == "fenced"
+    assert not protecting.logged("command failed") + protecting.logged("stopped")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_does_not_end_it(tmp_path: Path, served: Service, memory: Path, number: signal.Signals) -> None:
     """Not even the death of who started it: it is on its way to stop a worker that must not go on."""
