@@ -228,13 +228,13 @@ def being_let_in(disk: Disk, standby: Standby, guest: Guest, term: int | None = 
         coming.join(LONG_S)
 
 
-def asking_for(standby: Standby) -> tuple[threading.Thread, list[Any]]:
+def asking_for(standby: Standby, *, fence: bool = False) -> tuple[threading.Thread, list[Any]]:
     """A takeover by hand that has been asked for; its answer, or its error, comes into the list."""
     answers: list[Any] = []
 
     def ask_for() -> None:
         try:
-            answers.append(standby.take_over(fence=False))
+            answers.append(standby.take_over(fence=fence))
         except RemusError as error:
             answers.append(error)
 
