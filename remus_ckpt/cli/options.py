@@ -19,6 +19,7 @@ from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
 if TYPE_CHECKING:
     from remus_ckpt.loop import StopSignal
+    from remus_ckpt.store import Retention
 
 app = typer.Typer(rich_markup_mode=None)
 """Every command registers here; `remus_ckpt.cli` lists them for the help."""
@@ -44,6 +45,19 @@ Audit = Annotated[
         help="Compare all memory at every COUNT-th pause too; if the kernel missed a page, always compare from then "
         "on. 0: never audit.",
     ),
+]
+KeepTiers = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="TIERS",
+        help="Keep the first checkpoint of each period, such as hourly=48,daily=30: of the newest 48 hours and 30 days "
+        "that have any, in UTC. Also minutely, weekly, monthly, yearly.",
+    ),
+]
+KeepFree = Annotated[
+    str | None,
+    typer.Option("--keep-free", metavar="SIZE", help="Remove the oldest until this much of the disk is free."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
@@ -118,6 +132,32 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise typer.BadParameter(f"{text!r} is not a size: write a number and a unit, such as 512M or 20G")
     return int(float(match[1]) * _BYTES[match[2]])
+
+
+def retention_of(
+    tiers: str | None, *, count: int | None, age: str | None, size: str | None, free: str | None
+) -> Retention:
+    """What the --keep options say."""
+    from remus_ckpt.store.retention import TIERS, Retention
+
+    wanted: dict[str, int] = {}
+    for item in tiers.split(",") if tiers is not None else ():
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*(\d{1,9})\s*", item)
+        if not match or match[1] not in TIERS or match[1] in wanted:
+            raise typer.BadParameter(
+                f"--keep {tiers!r}: write each tier once, as in hourly=48,daily=30; the tiers are {', '.join(TIERS)}"
+            )
+        wanted[match[1]] = int(match[2])
+    try:
+        return Retention(
+            count=count,
+            age_s=parse_duration(age) if age else None,
+            bytes=parse_bytes(size) if size else None,
+            free=parse_bytes(free) if free else None,
+            **wanted,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"--keep {tiers!r}: {error}") from None
 
 
 def stop_on_signals(stack: ExitStack) -> StopSignal:

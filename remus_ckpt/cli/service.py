@@ -19,11 +19,13 @@ from remus_ckpt.cli.options import (
     AsJson,
     Audit,
     HowTracked,
+    KeepFree,
+    KeepTiers,
     MaxMemory,
     app,
-    parse_bytes,
     parse_duration,
     print_json,
+    retention_of,
     stop_on_signals,
 )
 from remus_ckpt.cli.terminal import complain, errors, out
@@ -153,6 +155,7 @@ def backup(
             "minute.",
         ),
     ] = None,
+    keep: KeepTiers = None,
     keep_count: Annotated[
         int | None, typer.Option(metavar="COUNT", min=1, help="Minimum number of checkpoints to keep.")
     ] = None,
@@ -162,6 +165,7 @@ def backup(
     keep_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="How much to keep for each name, such as 20GiB.")
     ] = "16GiB",
+    keep_free: KeepFree = None,
     max_memory: MaxMemory = 64,
     metrics: MetricsAt = None,
     log_format: Logs = "text",
@@ -190,7 +194,6 @@ def backup(
     from remus_ckpt.observe.metrics import Metrics
     from remus_ckpt.service.backup import Backup
     from remus_ckpt.service.standby import Policy
-    from remus_ckpt.store import Retention
 
     policy = Policy(
         lease_s=lease_s,
@@ -198,11 +201,7 @@ def backup(
         fence=fence,
         on_failover=on_failover,
         takeover_timeout_s=min(takeover_timeout_s, threading.TIMEOUT_MAX),
-        retention=Retention(
-            count=keep_count,
-            age_s=parse_duration(keep_age) if keep_age else None,
-            bytes=parse_bytes(keep_size) if keep_size else None,
-        ),
+        retention=retention_of(keep, count=keep_count, age=keep_age, size=keep_size, free=keep_free),
         names=frozenset(map(_name, name)) if name else None,
     )
     # Before the store is created: whoever names a port that is in use must choose another store or another port.

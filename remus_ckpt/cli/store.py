@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,12 +16,13 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
+    KeepFree,
+    KeepTiers,
     Overwrite,
     app,
     keep_what_is_there,
-    parse_bytes,
-    parse_duration,
     print_json,
+    retention_of,
     write_out,
 )
 from remus_ckpt.cli.terminal import complain, out, progress
@@ -29,8 +31,9 @@ from remus_ckpt.limits import GIB, Limits
 
 if TYPE_CHECKING:
     from remus_ckpt.restorer import Checkpoint
-    from remus_ckpt.store import Entry, History, HistoryWriter, Report, State, Survey
+    from remus_ckpt.store import Entry, History, HistoryWriter, Removal, Report, State, Survey
     from remus_ckpt.store.history import Progress
+    from remus_ckpt.store.segments import Contents
 
 T = TypeVar("T")
 PREFIX = "store:"
@@ -231,20 +234,7 @@ def _list_history(history: History, last: int | None, as_json: bool) -> None:
     """last: how many checkpoints to list too; None: all."""
     state, survey = history.state, history.survey()
     summary = _summary(state, survey)
-    segments: list[dict[str, Any]] = [
-        {
-            "segment": one.name,
-            "first": one.first.epoch if one.first else None,
-            "last": one.last.epoch if one.last else None,
-            "checkpoints": len(one.epochs),
-            "bytes": one.end,
-            "base_bytes": one.first.end if one.first else None,
-            "first_time_ns": one.first.time_ns if one.first else None,
-            "last_time_ns": one.last.time_ns if one.last else None,
-            "damaged": state.damaged.get(one.name),
-        }
-        for one in survey.contents
-    ]
+    segments = [_segment_row(one) | {"damaged": state.damaged.get(one.name)} for one in survey.contents]
     if as_json:
         if last == 0:
             print_json(summary | {"segments": segments})
@@ -305,38 +295,67 @@ def _loss(lost: dict[str, Any]) -> str:
 @app.command(short_help="Remove old checkpoints from a store.")
 def prune(
     store: HistoryName,
+    keep: KeepTiers = None,
     keep_count: Annotated[int | None, typer.Option(min=1, help="Keep this many checkpoints.")] = None,
     keep_age: Annotated[
         str | None, typer.Option(help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.")
     ] = None,
     keep_size: Annotated[str | None, typer.Option(help="Keep at most this many bytes, such as 500M or 20G.")] = None,
+    keep_free: KeepFree = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and why.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove old checkpoints, oldest first, in whole segments. The segment with the newest checkpoint always stays.
+    """Remove old checkpoints, in whole segments. The segment with the newest checkpoint always stays.
 
-    A segment is removed as soon as any limit calls for it. A running backup prunes by itself.
+    A segment is removed as soon as --keep-count or --keep-age calls for it, unless --keep wants it; with --keep and
+    neither of these, unless --keep wants it. Of those left, the oldest are removed until --keep-size and --keep-free
+    are met. A running backup prunes by itself; --dry-run works beside it.
 
-    Example: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G
+    Examples: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G;
+    remus-ckpt prune store:/var/lib/remus/orders --keep hourly=48,daily=30 --keep-age 6h --dry-run
     """
-    if keep_count is None and keep_age is None and keep_size is None:
-        raise typer.BadParameter("say what to keep: --keep-count, --keep-age or --keep-size")
-    from remus_ckpt.store import Retention
-
-    retention = Retention(
-        count=keep_count,
-        age_s=None if keep_age is None else parse_duration(keep_age),
-        bytes=None if keep_size is None else parse_bytes(keep_size),
-    )
-    with _writer(store) as writer:
-        _say_warnings(store, writer)
-        removed = writer.prune(retention)
-        left = writer.history.survey().count
-    if as_json:
-        print_json({"store": store, "removed": removed, "checkpoints": left})
+    if all(one is None for one in (keep, keep_count, keep_age, keep_size, keep_free)):
+        raise typer.BadParameter("say what to keep: --keep, --keep-count, --keep-age, --keep-size or --keep-free")
+    retention = retention_of(keep, count=keep_count, age=keep_age, size=keep_size, free=keep_free)
+    if dry_run:
+        history = open_history(store)
+        removals = history.prunable(retention)
+        gone = {one.contents.name for one in removals}
+        survey = history.survey()
+        left = replace(survey, contents=tuple(one for one in survey.contents if one.name not in gone)).count
     else:
-        for name in removed:
-            out.print(Text(f"removed {name}"))
-        out.print(f"{left:,} checkpoints left")
+        with _writer(store) as writer:
+            _say_warnings(store, writer)
+            removals = writer.prune(retention)
+            left = writer.history.survey().count
+    size = sum(one.bytes for one in removals)
+    if as_json:
+        removed = [_segment_row(one.contents) | {"bytes": one.bytes, "rule": _OPTIONS[one.rule]} for one in removals]
+        print_json({"store": store, "dry_run": dry_run, "removed": removed, "bytes": size, "checkpoints": left})
+        return
+    would = "would be " if dry_run else ""
+    for one in removals:
+        out.print(Text(f"{would}removed by {_OPTIONS[one.rule]}: {_words_for(one)}"))
+    out.print(f"{len(removals):,} segments, {size:,} bytes {would}removed; {left:,} checkpoints {would}left")
+
+
+_OPTIONS = {
+    "count": "--keep-count",
+    "age": "--keep-age",
+    "tiers": "--keep",
+    "size": "--keep-size",
+    "free": "--keep-free",
+}
+
+
+def _words_for(removal: Removal) -> str:
+    one = removal.contents
+    if one.first is None or one.last is None:
+        return f"{one.name}, no checkpoint, {removal.bytes:,} bytes"
+    epochs = f"checkpoints {one.first.epoch} to {one.last.epoch}"
+    return (
+        f"{one.name}, {epochs}, taken {_time(one.first.time_ns)} to {_time(one.last.time_ns)}, {removal.bytes:,} bytes"
+    )
 
 
 @app.command(short_help="Start a new segment in a store with a full copy of memory.")
@@ -433,6 +452,19 @@ def _summary(state: State, survey: Survey) -> dict[str, Any]:
             }
             for one in survey.lost
         ],
+    }
+
+
+def _segment_row(one: Contents) -> dict[str, Any]:
+    return {
+        "segment": one.name,
+        "first": one.first.epoch if one.first else None,
+        "last": one.last.epoch if one.last else None,
+        "checkpoints": len(one.epochs),
+        "bytes": one.end,
+        "base_bytes": one.first.end if one.first else None,
+        "first_time_ns": one.first.time_ns if one.first else None,
+        "last_time_ns": one.last.time_ns if one.last else None,
     }
 
 

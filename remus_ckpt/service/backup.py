@@ -36,12 +36,15 @@ from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.standby import Standby
 from remus_ckpt.session import frames
 from remus_ckpt.store import Store
+from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_BYTES_FOR_TIERS
 from remus_ckpt.version import __version__
 
 _CLOSE_S = 10.0
 """Time for all sessions and stores to end; one that still hangs then is abandoned."""
 _MOST_EVICTED = 8
 """Evicted peers whose threads have not ended yet."""
+_ROOM_S = 10.0
+"""How often names that receive nothing look whether enough of the disk is free."""
 _LOCK = ".lock"
 """The lock file in the store; no name begins with a dot."""
 _BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
@@ -97,6 +100,7 @@ class Backup:
         self._peers: list[Peer] = []
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._is_over = threading.Event()
         self._pid = os.getpid()
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
@@ -140,6 +144,8 @@ class Backup:
         This thread never waits for a disk, and never more than a moment for a peer.
         """
         self._check_process()
+        if self.policy.retention.free is not None:
+            self._start_making_room()
         poll = select.poll()
         for fd in (self._stop.fileno(), self._wake.fileno(), *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
@@ -168,6 +174,7 @@ class Backup:
         if self._is_closed or self._pid != os.getpid():
             return
         self._is_closed = True
+        self._is_over.set()
         self._stop.set()
         deadline = time.monotonic() + _CLOSE_S
         if self._thread is not None:
@@ -201,6 +208,19 @@ class Backup:
             "names": dict(sorted(self._names.status().items())),
         }
 
+    def _start_making_room(self) -> None:
+        """A name that receives nothing has to give way too; a disk that hangs must not keep anybody waiting."""
+
+        def make_room() -> None:
+            while not self._is_over.wait(_ROOM_S):
+                for standby in self._names.standbys:
+                    standby.make_room()
+
+        try:
+            threading.Thread(target=make_room, name="room", daemon=True).start()
+        except RuntimeError as error:  # no more threads are allowed: names that receive checkpoints still give way
+            log("room is not made", level=logging.ERROR, reason=str(error))
+
     # Names
 
     def _make(self, name: str) -> Standby:
@@ -210,6 +230,7 @@ class Backup:
             warm_directory=self._warm_dir,
             on_phase=self._report_phase,
             retention=self.policy.retention,
+            compact_bytes=COMPACT_BYTES_FOR_TIERS if self.policy.retention.tiers else COMPACT_BYTES,
         )
         try:
             return Standby(name, writer, self.policy, self.metrics, self._wake.set)

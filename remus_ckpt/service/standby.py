@@ -282,6 +282,11 @@ class Standby:
 
     # Decisions
 
+    def make_room(self) -> None:
+        """Remove old checkpoints if too little of the disk is free. May wait for the disk."""
+        with suppress(StoreError):  # closed meanwhile; the writer notes whatever else is wrong
+            self._writer.make_room()
+
     def turn(self, now: float) -> float:
         """Start what is due now; returns when to call again. Never waits."""
         try:

@@ -17,7 +17,7 @@ from remus_ckpt.disk import guarding, make_directory
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.store.history import Bad, History, Report
-from remus_ckpt.store.retention import Retention
+from remus_ckpt.store.retention import Removal, Retention
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import PeerIdentity, Role, State, is_history
 from remus_ckpt.store.stored import Stored
@@ -32,6 +32,7 @@ __all__ = [
     "HistoryWriter",
     "Lost",
     "PeerIdentity",
+    "Removal",
     "Report",
     "Retention",
     "Role",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,8 @@ from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store import segments
 from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.listing import Listing
+from remus_ckpt.store.pruning import find_over
+from remus_ckpt.store.retention import Removal, Retention
 from remus_ckpt.store.segments import (
     Contents,
     Entry,
@@ -191,7 +194,8 @@ class History:
         if lost is not None:
             held += f", and has held them up to {lost.epochs[-1]}"
         if isinstance(at, int):
-            raise NoCheckpoint(f"{self.directory}: no checkpoint {at}; {held}")
+            pruned = ", which was pruned" if any(at in span for span in self.state.pruned) else ""
+            raise NoCheckpoint(f"{self.directory}: no checkpoint {at}{pruned}; {held}")
         until = (at.astimezone(UTC) - _1970) // timedelta(microseconds=1) * 1_000
         found = self._find_until(survey, min(max(until, -(1 << 63)), (1 << 63) - 1))
         reached = -1 if found is None else found.epoch
@@ -211,6 +215,16 @@ class History:
             if edges and min(edges) <= time_ns and (found := self._listing.newest_until(one, time_ns)) is not None:
                 return found
         return None
+
+    def prunable(self, retention: Retention, *, now_ns: int | None = None) -> list[Removal]:
+        """The segments that `HistoryWriter.prune` would remove now, oldest first. Raises StoreError."""
+        survey = self.survey()
+        if survey.newest is None:
+            return []
+        at_ns = time.time_ns() if now_ns is None else now_ns
+        directory = self.directory / segments.DIRECTORY
+        found = find_over(directory, survey.contents, survey.newest.segment, self.state, retention, at_ns)
+        return [] if found is None else list(found.over.values())
 
     # Reading back
 
