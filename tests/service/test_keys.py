@@ -51,6 +51,7 @@ def test_what_lies_where(tmp_path: Path) -> None:
         "ca/backup/key.pem",
         "ca/ca-key.pem",
         "ca/ca.pem",
+        "ca/issued.pem",
     ]
     assert mode(tmp_path / "ca") == mode(tmp_path / "ca" / "backup") == 0o700
     assert mode(tmp_path / "ca" / "ca-key.pem") == mode(tmp_path / "ca" / "backup" / "key.pem") == 0o600
@@ -186,8 +187,7 @@ def test_an_expired_one_is_renewed_and_one_half_renewed_too(tmp_path: Path) -> N
     keys.issue(tmp_path, "over", days=7, now=now - timedelta(days=50))
     with pytest.raises(LinkError):
         TlsFiles(tmp_path / "over")
-    # Killed between the two files, or before the first.
-    (tmp_path / "over" / ".new-key.pem").write_text("of a renewal that was killed")
+    # Killed between the two files.
     (tmp_path / "over" / "key.pem").write_text("not of this certificate")
     keys.issue(tmp_path, "over", renew=True)
     TlsFiles(tmp_path / "over")
