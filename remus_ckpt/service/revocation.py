@@ -79,7 +79,7 @@ def _find(
     current = [(folder / "cert.pem", load_certificates(folder / "cert.pem")[0]) for folder in folders]
 
     def is_ours(one: x509.Certificate) -> bool:
-        return any(was_issued_by(one, issuer) for issuer in issuers)
+        return one not in issuers and any(was_issued_by(one, issuer) for issuer in issuers)
 
     named = {one: path for path, one in [*known, *current] if common_name(one.subject) == what and is_ours(one)}
     if superseded:
