@@ -1,4 +1,4 @@
-"""Certificates that their CA has revoked: the lists in crl.pem (RFC 5280 §5, specs/keys.md §3).
+"""Certificates that their CA has revoked: the lists in crl.pem (RFC 5280, section 5; specs/keys.md §3).
 
 OpenSSL looks into the lists at each handshake. `revoked_in` is for connections that are open when a list arrives.
 """

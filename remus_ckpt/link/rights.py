@@ -35,7 +35,7 @@ class Rights:
         names: set[str] = set()
         unknown = []
         for uri in uris:
-            # Scheme and namespace of a URN have no case (RFC 8141 §3.1): in capitals it is a limit too, an unknown one.
+            # Scheme and namespace of a URN have no case (RFC 8141): in capitals it is a limit too, an unknown one.
             if uri[: len(_SCHEME)].lower() != _SCHEME:
                 continue
             if (word := uri.removeprefix(_MAY)) in ACTIONS:
