@@ -20,7 +20,7 @@ from remus_ckpt.link.revocation import REFRESH, Revoked, check_lists, is_in, loa
 _logger = logging.getLogger("remus_ckpt")
 
 RENEW = "renew it with `remus-ckpt keys issue CA_FOLDER NAME --renew`"
-RENEW_CA = "make a new CA in a new folder with `remus-ckpt keys init`, and issue every certificate again"
+RENEW_CA = "replace it with `remus-ckpt keys rotate CA_FOLDER begin`"
 
 _COPY = "copy it again from where `remus-ckpt keys` made it, or make a new folder with `remus-ckpt keys issue`"
 
@@ -277,7 +277,7 @@ def say_tls(error: ssl.SSLError) -> str:
         elif "CRL" in error.verify_message:
             return f"its certificate cannot be checked: {error.verify_message.rstrip('.')}: in our crl.pem, {REFRESH}"
         elif "revoked" in error.verify_message:
-            advice = f": on that side, {RENEW}"
+            advice = f": to let that side in again, {RENEW}"
         elif "expired" in error.verify_message:
             advice = f": on that side, {RENEW}; where it is the CA that has expired, {RENEW_CA}"
         elif "not yet valid" in error.verify_message:

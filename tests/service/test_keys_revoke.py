@@ -181,6 +181,24 @@ def test_a_list_that_says_nothing_is_refused_at_the_start(tmp_path: Path, data: 
         TlsFiles(folder)
 
 
+def test_a_list_that_expires_meanwhile_lets_nobody_in(tmp_path: Path) -> None:
+    folder = put(tmp_path / "me", [MINE], [Made("me", MINE, is_ca=False)])
+    plain = TlsFiles(put(tmp_path / "peer", [MINE], [Made("peer", MINE, is_ca=False)]))
+    second = 1 / 86400
+    (folder / "crl.pem").write_bytes(MINE.revoke(days=(-1, 3 * second)))
+    files = TlsFiles(folder)
+    shake(files, plain)
+
+    def has_expired() -> bool:
+        try:
+            shake(files, plain)
+        except ssl.SSLCertVerificationError:
+            return True
+        return False
+
+    until(has_expired)
+
+
 def test_a_list_for_each_ca_that_is_trusted(tmp_path: Path) -> None:
     me = Made("me", MINE, is_ca=False)
     good, bad = Made("good", OTHER, is_ca=False), Made("bad", OTHER, is_ca=False)
@@ -217,6 +235,17 @@ def test_what_a_renewal_has_replaced(ca: Path, tmp_path: Path) -> None:
     keys.issue(ca, "orders", renew=True)
     revoke(ca, "orders", superseded=True)
     assert is_refused(ca / "backup", tmp_path / "stolen")
+    assert not is_refused(ca / "backup", ca / "orders")
+
+
+def test_a_renewal_that_never_arrived_has_replaced_nothing(ca: Path, tmp_path: Path) -> None:
+    keys.issue(ca, "orders", renew=True)
+    used = keys.show(ca / "orders")[-1].serial
+    shutil.copytree(ca / "orders", tmp_path / "used")
+    keys.issue(ca, "orders", renew=True)
+    shutil.copytree(tmp_path / "used", ca / "orders", dirs_exist_ok=True)
+    assert len(revoke(ca, "orders", superseded=True).revoked) == 1
+    assert used not in serials(ca)
     assert not is_refused(ca / "backup", ca / "orders")
 
 
