@@ -12,7 +12,7 @@ the new CA issues, old-ca-key.pem from then on until the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +45,6 @@ from remus_ckpt.service.authority import (
     read_lists,
     renew_lists,
     replace_all,
-    write_all,
 )
 from remus_ckpt.service.keys import CA_DAYS, CERTIFICATE_DAYS, issue_into
 
@@ -81,7 +80,7 @@ def begin(
         if (directory / OLD_KEY).exists():
             raise LinkError(f"{directory}: in the rotation under way the new CA issues already: go on with `reissue`")
         if not (directory / NEXT_KEY).exists():
-            write_all({directory / NEXT_KEY: key_pem(ec.generate_private_key(ec.SECP256R1()))})
+            replace_all({directory / NEXT_KEY: key_pem(ec.generate_private_key(ec.SECP256R1()))})
         key = load_key(directory / NEXT_KEY)
         fresh = certificate_of(key, trusted)
         if fresh is None:
@@ -93,14 +92,14 @@ def begin(
         if is_listed(directory, folders):
             lists = renew_lists(directory, load_all(directory), folders, now)
             replace_all({directory / "crl.pem": pem(*merged(directory, lists, trusted))})
-        changed = []
+        plan = {}
         for folder in folders:
             there = list(dict.fromkeys([*load_certificates(folder / "ca.pem"), *trusted]))
             # The list comes first: without it, whatever a CA has issued is refused.
-            files = lists_for(folder, lists, there, now) | {folder / "ca.pem": pem(*there)}
+            plan[folder] = lists_for(folder, lists, there, now) | {folder / "ca.pem": pem(*there)}
+        for files in plan.values():
             replace_all(files)
-            changed.append((folder, tuple(path.name for path in files)))
-    return Done(common_name(fresh.subject), tuple(changed))
+    return Done(common_name(fresh.subject), tuple((folder, _names(plan[folder])) for folder in folders))
 
 
 def reissue(
@@ -123,8 +122,8 @@ def reissue(
                 )
             if lists := read_lists(folder):
                 check_lists(folder / "crl.pem", lists, [fresh], now)
-        _swap_keys(directory)
         revoked = revoked_in(read_lists(directory))
+        _swap_keys(directory)
         changed, left_out = [], []
         for folder in folders:
             certificate = load_certificates(folder / "cert.pem")[0]
@@ -155,18 +154,15 @@ def finish(directory: str | Path, *, to: Sequence[str | Path] = (), now: datetim
         folders = folders_of(directory, [Path(folder) for folder in to])
         _check_unused(directory, folders, [one for one in trusted if one.public_key() == old], now)
         lists = renew_lists(directory, [authority], folders, now) if is_listed(directory, folders) else []
-        changed, left_out = [], []
+        plan = {}
         for folder in folders:
             kept = [one for one in load_certificates(folder / "ca.pem") if one.public_key() != old]
             if authority.certificate not in kept:
                 raise LinkError(f"{folder / 'ca.pem'} does not hold the new CA: copy it from another folder")
             # A list of a CA that is not trusted does no harm: it goes last.
-            files = {folder / "ca.pem": pem(*kept)} | lists_for(folder, lists, kept, now)
+            plan[folder] = {folder / "ca.pem": pem(*kept)} | lists_for(folder, lists, kept, now)
+        for files in plan.values():
             replace_all(files)
-            if was_issued_by(load_certificates(folder / "cert.pem")[0], authority.certificate):
-                changed.append((folder, tuple(path.name for path in files)))
-            else:
-                left_out.append(folder)
         trusted = [one for one in trusted if one.public_key() != old]
         replace_all({directory / "ca.pem": pem(*trusted)})
         if lists:
@@ -176,7 +172,15 @@ def finish(directory: str | Path, *, to: Sequence[str | Path] = (), now: datetim
             disk.sync_directory(directory)
         except OSError as error:
             raise LinkError(f"{directory / OLD_KEY}: {error.strerror}") from error
-    return Done(name, tuple(changed), tuple(left_out))
+    alive = [
+        folder for folder in folders if was_issued_by(load_certificates(folder / "cert.pem")[0], authority.certificate)
+    ]
+    left_out = tuple(folder for folder in folders if folder not in alive)
+    return Done(name, tuple((folder, _names(plan[folder])) for folder in alive), left_out)
+
+
+def _names(files: Iterable[Path]) -> tuple[str, ...]:
+    return tuple(path.name for path in files)
 
 
 def _fresh(directory: Path) -> x509.Certificate:
