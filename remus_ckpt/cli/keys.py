@@ -37,7 +37,8 @@ def init(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a certificate authority: ca.pem, and ca-key.pem, which signs certificates and must never leave this folder.
+    """Make a certificate authority: ca.pem, and ca-key.pem, which signs certificates. Back up both, and keep ca-key.pem
+    off the machines that connect.
 
     Example: remus-ckpt keys init keys/
     """
