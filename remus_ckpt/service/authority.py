@@ -354,6 +354,7 @@ def replace_all(files: Mapping[Path, bytes]) -> None:
     try:
         with ExitStack() as stack:
             for path, data in reversed(list(files.items())):  # the last to be entered is the first to take its place
+                disk.remove_unfinished(path)  # it may hold a key
                 descriptor = stack.enter_context(disk.appearing(path))
                 disk.write_all(descriptor, [data])
                 mode = _mode(path)

@@ -187,10 +187,13 @@ def test_an_expired_one_is_renewed_and_one_half_renewed_too(tmp_path: Path) -> N
     keys.issue(tmp_path, "over", days=7, now=now - timedelta(days=50))
     with pytest.raises(LinkError):
         TlsFiles(tmp_path / "over")
-    # Killed between the two files.
+    # Killed between the two files, or before the first.
+    (tmp_path / "over" / ".key.pem.0123456789abcdef").write_text("of a renewal that was killed")
+    (tmp_path / "over" / ".key.pem.bak").write_text("the user's own")
     (tmp_path / "over" / "key.pem").write_text("not of this certificate")
     keys.issue(tmp_path, "over", renew=True)
     TlsFiles(tmp_path / "over")
+    assert sorted(path.name for path in (tmp_path / "over").glob(".*")) == [".key.pem.bak"]
 
 
 def test_what_is_not_renewed(tmp_path: Path) -> None:
