@@ -236,7 +236,7 @@ class Backup:
     def _end_revoked(self) -> None:
         for peer in self._living_peers():
             if peer.connection.is_revoked():
-                log("certificate revoked", level=logging.WARNING, peer=peer.peer)
+                log("certificate revoked", level=logging.WARNING, peer=peer.connection.peer)
                 peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} has been revoked")
 
     def _receive_peer(self, connection: Connection) -> None:
