@@ -16,6 +16,7 @@ from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
 _COPY_BYTES = 1 << 22
+_TOKEN_BYTES = 8
 _SYNC_EACH = 64
 """Each sync may flush the disk's cache: for more files than this, one sync of the whole file system is cheaper."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -159,7 +160,7 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
     Raises OSError that names the path.
     """
     # Choose the name first: if a signal handler raises in between, no file is left behind.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}")
     try:
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -178,6 +179,12 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
             sync_directory(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what `appearing` left of a path when it was killed. Nobody else may be making it. Raises OSError."""
+    for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * (2 * _TOKEN_BYTES)}"):
+        left.unlink(missing_ok=True)
 
 
 def spare_of(path: Path) -> Path:

@@ -25,7 +25,7 @@ COMMANDS = {
     "backup": _Entry("service", "Keep checkpoints from primaries and take over when they fail."),
     "status": _Entry("service", "Show the status of a backup and its primaries."),
     "failover": _Entry("service", "Promote a backup by hand."),
-    "keys": _Entry("keys", "Make and show TLS keys."),
+    "keys": _Entry("keys", "Make, show, replace and revoke TLS keys."),
     "demo": _Entry("service", "Protect a worker, kill it, and watch the backup take over."),
     "record": _Entry("live", "Record checkpoints of live shared memory."),
     "list": _Entry("store", "List what a store holds."),

@@ -35,6 +35,8 @@ _WELCOME_S = 30.0
 _GOODBYE_S = 1.0
 _LOOK_S = 0.25
 """How often a wait for the welcome checks whether to give up."""
+_REVOKED_S = 1.0
+"""How often an open session checks whether the backup's certificate has been revoked."""
 
 
 class Link:
@@ -223,15 +225,19 @@ class Link:
     def _listen(self) -> None:
         number = 0
         period = self._lease_s / 4
-        beat = time.monotonic()
+        beat = check = time.monotonic()
         try:
             while not self._closing:
-                self._receive(max(beat - time.monotonic(), 0.0))
+                self._receive(max(min(beat, check) - time.monotonic(), 0.0))
                 while (event := self._incoming.next_event()) is not None:
                     self._take(event)
                 now = time.monotonic()
                 if now - self._heard > self._lease_s:
                     raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
+                if now >= check:
+                    check = now + _REVOKED_S
+                    if self._connection.is_revoked():
+                        raise LinkError(f"{self.peer}: its certificate has been revoked")
                 if now >= beat:
                     number += 1
                     # If the connection is stalled, a heartbeat would wait, and hold up whoever wants to send.

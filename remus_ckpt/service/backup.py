@@ -39,6 +39,8 @@ from remus_ckpt.store import Store
 from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_BYTES_FOR_TIERS
 from remus_ckpt.version import __version__
 
+_REVOKED_S = 1.0
+"""How often the certificates of open sessions are looked up in the lists of revoked ones."""
 _CLOSE_S = 10.0
 """Time for all sessions and stores to end; one that still hangs then is abandoned."""
 _MOST_EVICTED = 8
@@ -150,7 +152,7 @@ class Backup:
         for fd in (self._stop.fileno(), self._wake.fileno(), *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
         period = self.policy.lease_s / 4
-        beat = time.monotonic()
+        beat = check = time.monotonic()
         while not self._stop.is_set:
             self._wake.clear()
             now = time.monotonic()
@@ -160,7 +162,10 @@ class Backup:
                     peer.beat()
                 if on_turn is not None:
                     on_turn()
-            due = min([beat, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
+            if now >= check:
+                check = now + _REVOKED_S
+                self._end_revoked()
+            due = min([beat, check, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
             ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
             for listener in self._listeners:
                 if listener.fileno() in ready and (connection := listener.accept()) is not None:
@@ -248,6 +253,12 @@ class Backup:
         with self._lock:
             self._peers = [peer for peer in self._peers if peer.thread.is_alive()]
             return list(self._peers)
+
+    def _end_revoked(self) -> None:
+        for peer in self._living_peers():
+            if peer.connection.is_revoked():
+                log("certificate revoked", level=logging.WARNING, peer=peer.connection.peer)
+                peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} has been revoked")
 
     def _receive_peer(self, connection: Connection) -> None:
         peers = self._living_peers()

@@ -13,6 +13,7 @@ from typing import Any
 from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.rights import Action
 from remus_ckpt.observe.log import log
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service.standby import Refusal, Standby
@@ -234,14 +235,24 @@ class Peer:
                 case None:
                     self._receive(_FRAME_S, f"nothing was asked in {_FRAME_S:g} s")
 
+    def _demand(self, action: Action, name: str) -> None:
+        """Raises Refusal if the peer's certificate does not allow it (specs/keys.md §2)."""
+        rights = self.connection.rights
+        if not rights.allows(action, name):
+            text = f"the certificate {self.connection.certificate_name!r} does not allow {action} for {name!r}"
+            raise Refusal("forbidden", f"{text}; it allows {rights} (remus-ckpt keys issue --may, --for-name)")
+
     def _answer(self, request: messages.Request) -> dict[str, Any]:
         try:
+            if request.method == "failover":
+                self._demand("failover", str(request.arguments.get("name")))
             answer = self._offer.answer(request.method, request.arguments)
         except RemusError as error:
             return {"error": str(error)}
         return {"error": f"there is no method {request.method!r} here"} if answer is None else answer
 
     def _serve_primary(self, hello: messages.Hello) -> None:
+        self._demand("protect", hello.name)
         if hello.page_size != PAGE_SIZE:
             raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
         most = self._offer.limits.memory_bytes

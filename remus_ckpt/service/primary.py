@@ -34,7 +34,7 @@ from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 
-LASTING = frozenset({"version", "name", "limit", "fenced"})
+LASTING = frozenset({"version", "name", "forbidden", "limit", "fenced"})
 """Refusals that another try would not change."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0

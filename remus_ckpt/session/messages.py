@@ -46,6 +46,8 @@ class ErrorCode(StrEnum):
 
     VERSION = "version"
     NAME = "name"
+    FORBIDDEN = "forbidden"
+    REVOKED = "revoked"
     BUSY = "busy"
     FENCED = "fenced"
     MALFORMED = "malformed"
