@@ -208,15 +208,6 @@ def test_many_buffers_that_end_within_a_page(tracking: Tracking) -> None:
     source.close()
 
 
-def test_read_only_arrays_are_followed() -> None:
-    memory = np.zeros(PAGE_SIZE, dtype=np.uint8)
-    shown = memory.view()
-    shown.flags.writeable = False
-    source = OwnMemory({"shown": shown})
-    memory[5] = 1
-    assert take(source) == [0]
-
-
 def masked() -> Any:
     return np.ma.zeros(5)
 
