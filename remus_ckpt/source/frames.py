@@ -110,7 +110,7 @@ def _column(row: object, left: dict[str, tuple[np.dtype[Any], tuple[int, ...]]],
     dtype, shape = left.pop(column.buffer, (None, ()))
     if dtype is None or len(shape) != 1 or not _is_kept(dtype, texts):
         raise malformed(f"{column.buffer!r:.80} is no buffer that a column can be", "§5")
-    if column.zone is not None and (dtype.kind != "M" or not isinstance(column.zone, str) or not _zone(column.zone)):
+    if column.zone is not None and (dtype.kind != "M" or not isinstance(column.zone, str) or not _is_zone(column.zone)):
         raise malformed(f"{column.zone!r:.80} is no time zone that is known here", "§5")
     return column
 
@@ -141,12 +141,13 @@ def _is_kept(dtype: np.dtype[Any], texts: str = "") -> bool:
     return dtype.kind in _NUMBERS + texts
 
 
-def _zone(text: str) -> zoneinfo.ZoneInfo | None:
-    """A time zone by its name; never one that names a file elsewhere."""
+def _is_zone(text: str) -> bool:
+    """Whether this names a time zone, and no file elsewhere."""
     if _ZONE.fullmatch(text):
         with suppress(KeyError, ValueError, OSError):
-            return zoneinfo.ZoneInfo(text)
-    return None
+            zoneinfo.ZoneInfo(text)
+            return True
+    return False
 
 
 # DataFrames
@@ -243,7 +244,7 @@ def _in_place(column: pd.Series | pd.Index) -> tuple[NDArray[Any], str | None] |
     if isinstance(dtype, np.dtype):
         return (np.asarray(column.array), None) if _is_kept(dtype) else None
     zone = getattr(dtype, "tz", None)
-    if zone is None or not _zone(str(zone)):
+    if zone is None or not _is_zone(str(zone)):
         return None
     return np.asarray(column.array, dtype=f"M8[{dtype.unit}]"), str(zone)
 
@@ -285,7 +286,7 @@ def _values(column: Column, arrays: Mapping[str, NDArray[Any]]) -> Any:
     values = arrays[column.buffer]
     if column.zone is None:
         return values
-    return pd.DatetimeIndex(values).tz_localize("UTC").tz_convert(_zone(column.zone)).array
+    return pd.DatetimeIndex(values).tz_localize("UTC").tz_convert(column.zone).array
 
 
 def _index_again(frame: Frame, arrays: Mapping[str, NDArray[Any]]) -> pd.Index:

@@ -39,6 +39,8 @@ class OwnMemory(Source):
     Raises TypeError or ValueError for buffers that cannot be protected.
     """
 
+    memory: Buffers
+
     def __init__(
         self,
         buffers: Mapping[str, Any],
