@@ -145,18 +145,18 @@ class Primary:
     # The user's calls
 
     def connect(self, timeout_s: float) -> None:
-        """Connect now, not with the first checkpoint. Raises LinkError, with the reason, if the time runs out."""
+        """Connect now, not with the first checkpoint.
+
+        Raises LinkError, with the reason, if the time runs out; Refused or Fenced if another try would not help.
+        """
         self._check_process()
         deadline = deadline_in(timeout_s)
-        self._turns.take(lambda: self._connect_by(deadline), timeout_s)
 
-    def _connect_by(self, deadline: float) -> None:
-        self._until = deadline
-        try:
+        def connect() -> None:
+            self._until = deadline
             self._connect_patiently(deadline)
-        except LinkError as error:
-            self._lost(error)
-            raise
+
+        self._turns.take(connect, timeout_s)
 
     def run(self) -> Iterator[Taken]:
         """Take checkpoints at the interval, and yield each once it has been sent, until the stop is set, the duration

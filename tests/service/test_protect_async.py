@@ -152,8 +152,11 @@ def test_calls_at_once_take_turns(tmp_path: Path, arrays: dict[str, Any]) -> Non
 def test_a_call_that_is_cancelled_leaves_what_was_before_or_what_came_after(
     tmp_path: Path, arrays: dict[str, Any]
 ) -> None:
+    complaints: list[Any] = []
+
     async def main() -> None:
         with hanging(tmp_path, 1) as (address, has_come, go_on), protect(arrays, to=address, name="desk") as protection:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
             assert await protection.acheckpoint() == 0
             arrays["one"][:] = 1
             with pytest.raises(asyncio.TimeoutError):
@@ -171,6 +174,7 @@ def test_a_call_that_is_cancelled_leaves_what_was_before_or_what_came_after(
             assert (set(found["one"]), set(found["two"])) == ({one}, {two})
 
     asyncio.run(main())
+    assert complaints == []
 
 
 def test_closing_behind_a_call_that_was_cancelled(tmp_path: Path, arrays: dict[str, Any]) -> None:
