@@ -112,7 +112,7 @@ def protect(
 
     A forked child has no part in it: there, `checkpoint` raises ValueError and `close` does nothing.
     Raises TypeError or ValueError for buffers that cannot be protected; LinkError, with address and reason, if the
-    backup cannot be reached.
+    backup cannot be reached; UnknownFormat if something else answers there.
     """
     if interval_s is not None and lock is None:
         raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")

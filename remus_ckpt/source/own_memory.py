@@ -1,4 +1,4 @@
-"""Memory that is this process's own: numpy arrays, mmaps, bytearrays, by name.
+"""Memory that is this process's own: numpy arrays, DataFrames, mmaps, bytearrays, by name.
 
 The buffers lie one behind the other as specs/manifest.md §3 says.
 """
