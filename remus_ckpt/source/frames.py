@@ -1,7 +1,7 @@
 """pandas DataFrames: their columns as buffers, and back (specs/manifest.md §5).
 
-Kept are the values, the labels and order of the columns, the index, and the names of both; not the frequency of an index
-of times, nor `attrs`. pandas is imported only where a DataFrame is given or made.
+Kept are the values, the labels and order of the columns, the index, and the names of both; not the frequency of an
+index of times, nor `attrs`. pandas is imported only where a DataFrame is given or made.
 """
 
 from __future__ import annotations
