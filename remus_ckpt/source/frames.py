@@ -319,6 +319,12 @@ def faults(frame: Frame, arrays: Mapping[str, NDArray[Any]], target: pd.DataFram
             yield f"column {column.label!r} of {name!r} is read-only"
 
 
+def places(name: str, target: pd.DataFrame) -> dict[str, NDArray[Any]]:
+    """Where the columns of a frame lie, by their buffers' names."""
+    found = ((f"{name}[{label!r}]", _in_place(series)) for label, series in target.items())
+    return {buffer: one[0] for buffer, one in found if one is not None}
+
+
 def values_of(frame: Frame, arrays: Mapping[str, NDArray[Any]]) -> list[Any]:
     """The values of each column, for `put`. Raises ValueError for those that pandas does not take."""
     return [_values(column, arrays) for column in frame.columns]

@@ -25,7 +25,7 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.source.dtypes import MAX_BYTES, MAX_DIMENSIONS, dtype_form, field, is_size, malformed, read_dtype
-from remus_ckpt.source.frames import Frame, faults, has_pandas, is_frame, join, put, read_frames, values_of
+from remus_ckpt.source.frames import Frame, faults, has_pandas, is_frame, join, places, put, read_frames, values_of
 
 ARRAY, BYTES = "array", "bytes"
 MAX_NAME_BYTES = 255
@@ -239,6 +239,7 @@ def _copy_into(
         if names
     ]
     targets: dict[str, NDArray[Any]] = {}
+    columns: dict[str, NDArray[Any]] = {}
     for name in sorted(wanted & into.keys()):
         if name in entries:
             try:
@@ -247,9 +248,10 @@ def _copy_into(
                 wrong.append(str(error))
         elif is_frame(into[name]):
             wrong += faults(frames[name], arrays, into[name])
+            columns |= places(name, into[name])
         else:
             wrong.append(f"{name!r} is {type(into[name]).__name__}, and a DataFrame in the checkpoint")
-    wrong += _overlaps(targets)
+    wrong += _overlaps(targets | columns)
     if wrong:
         raise ValueError(f"nothing was restored: {'; '.join(wrong)}")
     for values, target in [(values_of(frame, arrays), into[name]) for name, frame in frames.items()]:

@@ -239,6 +239,15 @@ def test_a_frame_that_does_not_fit_stays_as_it_was(change: Any, words: str) -> N
     assert before.equals(target) if hasattr(before, "equals") else (before == target).all()
 
 
+def test_a_frame_that_shares_memory_with_another_target_stays_as_it_was() -> None:
+    made = checkpoint(OwnMemory({"quotes": pd.DataFrame({"a": np.zeros(3)}), "array": np.ones(3)}))
+    array = np.full(3, 5.0)
+    shown = pd.DataFrame({"a": array}, copy=False)
+    with pytest.raises(ValueError, match="share memory"):
+        arrays_of(made, {"quotes": shown, "array": array})
+    assert (array == 5).all()
+
+
 # Bytes from anywhere
 
 
