@@ -231,7 +231,7 @@ def _copy_into(
     entries = {entry.name: entry for entry in manifest.entries if entry.name not in in_frames}
     wanted = frames.keys() | entries.keys()
     wrong = [
-        f"{what}: {', '.join(map(repr, sorted(names)))}"
+        f"{what}: {', '.join(sorted(map(repr, names)))}"
         for what, names in (
             ("missing", wanted - into.keys()),
             ("not in the checkpoint", into.keys() - wanted),
