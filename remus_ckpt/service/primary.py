@@ -145,16 +145,16 @@ class Primary:
     # The user's calls
 
     def connect(self, timeout_s: float) -> None:
-        """Connect now, not with the first checkpoint.
-
-        Raises LinkError, with the reason, if the time runs out; Refused or Fenced if another try would not help.
-        """
+        """Connect now. Raises LinkError, with the reason, if the time runs out or another try would not help."""
         self._check_process()
         deadline = deadline_in(timeout_s)
 
         def connect() -> None:
             self._until = deadline
-            self._connect_patiently(deadline)
+            try:
+                self._connect_patiently(deadline)
+            except Fenced as error:
+                self._lost(error)  # which raises it
 
         self._turns.take(connect, timeout_s)
 

@@ -125,8 +125,10 @@ def test_a_refusal_that_another_try_would_not_change_comes_at_once(tmp_path: Pat
             backup.failover("desk")
             with suppress(RemusError):
                 protection.close()
-        with pytest.raises(Fenced):
-            protect({"a": np.zeros(5)}, name="desk", term=0, **arguments, **options(in_thread))
+        told: list[Fenced] = []
+        with pytest.raises(Fenced) as fenced:
+            protect({"a": np.zeros(5)}, name="desk", term=0, on_fenced=told.append, **arguments, **options(in_thread))
+        assert told == [fenced.value]
 
 
 def test_a_time_that_is_none(tmp_path: Path) -> None:
