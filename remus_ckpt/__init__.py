@@ -1,10 +1,10 @@
 """Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-Arrays and mmaps of one's own:
+Arrays, DataFrames and mmaps of one's own:
 
-    protect, Protection     keeps named arrays on a backup while the program changes them
+    protect, Protection     keeps them, by name, on a backup while the program changes them
     Committed               what `on_commit` is told
-    arrays_of               the arrays of a checkpoint
+    arrays_of               the arrays and DataFrames of a checkpoint: new ones, or copied into existing ones
 
 Memory that others write:
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError, UnknownFormat
+from remus_ckpt.errors import Fenced, LinkError, Refused, StreamError, UnknownFormat
 from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
@@ -38,8 +38,6 @@ LASTING = frozenset({"version", "name", "forbidden", "limit", "fenced"})
 """Refusals that another try would not change."""
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
-_SAY_S = 10.0
-"""A checkpoint that waits longer than this is worth a line in the log."""
 _LAST_LINK_S = 2.0
 """How long an ending primary tries to get a new link, so that what it has sent is committed."""
 _LAST_COMMIT_S = 10.0
@@ -146,6 +144,20 @@ class Primary:
 
     # The user's calls
 
+    def connect(self, timeout_s: float) -> None:
+        """Connect now. Raises LinkError, with the reason, if the time runs out or another try would not help."""
+        self._check_process()
+        deadline = deadline_in(timeout_s)
+
+        def connect() -> None:
+            self._until = deadline
+            try:
+                self._connect_patiently(deadline)
+            except Fenced as error:
+                self._lost(error)  # which raises it
+
+        self._turns.take(connect, timeout_s)
+
     def run(self) -> Iterator[Taken]:
         """Take checkpoints at the interval, and yield each once it has been sent, until the stop is set, the duration
         is over or the source ends.
@@ -166,15 +178,13 @@ class Primary:
             self._bell.ring()
 
     def _sessions(self) -> Iterator[Taken]:
-        begin = time.monotonic()
-        end = None if self._duration_s is None else begin + self._duration_s
+        end = None if self._duration_s is None else time.monotonic() + self._duration_s
         while not self.ended:
             try:
                 self._connect_patiently(None, end)
                 if self.ended:
                     return
-                left = None if self._duration_s is None else max(self._duration_s - (time.monotonic() - begin), 0.0)
-                loop = self._make_loop(left)
+                loop = self._make_loop(None if end is None else max(end - time.monotonic(), 0.0))
                 for taken in loop.run():
                     self._count(taken)
                     yield taken
@@ -364,7 +374,7 @@ class Primary:
                     raise  # it has never been a backup
                 self._back_off()
                 if str(error) != said:
-                    log("no link", level=logging.WARNING, name=self.name, reason=str(error))
+                    log("no link; trying again", level=logging.WARNING, name=self.name, reason=str(error))
                     said = str(error)
                 if deadline is not None and time.monotonic() + self._backoff_s > deadline:
                     if isinstance(error, LinkError):
@@ -569,24 +579,12 @@ class Primary:
         self._await_room()
 
     def _await_room(self, *, stoppable: bool = True) -> None:
-        """Wait while the window is full, or while too many commits wait for on_commit."""
-
         def is_over() -> bool:
-            if self._window.has_room:
-                return True
             self.check()
             self._turn()
             return stoppable and self._stop is not None and self._stop.is_set
 
-        if self._bell.wait(is_over, min(self._until, time.monotonic() + _SAY_S)):
-            return
-        if time.monotonic() < self._until:
-            log("checkpoints wait", level=logging.WARNING, name=self.name, reason=self._window.in_the_way)
-            if self._bell.wait(is_over, self._until):
-                return
-        if self._window.is_held_up:
-            raise RemusError(self._window.in_the_way)
-        raise LinkError(self._window.in_the_way)
+        self._window.await_room(is_over, lambda: self._until)
 
     def fds(self) -> Sequence[int]:
         """Descriptors that become readable when the link is lost."""

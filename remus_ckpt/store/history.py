@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from remus_ckpt.disk import appearing, guarding, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
+from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.store import segments
 from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.listing import Listing
@@ -228,12 +230,23 @@ class History:
 
     # Reading back
 
-    def restore(self, at: int | datetime | None = None, progress: Progress | None = None) -> Checkpoint:
+    def restore(
+        self,
+        at: int | datetime | None = None,
+        progress: Progress | None = None,
+        *,
+        into: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
         """Restore a checkpoint into the memory of this process.
 
-        Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError.
+        into: arrays, buffers and DataFrames that the values are copied into as well, as for `arrays_of`
+        Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError; with `into` like `arrays_of` too.
+        Nothing is copied into `into` before all has been read and is known to fit.
         """
-        return self._read(at, Anonymous(), progress)[0]
+        checkpoint, _ = self._read(at, Anonymous(), progress)
+        if into is not None:
+            arrays_of(checkpoint, into)
+        return checkpoint
 
     def restore_image(
         self,
