@@ -72,11 +72,6 @@ class Address:
         return f"{self.scheme}://{self.host}:{self.port}"
 
 
-def is_address(text: str) -> bool:
-    """Whether a text that a user types begins like an address with its scheme."""
-    return text.startswith(("tls://", "tcp://", "unix:"))
-
-
 def split_name(text: str) -> tuple[str, str | None]:
     """Split ADDRESS/NAME into the address and the name, None if there is none.
 

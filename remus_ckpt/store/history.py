@@ -112,6 +112,10 @@ class History:
         """The name of this history."""
         return self.state.name
 
+    def reading(self) -> AbstractContextManager[object]:
+        """A block in which several calls belong together: a history on another machine keeps its connection there."""
+        return nullcontext()
+
     # Contents
 
     def survey(self) -> Survey:
@@ -242,7 +246,7 @@ class History:
         """
         target = Path(path)
         self.find(at)
-        with self._reading(), guarding(target), appearing(target, sync=sync) as descriptor:
+        with self.reading(), guarding(target), appearing(target, sync=sync) as descriptor:
             home = MappedFile(f"/proc/self/fd/{descriptor}")  # only `appearing` knows its name
             home.path = target
             try:
@@ -270,10 +274,6 @@ class History:
             copy_out(read, entry.end)
         return entry
 
-    def _reading(self) -> AbstractContextManager[object]:
-        """Entered while several steps read the same checkpoint."""
-        return nullcontext()
-
     def _read(
         self, at: int | datetime | None, home: Home, progress: Progress | None, save_to: int | None = None
     ) -> tuple[Checkpoint, Entry]:
@@ -281,7 +281,7 @@ class History:
 
         save_to: a descriptor of a file that gets the bytes that were read
         """
-        with self._reading():
+        with self.reading():
             for _ in range(_TRIES):
                 try:
                     return self._read_entry(self.find(at), home, progress, save_to)
@@ -291,7 +291,7 @@ class History:
             return self._read_entry(self.find(at), home, progress, save_to)
 
     def _read_entry(
-        self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None
+        self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None = None
     ) -> tuple[Checkpoint, Entry]:
         """Read a checkpoint; if its segment is bad, from another segment that also holds it."""
         first: BadCheckpoint | NoCheckpoint | None = None
@@ -315,7 +315,7 @@ class History:
                 # The index may have a wrong row for this checkpoint.
                 yield from (found for found in self._listing.walk(one) if found.epoch == entry.epoch and found != entry)
 
-    def _replay(self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None) -> Checkpoint:
+    def _replay(self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None = None) -> Checkpoint:
         with self._open(entry) as read, hashing() as new_digest:
             restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
             fault: StreamError | None = None

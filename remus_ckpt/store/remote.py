@@ -99,6 +99,11 @@ class Remote(History):
         named._begin(self._backup, key, self.limits)
         return named
 
+    @property
+    def has_name(self) -> bool:
+        """Whether this is the history of a name."""
+        return self._name is not None
+
     def names(self) -> list[str]:
         """The names that can be read there, ascending."""
         found: list[str] = []
@@ -121,6 +126,10 @@ class Remote(History):
             names = ", ".join(f"{self.where}/{name}" for name in self.names())
             raise StoreError(f"{self.where} is a backup; choose one of its names: {names or 'it has none'}")
         return self._name
+
+    def reading(self) -> AbstractContextManager[object]:
+        """A block in which all calls of this thread share one connection."""
+        return self._backup
 
     @property
     def state(self) -> State:
@@ -194,9 +203,6 @@ class Remote(History):
 
     def _open(self, entry: Entry) -> AbstractContextManager[Read]:
         return self.bytes_of(entry.segment, entry.end)
-
-    def _reading(self) -> AbstractContextManager[object]:
-        return self._backup
 
     def _print(self, at: int | datetime | None, progress: Progress | None) -> Entry:
         # What was checked is what is printed: it is not fetched again.
