@@ -14,7 +14,7 @@ from remus_ckpt.version import __version__
 
 _M = TypeVar("_M", bound=Message)
 _GOODBYE_S = 1.0
-_ERRORS: dict[object, type[RemusError]] = {"gone": NoCheckpoint, "store": StoreError}
+_ERRORS: dict[str, type[RemusError]] = {"gone": NoCheckpoint, "store": StoreError}
 """What the `code` of a failed request means here (specs/session.md §3.13)."""
 
 
@@ -62,7 +62,8 @@ class Requests:
         if reply.number != self._answered or reply.number > self._posted:
             raise LinkError(f"{self.peer} has answered request {reply.number} instead of {self._answered}")
         if "error" in reply.result:
-            raise _ERRORS.get(reply.result.get("code"), RemusError)(f"{self.peer}: {reply.result['error']}")
+            kind = _ERRORS.get(str(reply.result.get("code")), RemusError)
+            raise kind(f"{self.peer}: {reply.result['error']!s:.4096}")
         return reply.result
 
     def _send(self, message: Message, timeout_s: float) -> None:

@@ -266,9 +266,8 @@ class _RemoteListing(Listing):
             epochs = epochs[len(page) :]
 
     def walk(self, contents: Contents) -> Iterator[Entry]:
-        """The checkpoints of a segment, read from its bytes."""
-        with self._remote.bytes_of(contents.name, contents.end) as read:
-            yield from walk_bytes(read, Contents(contents.name), end=contents.end, limits=self._remote.limits)
+        """None: a checkpoint whose position is not the one that was listed is not the one that was asked for."""
+        return iter(())
 
     def find(self, contents: Contents, epoch: int) -> Entry | None:
         """One checkpoint of a segment."""
