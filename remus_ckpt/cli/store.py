@@ -277,9 +277,11 @@ def export(
     """Write a save stream that ends with the newest checkpoint, or with the one that --at names.
 
     The stream is the checkpoint's segment up to that point, checked on the way. If the newest checkpoint is bad or
-    lost, the stream ends with the newest good one before it, and the exit code is 20.
+    lost, the stream ends with the newest good one before it, and the exit code is 20. What comes from a backup and goes
+    to standard output is kept in a temporary file until it is checked.
 
-    Example: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711
+    Examples: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711;
+    remus-ckpt export tls://backup:7411/orders -o orders.remus --tls-dir keys/me
     """
     keep_what_is_there(overwrite, output)
     history = open_history(store, tls_dir, insecure, max_memory)

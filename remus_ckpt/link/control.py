@@ -80,17 +80,22 @@ class Requests:
                 case Goodbye() as goodbye:
                     raise LinkError(f"{self.peer} has said goodbye: {goodbye.reason}")
                 case None:
-                    left = deadline - time.monotonic()
-                    try:
-                        size = self._connection.recv_into(self._session.get_buffer(), max(left, 0.0))
-                    except TimeoutError:
-                        raise LinkError(f"{self.peer} has not answered in {timeout_s:.3g} s") from None
+                    size = self._receive_some(deadline, f"has not answered in {timeout_s:.3g} s")
                     if not size:
                         raise LinkError(
                             f"{self.peer} has hung up without an answer: is it a backup, and is TLS used on both sides "
                             "or on none?"
                         )
                     self._session.buffer_updated(size)
+
+    def _receive_some(self, deadline: float, otherwise: str) -> int:
+        # Checked here too: heartbeats may come without end.
+        if (left := deadline - time.monotonic()) <= 0:
+            raise LinkError(f"{self.peer} {otherwise}")
+        try:
+            return self._connection.recv_into(self._session.get_buffer(), left)
+        except TimeoutError:
+            raise LinkError(f"{self.peer} {otherwise}") from None
 
     def close(self) -> None:
         """Say goodbye, if that is still possible, and hang up."""

@@ -61,17 +61,15 @@ class Readers:
             self._places.release()
 
     def names(self) -> list[str]:
-        """The names that may be read, ascending. Raises StoreError."""
-        return [name for name in self._store.names() if self._may_be_read(name)]
+        """All names, ascending. Raises StoreError."""
+        return self._store.names()
 
-    def _may_be_read(self, name: str) -> bool:
-        """Whether readers may see a name: the one place that decides."""
+    def is_kept(self, name: str) -> bool:
+        """Whether this backup was started for a name."""
         return self._policy.names is None or name in self._policy.names
 
     def open(self, name: str) -> History:
         """The history of a name. Raises StoreError."""
-        if not self._may_be_read(name):
-            raise StoreError(f"{name!r:.80} is not among the names that this backup was started for (--name)")
         return self._store.history(name, limits=self._limits)
 
     def survey(self, history: History, listing: Listing) -> Survey:
@@ -145,8 +143,12 @@ class Reader:
             return {"error": str(error), "code": "gone" if isinstance(error, NoCheckpoint) else "store"}
         return None
 
+    def _may_read(self, name: str) -> bool:
+        """Whether this reader may see a name: the one place that decides."""
+        return self._readers.is_kept(name)
+
     def _names(self, after: str) -> dict[str, Any]:
-        names = [name for name in self._readers.names() if name > after]
+        names = [name for name in self._readers.names() if name > after and self._may_read(name)]
         return {"names": names[:_NAMES], "more": len(names) > _NAMES}
 
     def _survey(self, name: str, start: int) -> dict[str, Any]:
@@ -203,6 +205,8 @@ class Reader:
     def _opened(self, name: str, *, anew: bool = False) -> _Open:
         """The history of that name, surveyed: anew, or when it was opened. Raises StoreError."""
         if self._open is None or self._open.name != name:
+            if not self._may_read(name):
+                raise StoreError(f"{name!r:.80} is not among the names that this backup was started for (--name)")
             self.close()
             self._open = None
             history = self._readers.open(name)

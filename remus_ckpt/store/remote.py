@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, overload
 
+from remus_ckpt.disk import guarding
 from remus_ckpt.errors import LinkError, Malformed, NoCheckpoint, Refused, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address, check_options, split_name
@@ -207,7 +208,8 @@ class Remote(History):
     def _print(self, at: int | datetime | None, progress: Progress | None) -> Entry:
         # What was checked is what is printed: it is not fetched again.
         with tempfile.TemporaryFile() as file:
-            _, entry = self._read(at, Nowhere(), progress, file.fileno())
+            with guarding(tempfile.gettempdir()):
+                _, entry = self._read(at, Nowhere(), progress, file.fileno())
             copy_out(reader_of(file.fileno()), entry.end)
         return entry
 

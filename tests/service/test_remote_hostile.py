@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,12 +208,18 @@ def ending(how: Callable[[Peer], None], after: int) -> Callable[[Peer], None]:
     return end
 
 
+def _beat(peer: Peer) -> None:
+    for number in itertools.count():
+        peer.say(messages.Heartbeat(number=number, status={}))
+
+
 ENDS: dict[str, tuple[Callable[[Peer], None], type[RemusError]]] = {
     "hangs up": (lambda peer: peer.socket.close(), LinkError),
     "says goodbye": (lambda peer: peer.say(messages.Goodbye(reason="tired")), LinkError),
     "refuses": (lambda peer: peer.say(messages.Error(code="busy", message="later")), Refused),
     "garbles": (lambda peer: peer.force(b"\xff" * 64), LinkError),
     "answers what was not asked": (lambda peer: peer.say(messages.Reply(number=77, result={})), LinkError),
+    "only beats": (_beat, LinkError),
     "sends half a frame": (lambda peer: peer.force(b"\x0b\x00\x00"), LinkError),
 }  # fmt: skip
 
