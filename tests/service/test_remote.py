@@ -14,7 +14,7 @@ from services import make_keys, until
 from store_support import Source, commit, fill, memory_at
 
 from remus_ckpt import Backup, Policy, Remote, protect
-from remus_ckpt.errors import BadCheckpoint, LinkError, NoCheckpoint, NothingToRestore, Refused, StoreError
+from remus_ckpt.errors import BadCheckpoint, LinkError, NoCheckpoint, NothingToRestore, Refused, RemusError, StoreError
 from remus_ckpt.limits import MIB, Limits
 from remus_ckpt.link.address import Address, split_name
 from remus_ckpt.link.control import Requests, ask
@@ -354,6 +354,17 @@ def test_readers_make_room_first(store: Store, tmp_path: Path) -> None:
         assert control.answer(10.0)["names"]
         array += 1
         protection.checkpoint(wait=True)
+
+
+def test_a_reader_gets_a_piece_at_a_time(backup: Backup) -> None:
+    entry = Remote(backup.addresses[0])["big"].find(1)
+    piece = {"name": "big", "segment": entry.segment, "start": 5, "size": READ_BYTES}
+    with Requests(connect(Address.parse(backup.addresses[0])), "reader", timeout_s=10.0) as requests:
+        requests.post("read", piece, 10.0)
+        assert len(requests.answer(10.0)["data"]) == READ_BYTES
+        requests.post("read", piece | {"size": READ_BYTES + 1}, 10.0)
+        with pytest.raises(RemusError):
+            requests.answer(10.0)
 
 
 def test_a_reader_that_takes_nothing_holds_up_nobody(backup: Backup, tmp_path: Path) -> None:

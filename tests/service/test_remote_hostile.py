@@ -234,6 +234,23 @@ def test_a_backup_that_ends_it(store: Store, tmp_path: Path, end: str, after: in
         assert not (tmp_path / "image").exists()
 
 
+@pytest.mark.parametrize("numbers", [[2, 1], [1, 1], [1, 3], [0]])
+def test_answers_in_another_order(numbers: list[int]) -> None:
+    def serve(peer: Peer) -> None:
+        peer.welcome()
+        peer.hear()
+        for number in numbers:
+            peer.say(messages.Reply(number=number, result={}))
+        peer.wait()
+
+    with Liar(serve) as there, Requests(connect(Address.parse(there.address)), "reader", timeout_s=10.0) as requests:
+        for _ in range(2):
+            requests.post("names", {"after": ""}, 10.0)
+        with pytest.raises(LinkError):
+            for _ in range(2):
+                requests.answer(10.0)
+
+
 def test_no_backup_at_all(tmp_path: Path) -> None:
     with Liar(lambda peer: peer.force(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as there, pytest.raises(LinkError):
         Remote(there.address, timeout_s=TIMEOUT_S).names()
