@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -183,7 +183,8 @@ def restore(
     keep_what_is_there(overwrite, output, *([] if device_state is None else [device_state]))
     if is_store(stream):
         history = open_history(stream, tls_dir, insecure, max_memory)
-        restore_from_store(stream, history, output, which, device_state, as_json)
+        with _tidying_up():
+            restore_from_store(stream, history, output, which, device_state, as_json)
         return
     from remus_ckpt.image_file import image_appearing
     from remus_ckpt.memory import save_image
@@ -191,9 +192,7 @@ def restore(
 
     is_file = output != "-" and (not Path(output).exists() or Path(output).is_file())
     with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGHUP):  # the unfinished image is removed then, as after Ctrl-C
-            if signal.getsignal(number) == signal.SIG_DFL:
-                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
+        stack.enter_context(_tidying_up())
         home = stack.enter_context(image_appearing(output)) if is_file else None
         dialect = dialect_of(word, guest, codec)
         walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, home=home)
@@ -212,6 +211,16 @@ def restore(
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
     walk.fail_unless_good()
+
+
+@contextmanager
+def _tidying_up() -> Iterator[None]:
+    """After SIGTERM and SIGHUP too, an unfinished image is removed, as after Ctrl-C."""
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
+        yield
 
 
 def _which(stream: str, checkpoint: int | None, at: str | None) -> int | datetime | None:

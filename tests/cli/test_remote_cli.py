@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services import make_keys
+from liars import Liar, Peer
+from services import LONG_S, make_keys
+from services import command as process
 from store_support import fill, memory_at
 from support import Command
 
-from remus_ckpt import Backup
+from remus_ckpt import Backup, Limits, Policy
+from remus_ckpt.service.reader import Readers
+from remus_ckpt.session import messages
 from remus_ckpt.store import Store
 
 
@@ -145,3 +151,31 @@ def test_what_is_no_way_to_a_checkpoint(backup: Backup, keys: Path, tmp_path: Pa
         ran = command(*words)
         assert ran.code == code and said in ran.err.replace("\n", " "), (words, ran)
         assert not (tmp_path / "image").exists()
+
+
+def test_a_restore_that_is_ended_leaves_nothing(store: Path, keys: Path, tmp_path: Path) -> None:
+    """The backup takes the connection and never answers; the command is told to end."""
+    image = tmp_path / "images" / "image"
+    image.parent.mkdir()
+    said = threading.Event()
+
+    def stall(peer: Peer) -> None:
+        peer.welcome()
+        readers = Readers(Store(store), Policy(), Limits(), lambda name: None)
+        with readers.lend("peer") as reader:
+            while isinstance(request := peer.hear(), messages.Request) and request.method != "read":
+                result = reader.answer(request.method, request.arguments)
+                assert result is not None
+                peer.say(messages.Reply(number=request.number, result=result))
+        said.set()
+        peer.wait()
+
+    with (
+        Liar(stall) as there,
+        process("restore", f"{there.address}/orders", "-o", image, log=tmp_path / "log") as restoring,
+    ):
+        assert said.wait(LONG_S)
+        assert list(image.parent.iterdir())  # under another name
+        restoring.terminate()
+        assert restoring.wait(LONG_S) == 128 + signal.SIGTERM
+    assert not list(image.parent.iterdir())
