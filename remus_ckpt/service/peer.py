@@ -165,7 +165,7 @@ class Peer:
                 case "primary":
                     self._serve_primary(hello)
                 case "reader":
-                    with self._offer.reader_for(self.peer) as reader:
+                    with self._offer.reader_for(self.connection.peer) as reader:
                         self._serve_requests(reader.answer, _FRAME_S)
                 case "control":
                     self._serve_requests(self._offer.answer, self._offer.lease_s)

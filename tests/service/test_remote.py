@@ -294,7 +294,7 @@ def test_a_broken_connection_is_resumed(backup: Backup, remote: Remote, tmp_path
         if breaks and done > breaks[0]:
             del breaks[0]
             for peer in backup._living_peers():
-                peers.append(peer.peer)
+                peers.append(peer.connection.peer)
                 peer.connection.close()
                 peer.thread.join()
 
@@ -305,7 +305,7 @@ def test_a_broken_connection_is_resumed(backup: Backup, remote: Remote, tmp_path
 
 def test_one_connection_serves_a_block(backup: Backup, remote: Remote) -> None:
     def peers() -> list[str]:
-        return [peer.peer for peer in backup._living_peers()]
+        return [peer.connection.peer for peer in backup._living_peers()]
 
     with remote:
         remote["orders"].restore()
