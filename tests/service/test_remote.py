@@ -180,6 +180,19 @@ def test_the_name_behind_an_address(text: str, address: str, name: str | None) -
     assert split_name(text) == (address, name)
 
 
+def test_the_methods_are_those_of_the_specification(store: Store) -> None:
+    text = (Path(__file__).resolve().parents[2] / "specs" / "session.md").read_text()
+    part = text.split("### 3.13 Methods for readers")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    methods = [row[0].strip("`") for row in rows[2 : rows.index(["Row", "Holds"])]]
+    assert methods == ["names", "survey", "entries", "until", "read"] and f"1 to {READ_BYTES:,}" in part
+    with Readers(store, Policy(), Limits(), lambda name: None).lend("peer") as reader:
+        for method in methods:
+            with pytest.raises(RemusError):
+                reader.answer(method, {})
+        assert reader.answer("status", {}) is None
+
+
 # What is bad
 
 
