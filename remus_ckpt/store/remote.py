@@ -33,8 +33,9 @@ from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.survey import Lost, Survey, without
 
 _TIMEOUT_S = 60.0
-_AHEAD = 8
-"""Pieces of a segment that are asked for before the first of them has come."""
+_AHEAD = 64
+"""Pieces of a segment that are asked for before the first of them has come: enough for 1 Gbit/s over 100 ms. Only one
+is in memory at a time; the others wait on the backup's disk."""
 _MAX_ROWS = 1_000_000
 """Names, segments or losses that a backup may list."""
 _ENTRIES = 1_000

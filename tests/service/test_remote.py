@@ -26,7 +26,7 @@ from remus_ckpt.session.messages import READ_BYTES
 from remus_ckpt.store import History, Store
 
 BIG_PAGES = 4096
-"""Pages of random bytes: several times as many as are asked for ahead."""
+"""Pages of random bytes: with one change of all, twice as many as are asked for ahead."""
 
 
 def big(seed: int) -> np.ndarray:
