@@ -283,6 +283,21 @@ def print_deviations(walk: Walk) -> None:
         )
 
 
+def differing(one: Checkpoint, other: Checkpoint) -> Iterator[Pairs]:
+    """The pages that differ between two checkpoints, each in a memory of its own, ascending."""
+
+    def part(memory: Pages, at: int) -> Pages:
+        pages = memory[at : at + MAX_BATCH_ENTRIES]
+        return np.pad(pages, ((0, size - len(pages)), (0, 0))) if len(pages) < size else pages
+
+    count = max(len(one.memory), len(other.memory))
+    for at in range(0, count, MAX_BATCH_ENTRIES):
+        size = min(MAX_BATCH_ENTRIES, count - at)
+        before, now = part(one.memory, at), part(other.memory, at)
+        differ = np.flatnonzero((before != now).any(axis=1))
+        yield at + differ, before[differ], now[differ]
+
+
 def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], list[int]]:
     """The pages that differ between two checkpoints, ascending, and the sizes of both in bytes.
 

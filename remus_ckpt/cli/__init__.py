@@ -28,7 +28,7 @@ COMMANDS = {
     "keys": _Entry("keys", "Make, show, replace and revoke TLS keys."),
     "demo": _Entry("service", "Protect a worker, kill it, and watch the backup take over."),
     "record": _Entry("live", "Record checkpoints of live shared memory."),
-    "list": _Entry("store", "List what a store holds."),
+    "list": _Entry("listing", "List what a store holds."),
     "prune": _Entry("store", "Remove old checkpoints from a store."),
     "compact": _Entry("store", "Start a new segment in a store with a full copy of memory."),
     "export": _Entry("store", "Export a checkpoint from a store as a stream."),

@@ -7,17 +7,20 @@ import os
 import re
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from remus_ckpt.errors import RemusError
+from remus_ckpt.errors import LinkError, RemusError
 from remus_ckpt.limits import GIB, KIB, MIB
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
 if TYPE_CHECKING:
+    from remus_ckpt.link.address import Address
+    from remus_ckpt.link.tls import TlsFiles
     from remus_ckpt.loop import StopSignal
     from remus_ckpt.store import Retention
 
@@ -67,7 +70,42 @@ WordOption = Annotated[
 ]
 GuestOption = Annotated[Guest | None, typer.Option("--guest", help="Kind of guest. [default: detected]")]
 CodecOption = Annotated[StreamCodec | None, typer.Option("--codec", help="Page codec. [default: detected]")]
+TlsDir = Annotated[
+    Path | None,
+    typer.Option("--tls-dir", metavar="DIR", help="Folder made by `keys issue`, with ca.pem, cert.pem and key.pem."),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-plain-tcp",
+        help="Allow tcp:// between machines. Anyone on the network can then read and change the data.",
+    ),
+]
 MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse memory larger than this.")]
+
+
+def address_of(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
+    """Where to connect or to listen, and our certificate. Options that contradict each other are a usage error."""
+    from remus_ckpt.link.address import Address, check_options
+    from remus_ckpt.link.tls import TlsFiles
+
+    with usage():
+        address = Address.parse(text, "tls")
+        if address.scheme == "tls" and tls_dir is None:
+            check_options(address, None, insecure)
+    tls = TlsFiles(tls_dir) if tls_dir else None
+    with usage():
+        check_options(address, tls, insecure)
+    return address, tls
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """An address or a name that cannot be meant is a usage error."""
+    try:
+        yield
+    except (LinkError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def keep_apart(output: str, *inputs: str | Path) -> None:

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,14 +19,18 @@ from remus_ckpt.cli.options import (
     AsJson,
     Audit,
     HowTracked,
+    Insecure,
     KeepFree,
     KeepTiers,
     MaxMemory,
+    TlsDir,
+    address_of,
     app,
     parse_duration,
     print_json,
     retention_of,
     stop_on_signals,
+    usage,
 )
 from remus_ckpt.cli.terminal import complain, errors, out
 from remus_ckpt.errors import LinkError
@@ -37,7 +41,6 @@ from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Compression, L
 from remus_ckpt.wire.xen.dialect import StreamCodec
 
 if TYPE_CHECKING:
-    from remus_ckpt.link.address import Address
     from remus_ckpt.link.connection import Connection
     from remus_ckpt.link.tls import TlsFiles
     from remus_ckpt.observe.metrics import Metrics
@@ -46,17 +49,6 @@ if TYPE_CHECKING:
     from remus_ckpt.source.processes import Processes
 
 
-TlsDir = Annotated[
-    Path | None,
-    typer.Option("--tls-dir", metavar="DIR", help="Folder made by `keys issue`, with ca.pem, cert.pem and key.pem."),
-]
-Insecure = Annotated[
-    bool,
-    typer.Option(
-        "--insecure-plain-tcp",
-        help="Allow tcp:// between machines. Anyone on the network can then read and change the data.",
-    ),
-]
 MetricsAt = Annotated[
     str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics at this address.")
 ]
@@ -70,29 +62,6 @@ def _name(text: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def _address(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
-    """Where to connect or to listen, and our certificate. Options that contradict each other are a usage error."""
-    from remus_ckpt.link.address import Address, check_options
-    from remus_ckpt.link.tls import TlsFiles
-
-    with _usage():
-        address = Address.parse(text, "tls")
-        if address.scheme == "tls" and tls_dir is None:
-            check_options(address, None, insecure)
-    tls = TlsFiles(tls_dir) if tls_dir else None
-    with _usage():
-        check_options(address, tls, insecure)
-    return address, tls
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    try:
-        yield
-    except LinkError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: TlsFiles | None) -> None:
     if tls:
         counted.watch_certificate(tls.expires)
@@ -103,7 +72,7 @@ def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: T
 def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
     from remus_ckpt.link.dial import connect
 
-    address, tls = _address(to, tls_dir, insecure)
+    address, tls = address_of(to, tls_dir, insecure)
     return connect(address, tls=tls, insecure=insecure)
 
 
@@ -111,7 +80,7 @@ def _check_metrics(where: str | None) -> None:
     if where:
         from remus_ckpt.observe.http import metrics_address
 
-        with _usage():
+        with usage():
             metrics_address(where)
 
 
@@ -182,7 +151,7 @@ def backup(
     Example: remus-ckpt backup … --auto-failover --fence '/etc/remus-ckpt/power-off "$REMUS_PEER_CERT"'
     """
     _check_metrics(metrics)
-    places = [_address(text, tls_dir, insecure) for text in listen]
+    places = [address_of(text, tls_dir, insecure) for text in listen]
     if auto_failover and not fence:
         raise typer.BadParameter("--auto-failover needs --fence: without it, both sides could run at once")
     lease_s = parse_duration(lease)
@@ -336,7 +305,7 @@ def protect(
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
     _check_metrics(metrics)
-    address, tls = _address(to, tls_dir, insecure)
+    address, tls = address_of(to, tls_dir, insecure)
     _name(name)
     from remus_ckpt.loop import Totals
     from remus_ckpt.observe.metrics import Metrics

@@ -67,11 +67,12 @@ class Rights:
     def _actions(self) -> list[Action]:
         return [one for one in ACTIONS if one in (self.actions or ())]
 
-    def allows(self, action: Action, name: str) -> bool:
-        """Whether the holder may do that to the checkpoints of that name."""
+    def allows(self, action: Action, name: str | None = None) -> bool:
+        """Whether the holder may do that to the checkpoints of that name; None: of some name."""
         if self.unknown:
             return False
-        return (self.actions is None or action in self.actions) and (self.names is None or name in self.names)
+        is_named = name is None or self.names is None or name in self.names
+        return is_named and (self.actions is None or action in self.actions)
 
     def __str__(self) -> str:
         """Such as "protect and read, for orders"."""

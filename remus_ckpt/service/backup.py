@@ -33,6 +33,7 @@ from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.names import Names
 from remus_ckpt.service.peer import BEAT_S, Offer, Peer
 from remus_ckpt.service.policy import Policy
+from remus_ckpt.service.reader import Readers
 from remus_ckpt.service.standby import Standby
 from remus_ckpt.session import frames
 from remus_ckpt.store import Store
@@ -49,12 +50,15 @@ _ROOM_S = 10.0
 """How often names that receive nothing look whether enough of the disk is free."""
 _LOCK = ".lock"
 """The lock file in the store; no name begins with a dot."""
+_EVICTED_FIRST = (None, "reader", "control")
+"""Whose connections make room for new ones, the oldest of each kind first: peers that have not said hello, readers,
+control connections. A primary's never does."""
 _BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
 """The fields shown for a name when there are too many names to show everything."""
 
 
 class Backup:
-    """Serves primaries and control requests, and watches the clock, until it is stopped.
+    """Serves primaries, readers and control requests, and watches the clock, until it is stopped.
 
     store: where checkpoints are kept, or its directory
     listen: addresses such as "tls://0.0.0.0:7411"; `addresses` has them with the real port in place of port 0
@@ -95,8 +99,14 @@ class Backup:
         self._warm_dir = warm_dir
         self._wake = Flag()  # set when something that affects a decision has changed
         self._names = Names(self._store, self.policy, self.metrics, self._make, self._wake.set)
+        readers = Readers(self._store, self.policy, self._limits, self._names.newest_durable)
         self._offer = Offer(
-            self.policy.lease_s, self._limits, self._report_phase, standby_of=self._names.lend, answer=self._answer
+            self.policy.lease_s,
+            self._limits,
+            self._report_phase,
+            standby_of=self._names.lend,
+            reader_for=readers.lend,
+            answer=self._answer,
         )
         self._lock = threading.Lock()  # guards the next
         self._peers: list[Peer] = []
@@ -263,10 +273,9 @@ class Backup:
     def _receive_peer(self, connection: Connection) -> None:
         peers = self._living_peers()
         if len(peers) >= self.policy.max_connections:
-            # Peers that have not identified themselves make room first, the oldest first; then control connections.
             staying = [peer for peer in peers if not peer.is_evicted]
-            least = next((peer for peer in staying if not peer.is_known), None)
-            least = least or next((peer for peer in staying if not peer.run_id), None)
+            evictable = [peer for peer in staying if peer.role in _EVICTED_FIRST]
+            least = min(evictable, key=lambda peer: _EVICTED_FIRST.index(peer.role), default=None)
             if least is None or len(peers) - len(staying) > _MOST_EVICTED:
                 log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()

@@ -84,6 +84,15 @@ class Names:
             raise NoCheckpoint(f"nothing is protected under the name {name!r} here")
         return standby
 
+    def newest_durable(self, name: str) -> int | None:
+        """The epoch of a name's newest durable checkpoint, −1 if it has none; None if its store is not open."""
+        with self._changed:
+            standby = self.open_ones.get(name)
+        if standby is None:
+            return None
+        epoch = standby.epoch
+        return -1 if epoch is None else epoch
+
     def status(self) -> dict[str, dict[str, Any]]:
         """The status of each name, see `Standby.status`. A name whose store is not open has the role "opening", or
         "unknown" if it cannot be opened."""

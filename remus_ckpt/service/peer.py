@@ -1,4 +1,4 @@
-"""One connection to a backup, from its first byte to its end: from a primary, or with control requests."""
+"""One connection to a backup, from its first byte to its end: from a primary, a reader, or with control requests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, RemusError, StoreError, StreamError, UnknownFormat
@@ -16,10 +17,11 @@ from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.rights import Action
 from remus_ckpt.observe.log import log
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.reader import Reader
 from remus_ckpt.service.standby import Refusal, Standby
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
-from remus_ckpt.session.messages import MAX_EPOCH
+from remus_ckpt.session.messages import MAX_EPOCH, Role
 from remus_ckpt.store import HistoryWriter, PeerIdentity
 from remus_ckpt.version import __version__
 
@@ -30,6 +32,10 @@ _END_S = 1.0
 _RECEIVED_EVERY = 8
 
 
+Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
+"""The result of a method with its arguments, None if the method is unknown. Raises RemusError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a backup offers to its peers.
@@ -38,14 +44,25 @@ class Offer:
     limits: what streams may claim
     report_phase: called with ("receiving" or "acknowledged", epoch)
     standby_of: lends the standby of a name for as long as its primary stays. Raises Refusal, StoreError
-    answer: the answer to a method and its arguments, None if the method is unknown. Raises RemusError
+    reader_for: lends what answers a reader, by its address, for as long as it stays. Raises Refusal. It gets a function
+        that raises Refusal for a name that this reader may not read
+    answer: the answer to a control request
     """
 
     lease_s: float
     limits: Limits
     report_phase: Callable[[str, int], None]
     standby_of: Callable[[str], AbstractContextManager[Standby]]
-    answer: Callable[[str, dict[str, Any]], dict[str, Any] | None]
+    reader_for: Callable[[str, Callable[[str], None]], AbstractContextManager[Reader]]
+    answer: Answer
+
+
+def _result(answer: Answer, request: messages.Request) -> dict[str, Any]:
+    try:
+        result = answer(request.method, request.arguments)
+    except RemusError as error:
+        return {"error": str(error)}
+    return {"error": f"there is no method {request.method!r} here"} if result is None else result
 
 
 class _Silent(LinkError):
@@ -73,8 +90,8 @@ class Peer:
         self.thread = threading.Thread(target=self._serve, name=f"peer {connection.peer}", daemon=True)
         self.is_evicted = False
         """Its place has been given to another peer; set by the accepting thread."""
-        self.is_known = False
-        """Whether the peer has said hello."""
+        self.role: Role | None = None
+        """What the peer is, by its hello; None before that."""
         self.run_id = b""
         self.status: dict[str, Any] = {}
         """What the primary last reported about itself."""
@@ -119,7 +136,7 @@ class Peer:
 
     def beat(self) -> None:
         """Send a heartbeat, unless something else is being sent."""
-        if not self.is_known or not self._sending.acquire(blocking=False):
+        if self.role is None or not self._sending.acquire(blocking=False):
             return
         try:
             self._beats += 1
@@ -146,11 +163,16 @@ class Peer:
             self.connection.handshake(_HELLO_S)
             self._session = Session("server")  # created late: no buffer for a peer that has not authenticated
             hello = self._await_hello()
-            self.is_known = True
-            if hello.role == "control":
-                self._serve_control()
-            else:
-                self._serve_primary(hello)
+            self.role = hello.role
+            match hello.role:
+                case "primary":
+                    self._serve_primary(hello)
+                case "reader":
+                    self._demand("read")
+                    with self._offer.reader_for(self.connection.peer, partial(self._demand, "read")) as reader:
+                        self._serve_requests(reader.answer, _FRAME_S)
+                case "control":
+                    self._serve_requests(self._answer, self._offer.lease_s)
         except Refusal as error:
             self._say_goodbye(messages.Error(code=error.code, message=str(error), term=error.term))
             log("refused", level=logging.WARNING, **self._who, code=error.code, reason=str(error))
@@ -222,12 +244,13 @@ class Peer:
         # If we closed at once, data that the peer still sends would cause a reset, and destroy our last words unread.
         self.connection.finish(1.0)
 
-    def _serve_control(self) -> None:
+    def _serve_requests(self, answer: Answer, timeout_s: float) -> None:
+        """timeout_s: for the peer to take a reply"""
         self.say(messages.Welcome(program=f"remus_ckpt {__version__}", term=0, limits={}, lease_s=self._offer.lease_s))
         while True:
             match self.session.next_event():
                 case messages.Request() as request:
-                    self.say(messages.Reply(number=request.number, result=self._answer(request)))
+                    self.say(messages.Reply(number=request.number, result=_result(answer, request)), timeout_s)
                 case messages.Goodbye():
                     return
                 case messages.Error() as error:
@@ -235,21 +258,18 @@ class Peer:
                 case None:
                     self._receive(_FRAME_S, f"nothing was asked in {_FRAME_S:g} s")
 
-    def _demand(self, action: Action, name: str) -> None:
-        """Raises Refusal if the peer's certificate does not allow it (specs/keys.md §2)."""
+    def _demand(self, action: Action, name: str | None = None) -> None:
+        """Raises Refusal if the peer's certificate does not allow it (specs/keys.md §2). name: None for any one"""
         rights = self.connection.rights
         if not rights.allows(action, name):
-            text = f"the certificate {self.connection.certificate_name!r} does not allow {action} for {name!r}"
+            what = action if name is None else f"{action} for {name!r:.80}"
+            text = f"the certificate {self.connection.certificate_name!r} does not allow {what}"
             raise Refusal("forbidden", f"{text}; it allows {rights} (remus-ckpt keys issue --may, --for-name)")
 
-    def _answer(self, request: messages.Request) -> dict[str, Any]:
-        try:
-            if request.method == "failover":
-                self._demand("failover", str(request.arguments.get("name")))
-            answer = self._offer.answer(request.method, request.arguments)
-        except RemusError as error:
-            return {"error": str(error)}
-        return {"error": f"there is no method {request.method!r} here"} if answer is None else answer
+    def _answer(self, method: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        if method == "failover":
+            self._demand("failover", str(arguments.get("name")))
+        return self._offer.answer(method, arguments)
 
     def _serve_primary(self, hello: messages.Hello) -> None:
         self._demand("protect", hello.name)

@@ -104,6 +104,11 @@ class Standby:
         """Why the backup has to close and reopen the store; None if it need not."""
         return self._durable.broken
 
+    @property
+    def epoch(self) -> int | None:
+        """The epoch of the newest committed checkpoint."""
+        return self._durable.epoch
+
     # Primaries
 
     @contextmanager

@@ -29,6 +29,7 @@ from remus_ckpt.store.segments import (
     holds_a_record,
     is_segment,
     list_segments,
+    reader_of,
     replay,
     sequence_of,
     shape_of,
@@ -234,7 +235,7 @@ class Recovery:
         with hashing() as new_digest:
             restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
             try:
-                for staged in replay(fd, restorer):
+                for staged in replay(reader_of(fd), restorer):
                     contents.add(entry_of(staged, name))
                     restorer.commit()
             except StreamError as error:
