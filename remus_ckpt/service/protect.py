@@ -108,6 +108,9 @@ def protect(
     tls = TlsFiles(tls_dir) if tls_dir is not None else None
     source = OwnMemory(buffers, lock=lock, device_state=device_state, tracking=tracking, audit=audit)
     stop = StopSignal()
+    metrics = metrics or Metrics()
+    if tls is not None:
+        metrics.watch_certificate(tls.expires)
     primary = primary_of(
         source,
         name,
