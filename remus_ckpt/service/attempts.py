@@ -41,14 +41,18 @@ class Base:
     began_at: float
 
     def status(self, received_bytes: int, now: float) -> dict[str, Any]:
-        """How far it has got. received_bytes: of its stream"""
+        """How far it has got, by the backup's own count. received_bytes: of its stream"""
         seconds = now - self.began_at
+        bytes_s = received_bytes / seconds if seconds > 0 else 0.0
+        expected = max(self.memory_bytes if self.data_bytes is None else self.data_bytes, 1)
         return {
+            "done": min(received_bytes / expected, 1.0),
             "received_bytes": received_bytes,
             "memory_bytes": self.memory_bytes,
             "data_bytes": self.data_bytes,
             "seconds": round(seconds, 3),
-            "bytes_s": received_bytes / seconds if seconds > 0 else 0.0,
+            "bytes_s": bytes_s,
+            "left_s": max(expected - received_bytes, 0) / bytes_s if bytes_s else None,
         }
 
 

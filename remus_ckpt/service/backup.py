@@ -225,7 +225,7 @@ class Backup:
         seen = {}
         for name, found in self._names.status().items():
             health = judge(found, self.policy.lease_s, now)
-            base = found["base"]
+            base = found["first_copy"]
             seen[name] = Seen(int(health.level), health.state, 0 if base is None else base["received_bytes"])
         return seen
 

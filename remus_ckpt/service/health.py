@@ -156,7 +156,7 @@ def _promoted(found: Mapping[str, Any]) -> Health:
 def _connected(found: Mapping[str, Any], lease_s: float, now: float) -> Health:
     if found["store_fault"] is not None:
         return _store_fault(found, now)
-    if found["base"] is not None or found["epoch"] is None:
+    if found["first_copy"] is not None or found["epoch"] is None:
         return _say("copying", *_copy(found))
     since = _ago(found.get("last_commit_at"), now)
     at = f"epoch {found['epoch']}"
@@ -177,22 +177,17 @@ def _connected(found: Mapping[str, Any], lease_s: float, now: float) -> Health:
 
 
 def _copy(found: Mapping[str, Any]) -> list[str]:
-    """How far a first copy has got: the share as the primary says, the bytes as they came here."""
-    base, primary = found["base"], found["primary"]
+    """How far a first copy has got, as it was counted here; only the number of the pass is the primary's word."""
+    copy, number = found["first_copy"], found["primary"].get("copy_pass")
     parts = ["nothing is committed yet" if found["epoch"] is None else f"only epoch {found['epoch']} is committed"]
-    if base is not None:
-        parts.append(
-            f"{say_bytes(base['received_bytes'])} have come of a memory of {say_bytes(base['memory_bytes'])} in "
-            f"{say_time(base['seconds'])}"
-        )
-    share, left_s, number = (primary.get(key) for key in ("copy_share", "copy_left_s", "copy_pass"))
-    if isinstance(share, float) and 0 <= share <= 1:
-        part = f"{share:.0%}"
-        if type(number) is int and number > 1:
-            part += f" of pass {number}"
-        if isinstance(left_s, float) and 0 <= left_s < 1e9:
-            part += f" and about {say_time(left_s)} left"
-        parts.append(f"{part}, the primary says")
+    if copy is not None:
+        done = copy["memory_bytes"] if copy["data_bytes"] is None else copy["data_bytes"]
+        part = f"{copy['done']:.0%} of {say_bytes(done)} at {say_bytes(copy['bytes_s'])}/s"
+        if copy["done"] < 1 and copy["left_s"] is not None:
+            part += f" with about {say_time(copy['left_s'])} left"
+        parts.append(part)
+    if type(number) is int and number > 1:
+        parts.append(f"in pass {number} over what was written meanwhile, the primary says")
     return parts
 
 
@@ -242,7 +237,7 @@ def _store_fault(found: Mapping[str, Any], now: float) -> Health:
             "" if needed in trouble else f"a full copy needs {needed}, {say_bytes(room['free_bytes'])} are free"
         )
     if found["connected"]:
-        parts.append("the primary is connected and tries again" if found["base"] else "the primary is connected")
+        parts.append("the primary is connected and tries again" if found["first_copy"] else "the primary is connected")
     elif refused is not None:
         parts.append(f"{_who(refused)} is there, and its checkpoints are refused")
         parts.append(f"it tries again in {refused['next_s']:.1f} s")

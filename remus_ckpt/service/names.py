@@ -38,7 +38,9 @@ _NAME_DESCRIPTORS = 8
 _OWN_DESCRIPTORS = 64
 _STATUS_OF_REFUSED: dict[str, Any] = {
     "role": "unknown",
-    **dict.fromkeys(("term", "epoch", "position", "memory_bytes", "peer", "silent_s", "base", "arriving_s"), None),
+    **dict.fromkeys(
+        ("term", "epoch", "position", "memory_bytes", "peer", "silent_s", "first_copy", "arriving_s"), None
+    ),
     **dict.fromkeys(("last_end", "lease_left_s", "refused", "room", "trouble", "trouble_since", "store_fault"), None),
     "connected": False,
     **dict.fromkeys(("fence", "fence_retry_s", "takeover", "takeover_retry_s", "image"), None),

@@ -488,7 +488,7 @@ class Standby:
         role: "standby" or "promoted"
         fence, takeover: how far that command has got, None without one
         fence_retry_s, takeover_retry_s: seconds until a failed command runs again, None if it does not
-        base: the full copy that the open session has begun and that is not durable yet, None without one
+        first_copy: the full copy that the open session has begun and that is not durable yet, None without one
         arriving_s: seconds since the first byte of the checkpoint being received, None between two
         last_end: how and when the last session ended: with a goodbye or not; None if there was none
         lease_left_s: seconds until the silence of the primary has lasted a lease, None if it has said goodbye
@@ -515,7 +515,7 @@ class Standby:
                     "connected": visitor is not None,
                     "peer": peer and peer.text,
                     "silent_s": None if heard is None else round(now - heard, 3),
-                    "base": None if visitor is None else self._base_status(arriving, now),
+                    "first_copy": None if visitor is None else self._base_status(arriving, now),
                     "arriving_s": None if arriving is None else round(now - arriving.since, 3),
                     "last_end": self._last_end,
                     "lease_left_s": left_s if state.more.get("expects_primary") else None,

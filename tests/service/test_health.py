@@ -22,6 +22,7 @@ from test_service import LONG_S, Memory, backup_in, greet, until
 
 from remus_ckpt.errors import Refused
 from remus_ckpt.service import keys
+from remus_ckpt.service.attempts import Base
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.health import STATES, Level, judge, overall
 from remus_ckpt.service.protect import protect
@@ -99,15 +100,15 @@ def test_a_first_copy_and_what_follows(tmp_path: Path, remus: Command) -> None:
         with lock:
             working = threading.Thread(target=protection.checkpoint, kwargs={"wait": True, "timeout_s": LONG_S})
             working.start()
-            until(lambda: (of(backup).get("base") or {"received_bytes": 0})["received_bytes"] > array.nbytes)
-            found = expect(backup, remus, "copying", "nothing is committed yet", "of a memory of 8.0 MiB")
-            assert found["base"]["memory_bytes"] == found["base"]["data_bytes"] == array.nbytes
+            until(lambda: (of(backup).get("first_copy") or {"received_bytes": 0})["received_bytes"] > array.nbytes)
+            found = expect(backup, remus, "copying", "nothing is committed yet", "100% of 8.0 MiB at")
+            assert found["first_copy"]["memory_bytes"] == found["first_copy"]["data_bytes"] == array.nbytes
             samples = [one for family in backup.metrics.registry.collect() for one in family.samples]
             received = [one.value for one in samples if one.name == "remus_base_received_bytes"]
             assert received[0] >= array.nbytes
         working.join()
         found = expect(backup, remus, "protected", "epoch 0 is committed")
-        assert found["base"] is None
+        assert found["first_copy"] is None
         protection._primary._metrics.found("orders", "compare", "it had missed 2 pages", 2)
         expect(backup, remus, "tracking", "missed 2 pages", "the primary says")
 
@@ -302,11 +303,11 @@ def test_what_a_peer_says_cannot_drive_a_terminal(tmp_path: Path, remus: Command
 
 GOOD: dict[str, Any] = {
     "role": "standby", "term": 0, "epoch": 7, "position": "7:00", "connected": True, "peer": "x", "silent_s": 0.1,
-    "last_commit_at": 99.0, "base": None, "arriving_s": None, "last_end": None, "lease_left_s": 4.0, "refused": None,
+    "last_commit_at": 99.0, "first_copy": None, "arriving_s": None, "last_end": None, "lease_left_s": 4.0, "refused": None,
     "room": None, "trouble": None, "trouble_since": None, "store_fault": None, "fence": None, "fence_retry_s": None,
     "takeover": None, "takeover_retry_s": None, "image": None, "warnings": [], "primary": {},
 }  # fmt: skip
-COPY = {"received_bytes": 1 << 20, "memory_bytes": 1 << 22, "data_bytes": None, "seconds": 1.5, "bytes_s": 0.0}
+COPY = Base(bytes(16), None, 1 << 22, None, 0.0).status(1 << 20, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -317,10 +318,12 @@ COPY = {"received_bytes": 1 << 20, "memory_bytes": 1 << 22, "data_bytes": None, 
         ("store failing", {"role": "unknown", "trouble": "cannot be opened"}),
         ("store full", {"role": "unknown", "trouble": "no space", "store_fault": "full"}),
         ("copying", {"epoch": None}),
-        ("copying", {"base": COPY, "primary": {"copy_share": 0.5, "copy_left_s": 3.0, "copy_pass": 2}}),
-        ("copying", {"base": COPY, "primary": {"copy_share": "all", "copy_left_s": [], "copy_pass": None}}),
-        ("copying", {"base": COPY, "primary": {"copy_share": float("nan"), "copy_left_s": -1.0}}),
-        ("store failing", {"base": COPY, "store_fault": "failing", "trouble": "I/O error", "trouble_since": 90.0}),
+        ("copying", {"first_copy": COPY, "primary": {"copy_pass": 2}}),
+        ("copying", {"first_copy": COPY, "primary": {"copy_pass": "nan"}}),
+        (
+            "store failing",
+            {"first_copy": COPY, "store_fault": "failing", "trouble": "I/O error", "trouble_since": 90.0},
+        ),
         ("lagging", {"arriving_s": 5.1}),
         ("protected", {"arriving_s": 4.9}),
         ("protected", {"primary": {"missed_pages": "many"}}),
@@ -354,6 +357,14 @@ def test_the_certificate_of_a_backup(left_days: float, state: str) -> None:
     report = {"names": {"orders": {"health": health}}, "certificate_expires": 100.0 + left_days * 86400}
     assert overall(report, None, 100.0).state == state
     assert overall(report, "orders", 100.0).state == state
+
+
+def test_the_words_of_a_first_copy() -> None:
+    health = judge(GOOD | {"first_copy": COPY, "epoch": None, "primary": {"copy_pass": 3}}, lease_s=5.0, now=100.0)
+    assert health.words == (
+        "copying: nothing is committed yet, 25% of 4.0 MiB at 512.0 KiB/s with about 6.0 s left, in pass 3 over what was "
+        "written meanwhile, the primary says"
+    )
 
 
 def test_every_state_is_documented() -> None:

@@ -74,8 +74,8 @@ def begins(backup: Backup, run: int, pages: int | None) -> Any:
         if not isinstance(event, Welcome):
             return event
         peer.sendall(b"".join(map(bytes, session.send(Begin(mode="full", term=event.term, data_pages=pages)))))
-        until(lambda: of(backup)["base"] is not None or of(backup)["refused"] is not None)
-        return hear(peer, session) if of(backup)["base"] is None else event
+        until(lambda: of(backup)["first_copy"] is not None or of(backup)["refused"] is not None)
+        return hear(peer, session) if of(backup)["first_copy"] is None else event
 
 
 def test_a_full_copy_without_room_is_refused_upon_its_begin(tmp_path: Path, disk: Disk) -> None:
@@ -93,7 +93,7 @@ def test_a_full_copy_without_room_is_refused_upon_its_begin(tmp_path: Path, disk
         with peer:
             term = hear(peer, session).term
             peer.sendall(b"".join(map(bytes, session.send(Begin(mode="full", term=term, data_pages=500)))))
-            until(lambda: of(backup)["base"] is not None)
+            until(lambda: of(backup)["first_copy"] is not None)
             assert of(backup)["health"]["state"] == "copying", "the fault is over"
 
 
@@ -327,8 +327,8 @@ def test_a_first_copy_over_a_slow_link(tmp_path: Path) -> None:
         assert middle["primary"]["copy_pass"] == 1
         assert 1 * MIB < middle["primary"]["copy_bytes_s"] < 100 * MIB
         assert 0 < middle["primary"]["copy_left_s"] < LONG_S
-        received = [one["base"]["received_bytes"] for one in seen]
+        received = [one["first_copy"]["received_bytes"] for one in seen]
         assert received == sorted(received) and 0 < received[-1] <= 1.1 * array.nbytes
-        assert f"{shares[len(seen) // 2]:.0%}" in middle["health"]["words"]
+        assert f"{middle['first_copy']['done']:.0%} of 64.0 MiB" in middle["health"]["words"]
         until(lambda: of(backup)["primary"].get("copy_share", 0) is None)
-        assert of(backup)["base"] is None
+        assert of(backup)["first_copy"] is None
