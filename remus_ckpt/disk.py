@@ -26,6 +26,7 @@ _renameat2 = getattr(_libc, "renameat2", None)
 _syncfs = getattr(_libc, "syncfs", None)
 _WHAT_NEXT = {
     errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and work then continues by itself",
+    errno.EDQUOT: ": raise the quota, or keep less; what was committed is intact, and work then continues by itself",
     errno.EROFS: ": mount it writable; reading works as it is",
 }
 
@@ -38,6 +39,21 @@ def guarding(path: str | Path | None) -> Iterator[None]:
     except OSError as error:
         hint = _WHAT_NEXT.get(error.errno or 0, "")
         raise StoreError(f"{path}: {error.strerror or error}{hint}") from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk or a quota has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error = error.__cause__
+    return False
+
+
+def free_bytes(path: str | Path) -> int:
+    """What is free in the file system of a path, without what is reserved for root. Raises OSError."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def write_all(fd: int, buffers: Sequence[Buffer]) -> int:

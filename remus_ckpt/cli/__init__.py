@@ -23,8 +23,8 @@ class _Entry(NamedTuple):
 COMMANDS = {
     "protect": _Entry("service", "Protect live shared memory on a backup."),
     "backup": _Entry("service", "Keep checkpoints from primaries and take over when they fail."),
-    "status": _Entry("service", "Show the status of a backup and its primaries."),
-    "failover": _Entry("service", "Promote a backup by hand."),
+    "status": _Entry("status", "Show the status of a backup and its primaries."),
+    "failover": _Entry("status", "Promote a backup by hand."),
     "keys": _Entry("keys", "Make, show, replace and revoke TLS keys."),
     "demo": _Entry("service", "Protect a worker, kill it, and watch the backup take over."),
     "record": _Entry("live", "Record checkpoints of live shared memory."),

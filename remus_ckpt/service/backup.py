@@ -13,13 +13,13 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import msgpack
 
-from remus_ckpt.errors import StoreError
+from remus_ckpt.errors import LinkError, StoreError
 from remus_ckpt.flag import Flag
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
@@ -29,7 +29,8 @@ from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.log import log
-from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.observe.metrics import Metrics, Seen
+from remus_ckpt.service.health import judge, overall
 from remus_ckpt.service.names import Names
 from remus_ckpt.service.peer import BEAT_S, Offer, Peer
 from remus_ckpt.service.policy import Policy
@@ -53,8 +54,10 @@ _LOCK = ".lock"
 _EVICTED_FIRST = (None, "reader", "control")
 """Whose connections make room for new ones, the oldest of each kind first: peers that have not said hello, readers,
 control connections. A primary's never does."""
-_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
+_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble", "health")
 """The fields shown for a name when there are too many names to show everything."""
+_BRIEF_CHARS = 160
+"""Of each sentence then."""
 
 
 class Backup:
@@ -106,6 +109,7 @@ class Backup:
             self._report_phase,
             standby_of=self._names.lend,
             reader_for=readers.lend,
+            note_refused=self._names.note_refused,
             answer=self._answer,
         )
         self._lock = threading.Lock()  # guards the next
@@ -125,7 +129,9 @@ class Backup:
             self._lock_store()
             stack.callback(lambda: self._names.close(time.monotonic() + _CLOSE_S))
             self._names.open_all()
-            tls = TlsFiles(tls_dir) if tls_dir is not None else None
+            tls = self._tls = TlsFiles(tls_dir) if tls_dir is not None else None
+            self.metrics.watch_health(self._look)
+            stack.callback(lambda: self.metrics.watch_health(None))
             self._listeners = [
                 stack.enter_context(
                     Listener(
@@ -216,12 +222,30 @@ class Backup:
     def status(self) -> dict[str, Any]:
         """The status of this backup, for users."""
         self._check_process()
-        return {
+        report: dict[str, Any] = {
             "program": f"remus_ckpt {__version__}",
             "lease_s": self.policy.lease_s,
             "automatic": self.policy.automatic,
-            "names": dict(sorted(self._names.status().items())),
+            "certificate_expires": None,
+            "names": {},
         }
+        if self._tls is not None:
+            with suppress(LinkError):  # the files are unusable, which the log says
+                report["certificate_expires"] = self._tls.expires().timestamp()
+        now = time.time()
+        for name, found in sorted(self._names.status().items()):
+            report["names"][name] = found | {"health": judge(found, self.policy.lease_s, now).status()}
+        return report | {"health": overall(report, None, now).status()}
+
+    def _look(self) -> dict[str, Seen]:
+        """What the metrics show of each name."""
+        now = time.time()
+        seen = {}
+        for name, found in self._names.status().items():
+            health = judge(found, self.policy.lease_s, now)
+            base = found["first_copy"]
+            seen[name] = Seen(int(health.level), health.state, 0 if base is None else base["received_bytes"])
+        return seen
 
     def _start_making_room(self) -> None:
         """A name that receives nothing has to give way too; a disk that hangs must not keep anybody waiting."""
@@ -340,7 +364,11 @@ def _shortened(status: dict[str, Any]) -> dict[str, Any]:
         fair = room // len(names)
         names = {name: found | ({"primary": {}} if sizes[name] > fair else {}) for name, found in names.items()}
     if len(msgpack.packb(names)) > room + room // 2:
-        names = {
-            name: {key: found[key] for key in _BRIEF} | {"warnings": [], "primary": {}} for name, found in names.items()
-        }
+        names = {name: _brief(found) for name, found in names.items()}
     return status | {"names": names}
+
+
+def _brief(found: dict[str, Any]) -> dict[str, Any]:
+    health = found["health"] | {"words": found["health"]["words"][:_BRIEF_CHARS]}
+    trouble = found["trouble"] and found["trouble"][:_BRIEF_CHARS]
+    return {key: found[key] for key in _BRIEF} | {"health": health, "trouble": trouble, "warnings": [], "primary": {}}

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ class Offer:
     standby_of: lends the standby of a name for as long as its primary stays. Raises Refusal, StoreError
     reader_for: lends what answers a reader, by its address, for as long as it stays. Raises Refusal. It gets a function
         that raises Refusal for a name that this reader may not read
+    note_refused: called with the name, the peer and the error when a primary is refused; returns whether that is news
     answer: the answer to a control request
     """
 
@@ -54,6 +55,7 @@ class Offer:
     report_phase: Callable[[str, int], None]
     standby_of: Callable[[str], AbstractContextManager[Standby]]
     reader_for: Callable[[str, Callable[[str], None]], AbstractContextManager[Reader]]
+    note_refused: Callable[[str, str, Refusal | StoreError], bool]
     answer: Answer
 
 
@@ -104,6 +106,7 @@ class Peer:
         self._is_listening = True
         self._ended_with: str | None = None  # the code with which this side ended it
         self._counted = 0
+        self._is_news = True  # whether the end of this session is worth a line in the log
 
     @property
     def identity(self) -> PeerIdentity:
@@ -175,7 +178,8 @@ class Peer:
                     self._serve_requests(self._answer, self._offer.lease_s)
         except Refusal as error:
             self._say_goodbye(messages.Error(code=error.code, message=str(error), term=error.term))
-            log("refused", level=logging.WARNING, **self._who, code=error.code, reason=str(error))
+            level = logging.WARNING if self._is_news else logging.DEBUG
+            log("refused", level=level, **self._who, code=error.code, reason=str(error))
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(messages.Error(code=code, message=str(error), offset=error.offset))
@@ -184,7 +188,8 @@ class Peer:
             log("refused", level=logging.WARNING, **self._who, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(messages.Error(code="store", message=str(error)))
-            log("store failed", level=logging.ERROR, **self._who, reason=str(error))
+            level = logging.ERROR if self._is_news else logging.DEBUG
+            log("store failed", level=level, **self._who, reason=str(error))
         except _Silent as error:
             self._say_goodbye(messages.Error(code="timeout", message=str(error)))
             log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
@@ -281,8 +286,13 @@ class Peer:
             raise Refusal("limit", text)
         self.run_id = hello.run
         self._name = hello.name
-        with self._offer.standby_of(hello.name) as standby:
-            self._host(standby, hello)
+        with ExitStack() as stack:
+            try:
+                self._host(stack.enter_context(self._offer.standby_of(hello.name)), hello)
+            except (Refusal, StoreError) as error:
+                # Noted before the standby is given back: an empty one is kept for a primary that tries again.
+                self._is_news = self._offer.note_refused(hello.name, self.identity.text, error)
+                raise
 
     def _host(self, standby: Standby, hello: messages.Hello) -> None:
         with standby.hosting(self, hello) as writer:
@@ -294,10 +304,11 @@ class Peer:
                     last_frame = time.monotonic()
                 match event:
                     case messages.Begin():
-                        writer.begin(full=event.mode == "full")
+                        standby.begin(hello, event)
                         self.session.lender = writer
                         log(
                             "receiving",
+                            level=standby.log_level,
                             name=hello.name,
                             peer=self.connection.peer,
                             mode=event.mode,

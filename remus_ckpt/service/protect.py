@@ -122,6 +122,9 @@ def protect(
         loop_lock = LoopLock() if lock is None else None
         source = OwnMemory(buffers, lock=loop_lock or lock, device_state=device_state, tracking=tracking, audit=audit)
         stack.callback(source.close)
+        metrics = metrics or Metrics()
+        if tls is not None:
+            metrics.watch_certificate(tls.expires)
         stop = StopSignal()
         stack.callback(stop.close)
         primary = primary_of(

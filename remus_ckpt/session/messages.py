@@ -301,12 +301,17 @@ class Welcome(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin(Message):
-    """The primary's choice (specs/session.md §3.3). position: what the first checkpoint follows, None: nothing."""
+    """The primary's choice (specs/session.md §3.3).
+
+    position: what the first checkpoint follows, None: nothing
+    data_pages: about how many pages a full copy will hold, None: unknown
+    """
 
     mode: Literal["full", "continue"]
     term: int
     position: Position | None = None
     wait: Level = "durable"
+    data_pages: int | None = None
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Begin])
@@ -417,6 +422,7 @@ FIELDS: dict[type[Message], dict[str, Check]] = {
         "term": _whole(),
         "position": _optional(_position),
         "wait": _one_of(*LEVELS),
+        "data_pages": _optional(_whole()),
     },
     Commit: {
         "position": _position,

@@ -191,6 +191,10 @@ class Buffers:
             if area.size() < size:
                 raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")
 
+    def data_pages(self) -> int | None:
+        """Unknown: arrays have no holes that anyone could ask for."""
+        return None
+
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn."""
         self._check_files()

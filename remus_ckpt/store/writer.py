@@ -18,7 +18,7 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store import index
-from remus_ckpt.store.chain import Chain, publish
+from remus_ckpt.store.chain import Arriving, Chain, publish
 from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_CHECKPOINTS, Compaction, Compactor
 from remus_ckpt.store.directory import HistoryDirectory
 from remus_ckpt.store.hand_over import HandOver
@@ -26,6 +26,7 @@ from remus_ckpt.store.history import History
 from remus_ckpt.store.pruning import Pruner
 from remus_ckpt.store.recovery import MAX_WARNINGS, Recovery, leftovers
 from remus_ckpt.store.retention import Removal, Retention
+from remus_ckpt.store.room import Room, room_for_base
 from remus_ckpt.store.segments import Contents, Entry, Shape, entry_of, record_of, shape_of
 from remus_ckpt.store.state import Role, State, StateFile
 from remus_ckpt.wire.record import Position
@@ -280,6 +281,17 @@ class HistoryWriter:
             self._coming.expect_more()
             yield self._coming
             self._failed = False
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """What has arrived of the checkpoint being received; None between two."""
+        chain = self._coming
+        size = 0 if chain is None else chain.written - chain.end
+        return None if chain is None or not size else Arriving(chain is not self._chain, size, chain.began_at)
+
+    def room_for_base(self, data_bytes: int) -> Room:
+        """The room for a full copy with so many bytes of pages. Raises StoreError. May wait for the disk."""
+        return room_for_base(data_bytes, self._own.segments, self._own.warm)
 
     @property
     def coming_start(self) -> int:

@@ -25,7 +25,7 @@ from remus_ckpt.flag import Flag
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
-from remus_ckpt.service import primary
+from remus_ckpt.service import backoff
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.release import Committed
@@ -223,7 +223,7 @@ def while_a_callback_fails(desk: Desk, strike: Callable[[], None]) -> None:
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primary, "_FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.001)
 
 
 @pytest.fixture(autouse=True)
