@@ -304,7 +304,8 @@ def test_what_a_peer_says_cannot_drive_a_terminal(tmp_path: Path, remus: Command
 GOOD: dict[str, Any] = {
     "role": "standby", "term": 0, "epoch": 7, "position": "7:00", "connected": True, "peer": "x", "silent_s": 0.1,
     "last_commit_at": 99.0, "first_copy": None, "arriving_s": None, "last_end": None, "lease_left_s": 4.0,
-    "refused": None, "room": None, "trouble": None, "trouble_since": None, "store_fault": None, "fence": None, "fence_retry_s": None,
+    "refused": None, "room": None, "trouble": None, "trouble_since": None, "store_fault": None, "fence": None,
+    "fence_retry_s": None,
     "takeover": None, "takeover_retry_s": None, "image": None, "warnings": [], "primary": {},
 }  # fmt: skip
 COPY = Base(bytes(16), None, 1 << 22, None, 0.0).status(1 << 20, 2.0)
