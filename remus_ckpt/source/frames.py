@@ -7,7 +7,6 @@ index of times, nor `attrs`. pandas is imported only where a DataFrame is given 
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 import zoneinfo
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ _NUMBERS, _TIMES, _TEXTS = "biufc", "mM", "U"
 """Kinds of dtypes. Columns have numbers and times, an index may also have texts."""
 _UNITS = frozenset({"s", "ms", "us", "ns"})
 """What pandas counts time in."""
-_ZONE = re.compile(r"[A-Za-z0-9_+-]{1,32}(?:/[A-Za-z0-9_+-]{1,32}){0,3}", re.ASCII)
 _MAX_INT = (1 << 63) - 1
 
 Label = str | int
@@ -143,11 +141,10 @@ def _is_kept(dtype: np.dtype[Any], texts: str = "") -> bool:
 
 
 def _is_zone(text: str) -> bool:
-    """Whether this names a time zone, and no file elsewhere."""
-    if _ZONE.fullmatch(text):
-        with suppress(KeyError, ValueError, OSError):
-            zoneinfo.ZoneInfo(text)
-            return True
+    """Whether this names a time zone. `zoneinfo` refuses names that lead out of its directories."""
+    with suppress(KeyError, ValueError, OSError):
+        zoneinfo.ZoneInfo(text)
+        return True
     return False
 
 
@@ -230,8 +227,8 @@ class LiveFrame:
 
 def _not_kept(name: str, label: object, dtype: object) -> str:
     return (
-        f"column {label!r} of {name!r} is {dtype}, which does not lie in plain memory: leave it out "
-        f"(frame.drop(columns={label!r})), or make it numbers, times or bool (frame.astype)"
+        f"column {label!r} of {name!r} is {dtype}, which cannot be protected: leave it out "
+        f"(frame.drop(columns={label!r})), or make it numbers, bool, or times in UTC or a named zone (frame.astype)"
     )
 
 

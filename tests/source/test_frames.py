@@ -117,13 +117,13 @@ def test_a_column_that_is_not_plain_memory_is_refused_by_its_name(column: str, v
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda: pd.DataFrame(np.zeros((5, 4))[:, ::2], columns=["a", "b"], copy=False), "'a'.*copy"),
+        (lambda: pd.DataFrame(np.zeros((5, 4))[:, ::2], columns=["a", "b"], copy=False), r"'a'.*frame\.copy"),
         (lambda: pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns 'a'"),
         (lambda: pd.DataFrame({("a", 1): [1]}), "rename"),
         (lambda: frame().set_index(["price", "size"]), "reset_index"),
         (lambda: frame().set_index(pd.period_range("2026-01-01", periods=ROWS)), "reset_index"),
         (lambda: frame().set_index(pd.Index(["a", "b", None, "c", "d", "e"])), "reset_index"),
-        (lambda: pd.DataFrame(locked(np.zeros((1, 5))).T, copy=False), "read-only.*copy"),
+        (lambda: pd.DataFrame(locked(np.zeros((1, 5))).T, copy=False), r"read-only.*frame\.copy"),
     ],
 )
 def test_a_frame_that_would_not_come_back_is_refused(made: Any, words: str) -> None:
@@ -311,6 +311,17 @@ def test_frames_are_held_against_their_rules(changes: dict[str, Any]) -> None:
     with pytest.raises(Malformed) as caught:
         Manifest.unpack(packed(**changes), pages=9)
     assert caught.value.section in {f"manifest.md §{number}" for number in (2, 3, 5)}
+
+
+@pytest.mark.parametrize("dtype", ["<M8[D]", "<M8[10s]", "<M8", "|V8", "|S8", "<U2"])
+def test_types_that_no_column_has_are_refused(dtype: str) -> None:
+    fields = msgpack.unpackb(packed())
+    buffer = next(one for one in fields["buffers"] if one["name"] == "q['b']")
+    assert buffer["bytes"] == 24
+    buffer["dtype"] = dtype
+    with pytest.raises(Malformed) as caught:
+        Manifest.unpack(msgpack.packb(fields), pages=9)
+    assert caught.value.section == "manifest.md §5"
 
 
 @pytest.mark.parametrize("value", [5, {}, [5], [[]]])
