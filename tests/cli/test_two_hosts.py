@@ -160,7 +160,7 @@ def test_a_first_copy_over_a_slow_link_is_watched(
     hosts: tuple[Host, Host], keys: Path, memory: Path, tmp_path: Path
 ) -> None:
     a, b = hosts
-    slow = ["tbf", "rate", "20mbit", "burst", "64kb", "latency", "200ms"]
+    slow = ["tbf", "rate", "10mbit", "burst", "64kb", "latency", "200ms"]
     with backup_of(b, tmp_path / "store", keys), worker(a, memory) as work:
         subprocess.run(["tc", "-n", a.name, "qdisc", "add", "dev", "wire", "root", *slow], check=True)
         with protect_of(a, memory, work.pid, keys, "--compression", "none"):
@@ -205,7 +205,7 @@ def test_a_takeover_stops_the_work_there(hosts: tuple[Host, Host], keys: Path, m
         stop = f"kill -STOP {work.pid}; echo $REMUS_NAME $REMUS_TERM > {tmp_path}/fenced"
         with protect_of(a, memory, work.pid, keys, "--on-fenced", stop) as primary:
             until(lambda: status(b, keys).get("epoch") is not None)
-            done = b.run("failover", "--from", AT, "--tls-dir", keys / "backup", "orders")
+            done = b.run("failover", "--from", AT, "--tls-dir", keys / "backup", "--name", "orders")
             assert done.returncode == 0, done.stderr
             assert primary.wait(LONG_S) == 22
         assert process_state(work.pid) == "T"
