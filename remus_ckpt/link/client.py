@@ -35,7 +35,7 @@ _WELCOME_S = 30.0
 _GOODBYE_S = 1.0
 _LOOK_S = 0.25
 """How often a wait for the welcome checks whether to give up."""
-_REVOKED_S = 1.0
+_TRUST_S = 1.0
 """How often an open session checks whether the backup's certificate has been revoked."""
 
 
@@ -243,9 +243,9 @@ class Link:
                 if now - self._heard > self._lease_s:
                     raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
                 if now >= check:
-                    check = now + _REVOKED_S
-                    if self._connection.is_revoked():
-                        raise LinkError(f"{self.peer}: its certificate has been revoked")
+                    check = now + _TRUST_S
+                    if (fault := self._connection.distrust()) is not None:
+                        raise LinkError(f"{self.peer}: its certificate {fault}")
                 if now >= beat:
                     # If the connection is stalled, a heartbeat would wait, and hold up whoever wants to send.
                     if self._connection.is_writable() and self._sending.acquire(blocking=False):

@@ -23,7 +23,7 @@ from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.rights import EVERYTHING, Rights
 from remus_ckpt.link.sockets import Late, deadline_of, say, wait
-from remus_ckpt.link.tls import TlsFiles
+from remus_ckpt.link.tls import Judgement, TlsFiles
 from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
@@ -101,6 +101,7 @@ class Connection:
         self._is_ready = False
         self._files = tls
         self._certificate: bytes | None = None  # the other side's, in DER
+        self._judgement: Judgement | None = None  # of it
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
             context = tls.server_context() if self._is_server else tls.client_context()
@@ -221,6 +222,8 @@ class Connection:
         self._send_plain([memoryview(self._outgoing.read())], deadline)
         self._cipher = memoryview(bytearray(_CIPHER_BYTES))
         self._certificate = tls.getpeercert(binary_form=True)
+        if self._files is not None and self._certificate is not None:
+            self._judgement = self._files.judge(self._certificate)
         try:
             shown = cast("dict[str, Any]", tls.getpeercert() or {})
         except ValueError as error:
@@ -231,11 +234,13 @@ class Connection:
         if self.certificate_name:
             self.peer = f"{self.peer} ({self.certificate_name})"
 
-    def is_revoked(self) -> bool:
-        """Whether the CA has revoked the other side's certificate since the handshake."""
+    def distrust(self) -> str | None:
+        """Why the other side's certificate is no longer trusted, as the end of a sentence: it has been revoked, or its
+        CA is not among ours any more. None if it is. Called by one thread."""
         if self._files is None or self._certificate is None:
-            return False
-        return self._files.has_revoked(self._certificate)
+            return None
+        self._judgement = self._files.judge(self._certificate, self._judgement)
+        return self._judgement.fault
 
     def _check_user(self) -> None:
         packed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

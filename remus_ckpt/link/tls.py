@@ -32,8 +32,23 @@ class _Loaded:
     server: ssl.SSLContext
     client: ssl.SSLContext
     expires: datetime
+    authorities: tuple[x509.Certificate, ...]
     revoked: Revoked | None
     """None: there is no crl.pem."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What our files say of a peer's certificate.
+
+    by: the reading of the files that says it
+    is_ours: whether a CA in ca.pem issued it; None: not known
+    fault: why it may not stay, as the end of a sentence; None if it may
+    """
+
+    by: object
+    is_ours: bool | None
+    fault: str | None
 
 
 class TlsFiles:
@@ -78,14 +93,25 @@ class TlsFiles:
         """When the certificate in use expires, or its CA if that is earlier."""
         return self._current().expires
 
-    def has_revoked(self, certificate: bytes) -> bool:
-        """Whether a list that we have by now holds that certificate of a peer, in DER."""
-        if not (revoked := self._current().revoked):
-            return False
+    def judge(self, certificate: bytes, before: Judgement | None = None) -> Judgement:
+        """Whether that certificate of a peer, in DER, may stay in a session that it was let into.
+
+        before: the judgement of the same certificate at the handshake, or later
+        """
+        loaded = self._current()
+        if before is not None and before.by is loaded:
+            return before
         try:
-            return is_in(revoked, x509.load_der_x509_certificate(certificate))
+            found = x509.load_der_x509_certificate(certificate)
         except ValueError:
-            return True  # OpenSSL has read it and we cannot: nobody knows
+            return Judgement(loaded, None, "cannot be read")  # OpenSSL has read it and we cannot: nobody knows
+        is_ours = any(was_issued_by(found, authority) for authority in loaded.authorities)
+        if loaded.revoked and is_in(loaded.revoked, found):
+            return Judgement(loaded, is_ours, "has been revoked")
+        # What an intermediate CA has issued was never one of ours, and stays.
+        if before is not None and before.is_ours and not is_ours:
+            return Judgement(loaded, before.is_ours, "is of a CA that is no longer trusted")
+        return Judgement(loaded, is_ours, None)
 
     def _stamp(self) -> list[tuple[int, int, int]]:
         stamps = []
@@ -158,7 +184,7 @@ class TlsFiles:
         client.hostname_checks_common_name = False
         # Nobody resumes a session here; a ticket would be bytes on the wire that no frame accounts for.
         server.num_tickets = 0
-        return _Loaded(server, client, expires, revoked_in(lists) if lists else None)
+        return _Loaded(server, client, expires, tuple(authorities), revoked_in(lists) if lists else None)
 
     def _check_times(self, found: list[tuple[x509.Certificate, ...]]) -> datetime:
         """When the chain of those found that lasts longest expires. Raises LinkError where none is valid now."""

@@ -41,7 +41,7 @@ from remus_ckpt.store import Store
 from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_BYTES_FOR_TIERS
 from remus_ckpt.version import __version__
 
-_REVOKED_S = 1.0
+_TRUST_S = 1.0
 """How often the certificates of open sessions are looked up in the lists of revoked ones."""
 _CLOSE_S = 10.0
 """Time for all sessions and stores to end; one that still hangs then is abandoned."""
@@ -179,8 +179,8 @@ class Backup:
                 if on_turn is not None:
                     on_turn()
             if now >= check:
-                check = now + _REVOKED_S
-                self._end_revoked()
+                check = now + _TRUST_S
+                self._end_distrusted()
             due = min([beat, check, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
             ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
             for listener in self._listeners:
@@ -288,11 +288,11 @@ class Backup:
             self._peers = [peer for peer in self._peers if peer.thread.is_alive()]
             return list(self._peers)
 
-    def _end_revoked(self) -> None:
+    def _end_distrusted(self) -> None:
         for peer in self._living_peers():
-            if peer.connection.is_revoked():
-                log("certificate revoked", level=logging.WARNING, peer=peer.connection.peer)
-                peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} has been revoked")
+            if (fault := peer.connection.distrust()) is not None:
+                log("certificate not trusted", level=logging.WARNING, peer=peer.connection.peer, reason=fault)
+                peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} {fault}")
 
     def _receive_peer(self, connection: Connection) -> None:
         peers = self._living_peers()
