@@ -315,7 +315,7 @@ def test_a_first_copy_over_a_slow_link(tmp_path: Path) -> None:
 
         def look() -> bool:
             names = backup.status()["names"]
-            if "orders" in names and names["orders"]["primary"].get("copy_share"):
+            if "orders" in names and names["orders"]["first_copy"] and names["orders"]["primary"].get("copy_share"):
                 seen.append(names["orders"])
             return protection.committed is not None
 
