@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -191,6 +192,17 @@ def test_the_methods_are_those_of_the_specification(store: Store) -> None:
             with pytest.raises(RemusError):
                 reader.answer(method, {})
         assert reader.answer("status", {}) is None
+
+
+def test_neither_end_holds_the_segment(remote: Remote, tmp_path: Path) -> None:
+    """16 MiB are restored: both ends, which are one process here, take less than 10 for it."""
+    tracemalloc.start()
+    try:
+        remote["big"].restore_image(tmp_path / "image", 0)
+        assert tracemalloc.get_traced_memory()[1] < 10 * MIB
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "image").read_bytes() == big(0).tobytes()
 
 
 # What is bad
