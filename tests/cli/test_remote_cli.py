@@ -104,6 +104,8 @@ def test_there_as_here(
         given = [word.format(where) for word in words]
         code, out, err = command.binary(*given, *extra, *(["--json"] if as_json else []))
         text = out.replace(where.encode(), b"WHERE").replace(str(store).encode(), b"WHERE")
+        # The backup is in this process, and logs to standard error too.
+        err = "\n".join(line for line in err.splitlines() if line.startswith("remus-ckpt: "))
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         ran.append((code, text, err.replace(where, "WHERE"), files))
     here, there = ran
