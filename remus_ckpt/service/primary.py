@@ -349,7 +349,7 @@ class Primary:
             left_s = min(self._backoff_s, until - time.monotonic())
             if left_s > 0 and self._sleep(left_s):
                 continue
-            if end is not None and said and time.monotonic() >= end:
+            if end is not None and (said or self._backoff_s) and time.monotonic() >= end:
                 self.ended = "duration"
                 return
             try:

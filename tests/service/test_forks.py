@@ -87,7 +87,7 @@ def test_a_fork_that_uses_or_leaves_its_parents_backup(tmp_path: Path) -> None:
             backup._listeners[0].close()
             os._exit(len(calls) - refused)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        memory.protection._primary.hang_up()
+        memory.primary.hang_up()
         memory.step(2)
         memory.step(3)
     assert [entry.epoch for entry in entries(tmp_path / "store")] == [0, 1, 2]

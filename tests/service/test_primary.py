@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interrupter import Interrupter
 from liars import Liar, Peer
 from services import make_keys
 from support import process_state, writer_process
@@ -30,18 +31,20 @@ from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service import primary as primaries
+from remus_ckpt.service import primary as primaries, turns
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import primary_of, protect
 from remus_ckpt.service.release import Committed
 from remus_ckpt.service.window import Window
-from remus_ckpt.session import messages
+from remus_ckpt.session import frames, messages
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store
 
+COMMIT = bytes([frames.FrameType.COMMIT])
+"""The first byte of such a frame."""
 SLACK_S = 2.0
 """A busy machine may add so much."""
 
@@ -161,10 +164,11 @@ def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path
     """The first peer takes nothing; the next one finds a primary that goes on right."""
     array = np.random.default_rng(1).integers(0, 256, (32 << 20) // 8, dtype=np.int64)
     with Liar(stops_reading) as liar, backup_in(tmp_path / "store") as backup:
-        memory = Memory(liar.address, array=array.reshape(-1, 512))
+        to = liar.address
+        memory = Memory(to, array=array.reshape(-1, 512), dial=lambda: connect(Address.parse(to)))
         with within(0.3), pytest.raises(LinkError):
             memory.protection.checkpoint(timeout_s=0.3)
-        memory.protection._primary._connect = lambda: connect(Address.parse(backup.addresses[0]))
+        to = backup.addresses[0]
         memory.step(1)
         memory.protection.close()
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
@@ -172,41 +176,69 @@ def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path
 
 def test_a_heartbeat_that_cannot_go_out_is_in_nobodys_way() -> None:
     def serve(peer: Peer) -> None:
-        peer.welcome(lease_s=8.0)
+        peer.welcome(lease_s=2.0)
         beat(peer)
 
+    asked = 0  # whether a heartbeat can go out
+
+    def dial() -> Connection:
+        connection = connect(Address.parse(liar.address))
+        is_writable = connection.is_writable
+
+        def counted() -> bool:
+            nonlocal asked
+            asked += 1
+            return is_writable()
+
+        connection.is_writable = counted  # type: ignore[method-assign]
+        connections.append(connection)
+        return connection
+
+    connections: list[Connection] = []
     with Liar(serve) as liar:
-        protection = protect({"a": np.zeros(9)}, to=liar.address, name="orders")
-        protection.checkpoint()
-        link = protection._primary._link
-        assert link is not None
-        until_s = time.monotonic() + 2.5  # a heartbeat is due after two seconds
-        while time.monotonic() < until_s:
-            with suppress(BlockingIOError):
-                while True:
-                    link._connection._socket.send(bytes(1 << 16))
-            time.sleep(0.02)
+        memory = Memory(liar.address, dial=dial)
+        memory.protection.checkpoint()
+        with socket.socket(fileno=os.dup(connections[0].fileno())) as sock:
+
+            def is_due_while_full() -> bool:
+                nonlocal asked
+                with suppress(BlockingIOError):
+                    while True:
+                        sock.send(bytes(1 << 16))
+                return asked > before
+
+            before = asked
+            until(is_due_while_full)
         with within(0.2), pytest.raises(LinkError):
-            protection.checkpoint(timeout_s=0.2)
+            memory.protection.checkpoint(timeout_s=0.2)
         with within(0.2), suppress(RemusError):
-            protection.close(0.2)
+            memory.protection.close(0.2)
 
 
 def test_all_pages_of_a_checkpoint_whose_commit_was_not_sent_come_again(tmp_path: Path) -> None:
     """More than one batch of them."""
+    interrupts: list[BaseException] = []
+
+    def dial() -> Connection:
+        connection = connect(Address.parse(backup.addresses[0]))
+        send = connection.send
+
+        def interrupted(buffers: Any, timeout_s: float | None) -> None:
+            if interrupts and bytes(buffers[-1])[:1] == COMMIT:
+                raise interrupts.pop()
+            send(buffers, timeout_s)
+
+        connection.send = interrupted  # type: ignore[method-assign]
+        return connection
+
     with backup_in(tmp_path / "store") as backup:
-        memory = Memory(backup.addresses[0], array=np.zeros((2500, 512), dtype=np.int64))
+        memory = Memory("", array=np.zeros((2500, 512), dtype=np.int64), dial=dial)
         memory.step(1)
-        link = memory.protection._primary._link
-        assert link is not None
-
-        def interrupt(message: Any) -> None:
-            raise KeyboardInterrupt
-
-        link.commit = interrupt  # type: ignore[method-assign]
         memory.array += 1
+        interrupts.append(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             memory.step(2)
+        assert not interrupts
         memory.step(3)
         memory.protection.close()
     assert [entry.is_base for entry in entries(tmp_path / "store")] == [True, False]
@@ -319,8 +351,7 @@ def test_an_interval_whose_callback_raises_or_blocks(tmp_path: Path, caplog: pyt
         with within(0.3), pytest.raises(RemusError, match="does not end"):
             blocked.close(0.3)
         go_on.set()
-        assert blocked._thread is not None
-        blocked._thread.join(LONG_S)
+        until(lambda: not any(thread.name == "checkpoints" for thread in threading.enumerate()))
         assert not options["lock"].locked()
 
 
@@ -383,7 +414,7 @@ def test_threads_that_call_at_once_take_turns(tmp_path: Path) -> None:
             try:
                 for number in range(40):
                     if number == 20:
-                        memory.protection._primary.hang_up()
+                        memory.primary.hang_up()
                     epochs.append(memory.protection.checkpoint(timeout_s=LONG_S, wait=bool(number % 2)))
             except BaseException as error:
                 faults.append(error)
@@ -403,10 +434,11 @@ def test_threads_that_call_at_once_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
-    go_on = threading.Event()
+    has_turn, go_on = threading.Event(), threading.Event()
 
     def device_state() -> bytes:
         if threading.current_thread() is not threading.main_thread():
+            has_turn.set()
             go_on.wait(LONG_S)
         return b""
 
@@ -414,7 +446,7 @@ def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
         memory.step(1)
         slow = threading.Thread(target=memory.protection.checkpoint)
         slow.start()
-        until(lambda: bool(memory.protection._primary._turns._calls))
+        assert has_turn.wait(LONG_S)
         with within(0.2), pytest.raises(RemusError, match="another thread"):
             memory.protection.checkpoint(timeout_s=0.2)
         go_on.set()
@@ -442,60 +474,62 @@ def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_other_thread", [False, True])
 def test_a_call_that_was_cut_short_is_over(tmp_path: Path, is_other_thread: bool) -> None:
     """An interrupt may fall where a call gives its turn back, and its traceback may be kept."""
+    kept: list[BaseException] = []
+
+    def steps(row: int, at: float) -> int:
+        """Take a checkpoint that is interrupted at that line of turns.py; returns how many lines it came to."""
+        with Interrupter(at, files=(turns.__file__,)) as striking:
+            memory.step(row, wait=False)
+        return striking.seen
+
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
-        turns = memory.protection._primary._turns
-        leave = turns._leave
-
-        def strike(key: object) -> None:
-            raise KeyboardInterrupt
-
-        turns._leave = strike  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt) as cut:
-            memory.step(1)
-        turns._leave = leave  # type: ignore[method-assign]
-        assert turns._calls
-        if is_other_thread:
-            other = threading.Thread(target=memory.step, args=[2])
-            other.start()
-            other.join(LONG_S)
-        else:
-            memory.step(2)
-        assert not turns._calls
-        assert np.array_equal(restored(tmp_path / "store"), memory.array)
-        assert cut.tb is not None
+        memory.step(1)
+        count = steps(2, math.inf)
+        for row, at in enumerate(range(count - 8, count), 3):  # the turn is given back in the last ones
+            try:
+                steps(row, at)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            if is_other_thread:
+                other = threading.Thread(target=memory.step, args=[row])
+                other.start()
+                other.join(LONG_S)
+                assert not other.is_alive()
+            else:
+                memory.step(row)
+            assert np.array_equal(restored(tmp_path / "store"), memory.array)
+    assert len(kept) > 4
 
 
 def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:
     """What the other call would send then is memory that is not there any more."""
-    with backup_in(tmp_path / "store") as backup:
-        memory = Memory(backup.addresses[0])
-        memory.step(1)
-        primary = memory.protection._primary
-        connecting, closed = threading.Event(), threading.Event()
-        patiently, told = primary._connect_patiently, []
+    capturing, closed, told = threading.Event(), threading.Event(), list[str]()
 
-        def connect_patiently(*arguments: Any) -> None:
-            connecting.set()
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "capture" and epoch == 1:
+            capturing.set()
             closed.wait(LONG_S)
-            patiently(*arguments)
 
-        primary._connect_patiently = connect_patiently  # type: ignore[method-assign]
+    def call() -> None:
+        try:
+            memory.protection.checkpoint()
+        except ValueError as error:
+            told.append(str(error))
 
-        def call() -> None:
-            try:
-                memory.protection.checkpoint()
-            except ValueError as error:
-                told.append(str(error))
-
+    with backup_in(tmp_path / "store") as backup:
+        memory = Memory(backup.addresses[0], on_phase=on_phase)
+        memory.step(1)
         other = threading.Thread(target=call)
         other.start()
-        connecting.wait(LONG_S)
-        memory.protection.close()
+        assert capturing.wait(LONG_S)
+        memory.primary.close()
         closed.set()
         other.join(LONG_S)
         assert told
         assert "closed" in told[0]
-        assert primary._link is None
+        assert not memory.primary.fds(), "it has a link"
+        assert [entry.epoch for entry in entries(tmp_path / "store")] == [0]
+        memory.protection.close()
         with Memory(backup.addresses[0]) as again:  # the name is free
             again.step(1)
 
@@ -613,21 +647,16 @@ def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls
             with protection:
                 pass
             protection.close()
-            protection._primary.close()
+            memory.primary.close()
 
         def refused() -> None:
-            for call in (protection.checkpoint, protection._primary.checkpoint, lambda: protection.wait_for(1 << 40)):
+            for call in (protection.checkpoint, memory.primary.checkpoint, lambda: protection.wait_for(1 << 40)):
                 with suppress(ValueError):
                     call()  # type: ignore[operator]
                     raise AssertionError("it was taken")
 
-        def hang_up() -> None:
-            link = protection._primary._link
-            assert link is not None
-            link.close("closed")
-
         advance()
-        for work in (close, refused, hang_up, lambda: None):
+        for work in (close, refused, memory.primary.hang_up, lambda: None):
             assert in_a_fork(work) == 0, work
             advance()
         for method in ("fork", "spawn"):
@@ -638,7 +667,7 @@ def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls
         subprocess.run([sys.executable, "-c", ""], check=True, close_fds=False)
         advance()
         assert protection.status()["reconnects"] == 0
-        assert not select.select([protection._stop.fd], [], [], 0)[0], "the thread no longer keeps to its interval"
+        assert not select.select([memory.stop.fd], [], [], 0)[0], "the thread no longer keeps to its interval"
         protection.close()
 
 
@@ -651,7 +680,7 @@ def test_a_fork_leaves_its_parents_backup_alone(tmp_path: Path) -> None:
             backup.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        memory.protection._primary.hang_up()
+        memory.primary.hang_up()
         memory.step(2)
 
 

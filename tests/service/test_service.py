@@ -22,15 +22,19 @@ from store_support import Source
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.client import Link
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
+from remus_ckpt.loop import StopSignal
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
-from remus_ckpt.service.protect import Protection, protect
+from remus_ckpt.service.protect import Protection, primary_of, protect
 from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import machine, messages
 from remus_ckpt.source.manifest import arrays_of
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Entry, Store
 from remus_ckpt.wire.record import Position
 
@@ -54,17 +58,35 @@ def backup_in(store: Path, listen: str = ANY, **policy: Any) -> Iterator[Backup]
 
 
 class Memory:
-    """An array, its protection, and what was committed."""
+    """An array, its protection, and what was committed. Made of the parts that `protect` makes it of, each in reach.
 
-    def __init__(self, to: str, **options: Any) -> None:
-        self.array = options.pop("array", None)
-        if self.array is None:
-            self.array = np.zeros((64, 512), dtype=np.int64)
+    dial: makes its connections, in place of the address
+    options: as for `protect`, and `Primary`
+    """
+
+    def __init__(
+        self,
+        to: str,
+        *,
+        array: np.ndarray | None = None,
+        dial: Callable[[], Connection] | None = None,
+        tls_dir: Path | None = None,
+        interval_s: float | None = None,
+        lock: Any = None,
+        device_state: Callable[[], bytes] = bytes,
+        **options: Any,
+    ) -> None:
+        self.array = np.zeros((64, 512), dtype=np.int64) if array is None else array
         self.commits: list[Committed] = []
         self.at: dict[int, np.ndarray] = {}
-        self.protection: Protection = protect(
-            {"array": self.array}, to=to, name="orders", on_commit=self.commits.append, **options
-        )
+        self.stop = StopSignal()
+        source = OwnMemory({"array": self.array}, lock=lock, device_state=device_state)
+        options |= {"interval_s": interval_s or 0.0, "on_commit": self.commits.append, "stop": self.stop}
+        if dial is None:
+            self.primary = primary_of(source, "orders", to, tls=TlsFiles(tls_dir) if tls_dir else None, **options)
+        else:
+            self.primary = Primary("orders", source, dial, **options)
+        self.protection = Protection(self.primary, source, self.stop, in_thread=interval_s is not None)
 
     def __enter__(self) -> Memory:
         return self

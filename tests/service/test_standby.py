@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,18 @@ def of(backup: Backup, name: str = "orders") -> dict[str, Any]:
     return found
 
 
-def standing_by(folder: Path, **policy: Any) -> Standby:
+def standing_by(folder: Path, wake: Callable[[], None] | None = None, **policy: Any) -> Standby:
     """One that holds a checkpoint, and whose clock is turned by the test."""
     with Store(folder).writer("orders") as filled:
         fill(filled, 1)
     policy.setdefault("lease_s", LONG_S)
-    return Standby("orders", Store(folder).writer("orders"), Policy(**policy), Metrics(), lambda: None)
+    return Standby("orders", Store(folder).writer("orders"), Policy(**policy), Metrics(), wake or (lambda: None))
 
 
 def settled(standby: Standby) -> None:
-    until(lambda: not standby._is_settling)
+    """Wait until none of its threads is promoting, or writing what is owed."""
+    names = {f"promote of {standby.name}", f"pay of {standby.name}"}
+    until(lambda: names.isdisjoint(thread.name for thread in threading.enumerate()))
 
 
 def turn(standby: Standby, at: float | None = None) -> None:
@@ -228,9 +230,13 @@ def being_let_in(disk: Disk, standby: Standby, guest: Guest, term: int | None = 
         coming.join(LONG_S)
 
 
-def asking_for(standby: Standby) -> tuple[threading.Thread, list[Any]]:
-    """A takeover by hand that has been asked for; its answer, or its error, comes into the list."""
+def asking_for(standby: Standby, woken: threading.Event) -> tuple[threading.Thread, list[Any]]:
+    """A takeover by hand that has been asked for; its answer, or its error, comes into the list.
+
+    woken: set by the standby, which wakes its backup as soon as it has been asked
+    """
     answers: list[Any] = []
+    woken.clear()
 
     def ask_for() -> None:
         try:
@@ -240,15 +246,16 @@ def asking_for(standby: Standby) -> tuple[threading.Thread, list[Any]]:
 
     asking = threading.Thread(target=ask_for, daemon=True)
     asking.start()
-    until(lambda: standby._by_hand is not None)
+    assert woken.wait(LONG_S)
     return asking, answers
 
 
 def test_a_takeover_is_asked_for_while_a_primary_is_being_let_in(tmp_path: Path, disk: Disk) -> None:
     """While a takeover is being done, nobody is let in."""
-    standby = standing_by(tmp_path)
+    woken = threading.Event()
+    standby = standing_by(tmp_path, woken.set)
     with being_let_in(disk, standby, Guest(1)) as ends:
-        asking, answers = asking_for(standby)
+        asking, answers = asking_for(standby, woken)
         disk.may_go_on.set()
         until(lambda: ends)
         assert ends == ["busy"]
@@ -263,10 +270,11 @@ def test_what_was_handed_out_is_asked_for_while_its_survivor_is_being_let_in(tmp
     with Store(tmp_path).writer("orders") as filled:
         fill(filled, 1)
         filled.set_state(term=1, role="promoted")
-    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), lambda: None)
+    woken = threading.Event()
+    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), woken.set)
     survivor = Guest(1)
     with being_let_in(disk, standby, survivor, 2) as ends:
-        asking, answers = asking_for(standby)
+        asking, answers = asking_for(standby, woken)
         standby.turn(time.monotonic())  # the memory is about to be handed out
         disk.may_go_on.set()
         until(lambda: ends)
@@ -285,11 +293,11 @@ def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the earlier one is answered or taken for done, although the disk failed just behind its end."""
-    runs = tmp_path / "runs"
-    standby = standing_by(tmp_path / "store", on_failover=f"echo $REMUS_TERM >> {runs}")
+    runs, woken = tmp_path / "runs", threading.Event()
+    standby = standing_by(tmp_path / "store", woken.set, on_failover=f"echo $REMUS_TERM >> {runs}")
 
     def take_over() -> dict[str, Any]:
-        _, answers = asking_for(standby)
+        _, answers = asking_for(standby, woken)
         until(lambda: turn(standby) or answers)
         until(lambda: turn(standby) or standby.status()["takeover"] == "succeeded")
         given: dict[str, Any] = answers[0]
@@ -409,11 +417,9 @@ def test_a_survivor_is_not_ended_for_the_memory_that_it_began_with(tmp_path: Pat
     survivor = Guest(1)
     with standby.hosting(survivor, survivor.hello(term=2)):
         pass
-    over = time.monotonic() + 5 * 0.2
-    while time.monotonic() < over:
-        standby._looked_at = time.monotonic()
-        turn(standby)
-        time.sleep(0.02)
+    now = time.monotonic()
+    for number in range(100):  # of the five leases that follow
+        turn(standby, now + 0.01 * number)
     assert standby.status()["role"] == "standby"
     assert not shot.exists()
     standby.close()
@@ -421,7 +427,8 @@ def test_a_survivor_is_not_ended_for_the_memory_that_it_began_with(tmp_path: Pat
 
 def test_two_who_ask_for_a_takeover(tmp_path: Path) -> None:
     """One vouches for the old side, and is not made to wait for the fence that the other asks for."""
-    standby = standing_by(tmp_path, fence="sleep 60")
+    wakes: list[None] = []
+    standby = standing_by(tmp_path, lambda: wakes.append(None), fence="sleep 60")
     answers: list[dict[str, Any]] = []
     asking = [
         threading.Thread(target=lambda fence=fence: answers.append(standby.take_over(fence=fence)), daemon=True)
@@ -430,7 +437,7 @@ def test_two_who_ask_for_a_takeover(tmp_path: Path) -> None:
     try:
         for number, thread in enumerate(asking, 1):
             thread.start()
-            until(lambda number=number: len(standby._changed._waiters) == number)  # type: ignore[attr-defined]
+            until(lambda number=number: len(wakes) == number)  # type: ignore[misc]
         turn(standby)
         until(lambda: len(answers) == 2)
         assert [answer["term"] for answer in answers] == [1, 1]
