@@ -31,7 +31,8 @@ from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service import primary as primaries, turns
+from remus_ckpt.service import primary as primaries
+from remus_ckpt.service import turns
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import primary_of, protect
