@@ -23,7 +23,6 @@ from remus_ckpt.errors import StoreError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address
-from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
@@ -149,8 +148,7 @@ class Backup:
             now = time.monotonic()
             if now >= beat:
                 beat = now + period
-                for peer in self._living_peers():
-                    peer.beat()
+                self._beat()
                 if on_turn is not None:
                     on_turn()
             due = min([beat, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
@@ -158,8 +156,8 @@ class Backup:
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             for listener in self._listeners:
-                if listener.fileno() in ready and (connection := listener.accept()) is not None:
-                    self._receive_peer(connection)
+                if listener.fileno() in ready:
+                    self._receive_peer(listener)
 
     def close(self) -> None:
         """End all sessions and release the store, within seconds even if a disk hangs. Committed checkpoints stay.
@@ -235,7 +233,15 @@ class Backup:
             self._peers = [peer for peer in self._peers if peer.thread.is_alive()]
             return list(self._peers)
 
-    def _receive_peer(self, connection: Connection) -> None:
+    # `run` has no variable for a peer or its connection: the last one would keep its buffers.
+
+    def _beat(self) -> None:
+        for peer in self._living_peers():
+            peer.beat()
+
+    def _receive_peer(self, listener: Listener) -> None:
+        if (connection := listener.accept()) is None:
+            return
         peers = self._living_peers()
         if len(peers) >= self.policy.max_connections:
             # Peers that have not identified themselves make room first, the oldest first; then control connections.

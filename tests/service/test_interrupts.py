@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import many
 from interrupter import Interrupter
+from limited import limit
 
 import remus_ckpt
 from remus_ckpt.errors import RemusError
@@ -24,7 +25,6 @@ from remus_ckpt.link.flag import Flag
 from remus_ckpt.loop import CheckpointLoop, StopSignal
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
-from remus_ckpt.service import primary
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.protect import Protection, primary_of
 from remus_ckpt.service.release import Committed
@@ -179,7 +179,7 @@ def while_a_callback_fails(desk: Desk, strike: Callable[[], None]) -> None:
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primary, "_FIRST_BACKOFF_S", 0.001)
+    limit(monkeypatch, first_backoff_s=0.001)
 
 
 @pytest.fixture(autouse=True)

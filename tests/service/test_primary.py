@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from interrupter import Interrupter
 from liars import Liar, Peer
+from limited import limit
 from services import make_keys
 from support import process_state, writer_process
 from test_service import LONG_S, Memory, backup_in, entries, is_lost, restored, until
@@ -31,7 +32,6 @@ from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service import primary as primaries
 from remus_ckpt.service import turns
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
@@ -285,7 +285,7 @@ def test_connecting_takes_no_longer_than_the_call(tmp_path: Path, monkeypatch: p
 def test_whatever_on_commit_raises_the_commits_behind_it_are_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
-    monkeypatch.setattr(primaries, "_MAX_UNRELEASED", 3)
+    limit(monkeypatch, most_unreleased=3)
     told: list[int] = []
 
     def on_commit(committed: Committed) -> None:
@@ -303,7 +303,7 @@ def test_whatever_on_commit_raises_the_commits_behind_it_are_delivered(
 
 
 def test_an_on_commit_that_does_not_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primaries, "_MAX_UNRELEASED", 3)
+    limit(monkeypatch, most_unreleased=3)
     go_on = threading.Event()
     told: list[int] = []
 

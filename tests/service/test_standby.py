@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from limited import limit
 from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, until
 from test_service_races import Guest
@@ -23,7 +24,6 @@ from remus_ckpt.link.address import Address
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Refusal, Standby
@@ -96,7 +96,7 @@ def test_a_promotion_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk, fault: str
 ) -> None:
     """Whatever becomes of it, nobody commits under a state that a restart would contradict."""
-    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
+    limit(monkeypatch, promotion_s=1.0)
     mark = tmp_path / "taken-over"
     with backup_in(tmp_path / "store", on_failover=f"touch {mark}") as backup:
         with Memory(backup.addresses[0]) as memory:
@@ -326,9 +326,7 @@ def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
 
 def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
     """A promotion hangs: others are served, it is said how things are, and who waits for it is told in time."""
-    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
-    monkeypatch.setattr(standby_module, "_LEAVE_S", 0.5)
-    monkeypatch.setattr("remus_ckpt.service.backup._CLOSE_S", 1.0)
+    limit(monkeypatch, promotion_s=1.0, leave_s=0.5, close_s=1.0)
     with backup_in(tmp_path / "store", lease_s=1.0) as backup:
         with Memory(backup.addresses[0]) as memory, Backup(tmp_path / "x", [ANY]):
             memory.step(1)
@@ -359,8 +357,7 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
 
 def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be ended, so nothing is promoted; once it can be, it is."""
-    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
-    monkeypatch.setattr(standby_module, "_LEAVE_S", 0.3)
+    limit(monkeypatch, promotion_s=1.0, leave_s=0.3)
     hangs, may_go_on = threading.Event(), threading.Event()
 
     def on_phase(name: str, epoch: int) -> None:

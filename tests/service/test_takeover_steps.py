@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from limited import limit
 from proxy import Proxy
 from store_support import fill
 from test_service import LONG_S, Memory, backup_in, until
@@ -16,7 +17,6 @@ from test_standby import of
 
 from remus_ckpt.errors import RemusError
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.durable import Durable
 from remus_ckpt.service.failover import Command, Phase, Role, Situation
 from remus_ckpt.service.policy import Policy
@@ -133,7 +133,7 @@ def test_a_fence_that_takes_too_long_or_is_not_wanted_any_more(tmp_path: Path, m
     shot, begun = tmp_path / "shot", tmp_path / "begun"
     fence = f"touch {begun}; (sleep 1.5; touch {shot}) 2>&1 | cat"
     for promotion_s, fence_s in ((60.0, 0.3), (0.3, 60.0)):
-        monkeypatch.setattr(standby_module, "_PROMOTION_S", promotion_s)
+        limit(monkeypatch, promotion_s=promotion_s)
         with (
             backup_in(tmp_path / "store", fence=fence, fence_timeout_s=fence_s) as backup,
             Memory(backup.addresses[0]) as memory,

@@ -26,7 +26,6 @@ from remus_ckpt.errors import LimitExceeded, Malformed, NoCheckpoint, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
-from remus_ckpt.restorer import Anonymous
 from remus_ckpt.sender import Sender
 from remus_ckpt.store import History, HistoryWriter, Retention, Shape, Store, compaction
 from remus_ckpt.store.index import read_index
@@ -970,7 +969,9 @@ def test_order_of_what_reaches_the_disk(store: Store, monkeypatch: pytest.Monkey
         assert asked == ["pruning", "fsync directory"]
 
 
-def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) -> None:
+def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A compaction has put it into another one first: it is read from there."""
     with store.writer("m") as writer:
         source = fill(writer, 6)
@@ -978,14 +979,17 @@ def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(store: Store) 
         entry = history.find(5)
         writer.compact(wait=True)
         assert writer.prune(Retention(count=1)) == [entry.segment]
-        assert history._read_entry(entry, Anonymous(), None)[0].epoch == 5
+        with monkeypatch.context() as patch:
+            patch.setattr(History, "find", lambda *_: entry)
+            assert memory_sha256(history.restore(5).image) == sha(5)
         fill(writer, 1, source)
         before = history.find(6)
         fill(writer, 1, source)
         writer.compact(wait=True)
         writer.prune(Retention(count=1))
+        monkeypatch.setattr(History, "find", lambda *_: before)
         with pytest.raises(NoCheckpoint):
-            history._read_entry(before, Anonymous(), None)
+            history.restore(6)
 
 
 def test_what_is_pruned_while_it_is_looked_at_is_not_lost(store: Store) -> None:
@@ -1080,7 +1084,7 @@ def test_a_compaction_that_dies_of_what_nobody_thought_of(store: Store, monkeypa
         def fail(*_: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr("remus_ckpt.store.compaction.Compaction._take", fail)
+        monkeypatch.setattr(os, "open", fail)
         writer.compact(wait=True)
         assert not writer.compacting
         assert writer.warnings
