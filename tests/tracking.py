@@ -113,6 +113,11 @@ class Target:
         return True
 
 
+def without_query(patch: pytest.MonkeyPatch) -> None:
+    """As before Linux 6.11: the kernel cannot be asked for one mapping. Which call asks is no user's choice."""
+    patch.setattr("remus_ckpt.source.track.spans._PROCMAP_QUERY", 0xC0686699)
+
+
 @contextmanager
 def running(program: Path, memory: Path, threads: str) -> Iterator[Target]:
     """A target with some threads, until the end of the block."""

@@ -302,6 +302,7 @@ def test_status_says_what_is_wrong_and_nothing_where_all_is_well(
 
 
 def test_status_of_a_primary_that_says_odd_things() -> None:
+    """No primary of ours says them, and a backup is not asked here: `_tell` alone has to bear them."""
     found = {
         "role": "standby", "term": 0, "epoch": None, "position": None, "connected": True, "peer": "x", "silent_s": 0.0,
         "trouble": "the disk is full", "warnings": ["two"],

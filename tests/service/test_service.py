@@ -393,7 +393,8 @@ def command(tmp_path: Path, code: str) -> str:
 
 
 class SlowToTell(Link):
-    """Its listening thread has read that the session is over, and does not come to say so."""
+    """Its listening thread has read that the session is over, and does not come to say so: between the two, nothing of
+    ours is called, so that a method of it has to be taken."""
 
     has_read = threading.Event()
     may_tell = threading.Event()

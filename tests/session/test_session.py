@@ -191,7 +191,7 @@ def reach(state: SessionState) -> dict[str, Session]:
             assert push(there, joined(here.send(message)).removeprefix(PREFACE)) == [message]
     for session in (client, server):
         if not session.outgoing.sent_bytes:
-            session.outgoing._prefaced = True
+            session.outgoing._prefaced = True  # in these states it says nothing, and the preface is not what is tried
         assert session.state is state
     return {"client": client, "server": server}
 

@@ -624,7 +624,7 @@ def test_where_the_kernel_cannot_be_asked_for_one_mapping_all_are_read(
     from remus_ckpt.source import process as process_module
 
     monkeypatch.setattr(process_module, "maps_at", lambda *_: None)
-    monkeypatch.setattr(process_module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(process_module, "_LOOK_S", 0.0)  # how often a process is looked at is nobody's choice
     with python(WORKER + REMAPS, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid], leaving_s=0.0))
         for _ in range(3):
