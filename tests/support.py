@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import NamedTuple
@@ -86,6 +86,16 @@ def writer_process(path: Path, *, pages: int = 8, threads: int = 1) -> Iterator[
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def is_running(command: str) -> bool:
+    """Whether any process has this command line, words apart by single spaces."""
+    words = command.encode().replace(b" ", b"\0") + b"\0"
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes() == words:
+                return True
+    return False
 
 
 def guards() -> list[int]:

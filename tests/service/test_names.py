@@ -43,7 +43,7 @@ def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytes
 
         return hang
 
-    limit(monkeypatch, open_s=1.0)
+    limit(monkeypatch, open_s=0.5)
     method = {"looking": "may_hold", "opening": "writer"}[where]
     monkeypatch.setattr(Store, method, hanging(getattr(Store, method)))
     try:
@@ -59,7 +59,7 @@ def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytes
                 backup.failover("bad")
             with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad") as protection:
                 with pytest.raises(RemusError):
-                    protection.checkpoint(timeout_s=2.0)
+                    protection.checkpoint(timeout_s=0.7)
                 may_go_on.set()
                 until(lambda: of(backup, "bad")["role"] == "standby")
                 assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
@@ -73,8 +73,8 @@ def test_stores_that_are_slow_together_are_waited_for(tmp_path: Path, monkeypatc
     for number in range(9):
         Store(tmp_path).writer(f"name-{number}").close()
     writer = Store.writer
-    limit(monkeypatch, open_s=2.0, most_opened=4)
-    monkeypatch.setattr(Store, "writer", lambda *given, **options: time.sleep(0.8) or writer(*given, **options))
+    limit(monkeypatch, open_s=1.0, most_opened=4)
+    monkeypatch.setattr(Store, "writer", lambda *given, **options: time.sleep(0.4) or writer(*given, **options))
     with Backup(tmp_path, [ANY]) as backup:
         assert {found["role"] for found in backup.status()["names"].values()} == {"standby"}
 

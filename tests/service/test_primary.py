@@ -86,9 +86,9 @@ def test_a_disk_that_hangs(tmp_path: Path, window: int, wait: bool) -> None:
         failed = 0
         for row in range(5):
             memory.array[row] += 1
-            with within(0.2):
+            with within(0.1):
                 try:
-                    memory.protection.checkpoint(timeout_s=0.2, wait=wait)
+                    memory.protection.checkpoint(timeout_s=0.1, wait=wait)
                 except LinkError:
                     failed += 1
         assert failed >= 5 - window
@@ -150,15 +150,14 @@ def test_a_peer_that_keeps_us_waiting(serve: Callable[[Peer], None]) -> None:
     with Liar(serve) as liar:
         protection = protect({"array": array}, to=liar.address, name="orders")
         for _ in range(3):
-            with within(0.4), pytest.raises(LinkError):
-                protection.checkpoint(timeout_s=0.4)
-        with within(0.4), suppress(RemusError):
-            protection.close(0.4)
+            with within(0.2), pytest.raises(LinkError):
+                protection.checkpoint(timeout_s=0.2)
+        with within(0.2), suppress(RemusError):
+            protection.close(0.2)
         threaded = protect({"array": array}, to=liar.address, name="t", interval_s=0.01, lock=threading.Lock())
         until(lambda: liar.visits > 3)
-        time.sleep(0.2)
-        with within(0.4), suppress(RemusError):
-            threaded.close(0.4)
+        with within(0.2), suppress(RemusError):
+            threaded.close(0.2)
 
 
 def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path) -> None:
@@ -316,8 +315,8 @@ def test_an_on_commit_that_does_not_return(tmp_path: Path, monkeypatch: pytest.M
         other = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="other", on_commit=on_commit)
         with pytest.raises(RemusError, match="on_commit"):
             for _ in range(20):
-                with within(3.0):
-                    protection.checkpoint(timeout_s=3.0)
+                with within(0.5):
+                    protection.checkpoint(timeout_s=0.5)
         with within(3.0), pytest.raises(RemusError, match="on_commit"):
             protection.checkpoint(timeout_s=0.3, wait=True)
         other.checkpoint(wait=True)

@@ -332,7 +332,7 @@ def test_another_primary_of_the_same_name_is_turned_away(tmp_path: Path) -> None
         memory.step(1)
         with Memory(backup.addresses[0]) as other:
             with pytest.raises(Refused) as caught:
-                other.protection.checkpoint(timeout_s=2.0)
+                other.protection.checkpoint(timeout_s=0.5)
             assert caught.value.code == "busy"
         memory.step(2)
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
@@ -438,12 +438,12 @@ def test_automatic_only_behind_a_fence_that_succeeds(tmp_path: Path) -> None:
         Memory(proxy.address) as memory,
     ):
         last = memory.step(1)
-        time.sleep(1.0)
+        time.sleep(0.6)  # more than a lease
         assert not (tmp_path / "fence").exists(), "heartbeats keep it"
         proxy.silent.set()
         proxy.refusing.set()
         until((tmp_path / "fence").exists)
-        time.sleep(0.3)
+        until(lambda: backup.status()["names"]["orders"]["fence"] == "failed")
         assert backup.status()["names"]["orders"]["role"] == "standby"
         (tmp_path / "down").touch()
         until((tmp_path / "takeover").exists)
@@ -465,7 +465,7 @@ def test_a_goodbye_is_no_failover(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", lease_s=0.3, automatic=True, fence=fence) as backup:
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
-        time.sleep(1.0)
+        time.sleep(0.5)  # more than a lease
         assert backup.status()["names"]["orders"]["role"] == "standby"
     assert not (tmp_path / "fence").exists()
 
@@ -679,7 +679,7 @@ def test_a_full_disk_decides_nothing(tmp_path: Path, small_disk: Path, monkeypat
         with suppress(OSError), open(small_disk / "filler", "ab", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + 1.0  # more than two leases
         while time.monotonic() < deadline:
             memory.array[:] = rng.integers(0, 1 << 60, memory.array.shape)
             with pytest.raises(LinkError):
@@ -694,7 +694,7 @@ def test_a_full_disk_decides_nothing(tmp_path: Path, small_disk: Path, monkeypat
             patch.setattr("remus_ckpt.store.state.replace_file", fails)
             proxy.refusing.set()
             proxy.cut()
-            time.sleep(1.5)
+            time.sleep(0.8)  # two leases
             assert not fenced.exists(), "it is gone, and what would follow could not be written down"
         until(lambda: backup.status()["names"]["orders"]["image"] is not None)
         assert backup.status()["names"]["orders"]["role"] == "promoted" and fenced.exists()

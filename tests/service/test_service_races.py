@@ -227,7 +227,7 @@ def test_a_disk_that_hangs_is_no_silence_of_the_primary(tmp_path: Path) -> None:
 
     def on_phase(name: str, epoch: int) -> None:
         if name == "staged" and epoch == 1:
-            hang.wait(1.5)  # five leases
+            hang.wait(0.9)  # three leases
 
     policy = Policy(lease_s=0.3, automatic=True, fence=f"touch {tmp_path}/fenced")
     with Backup(tmp_path / "store", [ANY], policy=policy, on_phase=on_phase) as backup:

@@ -96,7 +96,7 @@ def test_a_promotion_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk, fault: str
 ) -> None:
     """Whatever becomes of it, nobody commits under a state that a restart would contradict."""
-    limit(monkeypatch, promotion_s=1.0)
+    limit(monkeypatch, promotion_s=0.3)
     mark = tmp_path / "taken-over"
     with backup_in(tmp_path / "store", on_failover=f"touch {mark}") as backup:
         with Memory(backup.addresses[0]) as memory:
@@ -145,7 +145,7 @@ def test_a_goodbye_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
             memory.step(1)
             disk.full = True
         assert "space" in of(backup)["trouble"]
-        time.sleep(0.8)
+        time.sleep(0.4)  # more than a lease
         disk.full = False
         until(lambda: of(backup)["trouble"] is None)
     assert Store(tmp_path / "store").history("orders").state.more["expects_primary"] is False
@@ -326,7 +326,7 @@ def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
 
 def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
     """A promotion hangs: others are served, it is said how things are, and who waits for it is told in time."""
-    limit(monkeypatch, promotion_s=1.0, leave_s=0.5, close_s=1.0)
+    limit(monkeypatch, promotion_s=0.3, leave_s=0.3, close_s=0.5)
     with backup_in(tmp_path / "store", lease_s=1.0) as backup:
         with Memory(backup.addresses[0]) as memory, Backup(tmp_path / "x", [ANY]):
             memory.step(1)
@@ -344,7 +344,7 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
                     assert (
                         ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]["orders"]["term"] == 0
                     )
-                time.sleep(2.0)  # two leases
+                time.sleep(1.2)  # more than a lease
                 assert protection.status()["reconnects"] == 0, "it has heard our heartbeats"
                 with pytest.raises(RemusError):
                     backup.failover("orders")
@@ -357,7 +357,7 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
 
 def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be ended, so nothing is promoted; once it can be, it is."""
-    limit(monkeypatch, promotion_s=1.0, leave_s=0.3)
+    limit(monkeypatch, promotion_s=1.0, leave_s=0.2)
     hangs, may_go_on = threading.Event(), threading.Event()
 
     def on_phase(name: str, epoch: int) -> None:

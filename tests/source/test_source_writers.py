@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import writers
-from support import guards
+from support import guards, is_running
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.source.cgroup import CgroupFreezer
@@ -215,24 +215,25 @@ def test_a_resume_command_that_fails_is_tried_again_at_the_end(tmp_path: Path) -
 
 def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     said = tmp_path / "said"
-    them = PauseCommands(f"(sleep 0.5; {log(said, 'late')}) & sleep 60", log(said, "resume"), timeout_s=0.05)
+    lasting = f"sleep 60.{os.getpid()}"
+    them = PauseCommands(f"({lasting}; {log(said, 'late')}) & {lasting}", log(said, "resume"), timeout_s=0.2)
     with pytest.raises(SourceError):
         them.stop()
+    assert not is_running(lasting)
     them.close()
-    time.sleep(0.6)
     assert said.read_text().split() == ["resume"]
 
 
 @pytest.mark.parametrize("how", ["setsid sh -c", "sh -mc", "setsid setsid sh -c"])
 def test_it_is_killed_with_what_has_left_its_session(tmp_path: Path, how: str) -> None:
     said = tmp_path / "said"
-    late = f"{how} 'echo up >> {said}; sleep 0.5; {log(said, 'late')}; sleep 60' &"
+    lasting = f"sleep 60.{os.getpid()}"
+    late = f"{how} 'echo up >> {said}; {lasting}; {log(said, 'late')}' &"
     them = PauseCommands(f"{late} while ! test -e {said}; do sleep 0.01; done; sleep 60", "true", timeout_s=1.0)
     with pytest.raises(SourceError):
         them.stop()
-    before = said.read_text()
-    time.sleep(0.6)
-    assert said.read_text() == before
+    assert said.read_text() == "up\n"
+    assert not is_running(lasting)
     assert not left_behind()
     them.close()
 
