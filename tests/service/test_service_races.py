@@ -391,8 +391,7 @@ def test_a_goodbye_has_been_noted_when_the_primary_is_closed(tmp_path: Path, goo
         assert goodbyes == ["closed"]
 
 
-@pytest.mark.usefixtures("goodbyes")
-def test_no_heartbeat_follows_a_goodbye(tmp_path: Path) -> None:
+def test_no_heartbeat_follows_a_goodbye(tmp_path: Path, goodbyes: list[str]) -> None:
     """While the backup takes its time to hang up, many are due."""
     sent: list[bytes] = []
 
@@ -411,4 +410,5 @@ def test_no_heartbeat_follows_a_goodbye(tmp_path: Path) -> None:
         memory = Memory(backup.addresses[0], dial=dial)
         memory.step(1)
         memory.protection.close()
+        assert goodbyes == ["closed"], "none was tried, which would have ended the link at once"
     assert sent[-1][:1] == bytes([FrameType.GOODBYE])
