@@ -1,7 +1,7 @@
-"""Compressed files, read up to the last byte that still comes out: xz, gzip, bzip2, lz4 and zstd.
+"""Compressed files, read up to the last byte that can still be decompressed: xz, gzip, bzip2, lz4 and zstd.
 
-A file is a series of members (gzip), streams (xz, bzip2) or frames (lz4, zstd), with padding between and behind them.
-A step takes a bounded number of bytes in and gives a bounded number out, whatever the bytes claim to hold.
+A file is a series of members (gzip), streams (xz, bzip2) or frames (lz4, zstd), with padding between and after them.
+Each step takes a bounded number of bytes and gives a bounded number, whatever the bytes claim to hold.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from remus_ckpt.limits import MIB
 
 _READ_BYTES = 1 << 16
 _KEPT_BYTES = 16 * MIB
-"""Of a member that comes through a pipe: up to here its bytes are kept, to be gone through once more at a fault."""
+"""How many bytes of a member from a pipe are kept, to go through them again after a fault."""
 _WINDOW_BYTES = 1024 * MIB
-"""For an xz dictionary, 16 times what `xz -9` takes, and for a zstd window: `zstd --long=30`."""
+"""For an xz dictionary, 16 times that of `xz -9`; for a zstd window, `zstd --long=30`."""
 _SKIPPABLE = bytes.fromhex("2a4d18")
-"""Behind a first byte of 50 to 5f: the magic of a frame of lz4 or zstd that holds no data."""
+"""After a first byte of 50 to 5f, the magic of an lz4 or zstd frame without data."""
 _LOOK_BYTES = 8
-"""As long as the head of such a frame, magic and length, and longer than any other magic."""
+"""The head of such a frame, magic and length; longer than any other magic."""
 
 
 class _Decompressor(Protocol):
-    """Of one member; as bz2 and lzma have it."""
+    """Decompresses one member, with the interface of bz2 and lzma."""
 
     eof: bool
     needs_input: bool
     unused_data: bytes
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        """At most so many bytes of what these and earlier bytes hold."""
+        """At most `max_length` bytes of what these and earlier bytes hold."""
 
 
 class _Gzip:
@@ -62,7 +62,7 @@ class _Gzip:
 
 
 class _Zstd:
-    """zstandard knows no `max_length`: a step gives at most 128 KiB for each 4 bytes that it takes, a block of them."""
+    """zstandard has no `max_length`. A block gives at most 128 KiB and takes at least 4 bytes: so steps are bounded."""
 
     needs_input = True
 
@@ -89,10 +89,10 @@ class _Zstd:
 class Compression:
     """One row of the table.
 
-    magic: what a member begins with
-    start: makes the decompressor of one
-    step_bytes: how many bytes it takes at a time
-    skips: whether frames without data may stand among the others
+    magic: the first bytes of a member
+    start: returns a decompressor for one member
+    step_bytes: bytes that it takes at a time
+    skips: whether there may be frames without data
     """
 
     name: str
@@ -112,60 +112,60 @@ COMPRESSIONS = (
 
 
 def compressions(front: bytes) -> tuple[Compression, ...]:
-    """What a file that begins so may be: nothing here, one, or those whose frames without data look alike."""
+    """The compressions that a file with these first bytes may have: frames without data look alike in lz4 and zstd."""
     return tuple(one for one in COMPRESSIONS if front.startswith(one.magic) or (one.skips and _is_skippable(front)))
 
 
 def _is_skippable(front: bytes) -> bool:
-    """Whether the magic stands there, or as much of it as the file has left."""
+    """Whether the bytes begin with that magic, or with as much of it as the file has left."""
     return 0x50 <= front[0] <= 0x5F and front[1:4] == _SKIPPABLE[: len(front) - 1] if front else False
 
 
 class Inflater:
-    """What a compressed file holds, member by member.
+    """Decompresses a file, member by member.
 
     file: at its first byte
-    kinds: what its members may be, as `compressions` says
+    kinds: what its members may be, from `compressions`
 
-    `readinto` gives all that comes out before a fault, then raises Malformed.
+    `readinto` gives everything that can be decompressed before a fault, then raises Malformed.
     """
 
     def __init__(self, file: BinaryIO, kinds: tuple[Compression, ...]) -> None:
         self.kinds = kinds
         self.is_cut = False
-        """The file ends within a member."""
+        """Whether the file ends within a member."""
         self.padding_bytes = 0
-        """Zeros behind the last member."""
+        """Zeros after the last member."""
         self.junk_bytes = 0
-        """Bytes behind the last member that are neither zeros nor another member."""
+        """Bytes after the last member that are neither zeros nor another member."""
         self.position = 0
-        """How far into the file the reading has come."""
+        """How much of the file has been read, in bytes."""
         self._file = file
-        self._back = b""  # read, and to be read again
-        self._log: bytearray | None = None  # of a pipe: what the member has taken
+        self._back = b""  # bytes to be read again
+        self._log: bytearray | None = None  # for a pipe: the bytes of the member so far
         self._member: _Decompressor | None = None
-        self._begin = 0  # where in the file the member begins
-        self._given = 0  # what has come out of it
-        self._step = 0  # where in the file its last step began
-        self._skip = 0  # where it is gone through once more: what is not to be given again
-        self._pass = 0  # how often it has been gone through
-        self._fine = 0  # from which byte of the file on steps are fine then
+        self._begin = 0  # offset of the member in the file
+        self._given = 0  # bytes decompressed from it
+        self._step = 0  # offset of its last step in the file
+        self._skip = 0  # on a further pass: bytes that have been given already
+        self._pass = 0  # number of passes over it
+        self._fine = 0  # on a further pass: the offset in the file from which steps are small
         self._out = memoryview(b"")
         self._offset = 0
         self._is_over = False
 
     @property
     def name(self) -> str:
-        """Of the compression."""
+        """The name of the compression."""
         return " or ".join(one.name for one in self.kinds)
 
     @property
     def is_whole(self) -> bool:
-        """Nothing is missing at its end, and nothing is there that does not belong to it."""
+        """Whether nothing is missing at the end, and nothing follows that does not belong there."""
         return not self.is_cut and not self.junk_bytes
 
     def readinto(self, buffer: memoryview) -> int:
-        """Give at least a byte; 0 at the end."""
+        """Give at least one byte; returns the number, 0 at the end."""
         while not self._out:
             if self._is_over or not (self._member or self._begin_member()):
                 self._is_over = True
@@ -178,10 +178,10 @@ class Inflater:
         return size
 
     def refuse_junk(self) -> None:
-        """Raise Malformed if something stands behind the last member that is none."""
+        """Raise Malformed if anything but padding follows the last member."""
         if self.junk_bytes:
             raise Malformed(
-                f"{self.junk_bytes} bytes behind the {self.name} data are neither {self.name} data nor padding",
+                f"{self.junk_bytes} bytes after the {self.name} data are neither {self.name} data nor padding",
                 offset=self._offset,
             )
 
@@ -204,7 +204,7 @@ class Inflater:
             out = member.decompress(data, room)
         except MemoryError:
             raise  # no fault of the data
-        except Exception as error:  # each library has its own, and one of them is not always there to be named
+        except Exception as error:  # each library has its own, and one may not be installed
             self._again(error)
             return
         if member.eof:
@@ -218,8 +218,8 @@ class Inflater:
         self._out = memoryview(out)[skipped:]
 
     def _again(self, error: Exception) -> None:
-        """What a failing step would have given is lost. So go through the member again, to take that step by the byte,
-        and once more, to take the byte in which it fails by what it gives."""
+        """A failing step loses what it would have given. So go through the member again, and take that step byte by
+        byte; then once more, and limit what the failing byte gives."""
         if self._pass == 2 or not self._rewind():
             raise Malformed(f"the {self.name} data cannot be read any further ({error})", offset=self._offset)
         self._pass += 1
@@ -227,7 +227,7 @@ class Inflater:
         self._member = self.kinds[0].start()
 
     def _begin_member(self) -> bool:
-        """Whether there is one more. Padding in front of it is passed over, and so are frames without data."""
+        """Begin the next member; returns whether there is one. Skips padding and frames without data."""
         self._mark(None)
         self._pass = 0
         while True:
@@ -270,7 +270,7 @@ class Inflater:
         return look
 
     def _take(self, size: int) -> bytes:
-        """At most so many bytes; none at the end."""
+        """At most `size` bytes; none at the end."""
         if self._back:
             data, self._back = self._back[:size], self._back[size:]
         else:
@@ -287,7 +287,7 @@ class Inflater:
         self.position -= len(data)
 
     def _mark(self, log: bytearray | None) -> None:
-        """A member begins here: `_rewind` comes back."""
+        """Note that a member begins here, for `_rewind`."""
         self._begin = self.position
         self._log = log if not self._file.seekable() else None
 
@@ -304,7 +304,7 @@ class Inflater:
         return True
 
     def _jump(self, size: int) -> bool:
-        """Pass over bytes; whether all of them were there."""
+        """Skip bytes; returns whether all of them were there."""
         while size and (data := self._take(min(size, _READ_BYTES))):
             size -= len(data)
         return not size

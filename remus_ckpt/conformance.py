@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Runs somebody's decoder or encoder against the vectors (specs/conformance.md).
+"""Tests a decoder or encoder against the vectors (specs/conformance.md).
 
     conform.py --decoder './my-decoder'                    each vector on its standard input
     conform.py --encoder './my-encoder' --judge 'CMD'      pages on its standard input, its stream judged by a decoder
 
-Of a page coding alone, delta, rle or xbzrle, a page at a time (specs/conformance.md §5):
+A page coding alone (delta, rle or xbzrle), one page at a time (specs/conformance.md §5):
 
     conform.py --codec delta --decoder './my-decoder'      the old page and the encoded one in, the new page out
     conform.py --codec delta --encoder './my-encoder'      the old page and the new one in, the encoded page out
 
-CMD is one argument, its own arguments in it: conform.py --decoder 'python3 tools/plain_decoder.py'
+CMD is one argument, including its own arguments: conform.py --decoder 'python3 tools/plain_decoder.py'
 
-This file needs nothing but Python 3.11: copy it, with the folder of vectors, into a project of your own.
-Exit codes: 0 all pass, 1 something falls short, 2 usage.
+This file needs only Python 3.11: copy it, with the folder of vectors, into your own project.
+Exit codes: 0 all pass, 1 some fail, 2 usage error.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MANIFEST_FORMAT = 1
 PAGE_BYTES = 4096
 EXIT_CODES = {"malformed": 20, "limit": 20, "unknown-format": 21}
 EXIT_NOTHING = 20
-"""As good as 0 for a stream that is cut before its first checkpoint is complete."""
+"""Counts as 0 for a stream that is cut before its first checkpoint is complete."""
 
 
 @dataclass
 class Verdict:
-    """How one vector went."""
+    """The result of one vector."""
 
     id: str
     sections: list[str]
@@ -47,12 +47,12 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing fell short."""
+        """Whether nothing failed."""
         return not self.problems
 
 
 def load_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a folder of vectors. Raises ValueError for a manifest of another format."""
+    """The entries of a folder of vectors. Raises ValueError if the manifest has another format."""
     return [
         json.loads((folder / vector).read_text()) if isinstance(vector, str) else vector
         for vector in _manifest(folder)["vectors"]
@@ -63,7 +63,7 @@ def load_codec(folder: Path, codec: str) -> list[dict[str, Any]]:
     """The vectors of a page coding. Raises ValueError if there are none."""
     codecs = _manifest(folder).get("codecs", {})
     if codec not in codecs:
-        raise ValueError(f"{folder} has no pages of a codec {codec!r}; it has those of {', '.join(codecs) or 'none'}")
+        raise ValueError(f"{folder} has no pages of a codec {codec!r}; it has pages of {', '.join(codecs) or 'none'}")
     vectors: list[dict[str, Any]] = json.loads((folder / codecs[codec]).read_text())["vectors"]
     return vectors
 
@@ -71,12 +71,12 @@ def load_codec(folder: Path, codec: str) -> list[dict[str, Any]]:
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     if manifest.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f"{folder}: a manifest of format {manifest.get('format')}, not {MANIFEST_FORMAT}")
+        raise ValueError(f"{folder}: the manifest has format {manifest.get('format')}, not {MANIFEST_FORMAT}")
     return manifest
 
 
 def load_vector(folder: Path, vector: dict[str, Any]) -> bytes:
-    """The bytes of a vector. Raises ValueError if they are not those of the manifest."""
+    """The bytes of a vector. Raises ValueError if they do not match the manifest."""
     data: bytes = (folder / vector["file"]).read_bytes()
     if vector["file"].endswith(".xz"):
         data = lzma.decompress(data)
@@ -86,7 +86,7 @@ def load_vector(folder: Path, vector: dict[str, Any]) -> bytes:
 
 
 def environment(vector: dict[str, Any]) -> dict[str, str]:
-    """What the command is told of the stream (specs/conformance.md §2)."""
+    """The environment variables that describe the stream to the command (specs/conformance.md §2)."""
     told = dict(os.environ)
     for name in ("word", "guest", "codec"):
         value = vector["dialect"].get(name)
@@ -98,7 +98,7 @@ def environment(vector: dict[str, Any]) -> dict[str, str]:
 
 
 def run(command: str, data: bytes, told: dict[str, str], timeout_s: float) -> tuple[int, bytes, str]:
-    """Exit code, standard output and standard error of a command; −1 for one that takes too long."""
+    """Exit code, standard output and standard error of a command; the code is −1 if it takes too long."""
     try:
         ran = subprocess.run(
             shlex.split(command), input=data, capture_output=True, env=told, timeout=timeout_s, check=False
@@ -109,7 +109,7 @@ def run(command: str, data: bytes, told: dict[str, str], timeout_s: float) -> tu
 
 
 def judge_decoder(command: str, folder: Path, vector: dict[str, Any], timeout_s: float) -> Verdict:
-    """Feed a vector to a decoder and compare what it says."""
+    """Feed a vector to a decoder, and compare its output."""
     verdict = Verdict(vector["id"], vector["sections"])
     code, output, complaint = run(command, load_vector(folder, vector), environment(vector), timeout_s)
     compare(verdict, vector, code, output, complaint)
@@ -155,7 +155,7 @@ def compare(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, 
         if not errors:
             verdict.problems.append("no error is said")
         elif stated.get("offset") != fault["offset"]:
-            # Where exactly a fault is noticed differs between good implementations.
+            # Good implementations differ in where exactly they notice a fault.
             verdict.notes.append(f"error at byte {stated.get('offset')}, here at {fault['offset']}")
         if errors and stated.get("memory_sha256") != fault["memory_sha256"]:
             verdict.problems.append("after the error, memory is not that of the last good checkpoint")
@@ -175,7 +175,7 @@ def _cut(value: Any) -> str:
 
 
 def judge_encoder(command: str, judge: str, folder: Path, vector: dict[str, Any], timeout_s: float) -> Verdict:
-    """Give pages to an encoder, and what it writes to a decoder."""
+    """Give pages to an encoder, and its stream to a decoder."""
     verdict = Verdict(vector["id"], vector["sections"])
     code, stream, complaint = run(command, load_vector(folder, vector), environment(vector), timeout_s)
     if code:
@@ -187,7 +187,7 @@ def judge_encoder(command: str, judge: str, folder: Path, vector: dict[str, Any]
 
 
 def spelled(text: str) -> bytes:
-    """Bytes as a vector has them: hex digits, or HEX*COUNT, separated by commas (specs/conformance.md §5.1)."""
+    """The bytes of a vector's text: hex digits or HEX*COUNT, separated by commas (specs/conformance.md §5.1)."""
     parts = [part.partition("*") for part in text.split(",") if part]
     return b"".join(bytes.fromhex(value) * int(count or 1) for value, _, count in parts)
 
@@ -198,13 +198,13 @@ def spelled_page(text: str) -> bytes:
 
 
 def page_environment(codec: str, vector: dict[str, Any]) -> dict[str, str]:
-    """What the command is told of a page (specs/conformance.md §5.2)."""
+    """The environment variables that describe a page to the command (specs/conformance.md §5.2)."""
     told = {name: value for name, value in os.environ.items() if not name.startswith("REMUS_")}
     return told | {"REMUS_CODEC": codec, "REMUS_FULL": "1" if vector.get("full") else "0"}
 
 
 def judge_page_decoder(command: str, codec: str, vector: dict[str, Any], timeout_s: float) -> Verdict:
-    """Give an encoded page to a decoder and compare the page that it makes of the old one."""
+    """Give an encoded page to a decoder, and compare the page that it returns."""
     verdict = Verdict(vector["id"], vector["sections"])
     given = spelled_page(vector["old"]) + spelled(vector["encoded"])
     compare_page(verdict, vector, *run(command, given, page_environment(codec, vector), timeout_s))
@@ -227,7 +227,7 @@ def compare_page(verdict: Verdict, vector: dict[str, Any], code: int, output: by
 def judge_page_encoder(
     command: str, judge: str | None, codec: str, vector: dict[str, Any], timeout_s: float
 ) -> Verdict:
-    """Give a page and its reference to an encoder; other bytes than expected go to the judge, a page decoder."""
+    """Give a page and its reference to an encoder; unexpected bytes go to the judge, a page decoder."""
     verdict = Verdict(vector["id"], vector["sections"])
     old, new, told = spelled_page(vector["old"]), spelled_page(vector["new"]), page_environment(codec, vector)
     code, encoded, complaint = run(command, old + new, told, timeout_s)
@@ -236,7 +236,7 @@ def judge_page_encoder(
         return verdict
     differences = _difference("the encoded page", encoded, spelled(vector["encoded"]))
     if differences and judge:
-        # A page that must go full may not lean on its reference.
+        # A page that must go full may not depend on its reference.
         held = bytes(byte ^ 0xFF for byte in old) if vector["full"] else old
         compare_page(verdict, vector, *run(judge, held + encoded, told, timeout_s))
         verdict.notes += differences
@@ -255,7 +255,7 @@ def _difference(what: str, got: bytes, expected: bytes) -> list[str]:
 
 
 def report(verdicts: list[Verdict]) -> str:
-    """A table by section, and what fell short."""
+    """A table by section, and the failures."""
     sections: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         for section in verdict.sections:
@@ -277,13 +277,13 @@ def _order(section: str) -> tuple[str, list[int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; returns the exit code."""
+    """Run the command; returns the exit code."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", metavar="CMD", help="a decoder: a stream in, one line of JSON for each event out")
     parser.add_argument("--encoder", metavar="CMD", help="an encoder: pages as JSON in, a stream out")
     parser.add_argument(
-        "--codec", metavar="NAME", help="try a page coding alone, a page at a time: delta, rle or xbzrle"
+        "--codec", metavar="NAME", help="test a page coding alone, one page at a time: delta, rle or xbzrle"
     )
     parser.add_argument(
         "--judge",
@@ -291,9 +291,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="what reads an encoder's streams (default: remus-ckpt events -); with --codec, a page decoder for encoded "
         "pages that are not the expected bytes (default: none, they fail)",
     )
-    parser.add_argument("--vectors", type=Path, default=here.parent / "specs" / "vectors", help="their folder")
-    parser.add_argument("--only", metavar="ID", action="append", help="just this vector; may be repeated")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="for one vector (default: 60)")
+    parser.add_argument("--vectors", type=Path, default=here.parent / "specs" / "vectors", help="the folder of vectors")
+    parser.add_argument("--only", metavar="ID", action="append", help="run only this vector; repeatable")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="time limit for one vector (default: 60)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if not (options.decoder or options.encoder):

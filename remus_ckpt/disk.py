@@ -1,4 +1,4 @@
-"""Files of a store: what makes them durable, and every error of the system as a StoreError that names the file."""
+"""Durable files: how a store writes them, and how an OSError becomes a StoreError that names the file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from remus_ckpt.pages import Buffer
 _MAX_VECTORS = 1024
 _COPY_BYTES = 1 << 22
 _SYNC_EACH = 64
-"""Each sync may make the disk flush its cache: for more files than these, one for the whole file system is cheaper."""
+"""Each sync may flush the disk's cache: for more files than this, one sync of the whole file system is cheaper."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _renameat2 = getattr(_libc, "renameat2", None)
 _syncfs = getattr(_libc, "syncfs", None)
 _WHAT_NEXT = {
-    errno.ENOSPC: ": make room there, or keep less; what was committed is whole, and it goes on by itself then",
-    errno.EROFS: ": mount it writable; it can be read as it is",
+    errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and work then continues by itself",
+    errno.EROFS: ": mount it writable; reading works as it is",
 }
 
 
 @contextmanager
 def guarding(path: str | Path | None) -> Iterator[None]:
-    """OSError as StoreError."""
+    """Turn OSError into StoreError."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def guarding(path: str | Path | None) -> Iterator[None]:
 
 
 def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
-    """Write all of the buffers; returns how many bytes that were. Raises OSError."""
+    """Write all of the buffers; returns the number of bytes. Raises OSError."""
     left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
     written = 0
     while left:
@@ -54,7 +54,7 @@ def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """What was created, renamed or removed in it is durable when this returns. Raises OSError."""
+    """Make everything created, renamed or removed in a directory durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -63,12 +63,12 @@ def sync_directory(path: Path) -> None:
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor. It waits for nobody, as the opening of a pipe would. Raises OSError."""
+    """Open a file; returns a descriptor. Never blocks, even on a pipe. Raises OSError."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def sync_file(path: Path) -> None:
-    """What the file holds is durable when this returns; not its name. Raises OSError."""
+    """Make a file's contents durable, but not its name. Raises OSError."""
     descriptor = open_to_read(path)
     try:
         os.fsync(descriptor)
@@ -77,7 +77,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_files(directory: Path, names: Sequence[str]) -> None:
-    """What these files hold is durable when this returns; not their names. Raises StoreError."""
+    """Make the contents of these files durable, but not their names. Raises StoreError."""
     with guarding(directory):
         if len(names) > _SYNC_EACH and sync_file_system(directory):
             return
@@ -87,9 +87,9 @@ def sync_files(directory: Path, names: Sequence[str]) -> None:
 
 
 def sync_file_system(path: Path) -> bool:
-    """Sync all that is on the file system of a directory; whether that is known to have worked.
+    """Sync the whole file system of a directory; returns whether that is known to have worked.
 
-    Linux tells since 5.8 of pages that it failed to write, and of anybody's: so a failure says nothing of one file.
+    Since 5.8, Linux reports pages that it failed to write, whoever wrote them: a failure says nothing about one file.
     """
     if _syncfs is None:
         return False
@@ -101,44 +101,45 @@ def sync_file_system(path: Path) -> bool:
 
 
 def sync_names_above(path: Path) -> None:
-    """All names on the way from the root of its file system to a directory are durable when this returns.
+    """Make every name on the path from the root of the file system to a directory durable.
 
-    Whoever copied or moved a store there need not have synced any. Raises OSError.
+    Whoever copied or moved a store there may have synced none of them. Raises OSError.
     """
     path = path.resolve()
     device = path.stat().st_dev
     for parent in path.parents:
-        with suppress(PermissionError):  # it is somebody else's
+        with suppress(PermissionError):  # it belongs to another user
             if parent.stat().st_dev != device:
                 return
             sync_directory(parent)
 
 
 def write_again(fd: int, start: int, end: int) -> None:
-    """Write these bytes of a file once more, in place, and sync it. Raises OSError.
+    """Write these bytes of a file again, in place, and sync it. Raises OSError.
 
-    Linux may call pages clean that it failed to write. Another sync would succeed and prove nothing; this does.
+    Linux may mark pages clean that it failed to write. Another sync would then succeed and prove nothing; this proves
+    it.
     """
     at = start
     while at < end:
         block = os.pread(fd, min(end - at, _COPY_BYTES), at)
         if not block:
-            raise OSError(errno.EIO, "the file has become shorter")
+            raise OSError(errno.EIO, "the file has been truncated")
         at += os.pwrite(fd, block, at)
     os.fsync(fd)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory of mode 0700 and whatever is missing above it; they are durable when this returns.
+    """Make a directory of mode 0700 and any missing parents, durably.
 
-    Each is synced into its parent before anything goes into it. So only the deepest one that exists may still lack its
-    sync, where whoever made it died just then: it gets one. Raises OSError.
+    Each is synced into its parent before anything goes into it. So only the deepest existing one may lack its sync, if
+    its maker died at that moment: it gets one now. Raises OSError.
     """
     there, missing = path.absolute(), []
     while not there.is_dir():
         missing.append(there)
         there = there.parent
-    with suppress(PermissionError):  # it is somebody else's
+    with suppress(PermissionError):  # it belongs to another user
         sync_directory(there.parent)
     for one in reversed(missing):
         one.mkdir(mode=0o700 if one == missing[0] else 0o777, exist_ok=True)
@@ -152,12 +153,12 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
-    """A new file of mode 0600 by its descriptor, which takes the path's place when the block ends well.
+    """The descriptor of a new file of mode 0600, which replaces the path if the block succeeds.
 
-    sync: it is durable then
+    sync: make it durable
     Raises OSError that names the path.
     """
-    # Named before it is made: a signal's handler that raises in between leaves no file either.
+    # Choose the name first: if a signal handler raises in between, no file is left behind.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         try:
@@ -180,7 +181,7 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
 
 
 def spare_of(path: Path) -> Path:
-    """The file that `replace_file` writes next, beside the one that it replaces."""
+    """The file that `replace_file` writes next, beside the one it replaces."""
     return path.with_name(f"{path.name}.spare")
 
 
@@ -188,12 +189,12 @@ def _open_spare(spare: Path) -> int:
     with suppress(FileNotFoundError):
         status = os.lstat(spare)
         if status.st_nlink != 1 or not stat.S_ISREG(status.st_mode):
-            spare.unlink()  # it was store.json, and somebody has made a copy of that by a link
+            spare.unlink()  # it was store.json, and somebody has hard-linked that
     return os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def keep_room(spare: Path, size: int) -> None:
-    """Give a spare at least so many bytes of the disk: `replace_file` needs no other room then. Raises OSError."""
+    """Give a spare at least `size` bytes on the disk, so that `replace_file` needs no more room. Raises OSError."""
     descriptor = _open_spare(spare)
     try:
         held = os.fstat(descriptor).st_size
@@ -206,11 +207,11 @@ def keep_room(spare: Path, size: int) -> None:
 
 
 def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
-    """A file of mode 0600 with new contents: whole or not at all, and durable. Raises OSError.
+    """Give a file of mode 0600 new contents, completely or not at all, and durably. Raises OSError.
 
-    spare: written in place, and then given the name; where there is an old file, it becomes the spare. So a disk that
-        is full has room for as many bytes as the spare has.
-    Where only the last sync fails the file is replaced, and a loss of power may undo that.
+    spare: written in place, then given the name; an old file becomes the next spare. So even a full disk has room for
+        as many bytes as the spare holds.
+    If only the last sync fails, the file has been replaced, but a loss of power may undo that.
     """
     spare = spare or spare_of(path)
     descriptor = _open_spare(spare)
@@ -228,8 +229,8 @@ def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
         is_replaced = True
         sync_directory(path.parent)
     except BaseException as error:
-        # The disk may still have the old file under the old name, or hold other bytes than were written: another file
-        # must be used from now on. Not so where there was only no room for the new one.
+        # The disk may still have the old file under the old name, or hold other bytes than those written: use another
+        # file from now on. The spare stays good if there was only no room.
         if is_replaced or not (isinstance(error, OSError) and error.errno in _FULL):
             with suppress(OSError):
                 spare.unlink()
@@ -237,11 +238,11 @@ def replace_file(path: Path, data: bytes, spare: Path | None = None) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two files; whether that was done. Raises OSError."""
+    """Exchange the names of two files; returns whether it was done. Raises OSError."""
     if _renameat2 is None:
         return False
     if not _renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
         return True
     if (number := ctypes.get_errno()) in (errno.ENOENT, errno.EINVAL, errno.ENOSYS):
-        return False  # there is no old file, or this file system cannot
+        return False  # there is no old file, or the file system cannot do it
     raise OSError(number, os.strerror(number))

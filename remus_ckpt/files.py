@@ -1,4 +1,4 @@
-"""Streams on disk: opened as they are, compressed or not, and read into a restorer."""
+"""Streams in files: opened, compressed or not, read into a restorer, and written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from remus_ckpt.compressed import Inflater, compressions
@@ -27,7 +26,7 @@ _BUFFER_BYTES = 1 << 16
 
 
 def _is_header(front: bytes) -> bool:
-    """Whether a stream may begin so: gzip's magic is also the size of a memory."""
+    """Whether a stream may begin with these bytes: gzip's magic may also be the size of a memory."""
     try:
         detect_header(Dialect(), front, 0)
     except UnknownFormat:
@@ -36,7 +35,7 @@ def _is_header(front: bytes) -> bool:
 
 
 class _Rejoined(io.RawIOBase):
-    """A pipe whose first bytes have been read already."""
+    """A pipe whose first bytes have already been read."""
 
     def __init__(self, front: bytes, rest: io.FileIO) -> None:
         self._front = front
@@ -55,10 +54,10 @@ class _Rejoined(io.RawIOBase):
 
 
 class StreamFile:
-    """A stream from a file or from standard input ("-"), decompressed on the way where `compressed` knows it.
+    """A stream from a file or from standard input ("-"), decompressed if `compressed` knows its format.
 
-    size: bytes of the file as it lies there, None where that is not known
-    inflater: what decompresses it, None where it is a stream as it lies there
+    size: bytes of the file as stored, None if unknown
+    inflater: decompresses the file; None if it is not compressed
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,7 +65,7 @@ class StreamFile:
         if str(path) == "-" and sys.stdin is None:
             raise RemusError("standard input is closed: name a file, or pipe a stream in")
         raw = io.FileIO(sys.stdin.fileno(), closefd=False) if str(path) == "-" else io.FileIO(str(path))
-        # Of a pipe, a read may give less than was asked for.
+        # A read from a pipe may return less than was asked for.
         front = b""
         while len(front) < DETECT_BYTES and (more := raw.read(DETECT_BYTES - len(front))):
             front += more
@@ -83,9 +82,7 @@ class StreamFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -93,18 +90,18 @@ class StreamFile:
         self._file.close()
 
     def position(self) -> int:
-        """How far into the file as it lies there the reading has come, in bytes; 0 where that is not known."""
+        """How much of the stored file has been read, in bytes; 0 if unknown."""
         if self.size is None:
             return 0
         return self._file.tell() if self.inflater is None else self.inflater.position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Read what is there, at least a byte; 0 at the end. Raises Malformed where compressed data are damaged."""
+        """Read at least a byte; returns the number, 0 at the end. Raises Malformed if compressed data are damaged."""
         return self._file.readinto1(buffer) if self.inflater is None else self.inflater.readinto(buffer)
 
 
 def read_events(file: StreamFile, restorer: Restorer) -> Iterator[events.Event]:
-    """Every event of a stream, from its header to EndOfStream; after a tail, `restorer.staged` is to be committed."""
+    """Every event of a stream, from its header to EndOfStream; after a tail, the caller commits `restorer.staged`."""
     while True:
         event = restorer.next_event()
         if event is not NEED_DATA:
@@ -115,7 +112,7 @@ def read_events(file: StreamFile, restorer: Restorer) -> Iterator[events.Event]:
             restorer.buffer_updated(size)
         else:
             if file.inflater is not None and not restorer.reader.saw_last_checkpoint:
-                # As bytes behind a stream that is not compressed: behind its last checkpoint anything may stand.
+                # As in an uncompressed stream: only after its last checkpoint may anything follow.
                 file.inflater.refuse_junk()
             restorer.feed_eof()
 
@@ -140,7 +137,7 @@ def read_checkpoints(
 def create_private(path: str | Path, *, is_ours: bool = False) -> int:
     """Create a file that holds memory, or empty the one that is there: a descriptor, mode 0600.
 
-    is_ours: nobody else may be writing to it in this way until it is closed
+    is_ours: nobody else may open it this way until it is closed
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -149,7 +146,7 @@ def create_private(path: str | Path, *, is_ours: bool = False) -> int:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise RemusError(f"{path} is being written by somebody else") from None
+                    raise RemusError(f"{path} is already being written") from None
             os.ftruncate(descriptor, 0)
             os.fchmod(descriptor, 0o600)
     except BaseException:
@@ -159,9 +156,9 @@ def create_private(path: str | Path, *, is_ours: bool = False) -> int:
 
 
 class StreamWriter:
-    """A stream on its way to a file of mode 0600, or to standard output ("-").
+    """Writes a stream to a file of mode 0600, or to standard output ("-").
 
-    A checkpoint that could not be written whole is cut off again, so that the file ends where a checkpoint does.
+    An incomplete checkpoint is cut off again, so that the file ends where a checkpoint ends.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -174,7 +171,7 @@ class StreamWriter:
             self._is_file = os.path.isfile(path)
         self.written = 0
         self.committed = 0
-        """Bytes up to the end of the last whole checkpoint."""
+        """Bytes up to the end of the last complete checkpoint."""
 
     def write(self, buffers: list[Buffer]) -> None:
         """Write all of the buffers."""
@@ -186,18 +183,18 @@ class StreamWriter:
             raise OSError(error.errno, error.strerror, self.name) from error
 
     def commit(self, sent: Sent) -> None:
-        """What is written is a whole checkpoint."""
+        """Everything written so far ends a complete checkpoint."""
         self.committed = self.written
 
     def fds(self) -> Sequence[int]:
-        """None: a file has nothing to say between two checkpoints."""
+        """None: a file reports nothing between two checkpoints."""
         return ()
 
     def check(self) -> None:
-        """A file has nothing to say between two checkpoints."""
+        """Does nothing: a file reports nothing between two checkpoints."""
 
     def close(self) -> None:
-        """Cut off what is no whole checkpoint, and close."""
+        """Cut off an incomplete checkpoint, and close."""
         try:
             if self._is_file:
                 # Always: a write may have been interrupted before it was counted.

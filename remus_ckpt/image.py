@@ -1,6 +1,6 @@
-"""Memory images in files, read and compared piece by piece: little of them is in memory, however large they are.
+"""Memory images in files, read and compared piece by piece: however large they are, little of them is in memory.
 
-Nothing is mapped, and holes are passed over where the file system knows them.
+Nothing is mapped, and holes are skipped if the file system reports them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -26,13 +25,13 @@ from remus_ckpt.pages import PAGE_SIZE, PageBatch, Pages, batches, pages_for
 _WINDOW_PAGES = 1024
 """Pages compared at a time."""
 _LEAST_PAGES = 16
-"""Where data and holes alternate: a few zeros are read faster than their holes are found."""
+"""At least this many pages at a time: a few zeros are read faster than their holes are found."""
 
 
 class Image:
-    """A memory image in a file; behind its end, memory is zeros.
+    """A memory image in a file; memory after the end of the file is zeros.
 
-    size: its bytes
+    size: of the file in bytes
     Raises OSError.
     """
 
@@ -46,9 +45,7 @@ class Image:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -58,7 +55,7 @@ class Image:
             os.close(fd)
 
     def read(self, first: int, out: Pages) -> None:
-        """Fill `out`, uint8[n, 4096], with the pages from that number on. Raises OSError."""
+        """Fill `out`, uint8[n, 4096], with the pages from number `first` on. Raises OSError."""
         flat = out.reshape(-1)
         left = memoryview(flat)[: max(self.size - first * PAGE_SIZE, 0)]
         at = 0
@@ -70,7 +67,7 @@ class Image:
         flat[at:] = 0
 
     def data(self, page: int) -> tuple[int, int] | None:
-        """The first pages from that one on that may be other than zeros: (first, stop). None behind the last."""
+        """The next range (first, stop) of pages, from `page` on, that may hold data; None if there is none."""
         if page * PAGE_SIZE >= self.size:
             return None
         start, stop = page * PAGE_SIZE, self.size
@@ -87,10 +84,10 @@ class Image:
     def check(self, size: int | None = None) -> None:
         """Raise RemusError if the file has changed since it was opened, or since it had that size.
 
-        Not all changes can be seen: those through a mapping need not touch the file's time.
+        Not every change shows: writes through a mapping need not update the file's time.
         """
         if self._look() != self._version or size not in (None, self.size):
-            raise RemusError(f"{self.path} has been changed while it was read: make a copy, and use that")
+            raise RemusError(f"{self.path} changed while it was being read: make a copy and use that")
 
     def _look(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
@@ -98,7 +95,7 @@ class Image:
 
 
 def windows(images: Sequence[Image], pages: int) -> Iterator[tuple[int, int]]:
-    """Where one of the images may be other than zeros: (first, stop), ascending, at most 1,024 pages each."""
+    """The ranges (first, stop) in which any of the images may hold data, ascending, at most 1,024 pages each."""
     at = 0
     while at < pages and (found := [span for image in images if (span := image.data(at)) is not None]):
         first = min(start for start, _ in found)
@@ -114,10 +111,10 @@ def differences(
 ) -> Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]:
     """Where two images differ, window by window, ascending.
 
-    before: None for memory that is all zeros
+    before: None means all zeros
     advance: called with the number of pages done
-    Yields (first, differ, then, now): the window's first page, int64[n] which of its pages differ, at least one, and
-    the window in `before` and in `image`, uint8[m, 4096] each, good until the next is asked for.
+    Yields (first, differ, then, now): the window's first page; int64[n], the pages of the window that differ, at least
+    one; and the window in `before` and in `image`, uint8[m, 4096] each, valid until the next one.
     """
     room_now = np.empty((_WINDOW_PAGES, PAGE_SIZE), dtype=np.uint8)
     room_then = np.zeros((_WINDOW_PAGES, PAGE_SIZE), dtype=np.uint8)
@@ -134,7 +131,7 @@ def differences(
 
 
 def full_batches(found: Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]) -> Iterator[PageBatch]:
-    """What `differences` finds, in batches of 1,024 entries but for the last."""
+    """What `differences` finds, in batches of 1,024 entries; only the last may have fewer."""
     numbers, data, count = _room()
     for first, differ, _, now in found:
         done = 0
@@ -155,25 +152,25 @@ def _room() -> tuple[NDArray[np.int64], Pages, int]:
 
 
 class ImageReference:
-    """A sender's reference in the place of a copy of all memory: the receiver holds the image before this one.
+    """A sender's reference without a copy of memory: the receiver holds the previous image, so pages are read from it.
 
-    before: that image, None before the first
-    It serves a sender whose scans list no page twice, and no page tables.
+    before: the previous image, None before the first
+    For senders whose scans list no page twice, and no page tables.
     """
 
     def __init__(self) -> None:
         self.before: Image | None = None
         self.pages = zeros(MAX_BATCH_ENTRIES)
-        """The references of the batch that is being encoded."""
+        """The references of the batch being encoded."""
 
     def sent_raw(self, pfns: NDArray[np.int64], data: Pages) -> None:
-        """They are in the image."""
+        """Does nothing: the pages are in the image."""
 
     def invalidate(self, pfns: NDArray[np.int64]) -> None:
-        """There are no page tables."""
+        """Does nothing: there are no page tables."""
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The slots of these pages, read from the image; none of them goes full."""
+        """Read these pages from the image; returns their slots, and that none of them goes full."""
         assert self.before is not None, "the first checkpoint is not compressed"
         borders = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
         for first, stop in itertools.pairwise(borders):

@@ -5,7 +5,6 @@ The first checkpoint copies all of memory while the source runs, and pauses it o
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import PauseBroken, SourceError
+from remus_ckpt.flag import Flag
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches
@@ -67,25 +67,17 @@ class Output(Protocol):
         """Raise the error that has happened to the output meanwhile, if any."""
 
 
-class StopSignal:
-    """Ends a loop from a signal handler or another thread."""
+class StopSignal(Flag):
+    """Ends a loop after the current checkpoint, from a signal handler or another thread."""
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        super().__init__()
         self.is_set = False
-        self._pid = os.getpid()
 
     def set(self) -> None:
-        """End the loop after the current checkpoint. Does nothing after `close` or in a forked child."""
+        """End the loop. In a forked child, only the child's own."""
         self.is_set = True
-        if self.fd >= 0 and self._pid == os.getpid():
-            os.eventfd_write(self.fd, 1)
-
-    def close(self) -> None:
-        """Close the descriptor. May be called again, even if its number has been reused by then."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        super().set()
 
 
 class CheckpointLoop:
@@ -159,7 +151,7 @@ class CheckpointLoop:
         for fd in (*self._stopper.death_fds(), *self._output.fds()):
             poll.register(fd, select.POLLIN)
         if self._stop is not None:
-            poll.register(self._stop.fd, select.POLLIN)
+            poll.register(self._stop, select.POLLIN)
         # poll() counts in milliseconds: sleep for the remaining fraction.
         while (left := deadline - time.monotonic()) > 0:
             if poll.poll(int(left * 1000)):

@@ -1,4 +1,4 @@
-"""Memory as an array: fresh, from an image file, to an image file, and what differs between two."""
+"""Memory as an array: fresh, written to an image file, hashed, and compared with another."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import ctypes
 import errno
 import hashlib
 import mmap
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.disk import appearing, write_all
-from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.pages import PAGE_SIZE, Pages
 
 _CHUNK_PAGES = 4096
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -27,7 +26,7 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def zeros(pages: int) -> Pages:
     """Fresh memory, uint8[pages, 4096]: a page takes memory when it is first written.
 
-    Raises OSError where this process may not have so much address space.
+    Raises OSError if this process may not have that much address space.
     """
     size = pages * PAGE_SIZE
     slack = _HUGE_BYTES if size >= _HUGE_BYTES else 0
@@ -41,10 +40,10 @@ def zeros(pages: int) -> Pages:
 
 
 def expect(memory: Pages, pfns: NDArray[np.int64]) -> None:
-    """These pages of what `zeros` gave are about to be written: where they lie side by side, let them be huge ones.
+    """Prepare for writes to these pages of fresh memory: if they are contiguous, ask for huge pages.
 
-    Fresh memory costs a fault a page, which takes longer than to fill it. Where pages are scattered nothing changes: a
-    page that is written must not take the memory of 512.
+    Fresh memory costs a fault per page, which takes longer than filling it. Scattered pages are left alone: a written
+    page must not take the memory of 512.
     """
     if len(pfns) * PAGE_SIZE < _HUGE_BYTES:
         return
@@ -53,32 +52,15 @@ def expect(memory: Pages, pfns: NDArray[np.int64]) -> None:
         _madvise(memory.ctypes.data + first * PAGE_SIZE, pages * PAGE_SIZE, _MADV_HUGEPAGE)
 
 
-def load_image(path: str | Path, pages: int | None = None) -> Pages:
-    """An image file as pages that are not to be written.
-
-    pages: how many; by default as many as the file needs. What the file does not fill is zeros.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if pages is None:
-            pages = pages_for(size)
-        if size and size == pages * PAGE_SIZE:
-            area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            return np.frombuffer(area, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-        memory = zeros(pages) if pages else np.empty((0, PAGE_SIZE), dtype=np.uint8)
-        file.readinto(memory.reshape(-1)[:size])
-        return memory
-
-
 def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None:
-    """Write pages as a file of mode 0600, zero pages as holes. The file appears when it is whole, and durable.
+    """Write pages to a file of mode 0600, zero pages as holes. The file appears once it is complete and durable.
 
-    size: how many of their bytes, if they end within the last page
+    size: bytes to write, if memory ends within its last page
     """
     size = memory.nbytes if size is None else size
     target = Path(path)
     if target.exists() and not target.is_file():
-        # A device or a pipe is written to, not replaced.
+        # Write to a device or a pipe; do not replace it.
         with open(target, "wb") as device:
             for start, chunk in _chunks(memory):
                 device.write(chunk.reshape(-1)[: size - start * PAGE_SIZE].data)
@@ -107,22 +89,27 @@ def memory_sha256(memory: NDArray[np.uint8]) -> str:
 def differing_ranges(numbers: NDArray[np.int64], before: Pages, after: Pages) -> Iterator[tuple[int, int]]:
     """The byte ranges (first, stop) in which pages differ, ascending.
 
-    numbers: int64[n], ascending: which pages of memory these are
+    numbers: int64[n], ascending: the numbers of these pages in memory
     before, after: uint8[n, 4096]
-    Ranges that meet at a page's border are one.
+    A difference across a page's border comes as two ranges that meet: see `joined`.
     """
-    last = None
     for start in range(0, len(numbers), _CHUNK_PAGES):
         differ = before[start : start + _CHUNK_PAGES] != after[start : start + _CHUNK_PAGES]
         for number, flags in zip(numbers[start : start + _CHUNK_PAGES].tolist(), differ, strict=True):
             edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)) + number * PAGE_SIZE
-            for first, stop in edges.reshape(-1, 2).tolist():
-                if last is not None and first == last[1]:
-                    last = (last[0], stop)
-                    continue
-                if last is not None:
-                    yield last
-                last = (first, stop)
+            yield from map(tuple, edges.reshape(-1, 2).tolist())
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ascending ranges (first, stop), with those that meet joined into one."""
+    last: tuple[int, int] | None = None
+    for first, stop in ranges:
+        if last is not None and last[1] == first:
+            last = (last[0], stop)
+            continue
+        if last is not None:
+            yield last
+        last = (first, stop)
     if last is not None:
         yield last
 

@@ -17,7 +17,7 @@ PAGE_WORDS = PAGE_SIZE // 4
 Pages = NDArray[np.uint8]
 """uint8[n, 4096]"""
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
-"""Anything that is bytes without a copy."""
+"""Anything that can be read as bytes without a copy."""
 
 
 class PageType(IntEnum):
@@ -46,7 +46,7 @@ def _nibbles(*types: int) -> NDArray[np.bool_]:
 
 
 KNOWN_TYPE = _nibbles(*PageType)
-"""bool[16]: the nibbles that mean something; 5, 6 and 7 do not."""
+"""bool[16]: the valid nibbles; 5, 6 and 7 are not."""
 HAS_DATA = _nibbles(*(t for t in PageType if t < PageType.BROKEN))
 """bool[16]: the entry announces 4,096 bytes."""
 IS_PAGE_TABLE = _nibbles(1, 2, 3, 4, 9, 10, 11, 12)

@@ -22,7 +22,7 @@ from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, Signature
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 PAGE_BUFFER_PAGES = {coding.name: coding.page_buffer_pages for coding in CODINGS if coding.page_buffer_pages}
 """How many pages are compressed at a time."""
@@ -96,7 +96,7 @@ class Sender:
         self._codec = get_codec(codec)
         self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
         self.reference: Reference = reference or Shadow(zeros(p2m_size))
-        self._writer = Writer(word)
+        self._stream = EventWriter(word)
         self._started = False
         self.unfinished = False
         """Whether a checkpoint was begun and not taken to its end."""
@@ -125,7 +125,7 @@ class Sender:
         if self.sent is None:
             raise ValueError("no checkpoint was sent: begin a new stream with a new sender")
         self.unfinished = True
-        self._writer.abandon()
+        self._stream.abandon()
         self.position = position
         self.owed = np.union1d(self.owed, pfns)
         self.reference.invalidate(self.owed)
@@ -168,26 +168,26 @@ class Sender:
         self.unfinished = True
         self.carried = []
         sent = Sent(epoch, before=self.position)
-        begin = self._writer.offset
+        begin = self._stream.offset
         is_first = not self._started
         if is_first:
             self._started = True
-            yield self._writer.write(events.Header(word=self._writer.word, guest="hvm", p2m_size=self.p2m_size))
-        if self._writer.compressing:
+            yield self._stream.write(events.Header(word=self._stream.word, guest="hvm", p2m_size=self.p2m_size))
+        if self._stream.compressing:
             yield from self._compressed_body(scan, sent)
         else:
             yield from self._raw_body(scan, sent)
         closing: list[Buffer] = []
         if is_first:
-            closing += self._writer.write(events.EnableCompression())
-        closing += self._writer.write(events.EndOfBody())
+            closing += self._stream.write(events.EnableCompression())
+        closing += self._stream.write(events.EndOfBody())
         if len(self.owed) and len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
         if parts is not None:
             state = parts().pack()
         else:
             state = device_state() if callable(device_state) else device_state
-        after = position or Position.after(self.position, self._writer.digest(), state, first_epoch=self._first_epoch)
+        after = position or Position.after(self.position, self._stream.digest(), state, first_epoch=self._first_epoch)
         record = CheckpointRecord(
             epoch=epoch,
             time_ns=time_ns,
@@ -197,10 +197,10 @@ class Sender:
             device_state=state,
             memory_bytes=None if memory_bytes == self.p2m_size * PAGE_SIZE else memory_bytes,
         )
-        closing += self._writer.write(
+        closing += self._stream.write(
             events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)
         )
-        sent.stream_bytes = self._writer.offset - begin
+        sent.stream_bytes = self._stream.offset - begin
         sent.position = after
         yield closing
         # Only now: if the last bytes cannot be sent, the checkpoint that they close must still be undone.
@@ -223,7 +223,7 @@ class Sender:
                 expect(self.reference.pages, pfns)
             self.reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
-            yield self._writer.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
+            yield self._stream.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
 
     def _compressed_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
         waiting = _PageBuffer(self._buffer_pages)
@@ -241,7 +241,7 @@ class Sender:
                 pfns, types = batch.pfns[first:stop], batch.types[first:stop]
                 self._wait(waiting, pfns[part].astype(np.int64), IS_PAGE_TABLE[types[part]], data)
                 self._count(sent, stop - first, len(data))
-                yield self._writer.write(events.Batch(pfns=pfns, types=types, data=None))
+                yield self._stream.write(events.Batch(pfns=pfns, types=types, data=None))
                 first, page = stop, page + len(data)
                 if waiting.count == waiting.capacity:
                     yield self._compress(waiting, sent)
@@ -267,7 +267,7 @@ class Sender:
         waiting.pieces.clear()
         sent.compressed_chunks += 1
         sent.compressed_bytes += size
-        return self._writer.write(events.CompressedData(data=out[:size]))
+        return self._stream.write(events.CompressedData(data=out[:size]))
 
     def _validate(self, batch: PageBatch) -> None:
         if (batch.types > 0xF).any() or not KNOWN_TYPE[batch.types].all():

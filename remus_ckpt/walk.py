@@ -1,8 +1,8 @@
-"""Reading a stream from end to end for the command line, and saying what is in it and how it ended."""
+"""Reads a stream from end to end for the command line, and reports what it holds and how it ended."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ Pairs = tuple[NDArray[np.int64], Pages, Pages]
 
 
 class Walk:
-    """Reads a stream from end to end and keeps what there is to say about it."""
+    """Reads a stream from end to end, and collects what there is to report."""
 
     def __init__(self, path: str, restorer: Restorer, *, quiet: bool, is_read: bool = True) -> None:
         self.path = path
@@ -33,12 +33,12 @@ class Walk:
         self.restorer = restorer
         self.error: StreamError | None = None
         self.inflater: Inflater | None = None
-        """What decompresses the file, where it is compressed."""
+        """Decompresses the file, if it is compressed."""
         self._quiet = quiet
         self._take = restorer.commit if is_read else restorer.skip
 
     def events(self) -> Iterator[events.Event]:
-        """Every event; `restorer.staged` is put in force when the next one is asked for. A fault ends them."""
+        """Every event, up to a fault; a staged checkpoint is put in force when the next event is drawn."""
         with StreamFile(self.path) as file, progress(file.name, file.size, self._quiet) as advance:
             self.inflater = file.inflater
             try:
@@ -98,7 +98,7 @@ class Walk:
         return result
 
     def say_how_it_ended(self) -> None:
-        """Say on standard error what is wrong or missing, and which checkpoint is in force."""
+        """Report on standard error what is wrong or missing, and which checkpoint is in force."""
         held = self.restorer.in_force
         end = self.restorer.end
         if held is not None:
@@ -131,7 +131,7 @@ class Walk:
             complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
 
     def fail_unless_good(self) -> None:
-        """Exit with the code of the fault, or with that of a stream without a checkpoint."""
+        """Exit with the code of the fault, or the one for a stream without a checkpoint; return if all is well."""
         if self.error is not None:
             raise typer.Exit(self.error.exit_code)
         if self.restorer.in_force is None and self.restorer.end is not None:
@@ -139,10 +139,10 @@ class Walk:
 
 
 class _Unread(Anonymous):
-    """The home of memory that nobody looks at: as large as it is to be, and never written."""
+    """A home for memory that nobody reads: it has the right size, but is never written."""
 
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 def walk_stream(
@@ -155,11 +155,11 @@ def walk_stream(
     home: Home | None = None,
     is_read: bool = True,
 ) -> Walk:
-    """A walk over a stream, not begun yet.
+    """A walk over a stream, not yet begun.
 
     max_memory: in GiB
     home: where memory lives; by default in this process
-    is_read: somebody looks at memory; else everything is checked, and no page is kept
+    is_read: whether memory will be read; if not, everything is checked, but no page is kept
     """
     limits = Limits(memory_bytes=max_memory * GIB)
     restorer = Restorer(dialect, limits=limits, strict=strict, home=home if is_read else _Unread())
@@ -171,7 +171,7 @@ def _after(end: events.EndOfStream | None) -> str:
 
 
 def list_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `inspect` and `verify` say of every checkpoint, for JSON."""
+    """What `inspect` and `verify` report about each checkpoint, for JSON."""
     return {
         "epoch": checkpoint.epoch,
         "start": checkpoint.start,
@@ -185,7 +185,7 @@ def list_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def detail_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `inspect` adds."""
+    """What `inspect` adds to that."""
     details: dict[str, Any] = {
         "ratio": checkpoint.compressed_bytes / (checkpoint.page_count * PAGE_SIZE)
         if checkpoint.compressed_chunks and checkpoint.page_count
@@ -223,7 +223,7 @@ def detail_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def print_checkpoints(listed: list[dict[str, Any]], hashes: bool) -> None:
-    """The same as a table."""
+    """Print checkpoints as a table."""
     names = ["epoch", "start", "end", "batches", "entries", "pages", "compressed_chunks", "compressed_bytes"]
     rows = [[name.replace("compressed_", "compr. ") for name in names] + ["ratio"]]
     for checkpoint in listed:
@@ -239,7 +239,7 @@ def print_checkpoints(listed: list[dict[str, Any]], hashes: bool) -> None:
 
 
 def print_head(walk: Walk) -> None:
-    """The dialect and the size of memory, on one line."""
+    """Print the dialect and the size of memory on one line."""
     dialect = walk.restorer.dialect
     pages = len(walk.restorer.memory)
     out.print(
@@ -249,7 +249,7 @@ def print_head(walk: Walk) -> None:
 
 
 def shorten(value: Any) -> str:
-    """A value of a chunk on one line; many numbers as ranges, and only the first of those."""
+    """A chunk's value on one line; a long list of numbers becomes ranges, of which only the first are shown."""
     if not isinstance(value, list) or len(value) < 4:
         return str(value)
     if len(set(value)) <= 3:
@@ -262,7 +262,7 @@ def shorten(value: Any) -> str:
 
 
 def print_details(listed: list[dict[str, Any]]) -> None:
-    """What `inspect` adds, a line for each checkpoint."""
+    """Print what `inspect` adds, one line per checkpoint."""
     for row in listed:
         parts = [f"{name}={value:#x}" for name, value in row["parameters"].items()]
         if "vcpus" in row:
@@ -275,7 +275,7 @@ def print_details(listed: list[dict[str, Any]]) -> None:
 
 
 def print_deviations(walk: Walk) -> None:
-    """What was accepted though it should not be there."""
+    """Print the deviations that were accepted."""
     for deviation in walk.restorer.reader.deviations.values():
         out.print(
             f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
@@ -283,24 +283,10 @@ def print_deviations(walk: Walk) -> None:
         )
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending ranges (first, stop), those that meet as one."""
-    last: tuple[int, int] | None = None
-    for start, stop in ranges:
-        if last is not None and last[1] == start:
-            last = (last[0], stop)
-            continue
-        if last is not None:
-            yield last
-        last = (start, stop)
-    if last is not None:
-        yield last
-
-
 def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], list[int]]:
     """The pages that differ between two checkpoints, ascending, and the sizes of both in bytes.
 
-    Exits where the stream is corrupt before them; raises NoCheckpoint where it does not hold both.
+    Exits if the stream is corrupt before them; raises NoCheckpoint if it does not hold both.
     """
     low, high = sorted((one, other))
     sizes: dict[int, int] = {}
@@ -313,7 +299,7 @@ def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], 
         if staged is None:
             continue
         if reached is not None:
-            # Only what changes behind the first of the two has to be kept.
+            # Only pages that change after the first of the two need keeping.
             fresh = staged.pfns[~is_saved[staged.pfns]]
             is_saved[fresh] = True
             pfns.append(fresh)

@@ -23,7 +23,7 @@ from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import CHUNKS, MAX_P2M_SIZE, ChunkId, Layout, Signature
 from remus_ckpt.wire.xen.dialect import Dialect
 from remus_ckpt.wire.xen.reader import Reader
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 kaitaistruct = pytest.importorskip("kaitaistruct", reason="kaitaistruct is not installed: it is in the extra `test`")
 
@@ -296,7 +296,7 @@ def sent(word: int, codec: str, checkpoints: int = 3) -> bytes:
 
 def written(word: int, *items: events.Event) -> bytes:
     """A stream out of events."""
-    writer = Writer(word)
+    writer = EventWriter(word)
     return b"".join(bytes(buffer) for item in items for buffer in writer.write(item))
 
 

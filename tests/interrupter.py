@@ -21,9 +21,13 @@ class Interrupter:
         self.seen = 0
         self._kind = kind
         self._files = files
+        # CPython 3.11 only borrows its trace function while it makes the frame object of a call. That may run the
+        # garbage collector, and with it a `__del__` in which `_trace` raises: then sys.settrace lets the function go,
+        # and the interpreter calls what is freed. So it is kept alive here.
+        self._tracer = self._trace
 
     def __enter__(self) -> Interrupter:
-        sys.settrace(self._trace)
+        sys.settrace(self._tracer)
         return self
 
     def __exit__(self, *_: object) -> None:

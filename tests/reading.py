@@ -11,7 +11,7 @@ from streams import END, LAST_CHECKPOINT, entry, page
 
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 both_words = pytest.mark.parametrize("word", [8, 4])
 EC = s.ENABLE_COMPRESSION
@@ -46,7 +46,7 @@ EXTV, XCNT = s.block(b"extv", b""), s.block(b"xcnt", struct.pack("<I", 16 + 24))
 
 
 def rewritten(found: list[events.Event], word: Any) -> bytes:
-    writer = Writer(word)
+    writer = EventWriter(word)
     data = [bytes(each) for event in found if not isinstance(event, events.EndOfStream) for each in writer.write(event)]
     assert writer.offset == sum(map(len, data))
     return b"".join(data)

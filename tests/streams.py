@@ -1,4 +1,4 @@
-"""Streams put together by hand, from the format and not by the writer under test."""
+"""Streams put together by hand, from the format and not by the code under test."""
 
 from __future__ import annotations
 

@@ -91,11 +91,11 @@ def record(
         stop = stop_on_signals(stack)
         source = SharedFile(file, Processes(pid), tracking=tracking, audit=audit)
         stack.callback(source.close)
-        writer = StreamWriter(output)
-        stack.callback(writer.close)
+        stream = StreamWriter(output)
+        stack.callback(stream.close)
         sender = Sender(source.memory.pages, codec=codec, reference=source.tracker.restart())
         loop = CheckpointLoop(
-            source, sender, writer, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
+            source, sender, stream, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )
         stillness = Stillness()
         show = None
@@ -126,9 +126,9 @@ def record(
     if as_json:
         print(json.dumps(report, indent=1), file=sys.stderr if output == "-" else sys.stdout)
     else:
-        errors.print(Text(f"{writer.name}: {totals.text()}; {report['ended']}"))
+        errors.print(Text(f"{stream.name}: {totals.text()}; {report['ended']}"))
     if failure is not None:
         held = f"the stream ends with checkpoint {totals.last}" if totals.checkpoints else "no checkpoint is complete"
         is_output = isinstance(failure, OSError)
         reason = failure.strerror if isinstance(failure, OSError) else failure
-        raise SourceError(f"{writer.name if is_output else file}: {reason}; {held}")
+        raise SourceError(f"{stream.name if is_output else file}: {reason}; {held}")

@@ -148,7 +148,9 @@ def backup(
     fence: Annotated[
         str | None,
         typer.Option(
-            metavar="CMD", help="Command that stops the primary for good. It must exit with 0 only if that is certain."
+            metavar="CMD",
+            help="Command that stops the primary for good. It must exit with 0 only if that is certain. It gets 1 "
+            "minute.",
         ),
     ] = None,
     keep_count: Annotated[
@@ -168,9 +170,12 @@ def backup(
     """Store every checkpoint that primaries commit, and keep a warm copy of their memory.
 
     The commands of --on-failover and --fence run in a shell. Both get REMUS_NAME, REMUS_EPOCH and REMUS_TERM;
-    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE, and --fence gets REMUS_PEER.
+    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE. --fence gets the last primary: REMUS_PEER_HOST
+    (empty for unix:), REMUS_PEER_PORT, REMUS_PEER_CERT (the name in its certificate), and REMUS_PEER, all in one text.
 
     Example: remus-ckpt backup --listen 0.0.0.0:7411 --store /var/lib/remus --tls-dir keys/backup
+
+    Example: remus-ckpt backup … --auto-failover --fence '/etc/remus-ckpt/power-off "$REMUS_PEER_CERT"'
     """
     _check_metrics(metrics)
     places = [_address(text, tls_dir, insecure) for text in listen]
@@ -285,6 +290,14 @@ def protect(
             "protection stops.",
         ),
     ] = None,
+    on_fenced: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CMD",
+            help="Command that stops the work here, run first of all when another side has taken over. It gets 2 "
+            "minutes.",
+        ),
+    ] = None,
     window: Annotated[
         int, typer.Option(metavar="COUNT", min=1, max=MAX_WINDOW, help="Maximum number of checkpoints in flight.")
     ] = 2,
@@ -313,9 +326,13 @@ def protect(
     """Protect shared memory: send checkpoints to a backup until Ctrl-C, or until all writers have exited.
 
     If the link breaks, this command reconnects; meanwhile the processes keep running and nothing is committed. If
-    another side has taken over, it stops with exit code 22: output that waits for a commit must not be released.
+    another side has taken over, it runs the --on-fenced command and stops with exit code 22: output that waits for a
+    commit must not be released. That command gets REMUS_NAME, REMUS_TERM (of the takeover), REMUS_EPOCH (the last one
+    committed) and REMUS_PIDS (living writers, with --pid).
 
     Example: remus-ckpt protect /dev/shm/orders --pid 4711 --to tls://backup:7411 --tls-dir keys/orders --name orders
+
+    Example: remus-ckpt protect … --on-fenced 'systemctl stop orders'
     """
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
@@ -324,6 +341,7 @@ def protect(
     _name(name)
     from remus_ckpt.loop import Totals
     from remus_ckpt.observe.metrics import Metrics
+    from remus_ckpt.service.fenced import FencedCommand
     from remus_ckpt.service.protect import primary_of
     from remus_ckpt.service.release import ReleaseCommand
     from remus_ckpt.source.shared_file import SharedFile
@@ -337,11 +355,22 @@ def protect(
         # Ctrl-Z during a pause would leave the paused processes stopped. A handler, because children do not inherit it.
         stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, lambda *_: None))
         _serve_metrics(stack, counted, metrics, tls)
-        source = SharedFile(file, _stopper(pid, cgroup, pause, resume), tracking=tracking, audit=audit)
+        stopper = _stopper(pid, cgroup, pause, resume)
+        source = SharedFile(file, stopper, tracking=tracking, audit=audit)
         stack.callback(source.close)
         release = ReleaseCommand(name, on_commit, stop, complain) if on_commit else None
         if release:
             stack.callback(release.close)
+        beat = _watchdog()
+        fenced = None
+        if on_fenced:
+            fenced = FencedCommand(
+                name,
+                on_fenced,
+                epoch=lambda: primary.committed.epoch if primary.committed else None,
+                pids=lambda: [process.pid for process in stopper.processes() or ()],
+                on_turn=beat,
+            )
         primary = primary_of(
             source,
             name,
@@ -356,7 +385,8 @@ def protect(
             compression=compression,
             term=term,
             on_commit=release,
-            on_turn=_watchdog(),
+            on_turn=beat,
+            on_fenced=fenced,
             metrics=counted,
             stop=stop,
         )

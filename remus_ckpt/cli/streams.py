@@ -92,13 +92,13 @@ def encode(
     sender = Sender(pages, codec=codec, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
     listed = []
     with ExitStack() as stack:
-        writer = StreamWriter(output)
-        stack.callback(writer.close)
-        advance = stack.enter_context(progress(writer.name, pages * PAGE_SIZE * len(images), as_json))
+        stream = StreamWriter(output)
+        stack.callback(stream.close)
+        advance = stack.enter_context(progress(stream.name, pages * PAGE_SIZE * len(images), as_json))
         for number, path in enumerate(images):
             image = Image(path)
             stack.callback(image.close)
-            start = writer.written
+            start = stream.written
 
             def done(page: int, base: int = number * pages) -> None:
                 advance((base + page) * PAGE_SIZE)
@@ -106,7 +106,7 @@ def encode(
             scan = full_batches(differences(image, held.before, pages, done))
             for group in sender.checkpoint(scan, memory_bytes=padded[number]):
                 sender.carried.clear()  # nothing is sent again here, and the list would grow with the image
-                writer.write(group)
+                stream.write(group)
             sent = sender.sent
             assert sent is not None
             image.check(sizes[number])
@@ -114,9 +114,9 @@ def encode(
                 held.before.check()
                 held.before.close()
             held.before = image
-            writer.commit(sent)
+            stream.commit(sent)
             listed.append(
-                {"image": str(path), "epoch": sent.epoch, "start": start, "end": writer.written}
+                {"image": str(path), "epoch": sent.epoch, "start": start, "end": stream.written}
                 | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}
                 | {"compressed_chunks": sent.compressed_chunks, "compressed_bytes": sent.compressed_bytes}
             )
@@ -397,9 +397,9 @@ def diff(
     import numpy as np
 
     from remus_ckpt.image import Image, differences
-    from remus_ckpt.memory import differing_ranges
+    from remus_ckpt.memory import differing_ranges, joined
     from remus_ckpt.pages import PAGE_SIZE, pages_for
-    from remus_ckpt.walk import differing_pages, joined, walk_stream
+    from remus_ckpt.walk import differing_pages, walk_stream
 
     pages = count = 0
 

@@ -1,4 +1,4 @@
-"""How one dirty page is written against its reference: the codecs, and one way to reach them.
+"""Encodes dirty pages against their references: the codecs, and one way to get them.
 
 get_codec("delta")         the June-2011 form: (offset, value) records        specs/delta.md
 get_codec("rle")           the run-length form that Xen 4.2 to 4.5 shipped    specs/rle.md
@@ -21,11 +21,11 @@ CODECS = tuple(kernels.TABLE)
 
 
 class Codec:
-    """One page coding, run by one kernel. All pages of a call travel in one batch.
+    """One page coding, run by one kernel. A call handles a batch of pages.
 
     name: one of `CODECS`
-    kernel: the name of what runs it, "numpy" or "oracle"
-    max_page_bytes: no encoder of this coding writes more than this for one page
+    kernel: the name of the kernel that runs it
+    max_page_bytes: the most that an encoder of this coding writes for one page
     """
 
     def __init__(self, name: str, kernel: kernels.Kernel) -> None:
@@ -53,20 +53,20 @@ class Codec:
 
         pages: uint8[…, 4096], C-contiguous
         reference: uint8[…, 4096], C-contiguous, writable if `update`
-        index: integers[n], which of `pages`; without it all of them
-        reference_index: integers[n], the reference of each; −1 means that it has none and travels full.
-            Without it the i-th page encoded has the i-th reference, and there are as many.
-        full: bool[n], pages that travel full whatever their reference holds
-        update: bring the references up to date in the same pass. Listed twice, the second use of a reference
-            sees what the first one left there.
-        out: writable bytes to encode into; they must have room for n × `max_page_bytes`
+        index: integers[n], which of `pages`; by default all of them
+        reference_index: integers[n], the reference of each page; −1: it has none and goes full. By default the i-th
+            encoded page has the i-th reference, and there must be as many references as pages.
+        full: bool[n], pages that go full whatever their reference holds
+        update: bring the references up to date in the same pass. If a reference is listed twice, its second use
+            sees what the first has left there.
+        out: writable bytes to encode into, with room for n × `max_page_bytes`
 
         Returns the encoded bytes, back to back.
-        Raises ValueError or TypeError for arrays that do not fit this; nothing is changed then.
+        Raises ValueError or TypeError for arrays that do not fit; nothing is changed then.
         """
         if self._native:
-            # The native functions look at types, lengths and numbers themselves, in less time than numpy takes to. What
-            # they refuse is converted below, or refused in words.
+            # The native functions check types, lengths and numbers themselves, faster than numpy could. What they
+            # refuse is converted below, or refused with a message.
             try:
                 n = pages.nbytes // PAGE_SIZE if index is None else len(index)
                 room_for = np.empty(n * self.max_page_bytes, dtype=np.uint8) if out is None else out
@@ -105,10 +105,10 @@ class Codec:
         return memoryview(target)[:size]
 
     def check(self, encoded: Buffer, n: int) -> int:
-        """Walk n encoded pages and refuse everything malformed in them, without touching a page.
+        """Walk n encoded pages and refuse anything malformed, without touching a page.
 
         Returns the number of bytes that the n pages take; more may follow.
-        Raises Malformed, its offset counted in `encoded`.
+        Raises Malformed, with the offset in `encoded`.
         """
         if n < 0:
             raise ValueError(f"n is {n}")
@@ -130,13 +130,13 @@ class Codec:
         """Apply encoded pages in place, in order; a page listed twice is applied twice.
 
         encoded: one encoded page for each of `pages`, or for each of `index`
-        pages: uint8[…, 4096], C-contiguous, writable, holding what the encoder had as reference
+        pages: uint8[…, 4096], C-contiguous, writable, holding what the encoder had as references
         index: integers[n], which of `pages`
-        checked: what `check` returned for these very bytes and n pages. They are not walked again then, so a wrong
-            value is as bad as a wild pointer; leave it out where `check` has not run.
+        checked: what `check` returned for these very bytes and n pages. They are then not walked again, so a wrong
+            value is as bad as a wild pointer; leave it out if `check` has not run.
 
         Returns the number of bytes consumed.
-        Raises Malformed, its offset counted in `encoded`; `pages` is untouched then.
+        Raises Malformed, with the offset in `encoded`; `pages` is untouched then.
         """
         if self._native:
             try:
@@ -155,7 +155,7 @@ def get_codec(name: str, *, kernel: str | None = None) -> Codec:
     """The codec of that name.
 
     name: one of `CODECS`
-    kernel: demand one of `kernels.KERNELS`; by default the environment variable REMUS_CKPT_KERNEL, else the fastest
+    kernel: require one of `kernels.KERNELS`; by default the environment variable REMUS_CKPT_KERNEL, else the fastest
     Raises ValueError for a name or a kernel that does not exist.
     """
     return Codec(name, kernels.choose(name, kernel))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from remus_ckpt.pages import Pages
 
 SPAN_PAGES = 256
-"""Pages taken at a time: a span of new and old pages stays in the second-level cache."""
+"""Pages taken at a time: a span of new and old pages fits the second-level cache."""
 
 Bytes = NDArray[np.uint8]
 Index = NDArray[np.int64]
@@ -34,8 +34,8 @@ def encode_spans(
 ) -> int:
     """Call `emit(new, old, whole, out)` span by span, and bring the references up to date.
 
-    Each span of pages is copied once and everything is taken from that copy, so that wire and reference agree even
-    where the source is being written meanwhile.
+    Each span of pages is copied once, and everything is taken from that copy, so that wire and reference agree even
+    if the source is written meanwhile.
     """
     n = len(pages) if index is None else len(index)
     written = 0
@@ -47,7 +47,7 @@ def encode_spans(
         else:
             slot = slots[start:stop]
             whole = whole | (slot < 0)
-            # A slot of -1 would wrap to the last one, which is there to be read; `whole` keeps it from being used.
+            # A slot of -1 wraps to the last one, which can be read; `whole` keeps it from being used.
             old = reference[slot] if len(reference) else np.zeros_like(new)
         written += emit(new, old, whole, out[written:])
         if update:
@@ -71,7 +71,7 @@ def _spans(n: int, slots: Index | None) -> Iterator[tuple[int, int]]:
 
 
 def distinct_prefix(numbers: Index) -> int:
-    """How many of the numbers come before the first that repeats an earlier one; −1 may repeat."""
+    """How many numbers come before the first one that repeats an earlier one; −1 may repeat."""
     if len(numbers) < 2 or bool((numbers[1:] > numbers[:-1]).all()):
         return len(numbers)
     order = np.argsort(numbers, kind="stable")
@@ -88,12 +88,12 @@ def windows(data: NDArray[np.generic], size: int) -> NDArray[np.generic]:
 
 
 def unaligned(data: Bytes, dtype: str) -> NDArray[np.generic]:
-    """A view whose element i is the value of that type that begins at byte i."""
+    """A view whose element i is the value of that type at byte i."""
     return np.ndarray(max(len(data) - np.dtype(dtype).itemsize + 1, 0), dtype, data, strides=(1,))
 
 
 def within(lengths: NDArray[np.integer]) -> Index:
-    """0…l−1 for each length l, joined: the place of each item in its own group."""
+    """0…l−1 for each length l, joined: the index of each item in its own group."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     starts: Index = np.repeat(ends - lengths, lengths)
@@ -105,11 +105,11 @@ class Span(Protocol):
 
     @property
     def first_page(self) -> int:
-        """Its first page, counted in the batch."""
+        """Its first page in the batch."""
 
     @property
     def pages(self) -> int:
-        """How many pages it has."""
+        """The number of its pages."""
 
     @property
     def end(self) -> int:
@@ -132,12 +132,12 @@ def check_spans(parse: Parse[S], encoded: Bytes, n: int) -> int:
 def apply_spans(
     parse: Parse[S], scatter: Scatter[S], encoded: Bytes, pages: Pages, index: Index | None, checked: int | None
 ) -> int:
-    """Check the encoded pages, all of them, and then put them into `pages`. Returns the bytes consumed.
+    """Check all encoded pages, then apply them to `pages`. Returns the bytes consumed.
 
-    checked: what the check returned, if there has been one
+    checked: what the check returned, if it has already run
 
-    scatter(span, part, numbers, encoded, pages): apply the pages of that part of a span to the pages of those numbers,
-        none of which repeats
+    scatter(span, part, numbers, encoded, pages): apply that part of a span to the pages with those numbers, none of
+        which repeats
     """
     n = len(pages) if index is None else len(index)
     consumed = check_spans(parse, encoded, n) if checked is None else checked

@@ -13,10 +13,10 @@ class Coding:
     """One page coding.
 
     name: what `get_codec` and the native kernels call it
-    max_page_bytes: no encoder of this coding writes more than this for one page
-    encode, check, apply: the numpy kernel; `kernels` has the arguments
-    oracle: the same a page at a time, slow and plain
-    page_buffer_pages: pages that a save stream compresses at a time, None for a coding that no save stream holds
+    max_page_bytes: the most that an encoder of this coding writes for one page
+    encode, check, apply: the numpy kernel; see `kernels` for the arguments
+    oracle: the same one page at a time, slow and plain
+    page_buffer_pages: pages that a save stream compresses at a time; None for a coding that save streams do not use
     """
 
     name: str

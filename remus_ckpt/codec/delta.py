@@ -23,11 +23,11 @@ RECORD_BYTES = 6
 FULL_PAGE_BYTES = RECORD_BYTES + PAGE_SIZE
 MAX_PAGE_BYTES = FULL_PAGE_BYTES
 MAX_DELTA_WORDS = PAGE_SIZE // RECORD_BYTES
-"""682: with one word more, the records would be longer than the full form (specs/delta.md §3.2)."""
+"""682: with one more word, the records would be longer than the full form (specs/delta.md §3.2)."""
 
 _RECORD = np.dtype([("offset", "<i2"), ("value", "<u4")])
 _WINDOW_BYTES = 1 << 20
-"""Encoded bytes looked at in one go; at least one page fits, so that every look makes progress."""
+"""Encoded bytes parsed at a time; at least one page fits, so that each step makes progress."""
 
 
 def encode(
@@ -99,7 +99,7 @@ class _Span(NamedTuple):
     offsets: NDArray[np.int16]  # for each record
     values: NDArray[np.uint32]
     full_pages: NDArray[np.int64]  # those of the pages that are full …
-    bodies: NDArray[np.int64]  # … and where in the encoded bytes their 4,096 begin
+    bodies: NDArray[np.int64]  # … and the offset of their 4,096 in the encoded bytes
     end: int  # the first byte after them
 
 
@@ -133,7 +133,7 @@ def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end
     """Parse at most n whole pages at the front of `data`; `is_end` if nothing follows it."""
     markers = _full_markers(data)
     is_cut = len(markers) > 0 and bool(markers[-1] + FULL_PAGE_BYTES > len(data))
-    # Take the bodies of the full pages out; what is left is records of six bytes. Of a cut page only the record stays.
+    # Take out the bodies of the full pages; what is left is records of six bytes. Of a cut page, only the record stays.
     usable = int(markers[-1]) + RECORD_BYTES if is_cut else len(data)
     units = data[: usable // 2 * 2].view("<u2")
     bodies = (markers[:-1] if is_cut else markers) + RECORD_BYTES
@@ -151,7 +151,7 @@ def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end
     def place(record: int) -> int:
         return base + record * RECORD_BYTES + int(np.searchsorted(heads[is_full], record)) * PAGE_SIZE
 
-    # A full page ends with its bytes, any other where the next one opens or with the data.
+    # A full page ends with its bytes, any other page where the next one opens or the data end.
     last_is_whole = not is_cut and (is_end or bool(is_full[-1:].any()))
     taken = max(min(len(heads) if last_is_whole else len(heads) - 1, n), 0)
     if taken < n and (is_end or not taken):
@@ -178,7 +178,7 @@ def _parse_window(data: arrays.Bytes, base: int, first_page: int, n: int, is_end
 
 
 def _refuse_end(end: int, at: int, is_cut: bool, pages: int, wanted: int) -> NoReturn:
-    """The data stop at `end`; the last thing that is not whole begins at `at`."""
+    """The data end at `end`; the incomplete part begins at `at`."""
     if is_cut:
         problem = f"a full page has {end - at - RECORD_BYTES} of its {PAGE_SIZE} bytes"
     elif at < end:
@@ -192,7 +192,7 @@ def _check_records(offsets: NDArray[np.int16], values: NDArray[np.uint32], place
     if not len(offsets):
         return
     before = np.empty_like(offsets)
-    before[0] = FULL_PAGE  # what stands first must open a page, as behind a full page
+    before[0] = FULL_PAGE  # the first record must open a page, as after a full page
     before[1:] = offsets[:-1]
     is_marker = (offsets == BEGIN_PAGE) | (offsets == FULL_PAGE)
     bad = np.where(
@@ -219,9 +219,9 @@ def _check_records(offsets: NDArray[np.int16], values: NDArray[np.uint32], place
 def _full_markers(data: arrays.Bytes) -> NDArray[np.int64]:
     """Where the FULL_PAGE records begin, the last one perhaps cut off.
 
-    Between full pages the records stand six bytes apart, and a full page moves them on by 4,102 bytes: so a marker
-    stands in one of three phases, and the one behind a marker is the first of its phase at least 4,102 bytes on.
-    That makes a chain, which is followed by doubling: no step a page.
+    Between full pages, records are six bytes apart, and a full page moves them by 4,102 bytes: so a marker is in one of
+    three phases, and the marker after it is the first one of its phase at least 4,102 bytes on. This chain is followed
+    by doubling, not page by page.
     """
     halves = arrays.unaligned(data[: max(len(data) - RECORD_BYTES + 2, 0)], "<i2")
     first_phase = np.flatnonzero(halves[0::RECORD_BYTES] == FULL_PAGE) * RECORD_BYTES

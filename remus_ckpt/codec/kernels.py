@@ -1,16 +1,16 @@
-"""Chooses what runs a codec, and the passes over memory around it.
+"""Chooses the kernel that runs a codec, and the passes over memory around it.
 
 A kernel is three functions over arrays that `Codec` has already validated. Page numbers are int64 and within range,
 arrays are C-contiguous, and `out` has room for n × max_page_bytes:
 
     encode(pages, index, reference, reference_index, full, update, out) -> bytes written
     check(encoded, n) -> bytes that n pages take
-    apply(encoded, pages, index, checked) -> bytes consumed; what `check` returned stands in `checked`, or None
+    apply(encoded, pages, index, checked) -> bytes consumed; `checked` is what `check` returned, or None
 
-The native ones come from one C extension, `_native`, which holds every instruction set that its compiler knew; the CPU
-decides which of them may run. Without the extension numpy serves.
+The native kernels come from one C extension, `_native`, built for every instruction set that its compiler knew; the CPU
+decides which of them can run. Without the extension, numpy is used.
 
-REMUS_CKPT_KERNEL forces one by name and fails if it cannot be had.
+REMUS_CKPT_KERNEL forces one by name, and fails if it is not available.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NATIVE: dict[str, dict[str, Any]] = {}
 _FEATURES: dict[str, bool] = {}
 _NOT_BUILT: str | None = None
 try:
-    # By name, as the plain statement words the failure as if it were a circular import.
+    # By name: a failure of the plain statement would read like a circular import.
     _native = importlib.import_module("remus_ckpt.codec._native")
 except ImportError as error:
     _NOT_BUILT = f"the C extension is not there ({error}); it is built where a C compiler is found at installation"
@@ -42,7 +42,7 @@ else:
     _NATIVE, _FEATURES = _native.KERNELS, _native.FEATURES
 
 CODINGS = (delta.CODING, rle.CODING, xbzrle.CODING, xbzrle.FOLDING)
-"""All page codings. A new one is added here, and to `remus_kernels` in the C extension if it is to be fast."""
+"""All page codings. Add a new one here, and to `remus_kernels` in the C extension to make it fast."""
 
 ENVIRONMENT = "REMUS_CKPT_KERNEL"
 
@@ -54,7 +54,7 @@ NATIVE = ("avx512", "avx2", "scalar")
 class Kernel:
     """One implementation of one codec.
 
-    native: it checks lengths and page numbers itself, and raises ValueError for those that do not fit
+    native: whether it checks lengths and page numbers itself, and raises ValueError if they do not fit
     """
 
     name: str
@@ -67,10 +67,10 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One native implementation of the passes around the codecs; arrays as for a kernel.
+    """One native implementation of the passes over memory; arrays as for a kernel.
 
-    dirty(memory, shadow, found) -> how many page numbers it wrote to `found`, int64[pages]
-    compare(memory, shadow) -> how many pages differ, every byte read: what encoders are measured against
+    dirty(memory, shadow, found) -> number of page numbers written to `found`, int64[pages]
+    compare(memory, shadow) -> number of pages that differ; reads every byte: the measure for encoders
     gather(memory, index, out), scatter(memory, index, pages)
     """
 
@@ -82,7 +82,7 @@ class Scan:
 
 
 def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
-    """The native functions tell where the fault is; numpy, which is as strict, tells what it is."""
+    """The native functions say where a fault is; numpy, which is as strict, says what it is."""
     encode, find_fault, find_and_apply = _NATIVE[name][codec]
 
     def check(encoded: NDArray[np.uint8], n: int) -> int:
@@ -102,7 +102,7 @@ def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
 
 def _refuse(numpy: Kernel, encoded: NDArray[np.uint8], n: int, offset: int) -> None:
     numpy.check(np.frombuffer(encoded, dtype=np.uint8), n)
-    raise RuntimeError(f"a native kernel found a fault at byte {offset} that numpy does not see")
+    raise RuntimeError(f"a native kernel found a fault at byte {offset} that numpy does not find")
 
 
 def _table() -> dict[str, dict[str, Kernel]]:
@@ -122,27 +122,27 @@ def _runs(name: str) -> bool:
 
 
 TABLE = _table()
-"""Codec name → kernel name → kernel: those that this machine can run."""
+"""Codec name → kernel name → kernel, for those that this machine can run."""
 
 SCANS = {name: Scan(name, *_NATIVE[name]["scan"]) for name in NATIVE if _runs(name)}
-"""Kernel name → its passes over memory. Numpy's stand in `scan`."""
+"""Kernel name → its passes over memory. Numpy's are in `scan`."""
 
 PREFERENCE = (*(name for name in NATIVE if _runs(name)), "numpy")
-"""Those that can be had, fastest first. The oracle is never chosen by itself."""
+"""The available kernels, fastest first. The oracle is only used on request."""
 
 KERNELS = (*PREFERENCE, "oracle")
 
 
 def wanted(kernel: str | None = None) -> str:
-    """The name of the kernel to run: the one demanded, the one that the environment demands, or the fastest there is.
+    """The name of the kernel to run: the one requested, by the caller or else by the environment, or the fastest.
 
-    Raises KernelUnavailable, with the reason, if the one demanded cannot be had.
+    Raises KernelUnavailable, with the reason, if the requested one is not available.
     """
     name = kernel or os.environ.get(ENVIRONMENT) or PREFERENCE[0]
     if name not in KERNELS:
         raise KernelUnavailable(
-            f"kernel {name!r} is not available (asked for by {'the caller' if kernel else ENVIRONMENT}): "
-            f"{_why_not(name)}; there are {', '.join(KERNELS)}"
+            f"kernel {name!r} is not available (requested by {'the caller' if kernel else ENVIRONMENT}): "
+            f"{_why_not(name)}; available: {', '.join(KERNELS)}"
         )
     return name
 
@@ -155,14 +155,14 @@ def choose(codec: str, kernel: str | None = None) -> Kernel:
 
 
 def choose_scan(kernel: str | None = None) -> Scan | None:
-    """The native passes over memory; None where numpy is to do them. See `wanted`."""
+    """The native passes over memory; None if numpy does them. See `wanted`."""
     return SCANS.get(wanted(kernel))
 
 
 def native_functions(kernel: str) -> dict[str, Any]:
-    """What the extension offers for a native kernel: codec → (encode, check, apply), and "scan".
+    """The functions of a native kernel in the extension: codec → (encode, check, apply), and "scan".
 
-    Its check and apply return ~offset of a fault in place of raising. For tests and measurements.
+    Its check and apply return ~offset of a fault instead of raising. For tests and measurements.
     """
     return {name: functions for name, functions in _NATIVE[kernel].items() if isinstance(functions, tuple)}
 
@@ -178,16 +178,16 @@ def _why_not(name: str) -> str:
 
 
 def report() -> dict[str, Any]:
-    """What runs, and why.
+    """Which kernel runs, and why.
 
-    kernel: the name of what runs, None if what the environment demands cannot be had
+    kernel: its name, None if the one that the environment requests is not available
     why: a sentence
-    available: the names that could be demanded, fastest first
-    missing: native kernel → why it cannot be had
-    built: is the C extension there?
+    available: the names that can be requested, fastest first
+    missing: native kernel → why it is not available
+    built: whether the C extension is there
     not_built: why it is not, or None
     machine: such as "x86_64"
-    features: CPU feature → was it seen? Empty without the extension, or off x86.
+    features: CPU feature → whether it was found; empty without the extension, or off x86
     """
     demanded = os.environ.get(ENVIRONMENT)
     kernel: str | None

@@ -1,6 +1,6 @@
-"""The codecs once more, slow and plain, in the order of their specs: the truth that every kernel is compared with.
+"""The codecs again, slow and plain, in the order of their specs: every kernel is compared with them.
 
-Nothing here is shared with the kernels but the names of the errors.
+They share nothing with the kernels except the names of the errors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class PageCodec(Protocol):
     """One page at a time."""
 
     def encode(self, new: bytes, old: bytes, whole: bool) -> bytes:
-        """One encoded page; `whole` asks for the full form."""
+        """One encoded page; `whole` requests the full form."""
 
     def decode(self, encoded: bytes, at: int, page: bytearray | None) -> int:
-        """Apply the encoded page that begins at `at`, or only check it where `page` is None; returns its end."""
+        """Apply the encoded page that begins at `at`, or only check it if `page` is None; returns its end."""
 
 
 class Delta:
@@ -35,7 +35,7 @@ class Delta:
         for offset in range(0, 4096, 4):
             if new[offset : offset + 4] != old[offset : offset + 4]:
                 records += struct.pack("<h", offset) + new[offset : offset + 4]
-        # §3.2: full where the records would be longer than the page
+        # §3.2: full if the records would be longer than the page
         if whole or len(records) > 4096:
             return struct.pack("<hI", -101, 0) + new
         return struct.pack("<hI", -100, 0) + records
@@ -82,7 +82,7 @@ class Rle:
     def encode(self, new: bytes, old: bytes, whole: bool) -> bytes:
         if whole:
             return b"\x80" + new
-        # §3.1: runs of words that are alike or not, of at most 127
+        # §3.1: runs of at most 127 equal or different words
         encoded = b""
         word = 0
         while word < 1024:
@@ -95,7 +95,7 @@ class Rle:
             else:
                 encoded += bytes([0x80 | (end - word)])
             word = end
-        # §3.2: a page of skips only is one byte
+        # §3.2: an unchanged page is one byte
         return b"\x00" if new == old else encoded
 
     def decode(self, encoded: bytes, at: int, page: bytearray | None) -> int:

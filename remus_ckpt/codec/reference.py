@@ -14,23 +14,23 @@ from remus_ckpt.pages import PAGE_SIZE, Pages
 class Reference(Protocol):
     """What a sender asks of its reference.
 
-    pages: uint8[slots, 4096], what `Codec.encode` reads and brings up to date
+    pages: uint8[slots, 4096]; `Codec.encode` reads them and brings them up to date
     """
 
     pages: Pages
 
     def sent_raw(self, pfns: NDArray[np.int64], data: Pages) -> None:
-        """These pages went out in round 0: uint8[n, 4096] at int64[n]."""
+        """These pages were sent in round 0: uint8[n, 4096] at int64[n]."""
 
     def invalidate(self, pfns: NDArray[np.int64]) -> None:
-        """These are page tables in this buffer: no delta may be taken against them."""
+        """These pages are page tables in this buffer: no delta may be taken against them."""
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """For pages about to be encoded in this order, their slots (−1: none) and which of them must go full."""
+        """For pages about to be encoded, in this order: their slots (−1: none), and which of them must go full."""
 
 
 class Shadow:
-    """A copy of all of memory, which starts as zeros on both sides. Every page has a reference from the start.
+    """A copy of all memory, which starts as zeros on both sides: every page has a reference from the start.
 
     pages: the copy, uint8[n, 4096], writable; a tracker that compares shares it with the sender
     """
@@ -40,18 +40,18 @@ class Shadow:
         self._known = np.ones(len(pages), dtype=bool)
 
     def sent_raw(self, pfns: NDArray[np.int64], data: Pages) -> None:
-        """These pages went out in round 0."""
+        """These pages were sent in round 0."""
         self.pages[pfns] = data
 
     def invalidate(self, pfns: NDArray[np.int64]) -> None:
-        """These are page tables in this buffer."""
+        """These pages are page tables in this buffer."""
         self._known[pfns] = False
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The slot of a page is its number; a page that was a page table goes full once."""
         full = np.zeros(len(pfns), dtype=bool)
         if tables.any() or not self._known[pfns].all():
-            # A PFN may come more than once, so each depends on the one before.
+            # A PFN may occur more than once, so each depends on those before it.
             for i, (pfn, table) in enumerate(zip(pfns.tolist(), tables.tolist(), strict=True)):
                 full[i] = table or not self._known[pfn]
                 self._known[pfn] = not table
@@ -59,7 +59,7 @@ class Shadow:
 
 
 class Lru:
-    """A bounded reference: the pages used last. It is empty at the first compressed checkpoint, as Xen's cache is.
+    """A bounded reference: the most recently used pages. It starts empty at the first compressed checkpoint, as in Xen.
 
     capacity: number of pages; Xen has 8,192
     """
@@ -68,24 +68,24 @@ class Lru:
         if capacity < 1:
             raise ValueError(f"a reference of {capacity} pages")
         self.pages: Pages = np.zeros((capacity, PAGE_SIZE), dtype=np.uint8)
-        self._slots: OrderedDict[int, int] = OrderedDict()  # PFN → slot, the one used last at the end
+        self._slots: OrderedDict[int, int] = OrderedDict()  # PFN → slot, the most recently used last
         self._free = list(range(capacity))
 
     def sent_raw(self, pfns: NDArray[np.int64], data: Pages) -> None:
         """Round 0 does not enter the cache."""
 
     def invalidate(self, pfns: NDArray[np.int64]) -> None:
-        """Page tables leave the cache; their slots are the next to be used."""
+        """Page tables leave the cache; their slots are used next."""
         for pfn in pfns.tolist():
             self._release(pfn)
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """A hit moves to the front; a miss takes a free slot or the one that was used longest ago, and goes full."""
+        """A hit becomes the most recently used; a miss takes a free or the least recently used slot, and goes full."""
         slots = np.empty(len(pfns), dtype=np.int64)
         full = np.ones(len(pfns), dtype=bool)
         for i, (pfn, table) in enumerate(zip(pfns.tolist(), tables.tolist(), strict=True)):
             if table:
-                # It may have come into the cache since it was added to the buffer, as a normal page before this one.
+                # It may have entered the cache as a normal page, earlier in this buffer.
                 self._release(pfn)
                 slots[i] = -1
                 continue

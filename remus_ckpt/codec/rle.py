@@ -1,7 +1,7 @@
 """The run-length codec of Xen 4.2 to 4.5, in numpy (specs/rle.md).
 
 A page is the byte 00 (unchanged), the byte 80 and its 4,096 bytes (full), or runs that cover its 1,024 words: a marker
-with the number of words, and the words themselves where they changed.
+with the number of words, then the words themselves if they changed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FULL_PAGE = 0x80
 SKIP = 0x80
 MAX_RUN_WORDS = 127
 MAX_PAGE_BYTES = PAGE_SIZE + -(-PAGE_WORDS // MAX_RUN_WORDS)
-"""4,105: all words changed. A skipped word saves four bytes and adds at most two markers."""
+"""4,105, when all words changed. A skipped word saves four bytes and adds at most two markers."""
 
 _SPAN_PAGES = 8192
-# For a marker: the bytes from it to the next one, and the words that it covers. The two forms that stand for a whole
-# page cover 1,024, so that one sum finds every border (specs/rle.md §4.1).
+# For each marker: the bytes from it to the next one, and the words that it covers. The two forms of a whole page cover
+# 1,024, so that one sum finds every border (specs/rle.md §4.1).
 _STEP = [1 + 4 * marker if marker < SKIP else 1 for marker in range(256)]
 _COVERS = [marker & MAX_RUN_WORDS for marker in range(256)]
 _STEP[UNCHANGED], _COVERS[UNCHANGED] = 1, PAGE_WORDS
@@ -50,7 +50,7 @@ def encode(
 def _emit(new: Pages, old: Pages, whole: arrays.Flags, out: arrays.Bytes) -> int:
     words = new.view("<u4")
     changed = words != old.view("<u4")
-    # A full page is taken for an unchanged one at first: both are one marker.
+    # Treat a full page as unchanged at first: both are one marker.
     changed[whole] = False
     is_edge = np.ones_like(changed)
     np.not_equal(changed[:, 1:], changed[:, :-1], out=is_edge[:, 1:])
@@ -98,7 +98,7 @@ class _Span(NamedTuple):
 
     first_page: int
     pages: int
-    places: NDArray[np.int64]  # where each marker stands in the encoded bytes
+    places: NDArray[np.int64]  # the offset of each marker in the encoded bytes
     markers: NDArray[np.uint8]
     page_of: NDArray[np.int64]  # the page of each marker, counted from first_page …
     word: NDArray[np.int64]  # … and the word of that page at which it begins
@@ -132,7 +132,7 @@ def _parse(encoded: arrays.Bytes, n: int) -> Iterator[_Span]:
 
 
 def _parse_span(encoded: arrays.Bytes, data: memoryview, at: int, first_page: int, n: int) -> _Span:
-    # Where the markers stand is a chain, so it is followed one by one; all else is done on arrays.
+    # Each marker says where the next one is, so they are followed one by one; the rest is done on arrays.
     size, words, target = len(data), 0, n * PAGE_WORDS
     found: list[int] = []
     while words < target and at < size:

@@ -1,6 +1,6 @@
-"""The passes over memory that stand around the codecs: find the dirty pages, gather them, scatter them back.
+"""The passes over memory around the codecs: find the dirty pages, gather them, scatter them back.
 
-They run in the kernel that `kernels` chooses, as the codecs do; what stands here is numpy's.
+Like the codecs, they run in the kernel that `kernels` chooses; the code here is numpy's.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from remus_ckpt.codec import kernels
 from remus_ckpt.pages import PAGE_SIZE, Pages
 
 _CHUNK_PAGES = 64
-"""Pages compared at a time: the outcome of a chunk stays in the first-level cache."""
+"""Pages compared at a time: the result of a chunk fits the first-level cache."""
 
 
 def dirty_pages(memory: Pages, shadow: Pages, *, kernel: str | None = None) -> NDArray[np.int64]:
     """The numbers of the pages that differ, ascending.
 
     memory, shadow: uint8[n, 4096], C-contiguous; `memory` may be read-only, and may be written meanwhile
-    kernel: demand one of `kernels.KERNELS`, as for a codec
+    kernel: require one of `kernels.KERNELS`, as for a codec
     """
     if memory.shape != shadow.shape or memory.shape[1:] != (PAGE_SIZE,):
         raise ValueError(f"memory {memory.shape} and shadow {shadow.shape} must both be [n, {PAGE_SIZE}]")
@@ -33,7 +33,7 @@ def dirty_pages(memory: Pages, shadow: Pages, *, kernel: str | None = None) -> N
     for start in range(0, len(memory), _CHUNK_PAGES):
         chunk = words[start : start + _CHUNK_PAGES]
         flags = np.not_equal(chunk, shadow_words[start : start + _CHUNK_PAGES], out=differ[: len(chunk)])
-        # Eight flags are tested at a time.
+        # Test eight flags at a time.
         pages = np.flatnonzero(flags.view(np.uint64).any(axis=1))
         if len(pages):
             found.append(pages + start)
@@ -53,14 +53,14 @@ def gather(memory: Pages, index: NDArray[np.int64], out: Pages | None = None, *,
     if native and memory.flags.c_contiguous and target.flags.c_contiguous:
         native.gather(memory, np.ascontiguousarray(index, dtype=np.int64), target)
         return target
-    # With its default mode, take() buffers its output; the numbers are checked here instead.
+    # In its default mode, take() buffers its output; so the numbers are checked here instead.
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(memory):
         raise ValueError(f"index must lie in 0…{len(memory) - 1}")
     return memory.take(index, axis=0, out=target, mode="clip")
 
 
 def scatter(pages: Pages, memory: Pages, index: NDArray[np.int64], *, kernel: str | None = None) -> None:
-    """Copy a buffer of pages to where they belong; listed twice, the later one stays.
+    """Copy a buffer of pages to their places; if a place is listed twice, the later page counts.
 
     pages: uint8[m, 4096]
     memory: uint8[n, 4096], writable

@@ -1,7 +1,7 @@
 """QEMU's XBZRLE codec, in numpy (specs/xbzrle.md).
 
-A page is (zrun nzrun)*: the number of bytes that stay, the number that change, and those bytes. Its pages do not
-delimit themselves, so a batch frames each with one byte kind and a big-endian uint16 length.
+A page is (zrun nzrun)*: the number of unchanged bytes, the number of changed bytes, and those bytes. Pages do not mark
+their own end, so a batch frames each with a kind of one byte and a big-endian uint16 length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPAN_PAGES = 1024
 
 
 class Outcome(Enum):
-    """What the encoder says of a page that it does not encode."""
+    """The encoder's answer for a page that it does not encode."""
 
     UNCHANGED = "unchanged"
     OVERFLOW = "overflow"
@@ -38,7 +38,7 @@ def encode_page(new: Pages, old: Pages, *, fold: bool = False) -> bytes | Outcom
 
     new, old: uint8[4096]
     fold: take gaps of one unchanged byte into the changed bytes around them (specs/xbzrle.md §3.3)
-    Returns at most 4,096 bytes, or UNCHANGED, or OVERFLOW where they would not do: that page travels raw.
+    Returns at most 4,096 bytes, or UNCHANGED, or OVERFLOW if they do not suffice: that page travels raw.
     Source: QEMU, xbzrle_encode_buffer.
     """
     out = np.empty(MAX_PAGE_BYTES, dtype=np.uint8)
@@ -86,7 +86,7 @@ def _emit(new: Pages, old: Pages, whole: arrays.Flags, out: arrays.Bytes, fold: 
     changed[whole] = False
     if fold:
         changed[:, 1:-1] |= changed[:, :-2] & changed[:, 2:]
-    # The first byte of each run of changed bytes, and the first behind it, with an unchanged byte before every page.
+    # The first byte of each run of changed bytes, and the first after it, with an unchanged byte before every page.
     padded = np.zeros((n, PAGE_SIZE + 2), dtype=np.int8)
     padded[:, 1:-1] = changed
     edges = np.diff(padded, axis=1)
@@ -109,7 +109,7 @@ def _emit(new: Pages, old: Pages, whole: arrays.Flags, out: arrays.Bytes, fold: 
     before_page = np.concatenate([[0], run_ends])[first_run]
     at = run_ends - sizes - before_page[page]  # of the run, in the page's own bytes
 
-    # QEMU gives up as soon as two bytes of room are missing where a length may follow, or where the bytes do not fit.
+    # QEMU gives up as soon as a length that may follow lacks two bytes of room, or the bytes do not fit.
     last = np.ones(len(page), dtype=bool)
     last[:-1] = page[1:] != page[:-1]
     overflows = (at + 2 > PAGE_SIZE) | (at + gap_bytes + 2 > PAGE_SIZE) | (at + sizes > PAGE_SIZE)
@@ -165,11 +165,11 @@ class _Span(NamedTuple):
     first_page: int
     pages: int
     page_of: NDArray[np.int64]  # for each run, its page counted from first_page …
-    sources: NDArray[np.int64]  # … where its bytes stand in the encoded bytes …
+    sources: NDArray[np.int64]  # … where its bytes are in the encoded bytes …
     targets: NDArray[np.int64]  # … and in the page …
     lengths: NDArray[np.int64]  # … and how many they are
     raw_pages: NDArray[np.int64]
-    bodies: NDArray[np.int64]  # where their 4,096 bytes stand
+    bodies: NDArray[np.int64]  # where their 4,096 bytes are
     end: int
 
 
@@ -243,7 +243,7 @@ def _parse_span(data: memoryview, at: int, first_page: int, n: int, wanted: int)
 
 
 def _parse_page(data: memoryview, at: int, end: int) -> list[tuple[int, int, int]]:
-    """The runs of one page: (where their bytes stand, where they go, how many they are)."""
+    """The runs of one page: (offset of their bytes, offset in the page, number of bytes)."""
     runs: list[tuple[int, int, int]] = []
     target = 0
     start = at

@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any
 
 from remus_ckpt.errors import Fenced, LinkError, Malformed, Refused, RemusError, StreamError
+from remus_ckpt.flag import Flag
 from remus_ckpt.link.compression import Chooser
 from remus_ckpt.link.connection import Connection
-from remus_ckpt.link.flag import Flag
 from remus_ckpt.pages import Buffer
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import (

@@ -1,1 +1,1 @@
-"""What a running primary or backup says of itself. It keeps no truth: nothing that decides is read from here."""
+"""What a running primary or backup reports about itself. No decision depends on it."""

@@ -23,7 +23,7 @@ _MAX_SCRAPES = 8
 
 
 def metrics_address(where: str) -> Address:
-    """HOST:PORT, or a port alone, which is one of this machine only. Raises LinkError."""
+    """Parse HOST:PORT, or a port alone, which listens on this machine only. Raises LinkError."""
     port = where.removeprefix(":")
     place = f"127.0.0.1:{port}" if port.isascii() and port.isdigit() else where
     try:
@@ -35,9 +35,9 @@ def metrics_address(where: str) -> Address:
 class MetricsServer:
     """Metrics over HTTP, from a thread of its own.
 
-    address: HOST:PORT where it really listens
-    request_s: for all of one request, after which it is hung up on
-    At most 8 are served at a time; more are hung up on at once.
+    address: HOST:PORT where it actually listens
+    request_s: time limit for a whole request; then its connection is closed
+    At most 8 requests are served at a time; further connections are closed at once.
     """
 
     def __init__(self, where: str, registry: CollectorRegistry, *, request_s: float = 5.0) -> None:
@@ -63,14 +63,14 @@ class MetricsServer:
         self.close()
 
     def disown(self) -> None:
-        """In a fork: the parent serves on."""
+        """In a forked child: release the server; the parent goes on serving."""
         self._server.socket.close()
 
     def close(self) -> None:
-        """Stop, and hang up on who is being served. May be called twice; in a fork it does nothing."""
+        """Stop, and close all connections. May be called twice; does nothing in a forked child."""
         if self._server.socket.fileno() < 0:
             return
-        _shut([self._server.socket])  # its thread wakes at once, not at its next look around
+        _shut([self._server.socket])  # its thread wakes at once, not at its next poll
         self._server.shutdown()
         self._thread.join()
         self._server.hang_up()
@@ -95,7 +95,7 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         super().__init__(place, _Handler)
 
     def server_bind(self) -> None:
-        # Not HTTPServer's, which asks the resolver for our name and may wait for it.
+        # Not HTTPServer's, which looks up our own name and may block.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.socket.getsockname()[:2]
         self.setup_environ()
@@ -104,7 +104,7 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        # A limit for each read, which the handler could have, would be passed by a peer that sends a byte a second.
+        # The handler's own limit is per read: a peer that sends a byte per second would never reach it.
         timer = threading.Timer(self._request_s, self._cut, [request])
         timer.daemon = True
         with self._live_lock:
@@ -136,7 +136,7 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
                 _shut([request])
 
     def hang_up(self) -> None:
-        """On every peer that is being served."""
+        """Close the connection of every peer being served."""
         with self._live_lock:
             _shut(self._live)
 

@@ -1,4 +1,4 @@
-"""One line an event, as text or as JSON."""
+"""Logs one line per event, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, Literal, TextIO
 LogFormat = Literal["text", "json"]
 
 _logger = logging.getLogger("remus_ckpt")
-# A program that has configured no logs of its own is not to find ours on its standard error.
+# A program that has not configured logging must not find our records on its standard error.
 _logger.addHandler(logging.NullHandler())
 _PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "fields"}
-"""What every record has; all else was given as `extra`."""
+"""The attributes of every record; all others were given as `extra`."""
 
 
 def log(event: str, /, *, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
-    """Say that something happened.
+    """Log an event.
 
-    event: a few constant words, the same each time, so that they can be searched for
-    error: its traceback is logged with it
-    fields: what differs from time to time, such as name="orders", epoch=17
+    event: a few constant words, so that they can be searched for
+    error: logged with its traceback
+    fields: the details, such as name="orders", epoch=17
     """
     _logger.log(level, event, extra={"fields": fields}, exc_info=error)
 
@@ -30,12 +30,12 @@ def log(event: str, /, *, level: int = logging.INFO, error: BaseException | None
 def configure_logs(
     format: LogFormat = "text", level: int | str = logging.INFO, stream: TextIO | None = None
 ) -> logging.Handler:
-    """Write what is logged to standard error, one line for each record; what was configured before is replaced.
+    """Write log records to standard error, one line each; replaces the previous configuration.
 
     format: "text" for people and the journal, "json" for machines: time, level, event, and the fields
-    level: the lowest to be written, such as "info"
-    stream: another place than standard error
-    Returns the handler. A program that uses this package as a library leaves this alone, and has its own.
+    level: the lowest level to write, such as "info"
+    stream: where to write instead of standard error
+    Returns the handler. A program that uses this package as a library configures its own logging instead.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Json() if format == "json" else _Text())
@@ -49,7 +49,7 @@ def configure_logs(
 
 
 def _as_plain(value: Any) -> Any:
-    if getattr(value, "shape", None) == ():  # one of numpy's, which need not be loaded here
+    if getattr(value, "shape", None) == ():  # a numpy scalar; numpy need not be loaded here
         return value.item()
     if isinstance(value, bytes):
         return value.hex()
@@ -63,7 +63,7 @@ class _Json(logging.Formatter):
         return json.dumps(self.parts(record), default=_as_plain)
 
     def parts(self, record: logging.LogRecord) -> dict[str, Any]:
-        """What the record says: time, level and event, then the fields."""
+        """The record as time, level and event, then the fields."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         parts: dict[str, Any] = {
             "time": time.replace("+00:00", "Z"),
@@ -80,7 +80,7 @@ class _Json(logging.Formatter):
 
 
 class _Text(_Json):
-    """time LEVEL event key=value …: a value with spaces or newlines is quoted, so that a record stays one line."""
+    """time LEVEL event key=value …; a value with spaces or newlines is quoted, so that each record is one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         parts = self.parts(record)

@@ -1,4 +1,4 @@
-"""What is counted and measured: for Prometheus, for `status`, and for heartbeats."""
+"""Counts and measurements, for Prometheus, for `status`, and for heartbeats."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from remus_ckpt.loop import STEPS
 from remus_ckpt.observe.http import MetricsServer
 
 _FAST_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Seconds: from a pause of a few pages to a disk that hangs."""
+"""Seconds: from a pause for a few pages to a hanging disk."""
 _WINDOW = 1024
-"""How many of the newest pauses and commits the percentiles of `status` are taken from."""
+"""The percentiles of `status` cover this many of the newest pauses and commits."""
 
 
 _STAGES = ("raw", "encoded", "wire")
@@ -29,7 +29,7 @@ _PERCENTILES = ("p50", "p99", "max")
 
 
 class _Series:
-    """All that is counted under one name, for `status`."""
+    """Everything counted under one name, for `status`."""
 
     def __init__(self) -> None:
         self.pauses: deque[float] = deque(maxlen=_WINDOW)
@@ -43,7 +43,7 @@ class _Series:
             "fenced": 0,
             "last_commit_at": None,
         }
-        """What both sides count."""
+        """Counted by both sides."""
         self.primary: dict[str, Any] = {
             "epoch": None,
             "committed_position": None,
@@ -58,13 +58,13 @@ class _Series:
             "tracking_why": "",
             "missed_pages": 0,
         }
-        """What only a primary counts; of a backup, the store knows it."""
+        """Counted by a primary only; for a backup, the store knows it."""
 
 
 class Metrics:
     """Counts what happens to each protected name, for Prometheus and for `status`. Safe to use from any thread.
 
-    registry: where the metrics stand; one of its own if None, so that two in one process do not meet
+    registry: where the metrics are registered; by default a new one, so that two objects in one process do not collide
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -129,18 +129,18 @@ class Metrics:
         return Gauge(name, text, ["name"], registry=self.registry)
 
     def _of(self, name: str) -> _Series:
-        """With the lock held."""
+        """The series of a name. The caller holds the lock."""
         series = self._series.get(name)
         if series is None:
             series = self._series[name] = _Series()
-            # From here on its absence would say something; what only one side counts begins with that side's first.
+            # From now on, its absence would mean something; what only one side counts begins with that side's first.
             self.fenced.labels(name)
             self.committed_total.labels(name)
             for stage in _STAGES:
                 self.bytes.labels(name, stage)
         return series
 
-    # What both sides, or a primary, count
+    # Counted by both sides, or by a primary
 
     def checkpoint(
         self,
@@ -153,11 +153,11 @@ class Metrics:
         encoded_bytes: int = 0,
         wire_bytes: int = 0,
     ) -> None:
-        """A checkpoint was taken, by a primary.
+        """A primary has taken a checkpoint.
 
-        steps_s: of the pause, by their names in STEPS
+        steps_s: time of each step of the pause, by its name in STEPS
         raw_bytes: of the pages that it carries; encoded_bytes: of its part of the save stream; wire_bytes: of that
-        part as it was sent. What is not known yet is given to `add_bytes` later.
+            part as sent. Pass what is not yet known to `add_bytes` later.
         """
         with self._lock:
             series = self._of(name)
@@ -174,10 +174,10 @@ class Metrics:
             self._add_bytes(name, series, raw_bytes, encoded_bytes, wire_bytes)
 
     def found(self, name: str, way: Literal["kernel", "compare"], why: str, missed_pages: int) -> bool:
-        """How the pages of a checkpoint were found. Returns whether more were missed.
+        """Record how the pages of a checkpoint were found; returns whether more have been missed.
 
         why: why all memory was compared
-        missed_pages: found by comparison alone, since the beginning
+        missed_pages: total number of pages found by comparison alone
         """
         with self._lock:
             primary = self._of(name).primary
@@ -188,7 +188,7 @@ class Metrics:
             return grew
 
     def add_bytes(self, name: str, *, raw: int = 0, encoded: int = 0, wire: int = 0) -> None:
-        """Bytes were encoded, sent or received."""
+        """Add bytes that were encoded, sent or received."""
         with self._lock:
             self._add_bytes(name, self._of(name), raw, encoded, wire)
 
@@ -201,7 +201,7 @@ class Metrics:
     def committed(self, name: str, epoch: int, latency_s: float | None, at: float, digest: bytes | None = None) -> None:
         """Checkpoint `epoch` is committed.
 
-        latency_s: how long that took; None where that is not known
+        latency_s: how long that took, None if unknown
         at: Unix time
         digest: of the position, for `status`
         """
@@ -219,13 +219,13 @@ class Metrics:
             series.primary["committed_position"] = None if digest is None else f"{epoch}:{digest.hex()}"
 
     def set_lag(self, name: str, checkpoints: int) -> None:
-        """How many checkpoints are taken and not committed."""
+        """Set how many checkpoints are taken but not committed."""
         with self._lock:
             self._of(name).primary["lag_checkpoints"] = checkpoints
             self.lag.labels(name).set(checkpoints)
 
     def set_term(self, name: str, term: int) -> None:
-        """The term has been learned or has risen."""
+        """The term is now known, or has risen."""
         with self._lock:
             self._of(name).primary["term"] = term
             self.term.labels(name).set(term)
@@ -237,13 +237,13 @@ class Metrics:
             self.connected.labels(name).set(connected)
 
     def reconnected(self, name: str) -> None:
-        """A link that was broken has been made again."""
+        """A broken link has been replaced."""
         with self._lock:
             self._of(name).primary["reconnects"] += 1
             self.reconnects.labels(name).inc()
 
     def fence(self, name: str) -> None:
-        """One side has been told that another has taken over."""
+        """This side has been told that another has taken over."""
         with self._lock:
             self._of(name).both["fenced"] += 1
             self.fenced.labels(name).inc()
@@ -251,7 +251,7 @@ class Metrics:
     def watch_certificate(self, expires: Callable[[], datetime]) -> None:
         """Show when this side's certificate expires.
 
-        expires: asked at each scrape, for it may be renewed meanwhile
+        expires: called at each scrape, since the certificate may be renewed
         """
         if self._certificate_expiry is None:
             self._certificate_expiry = Gauge(
@@ -261,12 +261,12 @@ class Metrics:
             )
         self._certificate_expiry.set_function(lambda: expires().timestamp())
 
-    # What a backup counts
+    # Counted by a backup
 
     def watch_store(self, name: str, directory: str | Path) -> None:
-        """Show how large a store is, and what is free where it lies; looked up at each scrape.
+        """Show the size of a store and the free space on its disk, both looked up at each scrape.
 
-        directory: of that name, with its segments
+        directory: that of the name, with its segments
         """
         segments = Path(directory) / "segments"
         with self._lock:
@@ -287,28 +287,28 @@ class Metrics:
             self.promoted.labels(name).set(promoted)
 
     def store_refused(self, name: str) -> None:
-        """The store of a name cannot be opened; `watch_store` says that it could be."""
+        """The store of a name cannot be opened, until `watch_store` is called."""
         with self._lock:
             self._of(name)
             self.store_errors.labels(name).inc()
             self.store_open.labels(name).set(0)
 
     def store_failed(self, name: str) -> None:
-        """Something could not be stored."""
+        """A write to the store has failed."""
         with self._lock:
             self._of(name)
             self.store_errors.labels(name).inc()
 
     def command_failed(self, name: str, command: Literal["fence", "takeover"]) -> None:
-        """A run of one of the user's commands has failed."""
+        """One of the user's commands has failed."""
         with self._lock:
             self._of(name)
             self.command_failures.labels(name, command).inc()
 
-    # Of all names
+    # For all names
 
     def forget(self, name: str) -> None:
-        """Count a name no longer, and no longer show it."""
+        """Stop counting and showing a name."""
         with self._lock:
             if self._series.pop(name, None) is None:
                 return
@@ -324,16 +324,16 @@ class Metrics:
                 metric.remove(name)
 
     def status(self, name: str) -> dict[str, Any]:
-        """What there is to say of one name, in plain numbers, strings and dicts: {} if nothing was counted for it.
+        """The figures of one name as plain numbers, strings and dicts; {} if nothing was counted for it.
 
-        ratio: raw bytes for each byte on the wire (of the stream where nothing was sent), None without any
+        ratio: raw bytes per byte on the wire (per byte of the stream if nothing was sent), None without any
         pause_ms, its steps stop_ms, find_ms, copy_ms and resume_ms, commit_latency_ms: {"p50", "p99", "max"} of the
             newest 1,024, None without any
         """
         return self._status(name, is_primary=True)
 
     def backup_status(self, name: str) -> dict[str, Any]:
-        """The same of a backup, without what only a primary counts."""
+        """The same for a backup, without what only a primary counts."""
         return self._status(name, is_primary=False)
 
     def _status(self, name: str, *, is_primary: bool) -> dict[str, Any]:
@@ -354,21 +354,21 @@ class Metrics:
         )
 
     def names(self) -> list[str]:
-        """All that something was counted for."""
+        """All names that something was counted for."""
         with self._lock:
             return sorted(self._series)
 
     def serve(self, where: str) -> MetricsServer:
-        """Serve /metrics over HTTP until it is closed.
+        """Serve /metrics over HTTP until the server is closed.
 
-        where: HOST:PORT, or a port alone, which is one of this machine only
+        where: HOST:PORT, or a port alone, which listens on this machine only
         Raises LinkError.
         """
         return MetricsServer(where, self.registry)
 
 
 def summarize(values: Sequence[float]) -> dict[str, float] | None:
-    """{"p50", "p99", "max"} by nearest rank, None of none."""
+    """{"p50", "p99", "max"} by nearest rank; None without values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -381,7 +381,7 @@ def _in_ms(seconds: dict[str, float] | None) -> dict[str, float] | None:
 
 
 def flatten(status: dict[str, Any]) -> dict[str, Any]:
-    """A status as it goes through a heartbeat, which holds no maps: pause_ms.p50 becomes pause_p50_ms."""
+    """Flatten a status for a heartbeat, which holds no nested maps: pause_ms.p50 becomes pause_p50_ms."""
     flat = {key: value for key, value in status.items() if not isinstance(value, dict)}
     for what in _TIMES:
         for percentile, value in (status.get(f"{what}_ms") or {}).items():
@@ -390,7 +390,7 @@ def flatten(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """What `flatten` was given, as far as it is there: another program may have sent anything."""
+    """Undo `flatten` as far as possible: another program may have sent anything."""
     status = dict(flat)
     for what in _TIMES:
         found = {percentile: status.pop(f"{what}_{percentile}_ms", None) for percentile in _PERCENTILES}

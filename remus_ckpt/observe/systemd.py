@@ -1,4 +1,4 @@
-"""Words to systemd: readiness, status and the watchdog."""
+"""Messages to systemd: readiness, status and the watchdog."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import socket
 
 
 def notify(state: str) -> bool:
-    """Tell systemd, where it has started us: "READY=1", "STATUS=…", "WATCHDOG=1", "STOPPING=1".
+    """Send a message to systemd, if it started us: "READY=1", "STATUS=…", "WATCHDOG=1" or "STOPPING=1".
 
-    Returns whether it was told. Never raises for want of a systemd.
+    Returns whether it was sent. Never raises because systemd is absent.
     Source: sd_notify(3).
     """
     where = os.environ.get("NOTIFY_SOCKET", "")
@@ -25,7 +25,7 @@ def notify(state: str) -> bool:
 
 
 def watchdog_interval_s() -> float | None:
-    """How often to say "WATCHDOG=1": half the time that systemd allows; None where it does not watch us.
+    """How often to send "WATCHDOG=1": half the time that systemd allows; None if it does not watch us.
 
     Source: sd_watchdog_enabled(3).
     """

@@ -20,6 +20,7 @@ from typing import Any, Self
 import msgpack
 
 from remus_ckpt.errors import StoreError
+from remus_ckpt.flag import Flag
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address
@@ -86,7 +87,8 @@ class Backup:
         self._store.create()
         self._limits = limits or Limits()
         self._warm_dir = warm_dir
-        self._names = Names(self._store, self.policy, self.metrics, self._make, self._turn_soon)
+        self._wake = Flag()  # set when something that affects a decision has changed
+        self._names = Names(self._store, self.policy, self.metrics, self._make, self._wake.set)
         self._offer = Offer(
             self.policy.lease_s, self._limits, self._report_phase, standby_of=self._names.lend, answer=self._answer
         )
@@ -95,13 +97,11 @@ class Backup:
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._pid = os.getpid()
-        self._wake_lock = threading.Lock()  # guards `_wake`
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
             if stop is None:
                 stack.callback(self._stop.close)
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            stack.callback(self._close_wake)
+            stack.callback(self._wake.close)
             self._store_lock = -1
             disown_in_forks(self)
             stack.callback(self._unlock_store)
@@ -140,11 +140,12 @@ class Backup:
         """
         self._check_process()
         poll = select.poll()
-        for fd in (self._stop.fd, self._wake, *(listener.fileno() for listener in self._listeners)):
+        for fd in (self._stop.fileno(), self._wake.fileno(), *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
         period = self.policy.lease_s / 4
         beat = time.monotonic()
         while not self._stop.is_set:
+            self._wake.clear()
             now = time.monotonic()
             if now >= beat:
                 beat = now + period
@@ -153,8 +154,6 @@ class Backup:
                     on_turn()
             due = min([beat, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
             ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
             for listener in self._listeners:
                 if listener.fileno() in ready:
                     self._receive_peer(listener)
@@ -200,12 +199,6 @@ class Backup:
             "names": dict(sorted(self._names.status().items())),
         }
 
-    def _turn_soon(self) -> None:
-        """Take the next turn at once: something that affects a decision has changed."""
-        with self._wake_lock:
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
-
     # Names
 
     def _make(self, name: str) -> Standby:
@@ -217,7 +210,7 @@ class Backup:
             retention=self.policy.retention,
         )
         try:
-            return Standby(name, writer, self.policy, self.metrics, self._turn_soon)
+            return Standby(name, writer, self.policy, self.metrics, self._wake.set)
         except BaseException:
             writer.close()
             raise
@@ -292,11 +285,6 @@ class Backup:
     def _unlock_store(self) -> None:
         fd, self._store_lock = self._store_lock, -1  # a child forked meanwhile must not close a reused number
         if fd >= 0:
-            os.close(fd)
-
-    def _close_wake(self) -> None:
-        with self._wake_lock:
-            fd, self._wake = self._wake, -1
             os.close(fd)
 
     def disown(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.store import HistoryWriter, State, Torn, WarmCopyDamaged
+from remus_ckpt.store import HistoryWriter, PeerIdentity, State, Torn, WarmCopyDamaged
 
 SETTLE_S = 10.0
 """How long to wait, at most, for another thread that is changing store.json."""
@@ -79,6 +79,12 @@ class Durable:
         if self.is_uncertain:
             raise StoreError(f"what the store of {self.name!r} says is not certain: {self.write_trouble}")
         return self.state
+
+    @property
+    def peer(self) -> PeerIdentity | None:
+        """The primary that was let in last; None if there was none, or only an older program let it in."""
+        peer = self.state.more.get("peer")
+        return None if peer is None else PeerIdentity.from_json(peer)
 
     @property
     def epoch(self) -> int | None:

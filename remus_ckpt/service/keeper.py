@@ -38,7 +38,7 @@ def main() -> int:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     shell = _start(libc, command)
-    # Only the command holds the input, so that the writer notices when nobody reads it any more.
+    # Only the command holds the input, so that whoever writes to it notices when nobody reads it any more.
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

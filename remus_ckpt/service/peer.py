@@ -19,7 +19,7 @@ from remus_ckpt.service.standby import Refusal, Standby
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import MAX_EPOCH
-from remus_ckpt.store import HistoryWriter
+from remus_ckpt.store import HistoryWriter, PeerIdentity
 from remus_ckpt.version import __version__
 
 _HELLO_S = 5.0
@@ -88,9 +88,13 @@ class Peer:
         self._counted = 0
 
     @property
-    def peer(self) -> str:
-        """Address and name of the other side."""
-        return self.connection.peer
+    def identity(self) -> PeerIdentity:
+        """Who the other side is, as its connection shows it."""
+        connection = self.connection
+        address = connection.address
+        return PeerIdentity.shown(
+            connection.peer, host=address.host, port=address.port, certificate=connection.certificate_name
+        )
 
     @property
     def heard(self) -> float:
@@ -264,7 +268,7 @@ class Peer:
                         log(
                             "receiving",
                             name=hello.name,
-                            peer=self.peer,
+                            peer=self.connection.peer,
                             mode=event.mode,
                             position=event.position and str(event.position),
                         )

@@ -23,6 +23,7 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, flatten
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.sender import Sender, Sent
+from remus_ckpt.service.fenced import OnFenced
 from remus_ckpt.service.release import Committed
 from remus_ckpt.service.turns import Bell, Turns, deadline_in
 from remus_ckpt.service.window import Window
@@ -61,6 +62,8 @@ class Primary:
     on_phase: called with "capture", "send" or "sent" and the epoch, as each begins; the first copy is sent before its
         capture
     on_turn: called often while all is well, also while waiting for a link or the backup
+    on_fenced: called with the error that tells of another side's takeover, before anybody else is told and never in a
+        pause. Exceptions from it are logged
     Exceptions from the other callbacks go to the caller; the next checkpoint continues correctly.
 
     One thread at a time takes checkpoints: the thread of `run`, or in turns those that call `checkpoint`. Any thread
@@ -85,6 +88,7 @@ class Primary:
         on_paused: Callable[[int], None] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
         on_turn: Callable[[], None] | None = None,
+        on_fenced: Callable[[Fenced], None] | None = None,
         metrics: Metrics | None = None,
         stop: StopSignal | None = None,
     ) -> None:
@@ -102,6 +106,7 @@ class Primary:
         self._phase = on_phase or (lambda name, epoch: None)
         self._turn = on_turn or (lambda: None)
         self._metrics = metrics or Metrics()
+        self._fenced = OnFenced(name, on_fenced, self._metrics)
         self._stop = stop
         self._run = os.urandom(16)
         self._turns = Turns("checkpoint()")
@@ -128,7 +133,6 @@ class Primary:
         self.is_running = False
         """Whether `run` is active and replaces a lost link."""
         self._has_run = False
-        self._fenced: Fenced | None = None
         # Other threads set these too. `close` sets its flag before it looks for a link; connecting checks the flag once
         # the link is made.
         self._until = math.inf  # when the current call must be over
@@ -212,7 +216,7 @@ class Primary:
                         self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
                     return epoch
                 except LinkError as error:
-                    if time.monotonic() >= deadline:
+                    if time.monotonic() >= deadline and not isinstance(error, Fenced):
                         self.check()  # nothing raised: the link is fine, and only the backup slow
                         # The reason why a link broke is more useful than the timeout.
                         raise (lost or error) from None
@@ -237,8 +241,7 @@ class Primary:
             is_on_its_way = bool(self._window.lag)  # read first: a commit in between would hide it
             if self._window.has_committed(epoch):
                 return True
-            if self._fenced is not None:
-                raise self._fenced
+            self._fenced.check()
             if not (is_patient and self.is_running) or self.ended:
                 self.check()
                 if self._link is None:
@@ -334,8 +337,7 @@ class Primary:
 
         deadline: when to give up and raise the last error; end: when to stop in any case, connected or not
         """
-        if self._fenced is not None:
-            raise self._fenced
+        self._fenced.check()
         if self._link is not None and self._is_torn:
             # Half a checkpoint has been sent: only a new session can undo that.
             self._lost(LinkError("a checkpoint broke off"))
@@ -406,7 +408,7 @@ class Primary:
             for fd in self._source.stopper.death_fds():
                 poll.register(fd, select.POLLIN)
             if self._stop is not None:
-                poll.register(self._stop.fd, select.POLLIN)
+                poll.register(self._stop, select.POLLIN)
         return bool(poll.poll(int(self.left_s(seconds) * 1000)))
 
     def _open(self) -> None:
@@ -491,7 +493,8 @@ class Primary:
 
     def _lost(self, error: LinkError) -> None:
         if isinstance(error, Fenced):
-            self._fenced, self.ended = error, "fenced"
+            self._fenced.tell(error, self.left_s(math.inf))
+            self.ended = "fenced"
         link = self._link
         if link is not None:
             link.close()
@@ -502,10 +505,6 @@ class Primary:
                 self._backoff_s = 0.0
         self._metrics.set_connected(self.name, False)
         self._bell.ring()
-        if isinstance(error, Fenced):
-            self._metrics.fence(self.name)
-            log("fenced", level=logging.ERROR, name=self.name, term=error.term)
-            raise error
         if isinstance(error, Refused) and error.code in LASTING:
             raise error
         if link is not None:
@@ -597,4 +596,4 @@ class Primary:
     def check(self) -> None:
         """Raise the error that ended the link, if one did."""
         if (link := self._link) is not None:
-            link.check()
+            self._fenced.watch(link.check)

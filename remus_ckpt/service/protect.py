@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from remus_ckpt.errors import LinkError, RemusError
+from remus_ckpt.errors import Fenced, LinkError, RemusError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
@@ -65,6 +65,7 @@ def protect(
     lock: Lock | None = None,
     device_state: Callable[[], bytes] = bytes,
     on_commit: Callable[[Committed], None] | None = None,
+    on_fenced: Callable[[Fenced], None] | None = None,
     codec: StreamCodec = "delta",
     window: int = 2,
     wait: Level = "durable",
@@ -87,6 +88,9 @@ def protect(
     on_commit: called for each commit, in a thread of its own: output held back for it may now go out. Exceptions from
         it are logged, and later commits are still delivered. If it does not return, checkpoints and `close` eventually
         wait for it, and raise when their time runs out
+    on_fenced: called when this side learns that another has taken over, before anything else: stop the work here. With
+        `interval_s`, the thread calls it, at once; otherwise the call that raises Fenced does. Exceptions from it are
+        logged. It must not call the protection
     window, wait, compression, codec, term: as for `Primary`
     insecure: allow plain tcp:// to another machine
     tracking, audit: how written pages are found, as for `OwnMemory`
@@ -117,6 +121,7 @@ def protect(
         compression=compression,
         term=term,
         on_commit=on_commit,
+        on_fenced=on_fenced,
         metrics=metrics,
         stop=stop,
     )

@@ -117,7 +117,7 @@ class ReleaseCommand:
         poll = select.poll()
         poll.register(self._pipe.fileno(), 0)  # POLLERR (always reported): nobody has the other end
         poll.register(self._shell.fileno(), 0)  # POLLHUP: it has ended, even if a child still has the pipe
-        poll.register(self._is_over.fd, select.POLLIN)
+        poll.register(self._is_over, select.POLLIN)
         poll.poll()
         if not self._is_over.is_set:
             self.is_gone = True

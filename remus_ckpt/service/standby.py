@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError
@@ -28,7 +29,7 @@ from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.takeover import Takeover
 from remus_ckpt.session.frames import COMPRESSIONS
 from remus_ckpt.session.messages import Hello, StreamShape, Welcome
-from remus_ckpt.store import HistoryWriter
+from remus_ckpt.store import HistoryWriter, PeerIdentity, State
 from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 
@@ -53,8 +54,8 @@ class Visitor(Protocol):
         """When the primary was last known to be alive."""
 
     @property
-    def peer(self) -> str:
-        """The primary's address and name."""
+    def identity(self) -> PeerIdentity:
+        """Who the primary is."""
 
     def end(self, code: str, message: str, term: int | None = None) -> None:
         """Tell the primary that the session is over, and why; the session's thread ends."""
@@ -89,10 +90,8 @@ class Standby:
             self._changed,
             situation=self._situation,
             dismiss=self._dismiss_visitor,
-            last_peer=lambda: self._last_peer,
         )
         self._visitor: Visitor | None = None
-        self._last_peer = ""
         self._heard: float | None = None  # in past sessions; an open session has its own
         self._listening_since = self._looked_at = time.monotonic()
         self._by_hand: ByHand | None = None  # a takeover that a waiting user has asked for
@@ -114,7 +113,7 @@ class Standby:
         try:
             self._metrics.set_term(self.name, term)
             self._metrics.set_connected(self.name, True)
-            log("primary connected", name=self.name, peer=visitor.peer, term=term)
+            log("primary connected", name=self.name, peer=visitor.identity.text, term=term)
             yield self._writer
         except (StreamError, LinkError, TimeoutError, Refusal):
             raise
@@ -164,7 +163,9 @@ class Standby:
                         term,
                     )
                 case failover.Busy():
-                    raise Refusal("busy", f"{self.name!r} is being protected by another primary, {self._last_peer}")
+                    assert current is not None
+                    other = current.identity.text
+                    raise Refusal("busy", f"{self.name!r} is being protected by another primary, {other}")
                 case Accepted(term):
                     self._await_fence()
                     if current is not None and is_over:
@@ -173,20 +174,35 @@ class Standby:
                         # "fenced" is final: the term must be durable before a primary is told.
                         self._durable.write(term=term)
                         self._dismiss(current, "fenced", f"a primary of term {term} has come", term)
-                    self._durable.write(term=term, role="standby", expects_primary=True, takeover_done=False)
+                    self._seat(visitor, term, state)
+            return term
+
+    def _seat(self, visitor: Visitor, term: int, before: State) -> None:
+        """Make a primary the visitor, durably. before: the state in force until now
+
+        Raises RemusError. If the term is still the same, the primary to fence is then the one before: that is written
+        before a fence starts.
+        """
+        try:
+            # The fence must know whom to stop, also after a restart: the identity is durable before the first commit.
+            self._durable.write(
+                term=term, role="standby", expects_primary=True, takeover_done=False, peer=asdict(visitor.identity)
+            )
             with self._changed:
                 self._check_open()
                 # A user may have asked for a takeover during the disk write. If the store was promoted already, the
                 # request was for what this primary continues from, not for this primary's end.
-                if state.role != "promoted":
+                if before.role != "promoted":
                     self._check_unwanted()
                 self._by_hand = None
                 self._takeover.begin_term()
                 self._visitor = visitor
-                self._last_peer = visitor.peer
                 self._heard = time.monotonic()
                 self._changed.notify_all()
-                return term
+        except RemusError:
+            if self._durable.state.term == before.term:
+                self._durable.owe(peer=before.more.get("peer"))
+            raise
 
     def _check_open(self) -> None:
         if self.broken is not None:
@@ -225,7 +241,7 @@ class Standby:
         visitor.end(code, message, term)
         with self._changed:
             if not self._changed.wait_for(lambda: self._visitor is not visitor, self._bound_s):
-                raise Refusal("busy", f"the session of {visitor.peer} has not ended yet: try again")
+                raise Refusal("busy", f"the session of {visitor.identity.text} has not ended yet: try again")
 
     def _dismiss_visitor(self, code: str, message: str) -> None:
         """End whichever session is open, for a caller that keeps others from being let in meanwhile."""
@@ -431,6 +447,7 @@ class Standby:
             state = self._durable.state
             visitor = self._visitor
             heard = self._heard if visitor is None else visitor.heard
+            peer = self._durable.peer
             return (
                 self._metrics.backup_status(self.name)
                 | {
@@ -440,7 +457,7 @@ class Standby:
                     "position": self._durable.whole_position,
                     "memory_bytes": None if self._writer.memory is None else len(self._writer.memory) * PAGE_SIZE,
                     "connected": visitor is not None,
-                    "peer": self._last_peer or None,
+                    "peer": peer and peer.text,
                     "silent_s": None if heard is None else round(now - heard, 3),
                 }
                 | self._takeover.status(now)

@@ -33,7 +33,6 @@ class Takeover:
     situation: what a decision rests on now; called with the lock held
     dismiss: ends the open session, if there is one, with this code and message. Raises Refusal if its thread does not
         return from the disk
-    last_peer: address and certificate name of the primary that was heard last
 
     `run_fence`, `promote` and `run_takeover` each run in a thread of their own, without the lock. They return False if
     the disk stopped them: then nothing is tried for a while. The other methods need the lock where they say so.
@@ -48,7 +47,6 @@ class Takeover:
         *,
         situation: Callable[[], Situation],
         dismiss: Callable[[str, str], None],
-        last_peer: Callable[[], str],
     ) -> None:
         self.name = durable.name
         self._durable = durable
@@ -57,7 +55,6 @@ class Takeover:
         self._lock = lock
         self._situation = situation
         self._dismiss = dismiss
-        self._last_peer = last_peer
         self.fence = Command() if policy.fence else None
         self.command = Command() if policy.on_failover else None
         """The takeover command. Whoever starts `run_takeover` stores the run that has begun here (`run_fence`: in
@@ -174,8 +171,17 @@ class Takeover:
             with self._lock:
                 if not self._needs_fence(time.monotonic()):
                     return None
-            log("fencing", level=logging.WARNING, name=self.name, peer=self._last_peer())
-            shell = self._shell(self._policy.fence, {"REMUS_PEER": self._last_peer()})
+            peer = self._durable.peer
+            log("fencing", level=logging.WARNING, name=self.name, peer=peer and peer.text)
+            shell = self._shell(
+                self._policy.fence,
+                {
+                    "REMUS_PEER": peer.text if peer else "",
+                    "REMUS_PEER_HOST": peer.host if peer else "",
+                    "REMUS_PEER_PORT": str(peer.port) if peer and peer.port else "",
+                    "REMUS_PEER_CERT": peer.certificate if peer else "",
+                },
+            )
             with self._lock:
                 self._fencing = shell
                 self.end_vain_fence(time.monotonic())

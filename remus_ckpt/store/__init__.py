@@ -19,7 +19,7 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.store.history import Bad, History, Report
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Entry, Shape
-from remus_ckpt.store.state import Role, State, is_history
+from remus_ckpt.store.state import PeerIdentity, Role, State, is_history
 from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.survey import Lost, Survey
 from remus_ckpt.store.warm import WarmCopyDamaged
@@ -31,6 +31,7 @@ __all__ = [
     "History",
     "HistoryWriter",
     "Lost",
+    "PeerIdentity",
     "Report",
     "Retention",
     "Role",

@@ -22,7 +22,7 @@ from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.record import CheckpointRecord
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import Signature
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 COMPACT_BYTES = 64 * MIB
 COMPACT_CHECKPOINTS = 20_000
@@ -66,7 +66,7 @@ class Compaction:
         self._touched = np.zeros(len(memory), dtype=bool)
         self._sent = np.zeros(len(memory), dtype=bool)
         self._shape = shape
-        self._writer = Writer(shape.word)
+        self._stream = EventWriter(shape.word)
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._thread = threading.Thread(target=self._run, name="compaction", daemon=True)
@@ -195,7 +195,7 @@ class Compaction:
             self._write(batch, fd)
 
     def _write(self, event: events.Event, fd: int | None = None) -> None:
-        self.written += write_all(self.fd if fd is None else fd, self._writer.write(event))
+        self.written += write_all(self.fd if fd is None else fd, self._stream.write(event))
 
     def _discard(self) -> None:
         fd, self.fd = self.fd, -1

@@ -9,7 +9,7 @@ import hashlib
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Protocol
@@ -94,43 +94,38 @@ def leftovers(directory: Path, warm: Path) -> list[Path]:
     return [path for where, pattern in (*patterns, partial) for path in where.glob(pattern)]
 
 
-def read_segments(
-    directory: Path,
-    state: State,
-    indexed: dict[str, Contents],
-    *,
-    limits: Limits | None,
-    new_home: Callable[[], MappedFile],
-    fill: Fill,
-) -> Found:
-    """Read all segments. All but the newest have been synced, so the index may name what they hold.
+@dataclass(slots=True)
+class Recovery:
+    """Reads all segments, once. All but the newest have been synced, so the index may name what they hold.
 
-    indexed: what the index says; limits: what streams may claim
-    Raises StoreError if a file cannot be read, or has a later format.
+    state: what store.json says
+    indexed: what the index says; the caller's dictionary stays as it is
+    limits: what streams may claim
+    new_home: makes a place for a warm copy
     """
-    return _Reading(directory, state, indexed, limits, new_home, fill).found()
 
+    directory: Path
+    state: State
+    indexed: dict[str, Contents]
+    limits: Limits | None
+    new_home: Callable[[], MappedFile]
+    fill: Fill
+    _names: list[str] = field(init=False)
+    _newest: Newest | None = field(init=False, default=None)
+    _highest: int = field(init=False)
+    _warnings: list[str] = field(init=False, default_factory=list)
 
-class _Reading:
-    def __init__(
-        self,
-        directory: Path,
-        state: State,
-        indexed: dict[str, Contents],
-        limits: Limits | None,
-        new_home: Callable[[], MappedFile],
-        fill: Fill,
-    ) -> None:
-        self._directory, self._segments = directory, directory / segments.DIRECTORY
-        self._state = state
-        self._indexed = dict(indexed)
-        self._limits, self._new_home, self._fill = limits, new_home, fill
-        self._names = list_segments(directory)
-        self._newest: Newest | None = None
-        self._highest = -1 if state.highest_epoch is None else state.highest_epoch
-        self._warnings: list[str] = []
+    def __post_init__(self) -> None:
+        self.indexed = dict(self.indexed)
+        self._names = list_segments(self.directory)
+        self._highest = -1 if self.state.highest_epoch is None else self.state.highest_epoch
+
+    @property
+    def _segments(self) -> Path:
+        return self.directory / segments.DIRECTORY
 
     def found(self) -> Found:
+        """Read them. Raises StoreError if a file cannot be read, or has a later format."""
         try:
             return self._found()
         except BaseException:
@@ -144,12 +139,12 @@ class _Reading:
         oldest = sequence_of(names[0]) if names else -1
         damaged = {
             name: why
-            for name, why in self._state.damaged.items()
+            for name, why in self.state.damaged.items()
             if name in there or (is_segment(name) and sequence_of(name) > oldest)
         }
         known: dict[str, Contents] = {}
         for name in reversed(names):
-            said = self._indexed.get(name)
+            said = self.indexed.get(name)
             self._see(first_epoch_of(name), said)
             may_be_newest = self._newest is None
             with guarding(self._segments / name):
@@ -157,30 +152,30 @@ class _Reading:
             if may_be_newest or said is None:
                 damaged.pop(name, None)  # it has been examined again
             if not may_be_newest and (said is None or contents.end != said.end):
-                self._indexed[name] = replace(contents)  # it is in the index now
+                self.indexed[name] = replace(contents)  # it is in the index now
             known[name] = contents
             self._see(-1, contents)
             if reason is not None:
                 damaged[name] = reason
-        gone = sorted((name for name in self._indexed.keys() - there), key=sequence_of)
+        gone = sorted((name for name in self.indexed.keys() - there), key=sequence_of)
         if names:
             # The oldest ones are gone because they were pruned.
             gone = [name for name in gone if sequence_of(name) > oldest]
         for name in gone:
             self._warn([f"{name}: the index names it, and it is not there"])
-            self._see(-1, self._indexed[name])
-            lost = self._indexed[name].epochs
+            self._see(-1, self.indexed[name])
+            lost = self.indexed[name].epochs
             damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
         damaged = _bounded(damaged)
         all_contents = [known[name] for name in names]
         self._warn(_gaps(all_contents, damaged))
         self._warn(f"{name}: {damaged[name]}" for name in names if name in damaged)
-        state, newest = self._state, self._newest
+        state, newest = self.state, self._newest
         if damaged != state.damaged or gone:
             state = replace(state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None)
         if gone and newest is not None and sequence_of(gone[-1]) > sequence_of(newest.name):
             newest = replace(newest, is_sealed=True)
-        return Found(all_contents, self._indexed, newest, self._highest, state, self._warnings)
+        return Found(all_contents, self.indexed, newest, self._highest, state, self._warnings)
 
     def _warn(self, warnings: Iterable[str]) -> None:
         self._warnings += islice(warnings, MAX_WARNINGS - len(self._warnings))
@@ -191,13 +186,13 @@ class _Reading:
 
     def _read_newest(self, name: str, known: Contents | None) -> tuple[Contents, str | None]:
         """Replay what may be the newest segment; returns what it holds and, if it is damaged, how."""
-        limits = self._limits or Limits()
+        limits = self.limits or Limits()
         if known is not None and known.shape is not None and known.shape.p2m_size * PAGE_SIZE > limits.memory_bytes:
             raise StoreError(
-                f"{self._directory}: memory of {known.shape.p2m_size * PAGE_SIZE} bytes is over the limit memory_bytes "
+                f"{self.directory}: memory of {known.shape.p2m_size * PAGE_SIZE} bytes is over the limit memory_bytes "
                 f"of {limits.memory_bytes}"
             )
-        home = self._new_home()
+        home = self.new_home()
         try:
             fd = open_to_read(self._segments / name)
             try:
@@ -229,7 +224,7 @@ class _Reading:
     def _replay(self, name: str, fd: int, home: MappedFile) -> tuple[Restorer, Contents]:
         contents = Contents(name)
         with hashing() as new_digest:
-            restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
+            restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
             try:
                 for staged in replay(fd, restorer):
                     contents.add(entry_of(staged, name))
@@ -245,11 +240,11 @@ class _Reading:
         """Examine an older segment: trust the index if the size is right, and add to it what is missing."""
         size = (self._segments / name).stat().st_size
         if known is not None and known.last is not None:
-            is_explained = known.end == size or (known.size == size and name in self._state.damaged)
+            is_explained = known.end == size or (known.size == size and name in self.state.damaged)
             if is_explained and known.size in (size, None):
                 return replace(known, size=size), None
         contents = Contents(name, size=size)
-        self._fill(contents, end=size)
+        self.fill(contents, end=size)
         if contents.fault is not None:
             return contents, str(contents.fault)
         if contents.last is None:

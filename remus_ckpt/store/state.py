@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from remus_ckpt.disk import guarding, keep_room, open_to_read, replace_file, spare_of, sync_directory, sync_file
 from remus_ckpt.errors import StoreError
@@ -22,6 +23,58 @@ _BLOCK, _SLACK = 4096, 1024
 _TRIES = 20
 
 Role = Literal["standby", "promoted"]
+
+_MAX_TEXT = 300
+_HOST = re.compile(r"[0-9A-Za-z:][0-9A-Za-z:.%_-]{0,99}|", re.ASCII)
+_CERTIFICATE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}|", re.ASCII)
+_MAX_PORT = 0xFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """Who a primary is, as its connection shows it.
+
+    The values come from that primary, and get into the environment of a shell command: `host` and `certificate` hold
+    nothing that a shell would read as more than a word or an option.
+
+    text: address and name for users, of 1 to 300 printable characters
+    host, port: its end of the connection, with a numeric address; "" and 0 on a Unix socket
+    certificate: the name in its certificate; "" without TLS, or if the name is not made of 1 to 64 letters, digits,
+        dots, underscores and dashes, the first a letter or a digit
+    Raises ValueError if a value breaks these rules.
+    """
+
+    text: str
+    host: str = ""
+    port: int = 0
+    certificate: str = ""
+
+    def __post_init__(self) -> None:
+        is_good = (
+            0 < len(self.text) <= _MAX_TEXT
+            and self.text.isprintable()
+            and _HOST.fullmatch(self.host)
+            and 0 <= self.port <= _MAX_PORT
+            and _CERTIFICATE.fullmatch(self.certificate)
+        )
+        if not is_good:
+            raise ValueError(f"a peer of {asdict(self)!r:.200}")
+
+    @classmethod
+    def shown(cls, text: str, *, host: str = "", port: int = 0, certificate: str | None = None) -> Self:
+        """The identity of a peer that may have chosen the text and the name in its certificate freely: what could not
+        be printed becomes U+FFFD, and a name that is more than a word is left out."""
+        text = "".join(one if one.isprintable() else "\ufffd" for one in text[:_MAX_TEXT])
+        word = certificate if certificate and _CERTIFICATE.fullmatch(certificate) else ""
+        return cls(text, host=host, port=port, certificate=word)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Read what `dataclasses.asdict` has given; other keys are ignored. Raises ValueError, TypeError, KeyError."""
+        if type(value) is not dict:
+            raise TypeError(f"peer is {value!r:.40}")
+        texts = {key: _typed(value, key, str) for key in ("text", "host", "certificate")}
+        return cls(port=_typed(value, "port", int), **texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +279,8 @@ def _check_more(more: dict[str, Any]) -> None:
             _typed(more, name, bool)
     if more.get("fencing") is not None:
         _number(more, "fencing")
+    if more.get("peer") is not None:
+        PeerIdentity.from_json(more["peer"])
     if more.get("handed_out") is not None:
         given = _typed(more, "handed_out", dict)
         for name in ("position", "boot"):

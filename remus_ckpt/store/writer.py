@@ -24,7 +24,7 @@ from remus_ckpt.store.directory import HistoryDirectory
 from remus_ckpt.store.hand_over import HandOver
 from remus_ckpt.store.history import History
 from remus_ckpt.store.pruning import Pruner
-from remus_ckpt.store.recovery import MAX_WARNINGS, leftovers, read_segments
+from remus_ckpt.store.recovery import MAX_WARNINGS, Recovery, leftovers
 from remus_ckpt.store.retention import Retention
 from remus_ckpt.store.segments import Contents, Entry, Shape, entry_of, record_of, shape_of
 from remus_ckpt.store.state import Role, State, StateFile
@@ -118,14 +118,9 @@ class HistoryWriter:
             with guarding(path):
                 path.unlink(missing_ok=True)
         self._own.sync()
-        found = read_segments(
-            self.directory,
-            self.state,
-            self._index.load(),
-            limits=self._limits,
-            new_home=self._own.new_home,
-            fill=self._index.fill,
-        )
+        found = Recovery(
+            self.directory, self.state, self._index.load(), self._limits, self._own.new_home, self._index.fill
+        ).found()
         for warning in found.warnings:
             self._note(warning)
         self._highest = found.highest_epoch

@@ -1,4 +1,4 @@
-"""The legacy save stream as bytes and events: one grammar, a reader and a writer (specs/stream.md).
+"""The legacy save stream, from bytes to events and back, by one grammar (specs/stream.md).
 
 No I/O, no clock.
 """

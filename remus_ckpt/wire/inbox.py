@@ -1,9 +1,9 @@
-"""The bytes that a parser has received and not yet consumed: the one buffer under every parser. No I/O.
+"""Bytes received but not yet parsed: the one buffer under every parser. No I/O.
 
-Whoever owns the socket or the file asks for room (`get_buffer`), fills it and says how much (`buffer_updated`), or
-hands over bytes that are there already (`feed`). The parser is a generator that yields None where it needs more; it
-consumes with `have` and `skip`, `unpack`, `array`. Parsing moves no byte: what was received stays where it lies until
-the next call of `get_buffer`, so that its owner can store it after it was parsed.
+The owner of the socket or file asks for room (`get_buffer`), fills it and says how much came (`buffer_updated`), or
+hands over bytes it already has (`feed`). The parser is a generator that yields None when it needs more; it consumes
+with `have` and `skip`, `unpack`, or `array`. Parsing moves no bytes: what was received stays in place until the next
+call of `get_buffer`, so that the owner can store it after it has been parsed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from remus_ckpt.pages import Buffer
 
 _GROWTH = 4
-"""A long payload's memory grows by this factor as its bytes come, so that a length alone costs nothing."""
+"""The memory of a long payload grows by this factor as its bytes arrive, so that a length alone costs nothing."""
 
 Waits = Generator[None, None, None]
 
 
 class End(Exception):
-    """The bytes end where more were needed."""
+    """The bytes end although more are needed."""
 
 
 class Inbox:
     """Bytes received, in order.
 
-    size: of the buffer; `have` and `peek` reach so far at most
-    first_bytes: memory taken for a payload of any length before its bytes have come
-    on_consumed: called with the bytes that were consumed, each once and in order, by `settle` at the latest
+    size: of the buffer, and the most that `have` and `peek` can reach
+    first_bytes: memory allocated for a payload of any length before its bytes arrive
+    on_consumed: called with the consumed bytes, each once and in order, by `settle` at the latest
     """
 
     def __init__(self, size: int, *, first_bytes: int, on_consumed: Callable[[memoryview], None] | None = None) -> None:
@@ -44,8 +44,8 @@ class Inbox:
         self.reset(0)
 
     def reset(self, offset: int) -> None:
-        """Drop everything; the next byte that comes is number `offset` of the stream."""
-        self._begin = self._stop = 0  # what of the buffer is received and not yet consumed
+        """Drop everything; the next byte to arrive is number `offset` of the stream."""
+        self._begin = self._stop = 0  # the part of the buffer that is received but not consumed
         self._told = 0  # how far into the buffer on_consumed has been called
         self._base = offset  # the number of the buffer's first byte
         self._target: memoryview | None = None  # the rest of a payload that is received in place
@@ -59,18 +59,18 @@ class Inbox:
 
     @property
     def buffered(self) -> int:
-        """Bytes received and not yet consumed."""
+        """Bytes received but not yet consumed."""
         return self._stop - self._begin + sum(map(len, self._pending))
 
     @property
     def is_over(self) -> bool:
-        """Whether all has been consumed and nothing more will come."""
+        """Whether everything has been consumed and nothing more will come."""
         return self._is_eof and not self.buffered
 
-    # For whoever brings the bytes
+    # For the owner of the socket or file
 
     def get_buffer(self) -> memoryview:
-        """Room to receive into, one byte or more. Raises BufferError where the parser has not been run."""
+        """Room to receive into, at least one byte. Raises BufferError if the parser has not been run."""
         if self._target is not None:
             return self._target
         if self._begin or self._stop == len(self._small):
@@ -80,14 +80,14 @@ class Inbox:
         return self._view[self._stop :]
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes were received into what `get_buffer` returned."""
+        """`size` bytes were received into the room that `get_buffer` returned."""
         if self._target is not None:
             self._target = self._target[size:]
         else:
             self._stop += size
 
     def feed(self, data: Buffer) -> None:
-        """Bytes that are there already; they are kept, not copied, until the parser comes to them."""
+        """Take bytes from the caller; they are kept, not copied, until the parser reaches them."""
         if len(data):
             self._pending.append(memoryview(data).cast("B"))
 
@@ -96,7 +96,7 @@ class Inbox:
         self._is_eof = True
 
     def pull(self) -> bool:
-        """Take in some of what was fed; whether there was any."""
+        """Move some of the fed bytes into the buffer; returns whether there were any."""
         if not self._pending:
             return False
         data = self._pending.popleft()
@@ -118,7 +118,7 @@ class Inbox:
     # For the parser
 
     def settle(self) -> None:
-        """Call on_consumed for all that has been consumed."""
+        """Call on_consumed for everything consumed so far."""
         if self._on_consumed is not None and self._told < self._begin:
             self._on_consumed(self._view[self._told : self._begin])
         self._told = self._begin
@@ -131,7 +131,7 @@ class Inbox:
             yield
 
     def peek(self, size: int) -> Generator[None, None, bytes]:
-        """The next bytes, fewer only where the stream ends; they stay."""
+        """The next bytes, without consuming them; fewer only at the end of the stream."""
         try:
             yield from self.have(size)
         except End:
@@ -139,11 +139,11 @@ class Inbox:
         return bytes(self._view[self._begin : self._begin + size])
 
     def front(self, most: int) -> memoryview:
-        """What there is of the next `most` bytes; they stay, here, until the next `get_buffer`."""
+        """Up to `most` of the bytes that have arrived, without consuming them; valid until the next `get_buffer`."""
         return self._view[self._begin : min(self._begin + most, self._stop)]
 
     def skip(self, size: int) -> None:
-        """Consume bytes that are there."""
+        """Consume bytes that have arrived."""
         self._begin += size
 
     def unpack(self, layout: struct.Struct) -> Generator[None, None, tuple[Any, ...]]:
@@ -154,7 +154,7 @@ class Inbox:
         return values
 
     def array(self, size: int) -> Generator[None, None, NDArray[np.uint8]]:
-        """Consume a payload of any length, received where it stays: uint8[size]. Raises End."""
+        """Consume a payload of any length, received in place: uint8[size]. Raises End."""
         data = np.empty(min(size, self._first_bytes), dtype=np.uint8)
         filled = 0
         while True:
@@ -186,11 +186,11 @@ class Inbox:
             self._on_consumed(target[take:])
 
     def received(self, size: int) -> None:
-        """So many bytes came and were consumed elsewhere: the buffer is empty, and was passed by."""
+        """`size` bytes were received and consumed elsewhere, past the empty buffer."""
         self._base += size
 
     def drain(self) -> Waits:
-        """Consume, and drop, whatever comes."""
+        """Consume and drop whatever comes."""
         while True:
             self._begin = self._stop
             yield

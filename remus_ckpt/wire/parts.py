@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside memory, and how it stands in our record (specs/manifest.md §1).
+"""What a checkpoint holds besides memory, and its form in our record (specs/manifest.md §1).
 
-The record has one field for all of it, the device state (specs/stream.md §9.2); the bytes of that field are what the
-position is made of.
+The record has one field for all of it, the device state (specs/stream.md §9.2); the position is computed from the bytes
+of that field.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a checkpoint beside memory.
+    """The parts of a checkpoint besides memory.
 
     device_state: the user's own bytes, or a device model's
-    manifest: the map that names what lies in memory (specs/manifest.md §2), None if there is none
+    manifest: the map that names what is in memory (specs/manifest.md §2), None if there is none
     """
 
     device_state: bytes = b""
     manifest: bytes | None = None
 
     def pack(self) -> bytes:
-        """The bytes that stand for them in the record. `unpack` gives them back."""
+        """Their bytes in the record; `unpack` reads them back."""
         if self.manifest is None:
             return self.device_state
         return b"".join((HEAD.pack(MAGIC, VERSION, len(self.manifest)), self.manifest, self.device_state))
 
     @classmethod
     def unpack(cls, data: Buffer, *, limits: Limits = _LIMITS) -> Parts:
-        """What `pack` wrote, from anywhere. A device state alone must not begin as a manifest does.
+        """Read what `pack` wrote, from an untrusted source. A device state alone must not begin like a manifest.
 
-        Raises Malformed, LimitExceeded, or UnknownFormat for a version that is not known here.
+        Raises Malformed, LimitExceeded, or UnknownFormat for an unknown version.
         """
         view = memoryview(data).cast("B")
         if view[: len(MAGIC)] != MAGIC:
@@ -52,7 +52,7 @@ class Parts:
         _, version, size = HEAD.unpack_from(view)
         if version != VERSION:
             raise UnknownFormat(
-                f"a manifest of version {version}; {VERSION} is read here: restore it with a newer remus_ckpt",
+                f"the manifest has version {version}; this program reads {VERSION}: restore it with a newer remus_ckpt",
                 offset=8,
                 section=_SECTION,
             )

@@ -1,4 +1,4 @@
-"""The record that streams of our own carry in their tail: number, position, time and checksum (specs/stream.md §9)."""
+"""The record in the tail of our own streams: number, position, time and checksum (specs/stream.md §9)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECORD_SECTION = "stream.md §9.2"
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Names a state: its number, and a chain of digests. It survives re-encoding; a digest names bytes.
+    """Names a state by its number and a chain of digests. It survives re-encoding, which a digest of bytes does not.
 
     epoch: number of the checkpoint, 0 for the first
     digest: 32 bytes
@@ -30,7 +30,7 @@ class Position:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.epoch, int) and 0 <= self.epoch < 1 << 63):
-            raise ValueError(f"epoch {self.epoch!r} is no number of a checkpoint")
+            raise ValueError(f"epoch {self.epoch!r} is not the number of a checkpoint")
         if not (isinstance(self.digest, bytes) and len(self.digest) == DIGEST_BYTES):
             raise ValueError(f"a digest has {DIGEST_BYTES} bytes")
 
@@ -41,10 +41,10 @@ class Position:
     def after(
         cls, before: Position | None, body_digest: bytes, device_state: bytes, *, first_epoch: int = 0
     ) -> Position:
-        """The position that follows `before` (None: nothing), by what the checkpoint held when first written.
+        """The position that follows `before` (None: nothing), from what the checkpoint held when it was first written.
 
         body_digest: SHA-256 of the checkpoint's bytes up to the end of its body (specs/stream.md §9.3)
-        first_epoch: the number of a checkpoint that follows nothing
+        first_epoch: the number of a checkpoint that follows none
         """
         epoch = first_epoch if before is None else before.epoch + 1
         chain = hashlib.sha256(b"remus position 1\0")
@@ -57,13 +57,13 @@ class Position:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """What the tail of one of our checkpoints says, but for its checksum.
+    """What the tail of one of our checkpoints says, without its checksum.
 
-    epoch: number of the checkpoint; time_ns: when it was taken, as the caller says, or None
+    epoch: number of the checkpoint; time_ns: when it was taken, according to the caller, or None
     codec: of the compressed checkpoints of this stream
     before, after: the position that this checkpoint follows (None: nothing) and the one that it makes
     device_state: the user's own bytes
-    memory_bytes: of memory, which may end within its last page; None: with it
+    memory_bytes: size of memory if it ends within its last page, else None
     """
 
     epoch: int
@@ -75,7 +75,7 @@ class CheckpointRecord:
     memory_bytes: int | None = None
 
     def pack(self) -> bytes:
-        """The record's bytes without the SHA-256 that stands behind them."""
+        """The record's bytes, without the SHA-256 that follows them."""
         fields = {
             "version": RECORD_VERSION,
             "epoch": self.epoch,
@@ -94,7 +94,7 @@ class CheckpointRecord:
     def unpack(cls, data: bytes, offset: int) -> CheckpointRecord:
         """Read what `pack` wrote.
 
-        offset: where it stands in the stream
+        offset: of the record in the stream
         Raises Malformed, or UnknownFormat for a later version.
         """
         if not data.startswith(RECORD_MAGIC):

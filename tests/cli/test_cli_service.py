@@ -296,7 +296,7 @@ def test_status_says_what_is_wrong_and_nothing_where_all_is_well(
         (tmp_path / "fenced").touch()
         until(lambda: served.ask()["names"]["orders"]["takeover_retry_s"] is not None)
         until(lambda: "takeover failed" in said())
-        assert "fence" not in said()
+        assert "  fence" not in said()
         (tmp_path / "taken").touch()
         until(lambda: "takeover succeeded" in said())
 

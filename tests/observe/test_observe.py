@@ -477,7 +477,11 @@ def unit_lines(path: Path, key: str) -> list[str]:
 def test_units_start_commands_that_exist(path: Path) -> None:
     (start,) = unit_lines(path, "ExecStart")
     program, name, *arguments = start.split()
-    assert program == "remus-ckpt"
+    assert program == "/opt/remus-ckpt/bin/remus-ckpt"
+    venv = Path(program).parents[1]
+    install = f"python3 -m venv {venv} && {venv}/bin/pip install ."
+    assert install in path.read_text()
+    assert install in (UNITS.parents[1] / "README.md").read_text()
     group = typer.main.get_command(app)
     command = group.get_command(typer.Context(group), name)  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
@@ -492,7 +496,7 @@ def test_systemd_understands_the_units(tmp_path: Path, path: Path) -> None:
     assert unit_lines(path, "WatchdogSec")
     unit = tmp_path / path.name.replace("@.", "@orders.")
     # The command need not be installed where the tests run.
-    unit.write_text(text.replace("ExecStart=remus-ckpt", f"ExecStart={sys.executable}"))
+    unit.write_text(text.replace("ExecStart=/opt/remus-ckpt/bin/remus-ckpt", f"ExecStart={sys.executable}"))
     ran = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, check=False, text=True
     )

@@ -13,7 +13,7 @@ import remus_ckpt
 PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "forks", "pages", "limits", "version"},
+    {"errors", "forks", "pages", "limits", "version", "flag"},
     {"codec", "wire", "disk"},
     {"session", "sender", "restorer", "memory", "image"},
     {"source", "link", "compressed"},

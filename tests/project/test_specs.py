@@ -22,7 +22,7 @@ from remus_ckpt.pages import PAGE_SIZE, PageType
 from remus_ckpt.wire.xen.chunks import CHUNKS
 from remus_ckpt.wire.xen.reader import Reader
 from remus_ckpt.wire.xen.states import TRANSITIONS
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = ROOT / "specs"
@@ -143,7 +143,7 @@ def test_chunks(block: Block):
         seen.append(event)
     header, batch, *chunks = seen
     assert [getattr(event, "id", None) or _chunk_name(event) for event in chunks] == [_chunk(block)]
-    writer = Writer(word)
+    writer = EventWriter(word)
     for event in (header, batch):
         writer.write(event)
     assert b"".join(bytes(part) for part in writer.write(chunks[0])) == block.bytes()

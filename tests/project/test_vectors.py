@@ -39,7 +39,7 @@ from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.describe import describe
 from remus_ckpt.wire.xen.dialect import FRONTS, Dialect
 from remus_ckpt.wire.xen.reader import Reader
-from remus_ckpt.wire.xen.states import BODIES, KINDS, TRANSITIONS, Course, Kind, StreamState
+from remus_ckpt.wire.xen.states import BODIES, KINDS, TRANSITIONS, Course, EventKind, StreamState
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = ROOT / "specs"
@@ -492,31 +492,31 @@ def test_no_vector_names_a_section_that_does_not_exist():
 
 
 IN_A_BODY = {
-    Kind.BATCH,
-    Kind.COMPRESSED_DATA,
-    Kind.INFO,
-    Kind.LAST_CHECKPOINT,
-    Kind.ENABLE_COMPRESSION,
-    Kind.END_OF_BODY,
+    EventKind.BATCH,
+    EventKind.COMPRESSED_DATA,
+    EventKind.INFO,
+    EventKind.LAST_CHECKPOINT,
+    EventKind.ENABLE_COMPRESSION,
+    EventKind.END_OF_BODY,
 }
 """What the bytes of a body can say. What stands elsewhere is read as what belongs there: a tail in a body as a chunk, a
 chunk behind the id 0 as a tail, a batch in front of the header as p2m_size. So these pairs cannot be expressed."""
 
 
-def _kind(data: bytes) -> Kind | None:
+def _kind(data: bytes) -> EventKind | None:
     """What a body's next bytes are."""
     number = int.from_bytes(data[:4], "little", signed=True)
     if number >= 0:
-        return Kind.BATCH if number else Kind.END_OF_BODY
+        return EventKind.BATCH if number else EventKind.END_OF_BODY
     named = {
-        chunks.ChunkId.COMPRESSED_DATA: Kind.COMPRESSED_DATA,
-        chunks.ChunkId.ENABLE_COMPRESSION: Kind.ENABLE_COMPRESSION,
-        chunks.ChunkId.LAST_CHECKPOINT: Kind.LAST_CHECKPOINT,
+        chunks.ChunkId.COMPRESSED_DATA: EventKind.COMPRESSED_DATA,
+        chunks.ChunkId.ENABLE_COMPRESSION: EventKind.ENABLE_COMPRESSION,
+        chunks.ChunkId.LAST_CHECKPOINT: EventKind.LAST_CHECKPOINT,
     }
-    return named.get(number, Kind.INFO) if number in chunks.CHUNKS else None
+    return named.get(number, EventKind.INFO) if number in chunks.CHUNKS else None
 
 
-def _reached(vector: dict[str, Any]) -> set[tuple[StreamState, Kind]]:
+def _reached(vector: dict[str, Any]) -> set[tuple[StreamState, EventKind]]:
     """The pairs that a vector walks through, and the forbidden one that it ends with."""
     data = load_vector(FOLDER, vector)
     reader = Reader(Dialect(**vector["dialect"]), strict=vector["strict"])
@@ -529,8 +529,8 @@ def _reached(vector: dict[str, Any]) -> set[tuple[StreamState, Kind]]:
             kind = KINDS[type(event)]
             if isinstance(event, events.TailHvm) and event.signature is chunks.Signature.QEMU:
                 course.last_checkpoint = True
-            if kind is Kind.TAIL and course.last_checkpoint:
-                kind = Kind.LAST_TAIL
+            if kind is EventKind.TAIL and course.last_checkpoint:
+                kind = EventKind.LAST_TAIL
             pairs.add((course.state, kind))
             assert course.step(event) is not None
     except StreamError as error:
@@ -540,7 +540,7 @@ def _reached(vector: dict[str, Any]) -> set[tuple[StreamState, Kind]]:
         elif course.state is StreamState.HEADER or (course.state is StreamState.FRONT and error.offset == 0):
             xl = FRONTS["xl"].magic
             behind = data[len(xl) + 16 :] if data.startswith(xl) else data
-            kind = Kind.FILE_HEADER if behind.startswith(tuple(front.magic for front in FRONTS.values())) else None
+            kind = EventKind.FILE_HEADER if behind.startswith(tuple(front.magic for front in FRONTS.values())) else None
         if kind is not None and (course.state, kind) not in TRANSITIONS:
             pairs.add((course.state, kind))
     return pairs
@@ -548,7 +548,7 @@ def _reached(vector: dict[str, Any]) -> set[tuple[StreamState, Kind]]:
 
 def test_every_pair_of_the_table_is_reached():
     reached = set().union(*map(_reached, DECODE))
-    forbidden = {(body, kind) for body in BODIES for kind in IN_A_BODY} | {(StreamState.HEADER, Kind.FILE_HEADER)}
+    forbidden = {(body, kind) for body in BODIES for kind in IN_A_BODY} | {(StreamState.HEADER, EventKind.FILE_HEADER)}
     assert sorted(map(str, set(TRANSITIONS) - reached)) == []
     assert sorted(map(str, forbidden - set(TRANSITIONS) - reached)) == []
 

@@ -21,7 +21,7 @@ from limited import limit
 import remus_ckpt
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import StreamWriter
-from remus_ckpt.link.flag import Flag
+from remus_ckpt.flag import Flag
 from remus_ckpt.loop import CheckpointLoop, StopSignal
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
@@ -40,8 +40,8 @@ OURS = tuple(
         "loop.py", "sender.py", "codec/reference.py", "source/__init__.py", "source/compare.py",
         "source/lock.py", "source/own_memory.py", "source/track/kernel.py", "source/track/spans.py",
         "source/track/written.py", "source/track/linux.py", "wire/xen/writer.py",
-        "session/machine.py", "link/client.py", "link/connection.py", "link/flag.py", "files.py",
-        "service/primary.py", "service/protect.py", "service/turns.py", "service/window.py",
+        "session/machine.py", "link/client.py", "link/connection.py", "flag.py", "files.py",
+        "service/fenced.py", "service/primary.py", "service/protect.py", "service/turns.py", "service/window.py",
     )
 )  # fmt: skip
 assert all(map(os.path.exists, OURS))
@@ -218,7 +218,7 @@ def test_a_flag_that_is_interrupted() -> None:
     """At each instruction; `_leaves_nothing` looks for what it lost."""
     at = 0
     while True:
-        with interrupted(at, kind="opcode", files=(f"{HERE}/link/flag.py",)) as striking:
+        with interrupted(at, kind="opcode", files=(f"{HERE}/flag.py",)) as striking:
             flag = Flag()
             flag.set()
             assert select.select([flag], [], [], 0)[0]

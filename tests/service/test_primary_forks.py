@@ -84,7 +84,7 @@ def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls
         subprocess.run([sys.executable, "-c", ""], check=True, close_fds=False)
         advance()
         assert protection.status()["reconnects"] == 0
-        assert not select.select([memory.stop.fd], [], [], 0)[0], "the thread no longer keeps to its interval"
+        assert not select.select([memory.stop], [], [], 0)[0], "the thread no longer keeps to its interval"
         protection.close()
 
 

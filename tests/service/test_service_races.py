@@ -30,7 +30,7 @@ from remus_ckpt.service.standby import Policy, Refusal, Standby
 from remus_ckpt.session import messages
 from remus_ckpt.session.frames import FrameType
 from remus_ckpt.source.own_memory import OwnMemory
-from remus_ckpt.store import Store
+from remus_ckpt.store import PeerIdentity, Store
 
 
 def cut(proxy: Proxy, memory: Memory) -> None:
@@ -173,7 +173,7 @@ class Guest:
     def __init__(self, number: int, on_end: Callable[[], None] = lambda: None) -> None:
         self.run_id = bytes(15) + bytes([number])
         self.status: dict[str, Any] = {}
-        self.peer = f"guest {number}"
+        self.identity = PeerIdentity(f"guest {number}")
         self.heard = time.monotonic()
         self.ends: list[str] = []
         self._on_end = on_end
@@ -334,7 +334,7 @@ def test_closed_twice_nobody_elses_descriptor_is_touched(tmp_path: Path, in_thre
 
 def test_a_stop_signal_that_is_closed() -> None:
     stop = StopSignal()
-    number = stop.fd
+    number = stop.fileno()
     stop.close()
     other = os.memfd_create("other")
     try:

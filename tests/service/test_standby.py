@@ -234,7 +234,7 @@ def being_let_in(disk: Disk, standby: Standby, guest: Guest, term: int | None = 
         coming.join(LONG_S)
 
 
-def asking_for(standby: Standby, woken: threading.Event) -> tuple[threading.Thread, list[Any]]:
+def asking_for(standby: Standby, woken: threading.Event, *, fence: bool = False) -> tuple[threading.Thread, list[Any]]:
     """A takeover by hand that has been asked for; its answer, or its error, comes into the list.
 
     woken: set by the standby, which wakes its backup as soon as it has been asked
@@ -244,7 +244,7 @@ def asking_for(standby: Standby, woken: threading.Event) -> tuple[threading.Thre
 
     def ask_for() -> None:
         try:
-            answers.append(standby.take_over(fence=False))
+            answers.append(standby.take_over(fence=fence))
         except RemusError as error:
             answers.append(error)
 

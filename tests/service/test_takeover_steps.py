@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from remus_ckpt.service.durable import Durable
 from remus_ckpt.service.failover import Command, Phase, Role, Situation
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.takeover import Takeover
-from remus_ckpt.store import Store
+from remus_ckpt.store import PeerIdentity, Store
 
 
 class Steps:
@@ -34,6 +34,8 @@ class Steps:
             fill(filled, 1)
         lock, metrics = threading.Condition(), Metrics()
         self.durable = Durable("orders", Store(folder).writer("orders"), metrics, lock, lambda: None)
+        with self.durable.settling():
+            self.durable.write(peer=asdict(PeerIdentity("a peer")))
         self.situation = Situation(
             term=0, role=Role.STANDBY, has_checkpoint=True, expects_primary=True, takeover_done=False,
             listening_since=0.0, lease_s=0.1, automatic=True, fence=Command(),
@@ -47,7 +49,6 @@ class Steps:
             lock,
             situation=lambda: self.situation,
             dismiss=self._dismiss,
-            last_peer=lambda: "a peer",
         )
 
     def _dismiss(self, code: str, message: str) -> None:

@@ -47,11 +47,12 @@ class Lines:
         self.at = at
         self.seen: list[tuple[str, int]] = []
         self._lines: dict[FrameType, int] = {}
+        self._tracer = self._trace  # kept alive: CPython 3.11 may call it after a raise in a `__del__` has let it go
 
     def __call__(self, work: Callable[[], object]) -> bool:
         """Whether it was interrupted, or ended in an error of ours because it was."""
         before = sys.gettrace()
-        sys.settrace(self._trace)
+        sys.settrace(self._tracer)
         try:
             work()
         except (Interrupt, RemusError):

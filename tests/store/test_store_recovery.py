@@ -22,7 +22,7 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
 from remus_ckpt.store import History, HistoryWriter, Retention, Store
 from remus_ckpt.store.index import Index
-from remus_ckpt.store.recovery import read_segments
+from remus_ckpt.store.recovery import Recovery
 from remus_ckpt.store.segments import Contents, Entry
 from remus_ckpt.store.state import load_state
 from remus_ckpt.store.warm import MappedFile
@@ -141,14 +141,14 @@ def test_what_is_to_be_done_is_said_and_not_done(store: Store, tmp_path: Path, w
         asked.append((contents.name, end))
         contents.first = contents.last = Entry(Position(0, bytes(32)), None, contents.name, 0, end, 1, is_base=True)
 
-    found = read_segments(
+    found = Recovery(
         directory,
         load_state(directory),
         indexed,
         limits=None,
         new_home=lambda: MappedFile(tmp_path / "image"),
         fill=fill_index,
-    )
+    ).found()
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     assert asked == ([] if with_index else [(old.name, old.stat().st_size)])
     newest = found.newest

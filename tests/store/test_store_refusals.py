@@ -24,7 +24,7 @@ from remus_ckpt.store import Store
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import Signature
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_checkpoint_without_a_record(store: Store) -> None:
 
 def own_base(*, compression: bool = True, context: bytes = b"", magic: int = 0) -> tuple[bytes, Position]:
     """A checkpoint with a record of ours in a stream that is otherwise not quite ours."""
-    writer, position = Writer(), Position(0, bytes(32))
+    writer, position = EventWriter(), Position(0, bytes(32))
     record = CheckpointRecord(epoch=0, time_ns=None, codec="delta", before=None, after=position)
     tail = events.TailHvm(magic_pfns=(magic, 0, 0), context=context, signature=Signature.REMUS, record=record)
     parts = [writer.write(events.Header(word=8, guest="hvm", p2m_size=4))]

@@ -34,7 +34,7 @@ from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import CHUNKS, ChunkId
 from remus_ckpt.wire.xen.dialect import Dialect
 from remus_ckpt.wire.xen.reader import NEED_DATA, Reader
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.writer import EventWriter
 
 # Every layout
 
@@ -120,7 +120,7 @@ def test_the_layout_of_every_chunk(data: bytes, size: int, expected: events.Even
         if cut < size:
             short, error, _ = run(front + data[:cut])
             assert error is None and len(short) == 3 and not short[-1].complete
-    writer = Writer(word)
+    writer = EventWriter(word)
     writer.write(events.Header(word=word, guest="hvm", p2m_size=4))
     assert b"".join(writer.write(expected)) == data
 

@@ -20,8 +20,8 @@ from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import ChunkId, Signature
 from remus_ckpt.wire.xen.dialect import Dialect
 from remus_ckpt.wire.xen.reader import NEED_DATA, Reader
-from remus_ckpt.wire.xen.states import Kind, StreamState
-from remus_ckpt.wire.xen.writer import Writer
+from remus_ckpt.wire.xen.states import EventKind, StreamState
+from remus_ckpt.wire.xen.writer import EventWriter
 
 # The table of places
 
@@ -40,7 +40,7 @@ GRID = """
     COMPR_T          .     .      .     .     .     .     .      .       COMPR  DONE
     DONE             .     .      .     .     .     .     .      .       .      .
 """
-"""What may stand where, and where one is then: written from the format, in the order of `Kind`."""
+"""What may stand where, and where one is then: written from the format, in the order of `EventKind`."""
 STATES = {
     "FRONT": StreamState.FRONT,
     "HEADR": StreamState.HEADER,
@@ -56,7 +56,9 @@ STATES = {
 }
 ROWS = {row.split()[0]: row.split()[1:] for row in GRID.strip().splitlines()[1:]}
 CELLS = [
-    (STATES[name], kind, STATES.get(cell)) for name, row in ROWS.items() for kind, cell in zip(Kind, row, strict=True)
+    (STATES[name], kind, STATES.get(cell))
+    for name, row in ROWS.items()
+    for kind, cell in zip(EventKind, row, strict=True)
 ]
 
 HEADER_EVENT = events.Header(word=8, guest="hvm", p2m_size=16)
@@ -64,32 +66,37 @@ TAIL_EVENT = events.TailHvm(magic_pfns=(1, 2, 3), context=b"", signature=Signatu
 NO_PFNS, NO_TYPES = np.zeros(1, dtype=np.uint64), np.full(1, XTAB, dtype=np.uint8)
 
 
-def event_of(kind: Kind, *, compressing: bool) -> events.Event:
+def event_of(kind: EventKind, *, compressing: bool) -> events.Event:
     data = None if compressing else np.empty((0, PAGE_SIZE), dtype=np.uint8)
     return {
-        Kind.FILE_HEADER: events.FileHeader(kind="xl", data=b""),
-        Kind.HEADER: HEADER_EVENT,
-        Kind.BATCH: events.Batch(pfns=NO_PFNS, types=NO_TYPES, data=data),
-        Kind.COMPRESSED_DATA: events.CompressedData(data=np.zeros(1, dtype=np.uint8)),
-        Kind.INFO: events.HvmParam(id=ChunkId.HVM_IDENT_PT, value=1),
-        Kind.LAST_CHECKPOINT: events.LastCheckpoint(),
-        Kind.ENABLE_COMPRESSION: events.EnableCompression(),
-        Kind.END_OF_BODY: events.EndOfBody(),
-        Kind.TAIL: TAIL_EVENT,
-        Kind.LAST_TAIL: TAIL_EVENT,
+        EventKind.FILE_HEADER: events.FileHeader(kind="xl", data=b""),
+        EventKind.HEADER: HEADER_EVENT,
+        EventKind.BATCH: events.Batch(pfns=NO_PFNS, types=NO_TYPES, data=data),
+        EventKind.COMPRESSED_DATA: events.CompressedData(data=np.zeros(1, dtype=np.uint8)),
+        EventKind.INFO: events.HvmParam(id=ChunkId.HVM_IDENT_PT, value=1),
+        EventKind.LAST_CHECKPOINT: events.LastCheckpoint(),
+        EventKind.ENABLE_COMPRESSION: events.EnableCompression(),
+        EventKind.END_OF_BODY: events.EndOfBody(),
+        EventKind.TAIL: TAIL_EVENT,
+        EventKind.LAST_TAIL: TAIL_EVENT,
     }[kind]
 
 
-WAYS: dict[StreamState, list[Kind]] = {
+WAYS: dict[StreamState, list[EventKind]] = {
     StreamState.FRONT: [],
-    StreamState.HEADER: [Kind.FILE_HEADER],
-    StreamState.FIRST_BODY: [Kind.HEADER],
-    StreamState.ARMED_BODY: [Kind.HEADER, Kind.ENABLE_COMPRESSION],
-    StreamState.PLAIN_BODY: [Kind.HEADER, Kind.END_OF_BODY, Kind.TAIL],
-    StreamState.COMPRESSED_BODY: [Kind.HEADER, Kind.ENABLE_COMPRESSION, Kind.END_OF_BODY, Kind.TAIL],
+    StreamState.HEADER: [EventKind.FILE_HEADER],
+    StreamState.FIRST_BODY: [EventKind.HEADER],
+    StreamState.ARMED_BODY: [EventKind.HEADER, EventKind.ENABLE_COMPRESSION],
+    StreamState.PLAIN_BODY: [EventKind.HEADER, EventKind.END_OF_BODY, EventKind.TAIL],
+    StreamState.COMPRESSED_BODY: [
+        EventKind.HEADER,
+        EventKind.ENABLE_COMPRESSION,
+        EventKind.END_OF_BODY,
+        EventKind.TAIL,
+    ],
 }
 WAYS |= {
-    tail: [*WAYS[body], Kind.END_OF_BODY]
+    tail: [*WAYS[body], EventKind.END_OF_BODY]
     for body, tail in (
         (StreamState.FIRST_BODY, StreamState.FIRST_TAIL),
         (StreamState.ARMED_BODY, StreamState.ARMED_TAIL),
@@ -97,25 +104,25 @@ WAYS |= {
         (StreamState.COMPRESSED_BODY, StreamState.COMPRESSED_TAIL),
     )
 }
-WAYS[StreamState.DONE] = [Kind.HEADER, Kind.LAST_CHECKPOINT, Kind.END_OF_BODY, Kind.TAIL]
+WAYS[StreamState.DONE] = [EventKind.HEADER, EventKind.LAST_CHECKPOINT, EventKind.END_OF_BODY, EventKind.TAIL]
 
 
-def way_to(state: StreamState, kind: Kind) -> list[Kind]:
+def way_to(state: StreamState, kind: EventKind) -> list[EventKind]:
     """The events that lead to a place; before the tail of a last checkpoint, LAST_CHECKPOINT is one of them."""
     way = list(WAYS[state])
-    if kind is Kind.LAST_TAIL and state is not StreamState.DONE and Kind.HEADER in way:
-        way.insert(len(way) - (way[-1] is Kind.END_OF_BODY), Kind.LAST_CHECKPOINT)
+    if kind is EventKind.LAST_TAIL and state is not StreamState.DONE and EventKind.HEADER in way:
+        way.insert(len(way) - (way[-1] is EventKind.END_OF_BODY), EventKind.LAST_CHECKPOINT)
     return way
 
 
 def test_the_grid_names_every_state_and_every_kind() -> None:
     assert {state for state, _, _ in CELLS} == set(StreamState)
-    assert len(CELLS) == len(StreamState) * len(Kind)
+    assert len(CELLS) == len(StreamState) * len(EventKind)
 
 
 @pytest.mark.parametrize(("state", "kind", "following"), CELLS, ids=lambda value: getattr(value, "name", "error"))
-def test_the_writer_keeps_to_the_grid(state: StreamState, kind: Kind, following: StreamState | None) -> None:
-    writer = Writer(8)
+def test_the_writer_keeps_to_the_grid(state: StreamState, kind: EventKind, following: StreamState | None) -> None:
+    writer = EventWriter(8)
     for step in way_to(state, kind):
         writer.write(event_of(step, compressing=writer.compressing))
     event = event_of(kind, compressing=writer.compressing)
@@ -128,9 +135,11 @@ def test_the_writer_keeps_to_the_grid(state: StreamState, kind: Kind, following:
     writer.write(event)
     # Where one is now shows in what may come next.
     allowed = {column for name, column, cell in CELLS if name is following and cell is not None}
-    last = kind is Kind.LAST_CHECKPOINT or (kind is Kind.END_OF_BODY and Kind.LAST_CHECKPOINT in way_to(state, kind))
-    for column in Kind:
-        again = Writer(8)
+    last = kind is EventKind.LAST_CHECKPOINT or (
+        kind is EventKind.END_OF_BODY and EventKind.LAST_CHECKPOINT in way_to(state, kind)
+    )
+    for column in EventKind:
+        again = EventWriter(8)
         for step in [*way_to(state, kind), kind, column]:
             try:
                 again.write(event_of(step, compressing=again.compressing))
@@ -138,39 +147,39 @@ def test_the_writer_keeps_to_the_grid(state: StreamState, kind: Kind, following:
                 assert step is column and (column not in allowed), (step, following)
                 break
         else:
-            assert column in allowed or (last and column is Kind.TAIL)
+            assert column in allowed or (last and column is EventKind.TAIL)
 
 
 def test_the_writer_refuses_a_batch_in_the_other_format() -> None:
-    writer = Writer(8)
+    writer = EventWriter(8)
     writer.write(HEADER_EVENT)
     with pytest.raises(ValueError):
-        writer.write(event_of(Kind.BATCH, compressing=True))
+        writer.write(event_of(EventKind.BATCH, compressing=True))
 
 
-def bytes_of(kind: Kind, word: int) -> bytes:
+def bytes_of(kind: EventKind, word: int) -> bytes:
     return {
-        Kind.FILE_HEADER: s.xl_header(b""),
-        Kind.HEADER: s.hvm_header(word, 16),
-        Kind.BATCH: s.batch(word, [entry(0, XTAB)]),
-        Kind.COMPRESSED_DATA: s.compressed(word, b"\x00"),
-        Kind.INFO: s.param(-3, 1),
-        Kind.LAST_CHECKPOINT: LAST_CHECKPOINT,
-        Kind.ENABLE_COMPRESSION: EC,
-        Kind.END_OF_BODY: END,
-        Kind.TAIL: s.hvm_tail(),
-        Kind.LAST_TAIL: s.hvm_tail(),
+        EventKind.FILE_HEADER: s.xl_header(b""),
+        EventKind.HEADER: s.hvm_header(word, 16),
+        EventKind.BATCH: s.batch(word, [entry(0, XTAB)]),
+        EventKind.COMPRESSED_DATA: s.compressed(word, b"\x00"),
+        EventKind.INFO: s.param(-3, 1),
+        EventKind.LAST_CHECKPOINT: LAST_CHECKPOINT,
+        EventKind.ENABLE_COMPRESSION: EC,
+        EventKind.END_OF_BODY: END,
+        EventKind.TAIL: s.hvm_tail(),
+        EventKind.LAST_TAIL: s.hvm_tail(),
     }[kind]
 
 
 BODIES = (StreamState.FIRST_BODY, StreamState.ARMED_BODY, StreamState.PLAIN_BODY, StreamState.COMPRESSED_BODY)
 CHUNK_KINDS = (
-    Kind.BATCH,
-    Kind.COMPRESSED_DATA,
-    Kind.INFO,
-    Kind.LAST_CHECKPOINT,
-    Kind.ENABLE_COMPRESSION,
-    Kind.END_OF_BODY,
+    EventKind.BATCH,
+    EventKind.COMPRESSED_DATA,
+    EventKind.INFO,
+    EventKind.LAST_CHECKPOINT,
+    EventKind.ENABLE_COMPRESSION,
+    EventKind.END_OF_BODY,
 )
 
 
@@ -180,7 +189,9 @@ CHUNK_KINDS = (
     [cell for cell in CELLS if cell[0] in BODIES and cell[1] in CHUNK_KINDS],
     ids=lambda value: getattr(value, "name", "error"),
 )
-def test_the_reader_keeps_to_the_grid(state: StreamState, kind: Kind, following: StreamState | None, word: Any) -> None:
+def test_the_reader_keeps_to_the_grid(
+    state: StreamState, kind: EventKind, following: StreamState | None, word: Any
+) -> None:
     dialect = Dialect(word=word, guest="hvm")
     front = b"".join(bytes_of(step, word) for step in way_to(state, kind))
     data = front + bytes_of(kind, word)
@@ -196,7 +207,7 @@ def test_the_reader_keeps_to_the_grid(state: StreamState, kind: Kind, following:
     # Where one is now shows in how a page is read: with its bytes, or without, or as the tail.
     if following not in BODIES:
         data += s.hvm_tail()
-        following = next(cell for name, column, cell in CELLS if name is following and column is Kind.TAIL)
+        following = next(cell for name, column, cell in CELLS if name is following and column is EventKind.TAIL)
     after, error, _ = run(data + s.batch(word, [entry(1)]) + s.compressed(word, b"\x00"), dialect=dialect)
     if following is StreamState.COMPRESSED_BODY:
         assert error is None and kinds_of(after)[-3:] == ["Batch", "CompressedData", "EndOfStream"]
@@ -205,7 +216,7 @@ def test_the_reader_keeps_to_the_grid(state: StreamState, kind: Kind, following:
         assert error is None and after[-1].complete is (
             following is not StreamState.DONE and not after[-1].trailing_bytes
         )
-        assert kinds_of(after).count("Batch") == (kind is Kind.BATCH)
+        assert kinds_of(after).count("Batch") == (kind is EventKind.BATCH)
 
 
 @both_words
@@ -348,7 +359,7 @@ def test_a_qemu_record_without_length_ends_with_the_bytes() -> None:
         assert error is None and not found[-1].complete and kinds_of(found)[-2] == "EndOfBody"
 
 
-# Writer
+# EventWriter
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if "cut" not in name and "behind" not in name])

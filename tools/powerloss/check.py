@@ -15,8 +15,9 @@ import numpy as np
 import remus_ckpt.store.hand_over as hand_over_module
 from remus_ckpt import Backup, Store, arrays_of, protect, read_checkpoints
 from remus_ckpt.errors import BadCheckpoint, RemusError, StreamError
-from remus_ckpt.memory import load_image
-from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.image import Image
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import PAGE_SIZE, pages_for
 from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.wire.parts import Parts
 
@@ -117,7 +118,9 @@ class Check:
                 given = backup.failover(name)
                 if told.position and told.term[0] == given["term"] and told.position != given["position"]:
                     self._wrong(name, f"promoted at {given['position']}; {told.position} was said")
-                memory = load_image(given["image"])
+                with Image(given["image"]) as image:
+                    memory = zeros(pages_for(image.size))
+                    image.read(0, memory)
                 device_state = Path(given["device_state"]).read_bytes()
                 handed_out = SimpleNamespace(memory=memory, parts=Parts.unpack(device_state))
                 self._compare(name, "what is handed out", handed_out)

@@ -1,4 +1,4 @@
-"""The one table of chunks that reader and writer share (specs/stream.md §4.1)."""
+"""The one table of chunks, shared by `Reader` and `EventWriter` (specs/stream.md §4.1)."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ SIGNATURE_BYTES = 21
 
 
 class Signature(bytes, Enum):
-    """What opens the device model's record in the tail of an HVM guest (specs/stream.md §7.2)."""
+    """The opening of the device model's record in an HVM guest's tail (specs/stream.md §7.2)."""
 
     QEMU = b"QemuDeviceModelRecord"
-    """The rest of the stream is the state: no checkpoint can follow."""
+    """The rest of the stream is the state: no checkpoint can come after it."""
     XENSERVER = b"QemuDeviceModelRecord\n"
-    """As long as it says, in big-endian; no checkpoint follows."""
+    """Its big-endian length follows; no checkpoint can come after it."""
     XL = b"DeviceModelRecord0002"
     REMUS = b"RemusDeviceModelState"
 
@@ -134,10 +134,10 @@ EXTENDED_CONTEXT_BYTES = 128
 
 
 def p2m_frames(p2m_size: int, guest_word: int) -> int:
-    """How many entries the p2m frame list has (specs/stream.md §3.4)."""
+    """Entries in the p2m frame list (specs/stream.md §3.4)."""
     return -(-p2m_size // (4096 // guest_word))
 
 
 def tmem_page_bytes(pool_flags: int) -> int:
-    """The size of the pages of a TMEM pool (specs/stream.md §4.4)."""
+    """Bytes in a page of a TMEM pool (specs/stream.md §4.4)."""
     return 4096 << (pool_flags >> 4 & 0xF)

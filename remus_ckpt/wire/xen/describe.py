@@ -1,4 +1,4 @@
-"""Events as plain values: what `inspect --chunks` prints, and what a decoder says in the conformance suite
+"""Events as plain values, as `inspect --chunks` prints them and the conformance suite expects them
 (specs/conformance.md §3)."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from remus_ckpt.wire.xen import events
 
 
 def describe(event: events.Event) -> dict[str, Any]:
-    """One event as a dictionary of JSON values: `offset`, `event`, and what its chunk holds."""
+    """One event as a dictionary of JSON values: `offset`, `event`, and the fields of its chunk."""
     return {"offset": event.offset} | _fields(event)
 
 

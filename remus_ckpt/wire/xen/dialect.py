@@ -1,4 +1,4 @@
-"""What a stream does not say about itself, and how it is found out from the bytes (specs/stream.md §1.2)."""
+"""What a stream does not say about itself, and how to detect it from the bytes (specs/stream.md §1.2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ V2_MAGIC = b"\xff" * 8 + b"XENF"
 
 
 class Front(NamedTuple):
-    """What a file header begins with, and where it is described."""
+    """The first bytes of a file header, and the section that describes it."""
 
     magic: bytes
     section: str
@@ -30,11 +30,11 @@ FRONTS: dict[str, Front] = {
     "libvirt": Front(b"libvirt-xml\n \0 \r", "stream.md §2.4"),
     "xenserver": Front(b"XenSavedDomain\n", "stream.md §2.5"),
 }
-"""Who writes one → what it is."""
+"""Toolstack → its file header."""
 FRONT_BYTES = 12
-"""How much of a file header tells it from the others, and from a stream."""
+"""Enough bytes to tell a file header from the others, and from a stream."""
 DETECT_BYTES = 16
-"""How much of the header the detection looks at."""
+"""Bytes of the header that the detection looks at."""
 CODEC_BYTES = 6
 _ONES = 0xFFFFFFFFFFFFFFFF
 _DELTA_OPENINGS = (b"\x9c\xff\0\0\0\0", b"\x9b\xff\0\0\0\0")
@@ -59,7 +59,7 @@ _OTHERS = {
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The toolstack's word, the kind of guest and the page codec. None: to be detected.
+    """The toolstack's word, the kind of guest and the page codec; None: detect it.
 
     word: bytes of the toolstack's unsigned long, 8 or 4
     guest: "hvm" or "pv"
@@ -79,9 +79,9 @@ class Dialect:
 def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
     """Fill in word and guest from the first bytes of the header.
 
-    front: the first `DETECT_BYTES` of it, fewer only where the stream ends
-    offset: where it stands in the stream
-    Raises UnknownFormat where no legacy stream can begin so.
+    front: its first `DETECT_BYTES` bytes, fewer only if the stream ends there
+    offset: of the header in the stream
+    Raises UnknownFormat if no legacy stream can begin with these bytes.
     """
     front = bytes(front)
     first = int.from_bytes(front[:4], "little")
@@ -90,10 +90,10 @@ def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
     guest: Guest = dialect.guest or ("pv" if next_word == _ONES >> (64 - 8 * word) else "hvm")
     chunk_id = int.from_bytes(front[word : word + 4], "little", signed=True)
     if dialect.word is None or dialect.guest is None:
-        # An explicit dialect is believed; a guess has to make sense.
+        # An explicit dialect is trusted; a guess has to make sense.
         plausible = 0 < first <= MAX_P2M_SIZE and (guest == "pv" or LOWEST_CHUNK_ID <= chunk_id <= MAX_BATCH_ENTRIES)
         if not plausible:
-            # Only now: the two bytes of gzip's magic may also be the size of a memory.
+            # Only now: gzip's two-byte magic may also be the size of a memory.
             name = next((name for magic, name in _OTHERS.items() if front.startswith(magic)), None)
             what = f"this is {name}, not a legacy save stream"
             if name is None:
@@ -105,5 +105,5 @@ def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
 
 
 def detect_codec(opening: bytes) -> StreamCodec:
-    """The codec of a compressed payload, from its first `CODEC_BYTES` bytes, fewer only where it is shorter."""
+    """The codec of a compressed payload, from its first `CODEC_BYTES` bytes, or fewer if it is shorter."""
     return "delta" if opening in _DELTA_OPENINGS else "rle"

@@ -1,6 +1,6 @@
-"""What a stream says, one frozen event for each thing said. The reader makes them, the writer takes them.
+"""What a stream says, as frozen events: `Reader` makes them, `EventWriter` takes them.
 
-`offset` is where the thing begins in the stream; the writer does not look at it.
+`offset` is where an event's bytes begin in the stream; `EventWriter` ignores it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ExtendedInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header(Event):
-    """The header (specs/stream.md §3). The last two fields are of PV guests only."""
+    """The header (specs/stream.md §3). Only PV guests have the last two fields."""
 
     word: Word
     guest: Guest
@@ -59,7 +59,7 @@ class Batch(Event):
     """A batch of PFN entries (specs/stream.md §5).
 
     pfns: uint64[n], types: uint8[n] of `PageType`
-    data: uint8[m, 4096] for the m entries that carry data; None in format B, where the data come compressed
+    data: uint8[m, 4096] for the m entries that carry data; None in format B, where they come compressed
     """
 
     pfns: NDArray[np.uint64]
@@ -69,7 +69,7 @@ class Batch(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CompressedData(Event):
-    """COMPRESSED_DATA (specs/stream.md §6.2). data: uint8[n]; its borders mean nothing to the reader."""
+    """COMPRESSED_DATA (specs/stream.md §6.2). data: uint8[n]; its borders mean nothing."""
 
     data: NDArray[np.uint8]
 
@@ -116,7 +116,7 @@ class TmemPage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TmemPool:
-    """A TMEM pool; `announced_pages` may be more than are there."""
+    """A TMEM pool; it may hold fewer pages than `announced_pages`."""
 
     id: int
     flags: int
@@ -173,17 +173,17 @@ class EndOfBody(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail(Event):
-    """What closes a checkpoint. end: the first byte after it."""
+    """The end of a checkpoint. end: the first byte after it."""
 
     end: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailHvm(Tail):
-    """The tail of an HVM guest and the device model's record behind it (specs/stream.md §7.1, §7.2).
+    """The tail of an HVM guest, with the device model's record (specs/stream.md §7.1, §7.2).
 
     magic_pfns: ioreq, buffered ioreq and store
-    record: what a stream of ours holds there, in which case `device_state` is empty
+    record: our own record, in a stream of ours; `device_state` is then empty
     """
 
     magic_pfns: tuple[int, int, int]
@@ -195,7 +195,7 @@ class TailHvm(Tail):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VcpuContext:
-    """The state of one PV virtual CPU; the last three only where the header announced them."""
+    """The state of one PV virtual CPU; it has the last three fields only if the header announced them."""
 
     id: int
     context: bytes
@@ -207,7 +207,7 @@ class VcpuContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TailPv(Tail):
-    """The tail of a PV guest (specs/stream.md §7.3). unmapped: uint64[n], PFNs without a frame at the end."""
+    """The tail of a PV guest (specs/stream.md §7.3). unmapped: uint64[n], the PFNs that have no frame at the end."""
 
     unmapped: NDArray[np.uint64]
     vcpus: tuple[VcpuContext, ...]
@@ -218,8 +218,8 @@ class TailPv(Tail):
 class EndOfStream(Event):
     """No more bytes.
 
-    complete: they end where a checkpoint does
-    trailing_bytes: those behind the last complete checkpoint
+    complete: whether they end with a checkpoint
+    trailing_bytes: bytes after the last complete checkpoint
     """
 
     complete: bool
@@ -228,7 +228,7 @@ class EndOfStream(Event):
 
 @dataclass(slots=True)
 class Deviation:
-    """Something that is accepted though no sender should write it (specs/permissive.md)."""
+    """Something accepted that no sender should write (specs/permissive.md)."""
 
     name: str
     first_offset: int

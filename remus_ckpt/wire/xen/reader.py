@@ -1,7 +1,7 @@
 """Bytes to events for the legacy save stream (specs/stream.md). No I/O, no clock.
 
 Bytes come in by `get_buffer` and `buffer_updated`, or by `feed`; events go out by `next_event`. Any split of the bytes
-gives the same events. A payload is received where it stays: nothing is copied twice.
+gives the same events. A payload is received in place: nothing is copied twice.
 """
 
 from __future__ import annotations
@@ -47,21 +47,22 @@ Parser = Generator[events.Event | None, None, Any]
 
 
 class Digest(Protocol):
-    """What of hashlib's objects is used here. What `update` is given stays as it is, but for views of a bytearray."""
+    """The part of a hashlib object that is used here. Data given to `update` does not change, except views of a
+    bytearray."""
 
     def update(self, data: Any, /) -> None:
         """Take in bytes."""
 
     def digest(self) -> bytes:
-        """SHA-256 of all of them."""
+        """SHA-256 of all bytes so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """A place between two checkpoints, and all that a reader must know to go on there.
+    """A place between two checkpoints, and everything a reader must know to continue there.
 
-    offset: where in the stream it stands
-    epoch: how many checkpoints of the stream lie before it
+    offset: of the place in the stream
+    epoch: number of checkpoints of the stream before it
     """
 
     offset: int = 0
@@ -71,14 +72,14 @@ class Boundary:
     position: Position | None = None
     course: Course = field(default_factory=Course)
     is_foreign: bool = False
-    """A checkpoint before it had no record of ours."""
+    """Whether a checkpoint before it had no record of ours."""
     deviations: tuple[events.Deviation, ...] = ()
 
     @classmethod
     def of_ours(
         cls, *, offset: int, epoch: int, word: Word, codec: StreamCodec, p2m_size: int, position: Position
     ) -> Self:
-        """Behind any checkpoint of a stream of our own shape (specs/stream.md §9.1)."""
+        """The boundary after any checkpoint of a stream of our own (specs/stream.md §9.1)."""
         course = Course()
         course.state = StreamState.COMPRESSED_BODY
         dialect = Dialect(word=word, guest="hvm", codec=codec)
@@ -90,10 +91,10 @@ class Reader:
 
     dialect: what is known of the stream; the rest is detected
     limits: what the stream may claim
-    strict: refuse what is otherwise accepted under a name in specs/permissive.md
-    new_digest: makes what computes a checkpoint's SHA-256
+    strict: refuse deviations that are otherwise accepted and named in specs/permissive.md
+    new_digest: returns a new SHA-256 object for a checkpoint
 
-    `next_event` raises Malformed or UnknownFormat, and raises the same again until `rewind`.
+    After `next_event` has raised Malformed or UnknownFormat, it raises the same error until `rewind`.
     """
 
     def __init__(
@@ -106,27 +107,27 @@ class Reader:
     ) -> None:
         self.new_digest = new_digest
         self.dialect = dialect or Dialect()
-        """As given, with what has been detected so far."""
+        """As given, plus what has been detected so far."""
         self.limits = limits or Limits()
         self.strict = strict
         self.deviations: dict[str, events.Deviation] = {}
-        """What was accepted though it should not be there, by name."""
+        """Deviations that were accepted, by name."""
         self.epoch = 0
-        """The number of the checkpoint that is being read, counted in this stream."""
+        """The number of the checkpoint being read, counted from the beginning of this stream."""
         self.checkpoint_end = 0
-        """The first byte behind the last complete checkpoint."""
+        """The first byte after the last complete checkpoint."""
         self._course = Course()
         self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_FIRST_BYTES, on_consumed=self._take_digest)
         self._error: StreamError | None = None
         self._hash: Digest | None = new_digest()
-        self._position: Position | None = None  # that the last record of ours made
+        self._position: Position | None = None  # from our last record
         self._p2m_size = 0
         self._opening = b""  # the first bytes of the checkpoint's compressed data
         self._parser = self._stream()
 
     @property
     def saw_last_checkpoint(self) -> bool:
-        """Whether the stream has said that no checkpoint follows."""
+        """Whether the stream has announced its last checkpoint."""
         return self._course.last_checkpoint
 
     @property
@@ -136,11 +137,11 @@ class Reader:
 
     @property
     def buffered(self) -> int:
-        """Bytes that came and have not been read yet."""
+        """Bytes received but not yet read."""
         return self._inbox.buffered
 
     def boundary(self) -> Boundary:
-        """The place where the reader is: at the beginning, or behind the tail that `next_event` gave last."""
+        """The reader's place: the beginning, or after the tail that `next_event` has just returned."""
         if self._offset != self.checkpoint_end:
             raise ValueError("the reader is in the middle of a checkpoint")
         return Boundary(
@@ -155,7 +156,7 @@ class Reader:
         )
 
     def rewind(self, boundary: Boundary) -> None:
-        """Drop all that came behind a place, errors too, and go on reading there: its bytes are to come (again)."""
+        """Drop everything after a boundary, including an error, and continue there: its bytes must come (again)."""
         self.dialect = boundary.dialect
         self.deviations = {deviation.name: copy.copy(deviation) for deviation in boundary.deviations}
         self.epoch = boundary.epoch
@@ -173,15 +174,15 @@ class Reader:
     # Bytes in
 
     def get_buffer(self) -> memoryview:
-        """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
+        """A writable buffer to receive into; tell `buffer_updated` how much of it was filled."""
         return self._inbox.get_buffer()
 
     def buffer_updated(self, size: int) -> None:
-        """`size` bytes were received into what `get_buffer` returned."""
+        """`size` bytes were received into the buffer that `get_buffer` returned."""
         self._inbox.buffer_updated(size)
 
     def feed(self, data: Buffer) -> None:
-        """Bytes that are there already; they are kept, not copied, until `next_event` comes to them."""
+        """Take bytes from the caller; they are kept, not copied, until `next_event` reaches them."""
         self._inbox.feed(data)
 
     def feed_eof(self) -> None:
@@ -191,7 +192,7 @@ class Reader:
     # Events out
 
     def next_event(self) -> events.Event | None:
-        """The next event, or NEED_DATA. After the end of the bytes, EndOfStream, and that again."""
+        """The next event, or NEED_DATA. After the end of the bytes: EndOfStream, every time."""
         if self._error is not None:
             raise self._error
         while True:
@@ -237,12 +238,12 @@ class Reader:
             )
 
     def fail(self, error: Malformed) -> Malformed:
-        """Take note of what one who takes the events found wrong: `next_event` raises it from now on."""
+        """Record a fault found by the consumer of the events: `next_event` raises it from now on."""
         self._error = error
         return error
 
     def deviate(self, name: str, offset: int, section: str, chunk: str | None = None) -> None:
-        """Note something that is accepted under a name, or refuse it if the reader is strict."""
+        """Note a named deviation, or refuse it if the reader is strict."""
         if self.strict:
             self._refuse(f"{name} (specs/permissive.md)", offset, section, chunk)
         if name in self.deviations:
@@ -283,7 +284,7 @@ class Reader:
         """§2"""
         yield from self._inbox.have(len(magic))
         if self._inbox.front(len(magic)) != magic:
-            self._refuse(f"the file header begins like that of {kind} and goes on otherwise", 0, section)
+            self._refuse(f"the file header begins like {kind}'s but continues differently", 0, section)
         self._inbox.skip(len(magic))
         header = yield from {
             "xl": self._xl_header,
@@ -344,7 +345,7 @@ class Reader:
         return events.FileHeader(kind="libvirt", data=data, offset=0)
 
     def _xenserver_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
-        """§2.5: there is nothing but the magic."""
+        """§2.5: nothing but the magic."""
         yield from ()
         return events.FileHeader(kind="xenserver", data=b"", offset=0)
 
@@ -500,7 +501,7 @@ class Reader:
             return events.LastCheckpoint(offset=start)
         if kind.id is ChunkId.ENABLE_VERIFY_MODE:
             return events.EnableVerifyMode(offset=start)
-        # Said twice in round 0, it has been noted by `_chunk` already.
+        # A second one in round 0 has already been noted by `_chunk`.
         if self._course.state not in (StreamState.FIRST_BODY, StreamState.ARMED_BODY):
             self.deviate("enable-compression-out-of-place", start, "stream.md §6.1", name)
         return events.EnableCompression(offset=start)
@@ -512,7 +513,7 @@ class Reader:
         raw = yield from self._inbox.array(count * (self.dialect.word or 8))
         entries = raw.view(f"<u{self.dialect.word}")
         if int(entries.max()) < self._p2m_size:
-            # All of them normal pages of this memory, as in nearly every batch: there is nothing to be taken apart.
+            # All are normal pages of this memory, as in nearly every batch: there are no types to split off.
             pfns, types = entries.astype(np.uint64, copy=False), np.zeros(count, dtype=np.uint8)
             yield from self._batch_data(pfns, types, count, start)
             return
@@ -522,9 +523,7 @@ class Reader:
         types = (entries >> chunks.TYPE_SHIFT & 0xF).astype(np.uint8)
         if not KNOWN_TYPE[types].all():
             at = int((~KNOWN_TYPE[types]).argmax())
-            self._refuse(
-                f"entry {at} has the page type {types[at]:#x}, which means nothing", start, "stream.md §5.2", "batch"
-            )
+            self._refuse(f"entry {at} has the unknown page type {types[at]:#x}", start, "stream.md §5.2", "batch")
         with_data = HAS_DATA[types]
         beyond = with_data & (pfns >= self._p2m_size)
         if beyond.any():
@@ -559,7 +558,7 @@ class Reader:
         """§6.2"""
         size = yield from self._word()
         if self._course.state is not StreamState.COMPRESSED_BODY:
-            # Refused before its bytes are taken: in round 0, Xen takes this chunk for the end of the body.
+            # Refuse it before reading its bytes: in round 0, Xen takes this chunk for the end of the body.
             self._refuse(f"it may not stand in the {self._course.state.value}", start, kind.section, name)
         self._limit(size, "compressed_chunk_bytes", start, kind.section, name, "its length")
         if not size:
@@ -660,7 +659,7 @@ class Reader:
                 raise End
             if not state.startswith(chunks.QEMU_MAGIC):
                 self._refuse("the device state does not begin with QEVM", here, "stream.md §7.2", "tail")
-            # The state ends with the bytes, and the stream with it.
+            # The state ends where the bytes end, and so does the stream.
             self._course.last_checkpoint = True
         else:
             (size,) = yield from self._inbox.unpack(chunks.U32_BE if signature is Signature.XENSERVER else chunks.U32)
@@ -673,8 +672,8 @@ class Reader:
                 self._course.last_checkpoint |= signature is Signature.XENSERVER
         if record is None:
             if self._position is not None:
-                self._refuse("a checkpoint without a record behind one that has it", here, "stream.md §9.2", "tail")
-            self._hash = None  # not one of ours: no digest will be asked for
+                self._refuse("a checkpoint without a record follows one that has it", here, "stream.md §9.2", "tail")
+            self._hash = None  # not one of ours: nobody needs its digest
         return events.TailHvm(
             magic_pfns=magic_pfns,
             context=context.tobytes(),
@@ -787,7 +786,7 @@ class Reader:
         )
 
     def _drain(self) -> Parser:
-        """Behind the last checkpoint, and behind a cut: the rest is counted, not read."""
+        """After the last checkpoint, or after a cut: count the rest without reading it."""
         for _ in self._inbox.drain():
             if not self._inbox.is_over:
                 yield NEED_DATA

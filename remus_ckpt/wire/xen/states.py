@@ -1,4 +1,4 @@
-"""Where in a stream we are and what may stand there: the table that reader and writer both walk (specs/stream.md §10).
+"""Where a stream is, and what may come next: the table that `Reader` and `EventWriter` both walk (specs/stream.md §10).
 
 A pair that is not in the table is an error.
 """
@@ -11,8 +11,8 @@ from remus_ckpt.wire.xen import events
 
 
 class StreamState(Enum):
-    """A place in the stream. FIRST is round 0; ARMED: it has had its ENABLE_COMPRESSION; PLAIN and COMPRESSED: later
-    rounds, in format A and format B."""
+    """A place in the stream. FIRST is round 0, ARMED the same after its ENABLE_COMPRESSION; PLAIN and COMPRESSED are
+    later rounds, in format A and format B."""
 
     FRONT = "front"
     HEADER = "header"
@@ -27,8 +27,8 @@ class StreamState(Enum):
     DONE = "end of the stream"
 
 
-class Kind(Enum):
-    """What an event does to the place."""
+class EventKind(Enum):
+    """How an event moves the stream from one place to the next."""
 
     FILE_HEADER = "file header"
     HEADER = "header"
@@ -48,55 +48,55 @@ BODIES = {
     StreamState.PLAIN_BODY: StreamState.PLAIN_TAIL,
     StreamState.COMPRESSED_BODY: StreamState.COMPRESSED_TAIL,
 }
-"""Each body and the tail that closes it."""
+"""Each body, and the tail that closes it."""
 
-TRANSITIONS: dict[tuple[StreamState, Kind], StreamState] = {
-    (StreamState.FRONT, Kind.FILE_HEADER): StreamState.HEADER,
-    (StreamState.FRONT, Kind.HEADER): StreamState.FIRST_BODY,
-    (StreamState.HEADER, Kind.HEADER): StreamState.FIRST_BODY,
-    **{(body, kind): body for body in BODIES for kind in (Kind.BATCH, Kind.INFO, Kind.LAST_CHECKPOINT)},
-    **{(body, Kind.END_OF_BODY): tail for body, tail in BODIES.items()},
-    (StreamState.FIRST_BODY, Kind.ENABLE_COMPRESSION): StreamState.ARMED_BODY,
-    # Looked at only when round 0 ends: said twice or said later, it changes nothing.
-    (StreamState.ARMED_BODY, Kind.ENABLE_COMPRESSION): StreamState.ARMED_BODY,
-    (StreamState.PLAIN_BODY, Kind.ENABLE_COMPRESSION): StreamState.PLAIN_BODY,
-    (StreamState.COMPRESSED_BODY, Kind.ENABLE_COMPRESSION): StreamState.COMPRESSED_BODY,
-    (StreamState.COMPRESSED_BODY, Kind.COMPRESSED_DATA): StreamState.COMPRESSED_BODY,
-    (StreamState.FIRST_TAIL, Kind.TAIL): StreamState.PLAIN_BODY,
-    (StreamState.PLAIN_TAIL, Kind.TAIL): StreamState.PLAIN_BODY,
-    (StreamState.ARMED_TAIL, Kind.TAIL): StreamState.COMPRESSED_BODY,
-    (StreamState.COMPRESSED_TAIL, Kind.TAIL): StreamState.COMPRESSED_BODY,
-    **{(tail, Kind.LAST_TAIL): StreamState.DONE for tail in BODIES.values()},
+TRANSITIONS: dict[tuple[StreamState, EventKind], StreamState] = {
+    (StreamState.FRONT, EventKind.FILE_HEADER): StreamState.HEADER,
+    (StreamState.FRONT, EventKind.HEADER): StreamState.FIRST_BODY,
+    (StreamState.HEADER, EventKind.HEADER): StreamState.FIRST_BODY,
+    **{(body, kind): body for body in BODIES for kind in (EventKind.BATCH, EventKind.INFO, EventKind.LAST_CHECKPOINT)},
+    **{(body, EventKind.END_OF_BODY): tail for body, tail in BODIES.items()},
+    (StreamState.FIRST_BODY, EventKind.ENABLE_COMPRESSION): StreamState.ARMED_BODY,
+    # It counts only when round 0 ends: a second one, or a later one, changes nothing.
+    (StreamState.ARMED_BODY, EventKind.ENABLE_COMPRESSION): StreamState.ARMED_BODY,
+    (StreamState.PLAIN_BODY, EventKind.ENABLE_COMPRESSION): StreamState.PLAIN_BODY,
+    (StreamState.COMPRESSED_BODY, EventKind.ENABLE_COMPRESSION): StreamState.COMPRESSED_BODY,
+    (StreamState.COMPRESSED_BODY, EventKind.COMPRESSED_DATA): StreamState.COMPRESSED_BODY,
+    (StreamState.FIRST_TAIL, EventKind.TAIL): StreamState.PLAIN_BODY,
+    (StreamState.PLAIN_TAIL, EventKind.TAIL): StreamState.PLAIN_BODY,
+    (StreamState.ARMED_TAIL, EventKind.TAIL): StreamState.COMPRESSED_BODY,
+    (StreamState.COMPRESSED_TAIL, EventKind.TAIL): StreamState.COMPRESSED_BODY,
+    **{(tail, EventKind.LAST_TAIL): StreamState.DONE for tail in BODIES.values()},
 }
 
-KINDS: dict[type[events.Event], Kind] = {
-    events.FileHeader: Kind.FILE_HEADER,
-    events.Header: Kind.HEADER,
-    events.Batch: Kind.BATCH,
-    events.CompressedData: Kind.COMPRESSED_DATA,
-    events.VcpuInfo: Kind.INFO,
-    events.HvmParam: Kind.INFO,
-    events.TscInfo: Kind.INFO,
-    events.Tmem: Kind.INFO,
-    events.TmemExtra: Kind.INFO,
-    events.Toolstack: Kind.INFO,
-    events.EnableVerifyMode: Kind.INFO,
-    events.LastCheckpoint: Kind.LAST_CHECKPOINT,
-    events.EnableCompression: Kind.ENABLE_COMPRESSION,
-    events.EndOfBody: Kind.END_OF_BODY,
-    events.TailHvm: Kind.TAIL,
-    events.TailPv: Kind.TAIL,
+KINDS: dict[type[events.Event], EventKind] = {
+    events.FileHeader: EventKind.FILE_HEADER,
+    events.Header: EventKind.HEADER,
+    events.Batch: EventKind.BATCH,
+    events.CompressedData: EventKind.COMPRESSED_DATA,
+    events.VcpuInfo: EventKind.INFO,
+    events.HvmParam: EventKind.INFO,
+    events.TscInfo: EventKind.INFO,
+    events.Tmem: EventKind.INFO,
+    events.TmemExtra: EventKind.INFO,
+    events.Toolstack: EventKind.INFO,
+    events.EnableVerifyMode: EventKind.INFO,
+    events.LastCheckpoint: EventKind.LAST_CHECKPOINT,
+    events.EnableCompression: EventKind.ENABLE_COMPRESSION,
+    events.EndOfBody: EventKind.END_OF_BODY,
+    events.TailHvm: EventKind.TAIL,
+    events.TailPv: EventKind.TAIL,
 }
 
 
 class Course:
-    """Walks the table, and keeps what the layout of a tail hangs on."""
+    """Walks the table, and keeps what decides the layout of a tail."""
 
     def __init__(self) -> None:
         self.state = StreamState.FRONT
         self.last_checkpoint = False
         self.vcpus: tuple[int, ...] = (0,)
-        """The virtual CPUs that the tail describes; {0} where VCPU_INFO never came."""
+        """The virtual CPUs that the tail describes; {0} if VCPU_INFO never came."""
         self.extended_context = False
         self.xsave_bytes: int | None = None
         """xcnt of the header: 16 + the size of the extended state."""
@@ -108,14 +108,14 @@ class Course:
         return self.state is StreamState.COMPRESSED_BODY
 
     def step(self, event: events.Event) -> StreamState | None:
-        """Go on by one event; None where it may not stand here."""
+        """Advance by one event; returns None if it may not stand here."""
         kind = KINDS[type(event)]
-        if kind is Kind.TAIL and self.last_checkpoint:
-            kind = Kind.LAST_TAIL
+        if kind is EventKind.TAIL and self.last_checkpoint:
+            kind = EventKind.LAST_TAIL
         following = TRANSITIONS.get((self.state, kind))
         if following is None:
             return None
-        if kind is Kind.LAST_CHECKPOINT:
+        if kind is EventKind.LAST_CHECKPOINT:
             self.last_checkpoint = True
         elif isinstance(event, events.VcpuInfo):
             self.vcpus = tuple(event.ids())

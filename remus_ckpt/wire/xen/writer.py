@@ -1,6 +1,6 @@
-"""Events to buffers for the legacy save stream: the reader's grammar, from the same tables (specs/stream.md).
+"""Events to bytes for the legacy save stream, by the same tables as `Reader` (specs/stream.md).
 
-A buffer list is for one vectored send: payloads are passed on as they are, nothing is joined.
+Each list of buffers is for one vectored send: payloads are passed on uncopied, nothing is joined.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from remus_ckpt.wire.xen.dialect import FRONTS, Word
 from remus_ckpt.wire.xen.states import Course
 
 
-class Writer:
-    """One stream, event by event. Raises ValueError for an event that may not stand where it comes.
+class EventWriter:
+    """One stream, event by event. Raises ValueError for an event that may not come next.
 
     word: bytes of the toolstack's unsigned long
     """
@@ -33,7 +33,7 @@ class Writer:
         self._border = copy(self._course)  # where the last checkpoint ended
 
     def abandon(self) -> None:
-        """What was written behind the last tail does not count: another checkpoint takes its place."""
+        """Forget what was written since the last tail: another checkpoint takes its place."""
         self._course = copy(self._border)
         self._hash = hashlib.sha256()
 
@@ -51,7 +51,7 @@ class Writer:
         for buffer in buffers:
             self._hash.update(buffer)
         if isinstance(event, events.TailHvm) and event.record is not None:
-            # The checksum is of everything before it, its own record included.
+            # The checksum covers everything before it, including its own record.
             buffers.append(self._hash.digest())
         if isinstance(event, events.Tail):
             self._hash = hashlib.sha256()
@@ -60,7 +60,7 @@ class Writer:
         return buffers
 
     def digest(self) -> bytes:
-        """SHA-256 of what the checkpoint that is being written has so far."""
+        """SHA-256 of the current checkpoint so far."""
         return self._hash.digest()
 
     def _layout(self, event: events.Event) -> list[Buffer]:
@@ -102,7 +102,7 @@ class Writer:
                 return self._tail_hvm(event)
             case events.TailPv():
                 return self._tail_pv(event)
-        raise TypeError(f"{type(event).__name__} is nothing that a stream holds")
+        raise TypeError(f"{type(event).__name__} does not belong in a stream")
 
     @staticmethod
     def _id(number: int) -> bytes:

@@ -10,13 +10,15 @@ _ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86
 
 
 class Flag:
-    """A flag whose descriptor becomes readable once it is set.
+    """A flag whose descriptor is readable while it is set.
 
-    Any thread may set and close it. A flag without references frees its descriptor.
+    Any thread may call any method; a signal handler may set it. In a forked child, where the descriptor is still the
+    parent's, `set` and `clear` do not touch it. A flag without references frees its descriptor.
     Raises OSError if no more descriptors are available.
     """
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         # A signal's handler may raise wherever Python code runs, also between a descriptor and its first name, which
         # would lose it. These iterators are C: it comes out of them in the file that owns it.
         numbers = map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,))
@@ -28,8 +30,15 @@ class Flag:
 
     def set(self) -> None:
         """Set the flag. May be called again, and after `close`."""
-        with suppress(ValueError):  # it is closed
-            self._file.write(_ONE)
+        if self._pid == os.getpid():
+            with suppress(ValueError):  # it is closed
+                self._file.write(_ONE)
+
+    def clear(self) -> None:
+        """Clear the flag. Whoever waits for work clears it before looking for work: a `set` in between is kept."""
+        if self._pid == os.getpid():
+            with suppress(ValueError):
+                self._file.read(len(_ONE))
 
     def close(self) -> None:
         """Close the descriptor. May be called again."""
