@@ -1,4 +1,4 @@
-"""The session: the one table in both directions, any split, any flipped bit, what is refused, and the examples."""
+"""The session: the one table in both directions, how it begins and ends, what is refused, and the examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store: what is durable when, what comes back, and what a peer cannot do to it."""
+"""The store: what is durable when, and what comes back."""
 
 from __future__ import annotations
 
