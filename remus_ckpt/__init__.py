@@ -1,10 +1,10 @@
 """Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-Arrays and mmaps of one's own:
+Arrays, DataFrames and mmaps of one's own:
 
-    protect, Protection     keeps named arrays on a backup while the program changes them
+    protect, Protection     keeps them, by name, on a backup while the program changes them
     Committed               what `on_commit` is told
-    arrays_of               the arrays of a checkpoint
+    arrays_of               the arrays and DataFrames of a checkpoint: new ones, or copied into existing ones
 
 Memory that others write:
 
@@ -15,6 +15,7 @@ The backup and its store:
 
     Backup, Policy          keeps the checkpoints of primaries, and takes over
     open_store, Store, History, Stored, Retention     checkpoints on disk: list, restore, verify
+    Remote                  the same on another machine, through its backup
 
 Streams:
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from remus_ckpt.store import Store as Store
     from remus_ckpt.store import Stored as Stored
     from remus_ckpt.store import open_store as open_store
+    from remus_ckpt.store.remote import Remote as Remote
     from remus_ckpt.wire.record import Position as Position
     from remus_ckpt.wire.xen.dialect import Dialect as Dialect
 
@@ -76,6 +78,7 @@ _HOMES = {
     "source.processes": ("Processes",),
     "source.shared_file": ("SharedFile",),
     "store": ("History", "Retention", "Store", "Stored", "open_store"),
+    "store.remote": ("Remote",),
     "wire.xen.dialect": ("Dialect",),
     "wire.record": ("Position",),
 }

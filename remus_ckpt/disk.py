@@ -16,6 +16,7 @@ from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
 _COPY_BYTES = 1 << 22
+_TOKEN_BYTES = 8
 _SYNC_EACH = 64
 """Each sync may flush the disk's cache: for more files than this, one sync of the whole file system is cheaper."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -25,6 +26,7 @@ _renameat2 = getattr(_libc, "renameat2", None)
 _syncfs = getattr(_libc, "syncfs", None)
 _WHAT_NEXT = {
     errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and work then continues by itself",
+    errno.EDQUOT: ": raise the quota, or keep less; what was committed is intact, and work then continues by itself",
     errno.EROFS: ": mount it writable; reading works as it is",
 }
 
@@ -37,6 +39,21 @@ def guarding(path: str | Path | None) -> Iterator[None]:
     except OSError as error:
         hint = _WHAT_NEXT.get(error.errno or 0, "")
         raise StoreError(f"{path}: {error.strerror or error}{hint}") from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk or a quota has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error = error.__cause__
+    return False
+
+
+def free_bytes(path: str | Path) -> int:
+    """What is free in the file system of a path, without what is reserved for root. Raises OSError."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
@@ -159,7 +176,7 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
     Raises OSError that names the path.
     """
     # Choose the name first: if a signal handler raises in between, no file is left behind.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}")
     try:
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -178,6 +195,12 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
             sync_directory(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what `appearing` left of a path when it was killed. Nobody else may be making it. Raises OSError."""
+    for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * (2 * _TOKEN_BYTES)}"):
+        left.unlink(missing_ok=True)
 
 
 def spare_of(path: Path) -> Path:

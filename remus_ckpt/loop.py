@@ -5,13 +5,14 @@ The first checkpoint copies all of memory while the source runs, and pauses it o
 
 from __future__ import annotations
 
+import itertools
 import select
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.flag import Flag
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.memory import expect, zeros
-from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches
+from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches, ratio
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source import Source, Stopper
 from remus_ckpt.wire.parts import Parts
@@ -49,6 +50,50 @@ class Taken:
     """Encoding and writing outside the pause."""
     steps_s: Mapping[str, float]
     """The time of each step. The rest of the pause is the check that it has held, and a bounded capture's encoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """How far a first copy has got.
+
+    number: of the present pass over memory, from 1
+    done_pages: of memory, that this pass has gone over; pages: of memory
+    began_at: when this pass began, on the monotonic clock
+    """
+
+    number: int
+    done_pages: int
+    pages: int
+    began_at: float
+
+    @property
+    def share(self) -> float:
+        """Of memory, that this pass has gone over."""
+        return self.done_pages / self.pages
+
+    def status(self, now: float) -> dict[str, Any]:
+        """The same for people, by the keys of `NOT_COPYING`."""
+        share, seconds = self.share, max(now - self.began_at, 1e-9)
+        return {
+            "copy_pass": self.number,
+            "copy_share": share,
+            "copy_bytes_s": self.done_pages * PAGE_SIZE / seconds,
+            "copy_left_s": seconds * (1 - share) / share if share else None,
+        }
+
+    def line(self, now: float) -> str:
+        """The same, for the live line."""
+        found = self.status(now)
+        left = "" if found["copy_left_s"] is None else f"  {found['copy_left_s']:.0f} s left"
+        return (
+            f"first copy, pass {self.number}  {self.share:.0%} of memory  "
+            f"{found['copy_bytes_s'] / (1 << 20):,.1f} MiB/s{left}"
+        )
+
+
+NOT_COPYING: dict[str, Any] = dict.fromkeys(("copy_pass", "copy_share", "copy_bytes_s", "copy_left_s"))
+"""The status of a first copy while there is none: the pass, the share of memory that it has gone over, bytes of memory
+per second since it began, and seconds until it ends at this rate. A pass may be repeated."""
 
 
 class Output(Protocol):
@@ -122,6 +167,8 @@ class CheckpointLoop:
         self._capture: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
         self.ended = ""
         """Why the loop ended: "stopped", "duration" or "source gone"."""
+        self.copying: Copying | None = None
+        """How far the first copy has got, None without one. Any thread may read it."""
 
     def run(self) -> Iterator[Taken]:
         """Take checkpoints, and yield each once it has been written.
@@ -239,16 +286,21 @@ class CheckpointLoop:
         long as that halves what the pause will find, by the tracker's estimate.
         """
         before = 2 * self._memory.pages
-        while True:
-            count = 0
-            for pfns, pages in self._tracker.copy_live():
-                count += len(pfns)
-                yield from batches(pfns, pages)
-            if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
-                return
-            if self._tracker.estimate() > count // 2:
-                return
-            before = count
+        try:
+            for number in itertools.count(1):
+                count, self.copying = 0, Copying(number, 0, self._memory.pages, time.monotonic())
+                for pfns, pages in self._tracker.copy_live():
+                    count += len(pfns)
+                    yield from batches(pfns, pages)
+                    if len(pfns):
+                        self.copying = replace(self.copying, done_pages=int(pfns[-1]) + 1)
+                if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
+                    return
+                if self._tracker.estimate() > count // 2:
+                    return
+                before = count
+        finally:
+            self.copying = None
 
     def _room(self, pages: int) -> Pages:
         """A buffer for the capture: reused, because fresh memory costs a fault per page, and aligned for the codec."""
@@ -270,8 +322,8 @@ class Totals:
         self.blocked_s = 0.0
         self.last = 0
         self.dirty_pages = 0
-        self.changed_pages = 0
-        self.changed_bytes = 0
+        self.raw_bytes = 0
+        self.compressed_bytes = 0
         self.stream_bytes = 0
         self._pauses: deque[float] = deque(maxlen=_KEPT_PAUSES)
 
@@ -283,51 +335,45 @@ class Totals:
         self.blocked_s += taken.blocked_s
         self.last = taken.sent.epoch
         self.dirty_pages += taken.dirty_pages
+        self.raw_bytes += taken.sent.pages * PAGE_SIZE
+        self.compressed_bytes += taken.sent.compressed_bytes
         self.stream_bytes += taken.sent.stream_bytes
-        if taken.sent.compressed_chunks:
-            self.changed_pages += taken.sent.pages
-            self.changed_bytes += taken.sent.compressed_bytes
 
     def pause_ms(self, percent: float) -> float:
         """A percentile of the pauses."""
         return float(np.percentile(self._pauses, percent)) * 1e3 if self._pauses else 0.0
-
-    def ratio(self) -> float | None:
-        """Compressed bytes to raw bytes, over the compressed checkpoints."""
-        return self.changed_bytes / (self.changed_pages * PAGE_SIZE) if self.changed_pages else None
 
     def report(self) -> dict[str, Any]:
         """The totals, for JSON."""
         return {
             "checkpoints": self.checkpoints,
             "dirty_pages": self.dirty_pages,
-            "raw_bytes": self.changed_pages * PAGE_SIZE,
-            "compressed_bytes": self.changed_bytes,
+            "raw_bytes": self.raw_bytes,
+            "compressed_bytes": self.compressed_bytes,
             "stream_bytes": self.stream_bytes,
+            "ratio": ratio(self.stream_bytes, self.raw_bytes),
             "pause_ms": {"p50": self.pause_ms(50), "p99": self.pause_ms(99), "max": self.longest_pause_s * 1e3},
             "blocked_in_pause_ms": self.blocked_s * 1e3,
         }
 
     def text(self) -> str:
         """The totals, for the last line."""
-        ratio = self.ratio()
-        compressed = ""
-        if ratio is not None:
-            raw = self.changed_pages * PAGE_SIZE
-            compressed = f", {raw:,} raw bytes of changed pages as {self.changed_bytes:,} ({ratio:.1%})"
+        share = ratio(self.stream_bytes, self.raw_bytes)
+        carried = f"{self.raw_bytes:,} bytes of pages as {self.stream_bytes:,} bytes of stream"
+        carried += "" if share is None else f" (ratio {share:.1%})"
         return (
-            f"{self.checkpoints:,} checkpoints, {self.dirty_pages:,} dirty pages{compressed}, "
+            f"{self.checkpoints:,} checkpoints, {self.dirty_pages:,} dirty pages, {carried}, "
             f"pause p50 {self.pause_ms(50):.2f} ms, p99 {self.pause_ms(99):.2f} ms"
         )
 
     def line(self, taken: Taken) -> str:
         """The present figures, for the live line."""
         sent = taken.sent
-        raw = sent.pages * PAGE_SIZE
-        ratio = f"{sent.compressed_bytes / raw:6.1%}" if sent.compressed_chunks else "   raw"
+        share = ratio(sent.stream_bytes, sent.pages * PAGE_SIZE)
+        shown = "     -" if share is None else f"{share:6.1%}"
         blocked = f" (blocked {taken.blocked_s * 1e3:.1f})" if taken.blocked_s else ""
         return (
-            f"epoch {sent.epoch}  dirty {taken.dirty_pages:,} pages  ratio {ratio}  "
+            f"epoch {sent.epoch}  dirty {taken.dirty_pages:,} pages  ratio {shown}  "
             f"pause {taken.pause_s * 1e3:.2f} ms{blocked}  {self.stream_bytes / (1 << 20):,.1f} MiB written"
         )
 

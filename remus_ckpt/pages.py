@@ -91,6 +91,14 @@ def batches(pfns: NDArray[np.integer], data: Pages) -> Iterator[PageBatch]:
         yield PageBatch(part, np.zeros(len(part), dtype=np.uint8), data[start : start + MAX_BATCH_ENTRIES])
 
 
+def ratio(stream_bytes: int, page_bytes: int) -> float | None:
+    """The compression ratio, in its one meaning: bytes of the save stream for each byte of the pages that they carry.
+
+    0.03 is 3 %. What a link saves besides is not in it. None without pages.
+    """
+    return stream_bytes / page_bytes if page_bytes else None
+
+
 def pages_for(size: int) -> int:
     """The number of pages that hold `size` bytes, the last one padded with zeros."""
     return -(-size // PAGE_SIZE)

@@ -15,7 +15,7 @@ from remus_ckpt.compressed import Inflater
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, StreamError
 from remus_ckpt.files import StreamFile, read_events
 from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
-from remus_ckpt.pages import PAGE_SIZE, Pages
+from remus_ckpt.pages import PAGE_SIZE, Pages, ratio
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
@@ -187,9 +187,7 @@ def list_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def detail_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `inspect` adds to that."""
     details: dict[str, Any] = {
-        "ratio": checkpoint.compressed_bytes / (checkpoint.page_count * PAGE_SIZE)
-        if checkpoint.compressed_chunks and checkpoint.page_count
-        else None,
+        "ratio": ratio(checkpoint.end - checkpoint.start, checkpoint.page_count * PAGE_SIZE),
         "parameters": checkpoint.parameters,
     }
     if checkpoint.vcpus is not None:
@@ -227,9 +225,8 @@ def print_checkpoints(listed: list[dict[str, Any]], hashes: bool) -> None:
     names = ["epoch", "start", "end", "batches", "entries", "pages", "compressed_chunks", "compressed_bytes"]
     rows = [[name.replace("compressed_", "compr. ") for name in names] + ["ratio"]]
     for checkpoint in listed:
-        raw = checkpoint["pages"] * PAGE_SIZE
-        ratio = f"{checkpoint['compressed_bytes'] / raw:.1%}" if checkpoint["compressed_chunks"] and raw else "raw"
-        rows.append([f"{checkpoint[name]:,}" for name in names] + [ratio])
+        share = ratio(checkpoint["end"] - checkpoint["start"], checkpoint["pages"] * PAGE_SIZE)
+        rows.append([f"{checkpoint[name]:,}" for name in names] + ["-" if share is None else f"{share:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):
         line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -281,6 +278,21 @@ def print_deviations(walk: Walk) -> None:
             f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
             "(specs/permissive.md)"
         )
+
+
+def differing(one: Checkpoint, other: Checkpoint) -> Iterator[Pairs]:
+    """The pages that differ between two checkpoints, each in a memory of its own, ascending."""
+
+    def part(memory: Pages, at: int) -> Pages:
+        pages = memory[at : at + MAX_BATCH_ENTRIES]
+        return np.pad(pages, ((0, size - len(pages)), (0, 0))) if len(pages) < size else pages
+
+    count = max(len(one.memory), len(other.memory))
+    for at in range(0, count, MAX_BATCH_ENTRIES):
+        size = min(MAX_BATCH_ENTRIES, count - at)
+        before, now = part(one.memory, at), part(other.memory, at)
+        differ = np.flatnonzero((before != now).any(axis=1))
+        yield at + differ, before[differ], now[differ]
 
 
 def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remus_ckpt.service import backup, names, primary, standby
+from remus_ckpt.service import backoff, backup, names, primary, standby
 
 LIMITS = {
     "promotion_s": (standby, "_PROMOTION_S"),
@@ -12,7 +12,7 @@ LIMITS = {
     "close_s": (backup, "_CLOSE_S"),
     "open_s": (names, "_OPEN_S"),
     "most_opened": (names, "_MOST_OPENED"),
-    "first_backoff_s": (primary, "_FIRST_BACKOFF_S"),
+    "first_backoff_s": (backoff, "FIRST_S"),
     "most_unreleased": (primary, "_MAX_UNRELEASED"),
 }
 """Constants that no user has a reason to choose, so that they are no parameters."""

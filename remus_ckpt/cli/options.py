@@ -7,18 +7,22 @@ import os
 import re
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from remus_ckpt.errors import RemusError
+from remus_ckpt.errors import LinkError, RemusError
 from remus_ckpt.limits import GIB, KIB, MIB
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
 if TYPE_CHECKING:
+    from remus_ckpt.link.address import Address
+    from remus_ckpt.link.tls import TlsFiles
     from remus_ckpt.loop import StopSignal
+    from remus_ckpt.store import Retention
 
 app = typer.Typer(rich_markup_mode=None)
 """Every command registers here; `remus_ckpt.cli` lists them for the help."""
@@ -45,6 +49,19 @@ Audit = Annotated[
         "on. 0: never audit.",
     ),
 ]
+KeepTiers = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="TIERS",
+        help="Keep the first checkpoint of each period, such as hourly=48,daily=30: of the newest 48 hours and 30 days "
+        "that have any, in UTC. Also minutely, weekly, monthly, yearly.",
+    ),
+]
+KeepFree = Annotated[
+    str | None,
+    typer.Option("--keep-free", metavar="SIZE", help="Remove the oldest until this much of the disk is free."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the deviations listed in specs/permissive.md.")]
@@ -53,7 +70,42 @@ WordOption = Annotated[
 ]
 GuestOption = Annotated[Guest | None, typer.Option("--guest", help="Kind of guest. [default: detected]")]
 CodecOption = Annotated[StreamCodec | None, typer.Option("--codec", help="Page codec. [default: detected]")]
+TlsDir = Annotated[
+    Path | None,
+    typer.Option("--tls-dir", metavar="DIR", help="Folder made by `keys issue`, with ca.pem, cert.pem and key.pem."),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-plain-tcp",
+        help="Allow tcp:// between machines. Anyone on the network can then read and change the data.",
+    ),
+]
 MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse memory larger than this.")]
+
+
+def address_of(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
+    """Where to connect or to listen, and our certificate. Options that contradict each other are a usage error."""
+    from remus_ckpt.link.address import Address, check_options
+    from remus_ckpt.link.tls import TlsFiles
+
+    with usage():
+        address = Address.parse(text, "tls")
+        if address.scheme == "tls" and tls_dir is None:
+            check_options(address, None, insecure)
+    tls = TlsFiles(tls_dir) if tls_dir else None
+    with usage():
+        check_options(address, tls, insecure)
+    return address, tls
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """An address or a name that cannot be meant is a usage error."""
+    try:
+        yield
+    except (LinkError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def keep_apart(output: str, *inputs: str | Path) -> None:
@@ -118,6 +170,32 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise typer.BadParameter(f"{text!r} is not a size: write a number and a unit, such as 512M or 20G")
     return int(float(match[1]) * _BYTES[match[2]])
+
+
+def retention_of(
+    tiers: str | None, *, count: int | None, age: str | None, size: str | None, free: str | None
+) -> Retention:
+    """What the --keep options say."""
+    from remus_ckpt.store.retention import TIERS, Retention
+
+    wanted: dict[str, int] = {}
+    for item in tiers.split(",") if tiers is not None else ():
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*(\d{1,9})\s*", item)
+        if not match or match[1] not in TIERS or match[1] in wanted:
+            raise typer.BadParameter(
+                f"--keep {tiers!r}: write each tier once, as in hourly=48,daily=30; the tiers are {', '.join(TIERS)}"
+            )
+        wanted[match[1]] = int(match[2])
+    try:
+        return Retention(
+            count=count,
+            age_s=parse_duration(age) if age else None,
+            bytes=parse_bytes(size) if size else None,
+            free=parse_bytes(free) if free else None,
+            **wanted,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"--keep {tiers!r}: {error}") from None
 
 
 def stop_on_signals(stack: ExitStack) -> StopSignal:

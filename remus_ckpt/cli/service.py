@@ -1,4 +1,4 @@
-"""The commands of the two services: backup, protect, status, failover."""
+"""The commands of the two services, backup and protect, and their demo."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -19,12 +19,18 @@ from remus_ckpt.cli.options import (
     AsJson,
     Audit,
     HowTracked,
+    Insecure,
+    KeepFree,
+    KeepTiers,
     MaxMemory,
+    TlsDir,
+    address_of,
     app,
-    parse_bytes,
     parse_duration,
     print_json,
+    retention_of,
     stop_on_signals,
+    usage,
 )
 from remus_ckpt.cli.terminal import complain, errors, out
 from remus_ckpt.errors import LinkError
@@ -35,7 +41,8 @@ from remus_ckpt.session.messages import MAX_LEASE_S, MIN_LEASE_S, Compression, L
 from remus_ckpt.wire.xen.dialect import StreamCodec
 
 if TYPE_CHECKING:
-    from remus_ckpt.link.address import Address
+    from rich.live import Live
+
     from remus_ckpt.link.connection import Connection
     from remus_ckpt.link.tls import TlsFiles
     from remus_ckpt.observe.metrics import Metrics
@@ -44,50 +51,17 @@ if TYPE_CHECKING:
     from remus_ckpt.source.processes import Processes
 
 
-TlsDir = Annotated[
-    Path | None,
-    typer.Option("--tls-dir", metavar="DIR", help="Folder made by `keys issue`, with ca.pem, cert.pem and key.pem."),
-]
-Insecure = Annotated[
-    bool,
-    typer.Option(
-        "--insecure-plain-tcp",
-        help="Allow tcp:// between machines. Anyone on the network can then read and change the data.",
-    ),
-]
 MetricsAt = Annotated[
     str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics at this address.")
 ]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="Format of the log on standard error.")]
 
 
-def _name(text: str) -> str:
+def name_of(text: str) -> str:
+    """A name as it may be protected. A usage error otherwise."""
     try:
         return check_name(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _address(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
-    """Where to connect or to listen, and our certificate. Options that contradict each other are a usage error."""
-    from remus_ckpt.link.address import Address, check_options
-    from remus_ckpt.link.tls import TlsFiles
-
-    with _usage():
-        address = Address.parse(text, "tls")
-        if address.scheme == "tls" and tls_dir is None:
-            check_options(address, None, insecure)
-    tls = TlsFiles(tls_dir) if tls_dir else None
-    with _usage():
-        check_options(address, tls, insecure)
-    return address, tls
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    try:
-        yield
-    except LinkError as error:
         raise typer.BadParameter(str(error)) from None
 
 
@@ -98,10 +72,11 @@ def _serve_metrics(stack: ExitStack, counted: Metrics, where: str | None, tls: T
         stack.enter_context(counted.serve(where))
 
 
-def _dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
+def dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
+    """Connect to a backup. Raises LinkError."""
     from remus_ckpt.link.dial import connect
 
-    address, tls = _address(to, tls_dir, insecure)
+    address, tls = address_of(to, tls_dir, insecure)
     return connect(address, tls=tls, insecure=insecure)
 
 
@@ -109,7 +84,7 @@ def _check_metrics(where: str | None) -> None:
     if where:
         from remus_ckpt.observe.http import metrics_address
 
-        with _usage():
+        with usage():
             metrics_address(where)
 
 
@@ -153,6 +128,7 @@ def backup(
             "minute.",
         ),
     ] = None,
+    keep: KeepTiers = None,
     keep_count: Annotated[
         int | None, typer.Option(metavar="COUNT", min=1, help="Minimum number of checkpoints to keep.")
     ] = None,
@@ -162,6 +138,7 @@ def backup(
     keep_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="How much to keep for each name, such as 20GiB.")
     ] = "16GiB",
+    keep_free: KeepFree = None,
     max_memory: MaxMemory = 64,
     metrics: MetricsAt = None,
     log_format: Logs = "text",
@@ -178,7 +155,7 @@ def backup(
     Example: remus-ckpt backup … --auto-failover --fence '/etc/remus-ckpt/power-off "$REMUS_PEER_CERT"'
     """
     _check_metrics(metrics)
-    places = [_address(text, tls_dir, insecure) for text in listen]
+    places = [address_of(text, tls_dir, insecure) for text in listen]
     if auto_failover and not fence:
         raise typer.BadParameter("--auto-failover needs --fence: without it, both sides could run at once")
     lease_s = parse_duration(lease)
@@ -190,7 +167,6 @@ def backup(
     from remus_ckpt.observe.metrics import Metrics
     from remus_ckpt.service.backup import Backup
     from remus_ckpt.service.standby import Policy
-    from remus_ckpt.store import Retention
 
     policy = Policy(
         lease_s=lease_s,
@@ -198,12 +174,8 @@ def backup(
         fence=fence,
         on_failover=on_failover,
         takeover_timeout_s=min(takeover_timeout_s, threading.TIMEOUT_MAX),
-        retention=Retention(
-            count=keep_count,
-            age_s=parse_duration(keep_age) if keep_age else None,
-            bytes=parse_bytes(keep_size) if keep_size else None,
-        ),
-        names=frozenset(map(_name, name)) if name else None,
+        retention=retention_of(keep, count=keep_count, age=keep_age, size=keep_size, free=keep_free),
+        names=frozenset(map(name_of, name)) if name else None,
     )
     # Before the store is created: whoever names a port that is in use must choose another store or another port.
     for address, tls in places:
@@ -337,8 +309,8 @@ def protect(
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
     _check_metrics(metrics)
-    address, tls = _address(to, tls_dir, insecure)
-    _name(name)
+    address, tls = address_of(to, tls_dir, insecure)
+    name_of(name)
     from remus_ckpt.loop import Totals
     from remus_ckpt.observe.metrics import Metrics
     from remus_ckpt.service.fenced import FencedCommand
@@ -371,6 +343,14 @@ def protect(
                 pids=lambda: [process.pid for process in stopper.processes() or ()],
                 on_turn=beat,
             )
+        show: Live | None = None
+
+        def turn() -> None:
+            if beat is not None:
+                beat()
+            if show is not None and (copying := primary.copying) is not None:
+                show.update(Text(copying.line(time.monotonic())))
+
         primary = primary_of(
             source,
             name,
@@ -385,13 +365,12 @@ def protect(
             compression=compression,
             term=term,
             on_commit=release,
-            on_turn=beat,
+            on_turn=turn,
             on_fenced=fenced,
             metrics=counted,
             stop=stop,
         )
         stack.callback(primary.close)
-        show = None
         if errors.is_terminal and not as_json:
             from rich.live import Live
 
@@ -442,122 +421,6 @@ def _stopper(
     from remus_ckpt.source.processes import Processes
 
     return Processes(pid or [])
-
-
-@app.command(short_help="Show the status of a backup and its primaries.")
-def status(
-    source: Annotated[
-        str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
-    ],
-    tls_dir: TlsDir = None,
-    insecure: Insecure = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show, for each name, the state of the backup and of its primary, and any trouble.
-
-    Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
-    """
-    from remus_ckpt.link.control import ask
-
-    report = ask(_dial(source, tls_dir, insecure), "status", {})
-    if as_json:
-        print_json(report)
-        return
-    if not report["names"]:
-        out.print("nothing is protected on this backup yet")
-    for name, found in report["names"].items():
-        out.print(Text("\n".join(_tell(name, found))))
-
-
-def _short(position: str | None) -> str:
-    epoch, _, digest = (position or "none").partition(":")
-    return f"{epoch}:{digest[:16]}" if digest else epoch
-
-
-def _tell(name: str, found: dict[str, Any]) -> list[str]:
-    """The status of one name, as lines of text."""
-    primary = found["primary"]
-    silent = found["silent_s"]
-    where = f"connected to {found['peer']}" if found["connected"] else "no primary connected"
-    if silent is not None and not found["connected"]:
-        where += f", silent for {silent:.1f} s"
-    lines = [
-        f"{name}: {found['role']}, term {found['term']}, epoch {found['epoch']}, position {_short(found['position'])}; "
-        f"{where}"
-    ]
-    if primary:
-        parts = [f"lag {primary.get('lag_checkpoints')} checkpoints", f"dirty {primary.get('dirty_pages')} pages"]
-        if isinstance(ratio := primary.get("ratio"), float) and ratio > 0:
-            parts.append(f"ratio {1 / ratio:.1%}")
-        for key, what in (("pause_ms", "pause"), ("commit_latency_ms", "commit")):
-            times = primary.get(key)
-            times = [times.get(part) for part in ("p50", "p99")] if isinstance(times, dict) else [None]
-            if all(isinstance(value, float) for value in times):
-                parts.append(f"{what} p50 {times[0]:.2f} ms, p99 {times[1]:.2f} ms")
-            if key == "pause_ms":
-                medians = {
-                    step: value.get("p50")
-                    for step in ("stop", "find", "copy", "resume")
-                    if isinstance(value := primary.get(f"{step}_ms"), dict)
-                }
-                if medians and all(isinstance(value, float) for value in medians.values()):
-                    parts.append("of it " + ", ".join(f"{step} {value:.2f}" for step, value in medians.items()))
-        if primary.get("tracking") == "kernel":
-            parts.append("pages found by the kernel")
-        elif primary.get("tracking_why"):
-            parts.append(f"pages found by comparison: {primary['tracking_why']}")
-        if primary.get("missed_pages"):
-            parts.append(f"missed {primary['missed_pages']} pages")
-        lines.append("  " + ", ".join(parts))
-    for command in ("fence", "takeover"):
-        again = found.get(f"{command}_retry_s")
-        if again is not None:
-            lines.append(f"  {command} failed; next try in {again:.0f} s")
-        elif found.get(command) == "running":
-            lines.append(f"  {command} running")
-    if found["role"] == "promoted":
-        if found.get("image"):
-            lines.append(f"  taken over at epoch {found['epoch']}: memory {found['image']}")
-        if found.get("takeover") == "succeeded":
-            lines.append("  takeover succeeded: the work continues here")
-    if found.get("trouble"):
-        lines.append(f"  trouble: {found['trouble']}")
-    lines += [f"  warning: {warning}" for warning in found["warnings"]]
-    return lines
-
-
-@app.command(short_help="Promote a backup by hand.")
-def failover(
-    name: Annotated[str, typer.Option(metavar="NAME", help="Name to take over.")],
-    source: Annotated[
-        str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
-    ],
-    fence: Annotated[
-        bool,
-        typer.Option(
-            "--fence",
-            help="Run the backup's --fence command first. Without this, you vouch that the primary has stopped.",
-        ),
-    ] = False,
-    tls_dir: TlsDir = None,
-    insecure: Insecure = False,
-    as_json: AsJson = False,
-) -> None:
-    """Promote a backup now. From then on it refuses the old primary; it also runs its --on-failover command.
-
-    Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
-    """
-    arguments = {"name": _name(name), "fence": fence}
-    from remus_ckpt.link.control import ask
-
-    report = ask(_dial(source, tls_dir, insecure), "failover", arguments)
-    if as_json:
-        print_json(report)
-        return
-    out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
-    out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
-    again = f"remus-ckpt protect {report['image']} --term {report['term']} …"
-    out.print(Text(f"to protect it again on another backup: {again} (on this one: --term {report['term'] + 1})"))
 
 
 @app.command(short_help="Protect a worker, kill it, and watch the backup take over.")

@@ -1,11 +1,10 @@
-"""The commands for stores, and what `restore` and `verify` do with `store:DIR/NAME`."""
+"""The commands for stores, and what commands for streams do with `store:DIR/NAME` and with a backup's ADDRESS/NAME."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,12 +14,17 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
+    Insecure,
+    KeepFree,
+    KeepTiers,
     Overwrite,
+    TlsDir,
+    address_of,
     app,
     keep_what_is_there,
-    parse_bytes,
-    parse_duration,
     print_json,
+    retention_of,
+    usage,
     write_out,
 )
 from remus_ckpt.cli.terminal import complain, out, progress
@@ -29,13 +33,16 @@ from remus_ckpt.limits import GIB, Limits
 
 if TYPE_CHECKING:
     from remus_ckpt.restorer import Checkpoint
-    from remus_ckpt.store import Entry, History, HistoryWriter, Report, State, Survey
+    from remus_ckpt.store import Entry, History, HistoryWriter, Removal, Report
     from remus_ckpt.store.history import Progress
+    from remus_ckpt.store.remote import Remote
+    from remus_ckpt.store.segments import Contents
 
 T = TypeVar("T")
 PREFIX = "store:"
-_TABLE_ROWS = _LISTED = 1_000
+_LISTED = 1_000
 
+_HELP = "store:DIR/NAME on this machine, or tls://HOST:PORT/NAME (unix:PATH/NAME, tcp://…) on a backup."
 HistoryName = Annotated[str, typer.Argument(metavar="store:DIR/NAME", help="One name in a store.")]
 At = Annotated[
     str | None,
@@ -47,14 +54,32 @@ At = Annotated[
 ]
 
 
+def is_address(text: str) -> bool:
+    """Whether a command's argument is an address of a backup, with a name or without."""
+    return text.startswith(("tls://", "tcp://", "unix:"))
+
+
 def is_store(stream: str) -> bool:
-    """Whether a command's argument names a store instead of a stream."""
-    return stream.startswith(PREFIX)
+    """Whether a command's argument names checkpoints in a store, here or on a backup, instead of a stream."""
+    return stream.startswith(PREFIX) or is_address(stream)
 
 
-def open_history(text: str, max_memory: int = 64) -> History:
-    """`store:DIR/NAME` to be read. Raises StoreError."""
-    return _history(_path(text), limits=Limits(memory_bytes=max_memory * GIB))
+def open_history(text: str, tls_dir: Path | None, insecure: bool, max_memory: int = 64) -> History:
+    """`store:DIR/NAME`, or ADDRESS/NAME of a backup, to be read. Raises StoreError, LinkError."""
+    limits = Limits(memory_bytes=max_memory * GIB)
+    if is_address(text):
+        return open_remote(text, tls_dir, insecure, limits)
+    return _history(path_of(text), limits=limits)
+
+
+def open_remote(text: str, tls_dir: Path | None, insecure: bool, limits: Limits | None = None) -> Remote:
+    """ADDRESS[/NAME]. Raises typer.BadParameter, LinkError."""
+    from remus_ckpt.link.address import split_name
+    from remus_ckpt.store.remote import Remote
+
+    address_of(split_name(text)[0], tls_dir, insecure)
+    with usage():
+        return Remote(text, tls_dir=tls_dir, insecure=insecure, limits=limits)
 
 
 def _history(path: Path, limits: Limits | None = None) -> History:
@@ -88,10 +113,9 @@ def parse_at(text: str | None) -> int | datetime | None:
 
 
 def restore_from_store(
-    text: str, output: str, at: int | datetime | None, device_state: Path | None, max_memory: int, as_json: bool
+    text: str, history: History, output: str, at: int | datetime | None, device_state: Path | None, as_json: bool
 ) -> None:
     """The command `restore`. If the newest checkpoint is bad, restores the last good one before it; exit code 20."""
-    history = open_history(text, max_memory)
 
     def read(entry: Entry, advance: Progress) -> Checkpoint:
         if output == "-" or (Path(output).exists() and not Path(output).is_file()):
@@ -125,25 +149,35 @@ def _read_good(
 ) -> tuple[Entry, T, BadCheckpoint | None]:
     """A checkpoint. If the newest is asked for and bad: the newest good one, and what is wrong."""
     fault: BadCheckpoint | None = None
-    while True:
-        try:
-            entry = history.find(at)
-            with progress(text, entry.end, as_json) as advance:
-                return entry, read(entry, advance), fault
-        except BadCheckpoint as error:
-            if at is not None and fault is None:
-                raise
-            complain(f"{text}: {error}")
-            fault, at = error, error.good
-            if at is None:
-                raise typer.Exit(error.exit_code) from None
+    with history.reading():
+        while True:
+            try:
+                entry = history.find(at)
+                with progress(text, entry.end, as_json) as advance:
+                    return entry, read(entry, advance), fault
+            except BadCheckpoint as error:
+                if at is not None and fault is None:
+                    raise
+                complain(f"{text}: {error}")
+                fault, at = error, error.good
+                if at is None:
+                    raise typer.Exit(error.exit_code) from None
 
 
-def verify_store(text: str, max_memory: int, as_json: bool) -> None:
+def read_checkpoint(
+    text: str, history: History, at: int | datetime | None, as_json: bool
+) -> tuple[Checkpoint, BadCheckpoint | None]:
+    """A checkpoint in the memory of this process; if the newest is asked for and bad: the newest good one, and what is
+    wrong."""
+    _, found, fault = _read_good(
+        text, history, at, as_json, lambda entry, advance: history.restore(entry.epoch, progress=advance)
+    )
+    return found, fault
+
+
+def verify_store(text: str, history: History, as_json: bool) -> None:
     """The command `verify`: exit code 20 if anything is bad."""
-    history = open_history(text, max_memory)
-    size = sum(path.stat().st_size for path in (history.directory / "segments").glob("*.remus"))
-    with progress(text, size, as_json) as advance:
+    with history.reading(), progress(text, history.size(), as_json) as advance:
         report = history.verify(progress=advance)
     if as_json:
         print_json(_report(text, report))
@@ -163,180 +197,79 @@ def verify_store(text: str, max_memory: int, as_json: bool) -> None:
             if bad.good is None
             else f"the newest good checkpoint before it is {bad.good}"
         )
-        lost = f"; unreachable: {_numbers(bad.unreachable)}" if bad.unreachable else ""
+        lost = f"; unreachable: {numbers(bad.unreachable)}" if bad.unreachable else ""
         complain(f"{where}{section}; {good}{lost}")
     if report.bad:
         raise typer.Exit(BadCheckpoint.exit_code)
     if report.newest is None:
         from remus_ckpt.store.history import nothing_in
 
-        raise nothing_in(history.directory)
-
-
-@app.command("list", short_help="List what a store holds.")
-def list_store(
-    store: Annotated[str, typer.Argument(metavar="store:DIR[/NAME]", help="A store, or one name in it.")],
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Also list every checkpoint of NAME.")] = False,
-    last: Annotated[
-        int | None, typer.Option("--last", metavar="N", min=1, help="Also list the last N checkpoints of NAME.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the names in a store and their newest checkpoints, or the segments and checkpoints of one name.
-
-    Examples: remus-ckpt list store:/var/lib/remus;  remus-ckpt list store:/var/lib/remus/orders --last 20
-    """
-    path = _path(store)
-    from remus_ckpt.store import History, Store
-    from remus_ckpt.store.history import nothing_in
-    from remus_ckpt.store.state import FILE
-
-    if (path / FILE).exists() or (path / "segments").exists():
-        history = History(path)
-        _list_history(history, None if checkpoints else last or 0, as_json)
-        if history.newest() is None:
-            raise nothing_in(path)
-        return
-    if checkpoints or last is not None:
-        raise typer.BadParameter("--checkpoints and --last need a name: store:DIR/NAME")
-    rows, faults = [], []
-    for name in Store(path).names():
-        try:
-            history = Store(path).history(name)
-            rows.append(_summary(history.state, history.survey()))
-        except StoreError as error:
-            faults.append({"name": name, "error": str(error)})
-    if as_json:
-        print_json({"store": str(path), "histories": rows, "unreadable": faults})
-    else:
-        table = [["name", "newest", "checkpoints", "bytes", "term", "role", "taken"]]
-        for row in rows:
-            cells = [row["name"], row["newest"], row["checkpoints"], row["bytes"], row["term"], row["role"]]
-            table.append([*map(_cell, cells), _time(row["time_ns"])])
-        _print_table(table)
-        for row in rows:
-            for lost in row["lost"]:
-                complain(f"{row['name']}: {_loss(lost)}")
-    for fault in faults:
-        complain(fault["error"])
-    if faults:
-        raise typer.Exit(StoreError.exit_code)
-    if not rows:
-        raise nothing_in(path, "the store holds no name")
-    if all(row["newest"] is None for row in rows):
-        raise nothing_in(path)
-
-
-def _list_history(history: History, last: int | None, as_json: bool) -> None:
-    """last: how many checkpoints to list too; None: all."""
-    state, survey = history.state, history.survey()
-    summary = _summary(state, survey)
-    segments: list[dict[str, Any]] = [
-        {
-            "segment": one.name,
-            "first": one.first.epoch if one.first else None,
-            "last": one.last.epoch if one.last else None,
-            "checkpoints": len(one.epochs),
-            "bytes": one.end,
-            "base_bytes": one.first.end if one.first else None,
-            "first_time_ns": one.first.time_ns if one.first else None,
-            "last_time_ns": one.last.time_ns if one.last else None,
-            "damaged": state.damaged.get(one.name),
-        }
-        for one in survey.contents
-    ]
-    if as_json:
-        if last == 0:
-            print_json(summary | {"segments": segments})
-        else:
-            _print_json_list(summary | {"segments": segments}, "entries", map(_row, _listed(history, last)))
-        return
-    table = [["segment", "first", "last", "checkpoints", "bytes", "base", "taken from", "to"]]
-    for row in segments:
-        numbers = [row[key] for key in ("first", "last", "checkpoints", "bytes", "base_bytes")]
-        table.append([row["segment"], *map(_cell, numbers), _time(row["first_time_ns"]), _time(row["last_time_ns"])])
-    _print_table(table)
-    if newest := survey.newest:
-        out.print(Text(f"newest: {newest.epoch}, taken {_time(newest.time_ns)}, position {newest.position}"))
-    for name, reason in state.damaged.items():
-        if all(name != lost.segment for lost in survey.lost):
-            complain(f"{name}: {reason}")
-    for lost in summary["lost"]:
-        complain(_loss(lost))
-    if last == 0:
-        return
-    head = ["epoch", "taken", "pages", "bytes", "segment", "position"]
-    # As wide as the first rows need: a table of all of them may not fit into memory.
-    rows = (_cells(entry) for entry in _listed(history, last))
-    widths: list[int] = []
-    while block := [*([] if widths else [head]), *itertools.islice(rows, _TABLE_ROWS)]:
-        widths = _print_table(block, widths)
-
-
-def _listed(history: History, last: int | None) -> Iterator[Entry]:
-    """Yield the last N checkpoints, or all, one at a time."""
-    if last is None:
-        return history.checkpoints()
-    newest_first = itertools.islice(history.checkpoints(newest_first=True), last)
-    return reversed(list(newest_first))
-
-
-def _cells(entry: Entry) -> list[str]:
-    sequence = entry.segment.partition("-")[2].partition(".")[0]
-    size = _cell(entry.end - entry.start)
-    return [_cell(entry.epoch), _time(entry.time_ns), _cell(entry.pages), size, sequence, str(entry.position)]
-
-
-def _print_json_list(fields: dict[str, Any], name: str, rows: Iterator[dict[str, Any]]) -> None:
-    """Print one JSON object with a list in it that is written as it is produced."""
-    head = json.dumps(fields | {name: []})
-    sys.stdout.write(head.removesuffix("]}"))
-    for number, row in enumerate(rows):
-        sys.stdout.write((", " if number else "") + json.dumps(row))
-    sys.stdout.write("]}\n")
-    sys.stdout.flush()
-
-
-def _loss(lost: dict[str, Any]) -> str:
-    epochs = f"; lost committed checkpoints: {lost['epochs']}" if lost["epochs"] else ""
-    return f"{lost['segment']}, at byte {lost['byte']}: {lost['reason']}{epochs}"
+        raise nothing_in(history.where)
 
 
 @app.command(short_help="Remove old checkpoints from a store.")
 def prune(
     store: HistoryName,
+    keep: KeepTiers = None,
     keep_count: Annotated[int | None, typer.Option(min=1, help="Keep this many checkpoints.")] = None,
     keep_age: Annotated[
         str | None, typer.Option(help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.")
     ] = None,
     keep_size: Annotated[str | None, typer.Option(help="Keep at most this many bytes, such as 500M or 20G.")] = None,
+    keep_free: KeepFree = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and why.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove old checkpoints, oldest first, in whole segments. The segment with the newest checkpoint always stays.
+    """Remove old checkpoints, in whole segments. The segment with the newest checkpoint always stays.
 
-    A segment is removed as soon as any limit calls for it. A running backup prunes by itself.
+    A segment is removed as soon as --keep-count or --keep-age calls for it, unless --keep wants it; with --keep and
+    neither of these, unless --keep wants it. Of those left, the oldest are removed until --keep-size and --keep-free
+    are met. A running backup prunes by itself; --dry-run works beside it.
 
-    Example: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G
+    Examples: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G;
+    remus-ckpt prune store:/var/lib/remus/orders --keep hourly=48,daily=30 --keep-age 6h --dry-run
     """
-    if keep_count is None and keep_age is None and keep_size is None:
-        raise typer.BadParameter("say what to keep: --keep-count, --keep-age or --keep-size")
-    from remus_ckpt.store import Retention
-
-    retention = Retention(
-        count=keep_count,
-        age_s=None if keep_age is None else parse_duration(keep_age),
-        bytes=None if keep_size is None else parse_bytes(keep_size),
-    )
-    with _writer(store) as writer:
-        _say_warnings(store, writer)
-        removed = writer.prune(retention)
-        left = writer.history.survey().count
-    if as_json:
-        print_json({"store": store, "removed": removed, "checkpoints": left})
+    if all(one is None for one in (keep, keep_count, keep_age, keep_size, keep_free)):
+        raise typer.BadParameter("say what to keep: --keep, --keep-count, --keep-age, --keep-size or --keep-free")
+    retention = retention_of(keep, count=keep_count, age=keep_age, size=keep_size, free=keep_free)
+    if dry_run:
+        history = _history(path_of(store))
+        removals = history.prunable(retention)
+        gone = {one.contents.name for one in removals}
+        survey = history.survey()
+        left = replace(survey, contents=tuple(one for one in survey.contents if one.name not in gone)).count
     else:
-        for name in removed:
-            out.print(Text(f"removed {name}"))
-        out.print(f"{left:,} checkpoints left")
+        with _writer(store) as writer:
+            _say_warnings(store, writer)
+            removals = writer.prune(retention)
+            left = writer.history.survey().count
+    size = sum(one.bytes for one in removals)
+    if as_json:
+        removed = [segment_row(one.contents) | {"bytes": one.bytes, "rule": _OPTIONS[one.rule]} for one in removals]
+        print_json({"store": store, "dry_run": dry_run, "removed": removed, "bytes": size, "checkpoints": left})
+        return
+    would = "would be " if dry_run else ""
+    for one in removals:
+        out.print(Text(f"{would}removed by {_OPTIONS[one.rule]}: {_words_for(one)}"))
+    out.print(f"{len(removals):,} segments, {size:,} bytes {would}removed; {left:,} checkpoints {would}left")
+
+
+_OPTIONS = {
+    "count": "--keep-count",
+    "age": "--keep-age",
+    "tiers": "--keep",
+    "size": "--keep-size",
+    "free": "--keep-free",
+}
+
+
+def _words_for(removal: Removal) -> str:
+    one = removal.contents
+    if one.first is None or one.last is None:
+        return f"{one.name}, no checkpoint, {removal.bytes:,} bytes"
+    epochs = f"checkpoints {one.first.epoch} to {one.last.epoch}"
+    taken = f"taken {time_text(one.first.time_ns)} to {time_text(one.last.time_ns)}"
+    return f"{one.name}, {epochs}, {taken}, {removal.bytes:,} bytes"
 
 
 @app.command(short_help="Start a new segment in a store with a full copy of memory.")
@@ -356,50 +289,55 @@ def compact(store: HistoryName, as_json: AsJson = False) -> None:
         entry = writer.history.newest()
         assert entry is not None
     if as_json:
-        print_json({"store": store} | _row(entry))
+        print_json({"store": store} | row_of(entry))
     else:
         out.print(Text(f"{entry.segment}: checkpoint {entry.epoch}, {entry.end:,} bytes"))
 
 
 @app.command(short_help="Export a checkpoint from a store as a stream.")
 def export(
-    store: HistoryName,
+    store: Annotated[str, typer.Argument(metavar="store:DIR/NAME", help=_HELP)],
     output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
     at: At = None,
     overwrite: Overwrite = False,
     max_memory: Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="As in restore.")] = 64,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a save stream that ends with the newest checkpoint, or with the one that --at names.
 
     The stream is the checkpoint's segment up to that point, checked on the way. If the newest checkpoint is bad or
-    lost, the stream ends with the newest good one before it, and the exit code is 20.
+    lost, the stream ends with the newest good one before it, and the exit code is 20. What comes from a backup and goes
+    to standard output is kept in a temporary file until it is checked.
 
-    Example: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711
+    Examples: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711;
+    remus-ckpt export tls://backup:7411/orders -o orders.remus --tls-dir keys/me
     """
     keep_what_is_there(overwrite, output)
-    history = open_history(store, max_memory)
+    history = open_history(store, tls_dir, insecure, max_memory)
 
     def read(entry: Entry, advance: Progress) -> Entry:
         return history.export(output, entry.epoch, progress=advance)
 
     _, entry, fault = _read_good(store, history, parse_at(at), as_json, read)
     if as_json and output != "-":
-        print_json({"store": store, "stream": output} | _row(entry))
+        print_json({"store": store, "stream": output} | row_of(entry))
     elif output != "-":
         out.print(Text(f"{output}: up to checkpoint {entry.epoch}, {entry.end:,} bytes"))
     if fault is not None:
         raise typer.Exit(fault.exit_code)
 
 
-def _path(text: str) -> Path:
-    if not is_store(text) or text == PREFIX:
+def path_of(text: str) -> Path:
+    """The path in `store:DIR[/NAME]`. Raises typer.BadParameter."""
+    if not text.startswith(PREFIX) or text == PREFIX:
         raise typer.BadParameter(f"{text!r} is not a store: write store:DIR or store:DIR/NAME")
     return Path(text.removeprefix(PREFIX))
 
 
 def _writer(text: str) -> HistoryWriter:
-    path = _path(text)
+    path = path_of(text)
     name = _history(path).name  # refuses a name that does not exist
     from remus_ckpt.store import HistoryWriter
 
@@ -411,32 +349,22 @@ def _say_warnings(text: str, writer: HistoryWriter) -> None:
         complain(f"{text}: {warning}")
 
 
-def _summary(state: State, survey: Survey) -> dict[str, Any]:
-    newest = survey.newest
+def segment_row(one: Contents) -> dict[str, Any]:
+    """What a segment holds, for JSON."""
     return {
-        "name": state.name,
-        "newest": None if newest is None else newest.epoch,
-        "position": None if newest is None else str(newest.position),
-        "time_ns": None if newest is None else newest.time_ns,
-        "checkpoints": survey.count,
-        "bytes": survey.bytes,
-        "term": state.term,
-        "role": state.role,
-        "damaged": state.damaged,
-        "lost": [
-            {
-                "segment": one.segment,
-                "byte": one.byte,
-                "reason": one.reason,
-                "checkpoints": len(one.epochs),
-                "epochs": _numbers(one.epochs),
-            }
-            for one in survey.lost
-        ],
+        "segment": one.name,
+        "first": one.first.epoch if one.first else None,
+        "last": one.last.epoch if one.last else None,
+        "checkpoints": len(one.epochs),
+        "bytes": one.end,
+        "base_bytes": one.first.end if one.first else None,
+        "first_time_ns": one.first.time_ns if one.first else None,
+        "last_time_ns": one.last.time_ns if one.last else None,
     }
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def row_of(entry: Entry) -> dict[str, Any]:
+    """A checkpoint, for JSON."""
     from remus_ckpt.pages import PAGE_SIZE
 
     return {
@@ -477,32 +405,15 @@ def _report(text: str, report: Report) -> dict[str, Any]:
     }
 
 
-def _print_table(rows: list[list[str]], widths: Sequence[int] = ()) -> list[int]:
-    """Print a table. Returns the widths of its columns: at least those given."""
-    columns = zip(*rows, strict=True)
-    least = widths or [0] * len(rows[0])
-    found = [max(width, *map(len, column)) for width, column in zip(least, columns, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, found, strict=True))
-        ]
-        out.print(Text("  ".join(cells).rstrip()))
-    return found
+def numbers(epochs: range) -> str:
+    """Epochs, for people: "", "7" or "7-9"."""
+    return "" if not epochs else str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"
 
 
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _time(time_ns: int | None) -> str:
+def time_text(time_ns: int | None) -> str:
     if time_ns is None:
         return "-"
     try:
         return datetime.fromtimestamp(time_ns / 1e9).astimezone().isoformat(timespec="milliseconds")
     except (ValueError, OverflowError, OSError):
         return str(time_ns)
-
-
-def _numbers(epochs: range) -> str:
-    return "" if not epochs else str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"

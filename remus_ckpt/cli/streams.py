@@ -7,7 +7,8 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,12 @@ from remus_ckpt.cli.options import (
     AsJson,
     CodecOption,
     GuestOption,
+    Insecure,
     MaxMemory,
     Overwrite,
     Stream,
     Strict,
+    TlsDir,
     WordOption,
     app,
     dialect_of,
@@ -30,7 +33,15 @@ from remus_ckpt.cli.options import (
     print_json,
     write_out,
 )
-from remus_ckpt.cli.store import At, is_store, parse_at, restore_from_store, verify_store
+from remus_ckpt.cli.store import (
+    At,
+    is_store,
+    open_history,
+    parse_at,
+    read_checkpoint,
+    restore_from_store,
+    verify_store,
+)
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, UnknownFormat
 from remus_ckpt.limits import MAX_BUFFER_PAGES
@@ -147,6 +158,8 @@ def restore(
     guest: GuestOption = None,
     codec: CodecOption = None,
     max_memory: MaxMemory = 64,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Restore the memory of a checkpoint, by default the last complete one, to a sparse image of mode 0600.
@@ -154,34 +167,32 @@ def restore(
     The image file is filled as the stream is read, so the memory restored may be larger than this machine's.
 
     A truncated or corrupt stream yields its last good checkpoint; if it is corrupt, the exit code is still 20.
-    From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it.
+    From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it; and from
+    another machine through its backup, `tls://HOST:PORT/NAME`: all is checked here, and a broken connection is resumed.
 
     Examples: remus-ckpt restore orders.remus -o orders.img;
-    remus-ckpt restore store:/var/lib/remus/orders --at 2026-01-31T12:00 -o orders.img
+    remus-ckpt restore store:/var/lib/remus/orders --at 2026-01-31T12:00 -o orders.img;
+    remus-ckpt restore tls://backup:7411/orders --tls-dir keys/me -o orders.img
     """
     keep_apart(output, stream)
     if device_state is not None:
         keep_apart(str(device_state), stream, output)
     if is_store(stream):
         _refuse_for_stores(strict, word, guest, codec)
-        if at is not None and checkpoint is not None:
-            raise typer.BadParameter("give --at or --checkpoint, not both")
+    which = _which(stream, checkpoint, at)
     keep_what_is_there(overwrite, output, *([] if device_state is None else [device_state]))
     if is_store(stream):
-        which = checkpoint if at is None else parse_at(at)
-        restore_from_store(stream, output, which, device_state, max_memory, as_json)
+        history = open_history(stream, tls_dir, insecure, max_memory)
+        with _tidying_up():
+            restore_from_store(stream, history, output, which, device_state, as_json)
         return
-    if at is not None:
-        raise typer.BadParameter("--at is for stores; use --checkpoint with a stream")
     from remus_ckpt.image_file import image_appearing
     from remus_ckpt.memory import save_image
     from remus_ckpt.walk import list_checkpoint, walk_stream
 
     is_file = output != "-" and (not Path(output).exists() or Path(output).is_file())
     with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGHUP):  # the unfinished image is removed then, as after Ctrl-C
-            if signal.getsignal(number) == signal.SIG_DFL:
-                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
+        stack.enter_context(_tidying_up())
         home = stack.enter_context(image_appearing(output)) if is_file else None
         dialect = dialect_of(word, guest, codec)
         walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, home=home)
@@ -200,6 +211,25 @@ def restore(
     elif output != "-":
         out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
     walk.fail_unless_good()
+
+
+@contextmanager
+def _tidying_up() -> Iterator[None]:
+    """After SIGTERM and SIGHUP too, an unfinished image is removed, as after Ctrl-C."""
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
+        yield
+
+
+def _which(stream: str, checkpoint: int | None, at: str | None) -> int | datetime | None:
+    """The checkpoint that --checkpoint or --at names. Raises typer.BadParameter."""
+    if at is not None and checkpoint is not None:
+        raise typer.BadParameter("give --at or --checkpoint, not both")
+    if at is not None and not is_store(stream):
+        raise typer.BadParameter("--at is for stores; use --checkpoint with a stream")
+    return checkpoint if at is None else parse_at(at)
 
 
 def _refuse_for_stores(
@@ -340,9 +370,11 @@ def verify(
     guest: GuestOption = None,
     codec: CodecOption = None,
     max_memory: MaxMemory = 64,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read and decode an entire stream, or every segment of a store (`store:DIR/NAME`).
+    """Read and decode an entire stream, or every segment of a store (`store:DIR/NAME`, or `tls://HOST:PORT/NAME`).
 
     A stream that ends in the middle of a checkpoint is reported as incomplete, but what comes before is good: exit
     code 0. If no checkpoint is complete, there is nothing to restore: exit code 20.
@@ -351,7 +383,7 @@ def verify(
     """
     if is_store(stream):
         _refuse_for_stores(strict, word, guest, codec, hashes)
-        verify_store(stream, max_memory, as_json)
+        verify_store(stream, open_history(stream, tls_dir, insecure, max_memory), as_json)
         return
     from remus_ckpt.memory import memory_sha256
     from remus_ckpt.walk import list_checkpoint, print_checkpoints, print_deviations, print_head, walk_stream
@@ -379,18 +411,23 @@ def verify(
 
 @app.command(short_help="Show where two checkpoints differ.")
 def diff(
-    first: Annotated[str, typer.Argument(metavar="STREAM|IMAGE", help="A stream, or the first of two images.")],
+    first: Annotated[
+        str, typer.Argument(metavar="STREAM|IMAGE", help="A stream or store:DIR/NAME, or the first of two images.")
+    ],
     second: Annotated[str, typer.Argument(metavar="K1|IMAGE", help="Number of a checkpoint, or the second image.")],
     third: Annotated[int | None, typer.Argument(metavar="K2", help="Number of the other checkpoint.", min=0)] = None,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
     max_memory: MaxMemory = 64,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the pages and byte ranges that differ between two checkpoints of a stream, or between two images.
+    """Print the pages and byte ranges that differ between two checkpoints of a stream or store, or between two images.
 
-    Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img
+    Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img;
+    remus-ckpt diff tls://backup:7411/orders 4710 4711 --tls-dir keys/me
     """
     if third is not None and not second.isdecimal():
         raise typer.BadParameter(f"{second!r} is not a checkpoint number")
@@ -399,7 +436,7 @@ def diff(
     from remus_ckpt.image import Image, differences
     from remus_ckpt.memory import differing_ranges, joined
     from remus_ckpt.pages import PAGE_SIZE, pages_for
-    from remus_ckpt.walk import differing_pages, walk_stream
+    from remus_ckpt.walk import differing, differing_pages, walk_stream
 
     pages = count = 0
 
@@ -417,6 +454,12 @@ def diff(
             sizes = [one.size, other.size]
             found = differences(other, one, pages_for(max(sizes)))
             pairs = ((at + differ, then[differ], now[differ]) for at, differ, then, now in found)
+        elif is_store(first):
+            _refuse_for_stores(False, word, guest, codec)
+            history = open_history(first, tls_dir, insecure, max_memory)
+            with history.reading():
+                both = [read_checkpoint(first, history, epoch, as_json)[0] for epoch in (int(second), third)]
+            pairs, sizes = differing(*both), [checkpoint.memory_bytes for checkpoint in both]
         else:
             walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
             pairs, sizes = differing_pages(walk, int(second), third)
@@ -440,6 +483,7 @@ def extract(
     checkpoint: Annotated[
         int | None, typer.Option(min=0, help="Number of the checkpoint. [default: the last complete one]")
     ] = None,
+    at: At = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Where to write them; - for standard output.")] = "-",
     hexdump: Annotated[bool, typer.Option("--hex", help="Print a hexdump; the default on a terminal.")] = False,
     overwrite: Overwrite = False,
@@ -447,19 +491,28 @@ def extract(
     guest: GuestOption = None,
     codec: CodecOption = None,
     max_memory: MaxMemory = 64,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print pages from a checkpoint as raw bytes or as a hexdump.
+    """Print pages from a checkpoint of a stream or store as raw bytes or as a hexdump.
 
-    Example: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex
+    Examples: remus-ckpt extract orders.remus --pfn 0x10-0x1f --checkpoint 3 --hex;
+    remus-ckpt extract tls://backup:7411/orders --pfn 5 --at 4711 --tls-dir keys/me
     """
     keep_apart(output, stream)
+    which = _which(stream, checkpoint, at)
     keep_what_is_there(overwrite, output)
     from remus_ckpt.pages import PAGE_SIZE
     from remus_ckpt.walk import walk_stream
 
-    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
-    found = _seek(walk, checkpoint)
+    walk = fault = None
+    if is_store(stream):
+        _refuse_for_stores(False, word, guest, codec)
+        found, fault = read_checkpoint(stream, open_history(stream, tls_dir, insecure, max_memory), which, as_json)
+    else:
+        walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
+        found = _seek(walk, checkpoint)
     numbers = _page_range(pfn, len(found.memory))
     # The last page may be shorter than 4,096 bytes.
     pieces = [found.image[number * PAGE_SIZE : (number + 1) * PAGE_SIZE].tobytes() for number in numbers]
@@ -471,7 +524,10 @@ def extract(
         write_out(output, ("\n".join(lines) + "\n").encode())
     else:
         write_out(output, b"".join(pieces))
-    walk.fail_unless_good()
+    if walk is not None:
+        walk.fail_unless_good()
+    elif fault is not None:
+        raise typer.Exit(fault.exit_code)
 
 
 def _page_range(text: str, pages: int) -> list[int]:

@@ -72,6 +72,19 @@ class Address:
         return f"{self.scheme}://{self.host}:{self.port}"
 
 
+def split_name(text: str) -> tuple[str, str | None]:
+    """Split ADDRESS/NAME into the address and the name, None if there is none.
+
+    A socket is no directory: in unix:PATH/NAME the name is what follows something that is no directory.
+    """
+    if text.startswith("unix:"):
+        path, _, name = text.removeprefix("unix:").rpartition("/")
+        return (f"unix:{path}", name or None) if path and not os.path.isdir(path) else (text, None)
+    scheme, separator, rest = text.rpartition("://")
+    host, _, name = rest.partition("/")
+    return f"{scheme}{separator}{host}", name or None
+
+
 def resolve(address: Address, deadline: float, *, passive: bool = False) -> list[tuple[int, Any]]:
     """(family, socket address) of each address of the host. Raises LinkError, Late."""
     found: list[Any] = []

@@ -35,6 +35,8 @@ _WELCOME_S = 30.0
 _GOODBYE_S = 1.0
 _LOOK_S = 0.25
 """How often a wait for the welcome checks whether to give up."""
+_REVOKED_S = 1.0
+"""How often an open session checks whether the backup's certificate has been revoked."""
 
 
 class Link:
@@ -77,6 +79,7 @@ class Link:
         self._outgoing = session.outgoing
         # Of the checkpoint that is being written: bytes, and seconds that sending them took.
         self._way_bytes, self._way_s = 0, 0.0
+        self._beats = 0
         # Owned by the calling thread:
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
@@ -88,6 +91,7 @@ class Link:
         # The last commit: the checkpoint's bytes, and when they would have begun if nothing but sending had taken time.
         self._probe: tuple[Position, int, float] | None = None
         self._closing = False
+        self._is_beat_owed = False  # a heartbeat could not be sent when it was due
         self._error: RemusError | None = None
         try:
             self.failed = Flag()
@@ -171,6 +175,8 @@ class Link:
         with self._sending:
             try:
                 frames = self._outgoing.send_data(self._pending, self._chooser.choose()) if self._pending else []
+                if self._is_beat_owed:  # during a first copy, the listening thread rarely finds the way free
+                    frames += self._heartbeat()
                 if commit is not None:
                     frames += self._outgoing.send(commit)
             except ValueError:
@@ -189,6 +195,11 @@ class Link:
                 self._way_bytes, self._way_s = 0, 0.0
         self._pending = []
         self._pending_bytes = 0
+
+    def _heartbeat(self) -> list[Buffer]:
+        self._is_beat_owed = False
+        self._beats += 1
+        return self._outgoing.send(Heartbeat(number=self._beats, status=self._status()))
 
     def _post(self, message: Message) -> None:
         with self._sending:
@@ -221,29 +232,30 @@ class Link:
         return True
 
     def _listen(self) -> None:
-        number = 0
         period = self._lease_s / 4
-        beat = time.monotonic()
+        beat = check = time.monotonic()
         try:
             while not self._closing:
-                self._receive(max(beat - time.monotonic(), 0.0))
+                self._receive(max(min(beat, check) - time.monotonic(), 0.0))
                 while (event := self._incoming.next_event()) is not None:
                     self._take(event)
                 now = time.monotonic()
                 if now - self._heard > self._lease_s:
                     raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
+                if now >= check:
+                    check = now + _REVOKED_S
+                    if self._connection.is_revoked():
+                        raise LinkError(f"{self.peer}: its certificate has been revoked")
                 if now >= beat:
-                    number += 1
                     # If the connection is stalled, a heartbeat would wait, and hold up whoever wants to send.
                     if self._connection.is_writable() and self._sending.acquire(blocking=False):
                         try:
                             if not self._outgoing.is_over:  # nothing may follow a goodbye
-                                self._connection.send(
-                                    self._outgoing.send(Heartbeat(number=number, status=self._status())),
-                                    self._lease_s,
-                                )
+                                self._connection.send(self._heartbeat(), self._lease_s)
                         finally:
                             self._sending.release()
+                    else:
+                        self._is_beat_owed = True
                     beat = now + period
         except StreamError as error:
             # Bytes may have been corrupted in transit: another link may work (specs/session.md §7).

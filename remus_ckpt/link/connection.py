@@ -21,7 +21,9 @@ from typing import Any, Self, cast
 from remus_ckpt.errors import LinkError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
+from remus_ckpt.link.rights import EVERYTHING, Rights
 from remus_ckpt.link.sockets import Late, deadline_of, say, wait
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.pages import Buffer
 
 _MAX_VECTORS = 1024
@@ -63,6 +65,7 @@ class Connection:
 
     peer: the address of the other side and, after the handshake, the name in its certificate or its process number
     certificate_name: that name alone, None without TLS
+    rights: what the certificate of the other side allows it; everything without TLS
     bytes_sent, bytes_received: what was carried, without what TLS adds
     """
 
@@ -70,9 +73,7 @@ class Connection:
     # is made under a lock; kept off the socket, none of them waits for the peer, and the kernel is asked once for
     # eight records instead of twice for each.
 
-    def __init__(
-        self, sock: socket.socket, address: Address, tls: ssl.SSLContext | None, server_name: str | None
-    ) -> None:
+    def __init__(self, sock: socket.socket, address: Address, tls: TlsFiles | None, server_name: str | None) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             # A peer that is gone already makes these fail; the first read says so.
@@ -85,6 +86,7 @@ class Connection:
         self.address = address
         self.peer = str(address)
         self.certificate_name: str | None = None
+        self.rights = EVERYTHING
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
@@ -97,11 +99,14 @@ class Connection:
         self._send_fault: str | None = None
         self._receive_fault: str | None = None
         self._is_ready = False
+        self._files = tls
+        self._certificate: bytes | None = None  # the other side's, in DER
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
+            context = tls.server_context() if self._is_server else tls.client_context()
             self._tls_lock = threading.Lock()
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-            self._tls = tls.wrap_bio(
+            self._tls = context.wrap_bio(
                 self._incoming, self._outgoing, server_side=self._is_server, server_hostname=server_name
             )
             # Small until the peer has shown who it is.
@@ -215,11 +220,22 @@ class Connection:
                 break
         self._send_plain([memoryview(self._outgoing.read())], deadline)
         self._cipher = memoryview(bytearray(_CIPHER_BYTES))
-        subject = cast("dict[str, Any]", tls.getpeercert() or {}).get("subject", ())
-        names = [value for row in subject for key, value in row if key == "commonName"]
+        self._certificate = tls.getpeercert(binary_form=True)
+        try:
+            shown = cast("dict[str, Any]", tls.getpeercert() or {})
+        except ValueError as error:
+            raise LinkError(f"{self.peer}: its certificate cannot be read: {error}") from error
+        self.rights = Rights.of(value for kind, value in shown.get("subjectAltName", ()) if kind == "URI")
+        names = [value for row in shown.get("subject", ()) for key, value in row if key == "commonName"]
         self.certificate_name = names[0] if names else None
         if self.certificate_name:
             self.peer = f"{self.peer} ({self.certificate_name})"
+
+    def is_revoked(self) -> bool:
+        """Whether the CA has revoked the other side's certificate since the handshake."""
+        if self._files is None or self._certificate is None:
+            return False
+        return self._files.has_revoked(self._certificate)
 
     def _check_user(self) -> None:
         packed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

@@ -29,11 +29,11 @@ def connect(
     """
     deadline = time.monotonic() + timeout_s
     server_name = address.host
-    context = None
-    if address.scheme == "tls":
-        if tls is None:
-            raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
-        context = tls.client_context()
+    if address.scheme != "tls":
+        tls = None
+    elif tls is None:
+        raise LinkError(f"{address}: TLS needs a certificate: give --tls-dir, a folder made by `keys issue`")
+    else:
         server_name = tls.certificate_name or address.host.partition("%")[0]
     try:
         if address.scheme == "unix":
@@ -48,7 +48,7 @@ def connect(
     except OSError as error:
         raise LinkError(f"{address}: {say(error)}") from error
     try:
-        connection = Connection(sock, address, context, server_name)
+        connection = Connection(sock, address, tls, server_name)
     except ValueError as error:
         sock.close()
         raise LinkError(f"{address}: {server_name!r} is no name that a certificate can hold: {error}") from error

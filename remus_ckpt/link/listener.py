@@ -107,7 +107,7 @@ class Listener:
         else:
             address = Address(self.address.scheme, host=where[0].removeprefix("::ffff:"), port=where[1])
         try:
-            return Connection(sock, address, self._tls.server_context() if self._tls else None, None)
+            return Connection(sock, address, self._tls, None)
         except BaseException:
             sock.close()
             raise

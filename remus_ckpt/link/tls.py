@@ -6,6 +6,7 @@ import logging
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,13 +15,25 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from remus_ckpt.errors import LinkError
+from remus_ckpt.link.revocation import REFRESH, Revoked, check_lists, is_in, load_lists, revoked_in
 
 _logger = logging.getLogger("remus_ckpt")
 
 RENEW = "renew it with `remus-ckpt keys issue CA_FOLDER NAME --renew`"
-RENEW_CA = "make a new CA in a new folder with `remus-ckpt keys init`, and issue every certificate again"
+RENEW_CA = "replace it with `remus-ckpt keys rotate CA_FOLDER begin`"
 
 _COPY = "copy it again from where `remus-ckpt keys` made it, or make a new folder with `remus-ckpt keys issue`"
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What one reading of the files gave."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+    expires: datetime
+    revoked: Revoked | None
+    """None: there is no crl.pem."""
 
 
 class TlsFiles:
@@ -31,9 +44,10 @@ class TlsFiles:
     ca.pem may hold several CAs, in any order: one that has expired does no harm while a
     good one issued our certificate.
     cert.pem may hold intermediate CAs behind our certificate.
+    crl.pem, which may be missing, holds the lists of revoked certificates, one of each CA in ca.pem.
     The files are read again when they have changed, so that a renewed certificate needs no restart; while they cannot
     be used, the last good ones stay in use.
-    Raises LinkError if a file is missing, expired, or does not match the others.
+    Raises LinkError if a file is missing, expired, damaged, or does not match the others.
     """
 
     def __init__(self, directory: str | Path, certificate_name: str | None = None) -> None:
@@ -41,29 +55,41 @@ class TlsFiles:
         self.certificate_name = certificate_name
         self._lock = threading.Lock()
         self._seen = self._stamp()
-        self._contexts = self._load()
+        self._loaded = self._load()
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
         """Of the CA's certificate, our own, and its key."""
         return self.directory / "ca.pem", self.directory / "cert.pem", self.directory / "key.pem"
 
+    @property
+    def _lists_path(self) -> Path:
+        return self.directory / "crl.pem"
+
     def server_context(self) -> ssl.SSLContext:
         """TLS 1.3 for a listener, which demands a certificate of our CA."""
-        return self._current()[0]
+        return self._current().server
 
     def client_context(self) -> ssl.SSLContext:
         """TLS 1.3 for a client, which checks the CA and the name of the server."""
-        return self._current()[1]
+        return self._current().client
 
     def expires(self) -> datetime:
         """When the certificate in use expires, or its CA if that is earlier."""
-        self._current()
-        return self._expires
+        return self._current().expires
+
+    def has_revoked(self, certificate: bytes) -> bool:
+        """Whether a list that we have by now holds that certificate of a peer, in DER."""
+        if not (revoked := self._current().revoked):
+            return False
+        try:
+            return is_in(revoked, x509.load_der_x509_certificate(certificate))
+        except ValueError:
+            return True  # OpenSSL has read it and we cannot: nobody knows
 
     def _stamp(self) -> list[tuple[int, int, int]]:
         stamps = []
-        for path in self.paths:
+        for path in (*self.paths, self._lists_path):
             try:
                 status = path.stat()
             except OSError:
@@ -71,18 +97,21 @@ class TlsFiles:
             stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
         return stamps
 
-    def _current(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    def _current(self) -> _Loaded:
         with self._lock:
             stamp = self._stamp()
             if stamp != self._seen:
                 self._seen = stamp
                 try:
-                    self._contexts = self._load()
+                    if self._loaded.revoked is not None and not self._lists_path.exists():
+                        # Copying it anew may remove it for a moment; nobody revoked may come in then.
+                        raise LinkError(f"{self._lists_path} is gone: a restart goes on without it")
+                    self._loaded = self._load()
                 except LinkError as error:
                     _logger.warning("tls files unusable", extra={"fields": {"reason": str(error)}})
-            return self._contexts
+            return self._loaded
 
-    def _load(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    def _load(self) -> _Loaded:
         for path in self.paths:
             if not path.is_file():
                 if (self.directory / "ca-key.pem").exists():
@@ -106,7 +135,10 @@ class TlsFiles:
                 f"{key_path} is not the key of the first certificate in {certificate_path}: take both from one"
                 " `keys issue`"
             )
-        self._expires = self._check_times(list(chains(chain, authorities)))
+        expires = self._check_times(list(chains(chain, authorities)))
+        lists = load_lists(self._lists_path) if self._lists_path.exists() else []
+        if lists:
+            check_lists(self._lists_path, lists, authorities, datetime.now(UTC))
         server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for context in (server, client):
             context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -117,13 +149,16 @@ class TlsFiles:
                 context.load_verify_locations(
                     cadata=b"".join(one.public_bytes(serialization.Encoding.DER) for one in authorities)
                 )
+                if lists:
+                    context.load_verify_locations(cafile=self._lists_path)
+                    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
                 context.load_cert_chain(certificate_path, key_path)
             except OSError as error:
                 raise LinkError(f"{self.directory}: {error}: make it anew with `remus-ckpt keys issue`") from error
         client.hostname_checks_common_name = False
         # Nobody resumes a session here; a ticket would be bytes on the wire that no frame accounts for.
         server.num_tickets = 0
-        return server, client
+        return _Loaded(server, client, expires, revoked_in(lists) if lists else None)
 
     def _check_times(self, found: list[tuple[x509.Certificate, ...]]) -> datetime:
         """When the chain of those found that lasts longest expires. Raises LinkError where none is valid now."""
@@ -216,7 +251,8 @@ _REASONS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it demands a certificate of us: give --tls-dir",
     "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: both sides need one from the same CA",
     "TLSV1_ALERT_DECRYPT_ERROR": "it does not accept our certificate: both sides need one from the same CA",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate has expired: " + RENEW,
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate, or its own crl.pem, has expired: " + RENEW,
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "it says that our certificate has been revoked: " + RENEW,
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it does not accept our certificate",
     "SSLV3_ALERT_BAD_CERTIFICATE": "it does not accept our certificate",
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not of a kind that it accepts",
@@ -238,6 +274,10 @@ def say_tls(error: ssl.SSLError) -> str:
                 ": renew it with that --host and the others (`remus-ckpt keys issue … --renew`), or connect to a name "
                 "that it holds"
             )
+        elif "CRL" in error.verify_message:
+            return f"its certificate cannot be checked: {error.verify_message.rstrip('.')}: in our crl.pem, {REFRESH}"
+        elif "revoked" in error.verify_message:
+            advice = f": to let that side in again, {RENEW}"
         elif "expired" in error.verify_message:
             advice = f": on that side, {RENEW}; where it is the CA that has expired, {RENEW_CA}"
         elif "not yet valid" in error.verify_message:

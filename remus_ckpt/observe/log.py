@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
@@ -13,6 +14,8 @@ LogFormat = Literal["text", "json"]
 _logger = logging.getLogger("remus_ckpt")
 # A program that has not configured logging must not find our records on its standard error.
 _logger.addHandler(logging.NullHandler())
+_MOST_TOLD = 16
+_DIGITS = re.compile(r"\d[\d.,]*")
 _PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "fields"}
 """The attributes of every record; all others were given as `extra`."""
 
@@ -84,7 +87,7 @@ class _Text(_Json):
 
     def format(self, record: logging.LogRecord) -> str:
         parts = self.parts(record)
-        front = f"{parts.pop('time')} {parts.pop('level'):7} {_on_one_line(parts.pop('event'))}"
+        front = f"{parts.pop('time')} {parts.pop('level'):7} {on_one_line(parts.pop('event'))}"
         return " ".join([front, *(f"{key}={self._value(value)}" for key, value in parts.items())])
 
     @staticmethod
@@ -94,10 +97,32 @@ class _Text(_Json):
         text = json.dumps(value, default=_as_plain, ensure_ascii=False)
         bare = text[1:-1]
         is_bare = text.startswith('"') and bare and bare.isprintable() and not set(bare) & set(' "\\=')
-        return bare if is_bare else _on_one_line(text)
+        return bare if is_bare else on_one_line(text)
 
 
-def _on_one_line(text: str) -> str:
+class News:
+    """Which reasons are worth a line, of those that come at each try. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def is_new(self, reason: str) -> bool:
+        """Whether it has not been told since `clear`; other numbers in it do not make it new."""
+        text = _DIGITS.sub("", reason)
+        if text in self._told:
+            return False
+        if len(self._told) >= _MOST_TOLD:
+            self._told.clear()
+        self._told.add(text)
+        return True
+
+    def clear(self) -> None:
+        """All is well again: whatever fails next is new."""
+        self._told.clear()
+
+
+def on_one_line(text: str) -> str:
+    """A text with its newlines and control characters escaped: what a peer says cannot drive a terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

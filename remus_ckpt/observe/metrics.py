@@ -7,14 +7,19 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from remus_ckpt.disk import free_bytes
 from remus_ckpt.loop import STEPS
 from remus_ckpt.observe.http import MetricsServer
+from remus_ckpt.pages import ratio
 
 _FAST_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Seconds: from a pause for a few pages to a hanging disk."""
@@ -59,6 +64,41 @@ class _Series:
             "missed_pages": 0,
         }
         """Counted by a primary only; for a backup, the store knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a backup shows of a name at each scrape.
+
+    level, state: of its health (specs/operations.md §1)
+    base_bytes: received of a full copy that is not durable yet
+    """
+
+    level: int
+    state: str
+    base_bytes: int
+
+
+class _Health(Collector):
+    """Looks at the names at each scrape: the state is a label, and a label that no longer holds must not stay."""
+
+    def __init__(self, look: Callable[[], Mapping[str, Seen]]) -> None:
+        self._look = look
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        health = GaugeMetricFamily(
+            "remus_health", "0 good, 1 warning, 2 critical; the state says why", labels=["name", "state"]
+        )
+        base = GaugeMetricFamily(
+            "remus_base_received_bytes", "Bytes received of a full copy that is not durable yet", labels=["name"]
+        )
+        for name, seen in self._look().items():
+            health.add_metric([name, seen.state], seen.level)
+            base.add_metric([name], seen.base_bytes)
+        return [health, base]
 
 
 class Metrics:
@@ -115,7 +155,12 @@ class Metrics:
         self.command_failures = self._counter(
             "remus_command_failures", "Runs of the fencing or takeover command that failed", "command"
         )
+        self.copy_share = self._gauge(
+            "remus_first_copy_share", "Share of memory that a first copy has gone over; 1 once it is done"
+        )
+        self._health: _Health | None = None
         self._certificate_expiry: Gauge | None = None
+        self._expires: Callable[[], datetime] | None = None
         self._lock = threading.Lock()
         self._series: dict[str, _Series] = {}
 
@@ -168,6 +213,7 @@ class Metrics:
                 series.steps[step].append(seconds)
             self.dirty_pages.labels(name).inc(dirty_pages)
             self.reconnects.labels(name)
+            self.copy_share.labels(name).set(1.0)
             series.primary["checkpoints"] += 1
             series.primary["dirty_pages"] = dirty_pages
             series.primary["dirty_pages_total"] += dirty_pages
@@ -218,6 +264,12 @@ class Metrics:
             series.primary["epoch"] = epoch
             series.primary["committed_position"] = None if digest is None else f"{epoch}:{digest.hex()}"
 
+    def set_copy_share(self, name: str, share: float) -> None:
+        """How much of memory a first copy has gone over, from 0 to 1."""
+        with self._lock:
+            self._of(name)
+            self.copy_share.labels(name).set(share)
+
     def set_lag(self, name: str, checkpoints: int) -> None:
         """Set how many checkpoints are taken but not committed."""
         with self._lock:
@@ -248,6 +300,14 @@ class Metrics:
             self._of(name).both["fenced"] += 1
             self.fenced.labels(name).inc()
 
+    def watch_health(self, look: Callable[[], Mapping[str, Seen]] | None) -> None:
+        """Show the health of each name. look: called at each scrape; None: show it no longer"""
+        before, self._health = self._health, None if look is None else _Health(look)
+        if before is not None:
+            self.registry.unregister(before)
+        if self._health is not None:
+            self.registry.register(self._health)
+
     def watch_certificate(self, expires: Callable[[], datetime]) -> None:
         """Show when this side's certificate expires.
 
@@ -260,6 +320,7 @@ class Metrics:
                 registry=self.registry,
             )
         self._certificate_expiry.set_function(lambda: expires().timestamp())
+        self._expires = expires
 
     # Counted by a backup
 
@@ -320,17 +381,20 @@ class Metrics:
                 self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
                 self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted, self.store_bytes,
                 self.store_free_bytes, self.store_errors, self.store_open, self.by_kernel, self.missed_pages,
+                self.copy_share,
             ):  # fmt: skip
                 metric.remove(name)
 
     def status(self, name: str) -> dict[str, Any]:
         """The figures of one name as plain numbers, strings and dicts; {} if nothing was counted for it.
 
-        ratio: raw bytes per byte on the wire (per byte of the stream if nothing was sent), None without any
+        certificate_expires: Unix time, None without TLS
+        ratio: encoded bytes for each raw byte (`pages.ratio`), None without any
         pause_ms, its steps stop_ms, find_ms, copy_ms and resume_ms, commit_latency_ms: {"p50", "p99", "max"} of the
             newest 1,024, None without any
         """
-        return self._status(name, is_primary=True)
+        status = self._status(name, is_primary=True)
+        return status and status | {"certificate_expires": self._expires and self._expires().timestamp()}
 
     def backup_status(self, name: str) -> dict[str, Any]:
         """The same for a backup, without what only a primary counts."""
@@ -344,10 +408,9 @@ class Metrics:
             status = (series.primary if is_primary else {}) | series.both
             pauses, latencies = list(series.pauses), list(series.latencies)
             steps = {f"{step}_ms": list(seconds) for step, seconds in series.steps.items()}
-        sent = status["wire_bytes"] or status["encoded_bytes"]
         return (
             status
-            | {"ratio": status["raw_bytes"] / sent if sent else None}
+            | {"ratio": ratio(status["encoded_bytes"], status["raw_bytes"])}
             | ({"pause_ms": _in_ms(summarize(pauses))} if is_primary else {})
             | ({step: _in_ms(summarize(seconds)) for step, seconds in steps.items()} if is_primary else {})
             | {"commit_latency_ms": _in_ms(summarize(latencies))}
@@ -409,7 +472,6 @@ def _bytes_in(directory: Path) -> float:
 
 def _free_bytes(directory: Path) -> float:
     try:
-        found = os.statvfs(directory)
+        return float(free_bytes(directory))
     except OSError:
         return math.nan
-    return float(found.f_bavail * found.f_frsize)

@@ -13,13 +13,13 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import msgpack
 
-from remus_ckpt.errors import StoreError
+from remus_ckpt.errors import LinkError, StoreError
 from remus_ckpt.flag import Flag
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
@@ -28,27 +28,39 @@ from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.log import log
-from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.observe.metrics import Metrics, Seen
+from remus_ckpt.service.health import judge, overall
 from remus_ckpt.service.names import Names
 from remus_ckpt.service.peer import BEAT_S, Offer, Peer
 from remus_ckpt.service.policy import Policy
+from remus_ckpt.service.reader import Readers
 from remus_ckpt.service.standby import Standby
 from remus_ckpt.session import frames
 from remus_ckpt.store import Store
+from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_BYTES_FOR_TIERS
 from remus_ckpt.version import __version__
 
+_REVOKED_S = 1.0
+"""How often the certificates of open sessions are looked up in the lists of revoked ones."""
 _CLOSE_S = 10.0
 """Time for all sessions and stores to end; one that still hangs then is abandoned."""
 _MOST_EVICTED = 8
 """Evicted peers whose threads have not ended yet."""
+_ROOM_S = 10.0
+"""How often names that receive nothing look whether enough of the disk is free."""
 _LOCK = ".lock"
 """The lock file in the store; no name begins with a dot."""
-_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble")
+_EVICTED_FIRST = (None, "reader", "control")
+"""Whose connections make room for new ones, the oldest of each kind first: peers that have not said hello, readers,
+control connections. A primary's never does."""
+_BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", "trouble", "health")
 """The fields shown for a name when there are too many names to show everything."""
+_BRIEF_CHARS = 160
+"""Of each sentence then."""
 
 
 class Backup:
-    """Serves primaries and control requests, and watches the clock, until it is stopped.
+    """Serves primaries, readers and control requests, and watches the clock, until it is stopped.
 
     store: where checkpoints are kept, or its directory
     listen: addresses such as "tls://0.0.0.0:7411"; `addresses` has them with the real port in place of port 0
@@ -89,13 +101,21 @@ class Backup:
         self._warm_dir = warm_dir
         self._wake = Flag()  # set when something that affects a decision has changed
         self._names = Names(self._store, self.policy, self.metrics, self._make, self._wake.set)
+        readers = Readers(self._store, self.policy, self._limits, self._names.newest_durable)
         self._offer = Offer(
-            self.policy.lease_s, self._limits, self._report_phase, standby_of=self._names.lend, answer=self._answer
+            self.policy.lease_s,
+            self._limits,
+            self._report_phase,
+            standby_of=self._names.lend,
+            reader_for=readers.lend,
+            note_refused=self._names.note_refused,
+            answer=self._answer,
         )
         self._lock = threading.Lock()  # guards the next
         self._peers: list[Peer] = []
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._is_over = threading.Event()
         self._pid = os.getpid()
         with ExitStack() as stack:
             self._stop = stop or StopSignal()
@@ -108,7 +128,9 @@ class Backup:
             self._lock_store()
             stack.callback(lambda: self._names.close(time.monotonic() + _CLOSE_S))
             self._names.open_all()
-            tls = TlsFiles(tls_dir) if tls_dir is not None else None
+            tls = self._tls = TlsFiles(tls_dir) if tls_dir is not None else None
+            self.metrics.watch_health(self._look)
+            stack.callback(lambda: self.metrics.watch_health(None))
             self._listeners = [
                 stack.enter_context(
                     Listener(
@@ -139,11 +161,13 @@ class Backup:
         This thread never waits for a disk, and never more than a moment for a peer.
         """
         self._check_process()
+        if self.policy.retention.free is not None:
+            self._start_making_room()
         poll = select.poll()
         for fd in (self._stop.fileno(), self._wake.fileno(), *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
         period = self.policy.lease_s / 4
-        beat = time.monotonic()
+        beat = check = time.monotonic()
         while not self._stop.is_set:
             self._wake.clear()
             now = time.monotonic()
@@ -152,7 +176,10 @@ class Backup:
                 self._beat()
                 if on_turn is not None:
                     on_turn()
-            due = min([beat, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
+            if now >= check:
+                check = now + _REVOKED_S
+                self._end_revoked()
+            due = min([beat, check, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
             ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
             for listener in self._listeners:
                 if listener.fileno() in ready:
@@ -166,6 +193,7 @@ class Backup:
         if self._is_closed or self._pid != os.getpid():
             return
         self._is_closed = True
+        self._is_over.set()
         self._stop.set()
         deadline = time.monotonic() + _CLOSE_S
         if self._thread is not None:
@@ -192,12 +220,43 @@ class Backup:
     def status(self) -> dict[str, Any]:
         """The status of this backup, for users."""
         self._check_process()
-        return {
+        report: dict[str, Any] = {
             "program": f"remus_ckpt {__version__}",
             "lease_s": self.policy.lease_s,
             "automatic": self.policy.automatic,
-            "names": dict(sorted(self._names.status().items())),
+            "certificate_expires": None,
+            "names": {},
         }
+        if self._tls is not None:
+            with suppress(LinkError):  # the files are unusable, which the log says
+                report["certificate_expires"] = self._tls.expires().timestamp()
+        now = time.time()
+        for name, found in sorted(self._names.status().items()):
+            report["names"][name] = found | {"health": judge(found, self.policy.lease_s, now).status()}
+        return report | {"health": overall(report, None, now).status()}
+
+    def _look(self) -> dict[str, Seen]:
+        """What the metrics show of each name."""
+        now = time.time()
+        seen = {}
+        for name, found in self._names.status().items():
+            health = judge(found, self.policy.lease_s, now)
+            base = found["first_copy"]
+            seen[name] = Seen(int(health.level), health.state, 0 if base is None else base["received_bytes"])
+        return seen
+
+    def _start_making_room(self) -> None:
+        """A name that receives nothing has to give way too; a disk that hangs must not keep anybody waiting."""
+
+        def make_room() -> None:
+            while not self._is_over.wait(_ROOM_S):
+                for standby in self._names.standbys:
+                    standby.make_room()
+
+        try:
+            threading.Thread(target=make_room, name="room", daemon=True).start()
+        except RuntimeError as error:  # no more threads are allowed: names that receive checkpoints still give way
+            log("room is not made", level=logging.ERROR, reason=str(error))
 
     # Names
 
@@ -208,6 +267,7 @@ class Backup:
             warm_directory=self._warm_dir,
             on_phase=self._report_phase,
             retention=self.policy.retention,
+            compact_bytes=COMPACT_BYTES_FOR_TIERS if self.policy.retention.tiers else COMPACT_BYTES,
         )
         try:
             return Standby(name, writer, self.policy, self.metrics, self._wake.set)
@@ -232,15 +292,20 @@ class Backup:
         for peer in self._living_peers():
             peer.beat()
 
+    def _end_revoked(self) -> None:
+        for peer in self._living_peers():
+            if peer.connection.is_revoked():
+                log("certificate revoked", level=logging.WARNING, peer=peer.connection.peer)
+                peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} has been revoked")
+
     def _receive_peer(self, listener: Listener) -> None:
         if (connection := listener.accept()) is None:
             return
         peers = self._living_peers()
         if len(peers) >= self.policy.max_connections:
-            # Peers that have not identified themselves make room first, the oldest first; then control connections.
             staying = [peer for peer in peers if not peer.is_evicted]
-            least = next((peer for peer in staying if not peer.is_known), None)
-            least = least or next((peer for peer in staying if not peer.run_id), None)
+            evictable = [peer for peer in staying if peer.role in _EVICTED_FIRST]
+            least = min(evictable, key=lambda peer: _EVICTED_FIRST.index(peer.role), default=None)
             if least is None or len(peers) - len(staying) > _MOST_EVICTED:
                 log("too many connections", level=logging.WARNING, peer=connection.peer)
                 connection.close()
@@ -305,7 +370,11 @@ def _shortened(status: dict[str, Any]) -> dict[str, Any]:
         fair = room // len(names)
         names = {name: found | ({"primary": {}} if sizes[name] > fair else {}) for name, found in names.items()}
     if len(msgpack.packb(names)) > room + room // 2:
-        names = {
-            name: {key: found[key] for key in _BRIEF} | {"warnings": [], "primary": {}} for name, found in names.items()
-        }
+        names = {name: _brief(found) for name, found in names.items()}
     return status | {"names": names}
+
+
+def _brief(found: dict[str, Any]) -> dict[str, Any]:
+    health = found["health"] | {"words": found["health"]["words"][:_BRIEF_CHARS]}
+    trouble = found["trouble"] and found["trouble"][:_BRIEF_CHARS]
+    return {key: found[key] for key in _BRIEF} | {"health": health, "trouble": trouble, "warnings": [], "primary": {}}

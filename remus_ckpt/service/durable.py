@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+from remus_ckpt.disk import is_full
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
@@ -20,6 +22,15 @@ from remus_ckpt.store import HistoryWriter, PeerIdentity, State, Torn, WarmCopyD
 
 SETTLE_S = 10.0
 """How long to wait, at most, for another thread that is changing store.json."""
+
+
+Fault = Literal["failing", "full"]
+"""What keeps a store from storing: it fails, or the disk or the quota is full."""
+
+
+def fault_of(error: BaseException) -> Fault:
+    """The fault that an error tells of."""
+    return "full" if is_full(error) else "failing"
 
 
 class Refusal(RemusError):
@@ -51,10 +62,14 @@ class Durable:
         self._lock = lock
         self._wake = wake
         self._settle_lock = threading.Lock()
-        self.trouble: str | None = None
-        """What last went wrong with the name on this side; None once all is well again."""
+        self._trouble: str | None = None
+        self._trouble_since: float | None = None
         self.write_trouble: str | None = None
         """Why store.json cannot be written; None once a write succeeds."""
+        self._write_since: float | None = None
+        self._write_fault: Fault | None = None
+        self.checkpoint_fault: Fault | None = None
+        """Why checkpoints cannot be stored; None once one is."""
         self.is_uncertain = False
         """A loss of power may undo what store.json says: nothing is built on it until store.json is rewritten."""
         self.broken: str | None = None
@@ -65,6 +80,30 @@ class Durable:
         metrics.watch_store(name, writer.directory)
         self._told: tuple[int, str] = (self.state.term, str(self.state.role))  # as last reported in metrics and log
         metrics.set_promoted(name, self.state.role == "promoted")
+
+    @property
+    def trouble(self) -> str | None:
+        """What last went wrong with the name on this side; None once all is well again."""
+        return self._trouble
+
+    @trouble.setter
+    def trouble(self, text: str | None) -> None:
+        if text is None:
+            self._trouble_since = None
+        elif self._trouble_since is None:
+            self._trouble_since = time.time()
+        self._trouble = text
+
+    def status(self) -> dict[str, Any]:
+        """trouble: what is wrong on this side, None if all is well; trouble_since: Unix time
+        store_fault: why nothing can be stored, None if it can
+        """
+        is_writing = self.write_trouble is not None
+        return {
+            "trouble": self.write_trouble if is_writing else self._trouble,
+            "trouble_since": self._write_since if is_writing else self._trouble_since,
+            "store_fault": self._write_fault or self.checkpoint_fault,
+        }
 
     # What is in force
 
@@ -119,6 +158,8 @@ class Durable:
             with self._lock:
                 self.is_uncertain = True
                 is_new, self.write_trouble = self.write_trouble != str(error), str(error)
+                self._write_since = self._write_since or time.time()
+                self._write_fault = fault_of(error)
                 self.note_broken(error)
                 self._lock.notify_all()
             if is_new:
@@ -128,7 +169,7 @@ class Durable:
                 raise
             raise StoreError(f"{self.writer.directory}: {type(error).__name__}: {error}") from error
         with self._lock:
-            self.is_uncertain, self.write_trouble = False, None
+            self.is_uncertain, self.write_trouble, self._write_since, self._write_fault = False, None, None, None
 
     def write(self, *, always: bool = False, **changes: Any) -> None:
         """Change store.json, and write what is owed. Durable when this returns; raises StoreError.

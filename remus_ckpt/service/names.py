@@ -17,9 +17,12 @@ from typing import Any
 
 import msgpack
 
+from remus_ckpt.disk import is_full
 from remus_ckpt.errors import NoCheckpoint, RemusError, StoreError
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.service.attempts import Attempts
+from remus_ckpt.service.backoff import LONGEST_S
 from remus_ckpt.service.failover import FIRST_RETRY_S, LONGEST_RETRY_S
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.standby import Refusal, Standby, close_all
@@ -35,7 +38,10 @@ _NAME_DESCRIPTORS = 8
 _OWN_DESCRIPTORS = 64
 _STATUS_OF_REFUSED: dict[str, Any] = {
     "role": "unknown",
-    **dict.fromkeys(("term", "epoch", "position", "memory_bytes", "peer", "silent_s"), None),
+    **dict.fromkeys(
+        ("term", "epoch", "position", "memory_bytes", "peer", "silent_s", "first_copy", "arriving_s"), None
+    ),
+    **dict.fromkeys(("last_end", "lease_left_s", "refused", "room", "trouble", "trouble_since", "store_fault"), None),
     "connected": False,
     **dict.fromkeys(("fence", "fence_retry_s", "takeover", "takeover_retry_s", "image"), None),
     "warnings": [],
@@ -64,6 +70,8 @@ class Names:
         self._changed = threading.Condition()  # guards all that follows; no thread waits for a disk while holding it
         self.open_ones: dict[str, Standby] = {}
         self._refused: dict[str, _Refused] = {}
+        self._attempts: dict[str, Attempts] = {}
+        self._look_at = 0.0  # when to look for names that nobody uses any longer
         self._in_work: set[str] = set()  # names that a thread is opening or closing
         self._opening: dict[str, float] = {}  # names that our own threads are opening, and since when
         self._is_closed = False
@@ -84,22 +92,38 @@ class Names:
             raise NoCheckpoint(f"nothing is protected under the name {name!r} here")
         return standby
 
+    def newest_durable(self, name: str) -> int | None:
+        """The epoch of a name's newest durable checkpoint, −1 if it has none; None if its store is not open."""
+        with self._changed:
+            standby = self.open_ones.get(name)
+        if standby is None:
+            return None
+        epoch = standby.epoch
+        return -1 if epoch is None else epoch
+
     def status(self) -> dict[str, dict[str, Any]]:
         """The status of each name, see `Standby.status`. A name whose store is not open has the role "opening", or
         "unknown" if it cannot be opened."""
         with self._changed:
             refused = {name: one.reason for name, one in self._refused.items()}
             opening = {name for name, one in self._refused.items() if one.is_opening}
-        found = {}
+            attempts = dict(self._attempts)
+        now = time.monotonic()
+        found: dict[str, dict[str, Any]] = {}
         for standby in self.standbys:
             try:
                 found[standby.name] = standby.status()
                 msgpack.packb(found[standby.name])
             except Exception as error:  # one that fails must not hide the others
                 refused[standby.name] = f"its status cannot be said: {type(error).__name__}: {error}"
+        tried = {name: one.status(now) for name, one in attempts.items() if one.waits_for_store(now)}
+        for name, status in tried.items():  # of a new name, whose store could not even be made
+            if name not in found and status["refused"] is not None:
+                refused.setdefault(name, status["refused"]["reason"])
         return found | {
             name: _STATUS_OF_REFUSED
             | self._metrics.backup_status(name)
+            | tried.get(name, {})
             | {"trouble": reason}
             | ({"role": "opening"} if name in opening else {})
             for name, reason in refused.items()
@@ -108,6 +132,9 @@ class Names:
     def turn(self, now: float) -> float:
         """Open and close what is due; returns when to ask again. Never waits."""
         self._drop_broken()
+        if now >= self._look_at:
+            self._look_at = now + LONGEST_S
+            self._drop_unused(now)
         return self._try_refused(now)
 
     def close(self, deadline: float) -> None:
@@ -162,10 +189,14 @@ class Names:
         return max((descriptors - self._policy.max_connections - _OWN_DESCRIPTORS) // _NAME_DESCRIPTORS, 1)
 
     def _release(self, standby: Standby) -> None:
+        with self._changed:
+            standby.guests -= 1
+        self._drop_if_empty(standby)
+
+    def _drop_if_empty(self, standby: Standby) -> None:
         """Free the place of a name under which nothing was ever committed, so that others can have it."""
         name = standby.name
         with self._changed:
-            standby.guests -= 1
             if standby.guests or not standby.looks_empty():
                 return
         with suppress(Refusal), self._working_on(name):
@@ -178,6 +209,39 @@ class Names:
             else:
                 with self._changed:
                     self.open_ones[name] = standby
+
+    def note_refused(self, name: str, peer: str, error: Refusal | StoreError) -> bool:
+        """A primary was refused; returns whether that is news."""
+        code = error.code if isinstance(error, Refusal) else "store"
+        with self._changed:
+            if code != "store" and name not in self.open_ones:
+                return True  # it is not a name of ours
+            attempts = self._attempts_of(name)
+        return attempts.refused(
+            code, str(error), peer, now=time.monotonic(), unix_time=time.time(), is_full=is_full(error)
+        )
+
+    def _attempts_of(self, name: str) -> Attempts:
+        """The refused tries under a name. Needs the lock."""
+        if (found := self._attempts.get(name)) is not None:
+            return found
+        attempts = Attempts(self._policy.lease_s)
+        if len(self._attempts) < 2 * self._policy.max_names:
+            self._attempts[name] = attempts
+        return attempts
+
+    def _drop_unused(self, now: float) -> None:
+        """Close, each in a thread of its own, the empty stores of primaries that have ceased to try."""
+        with self._changed:
+            self._attempts = {
+                name: one for name, one in self._attempts.items() if name in self.open_ones or one.waits_for_store(now)
+            }
+            unused = [one for one in self.open_ones.values() if not one.guests and one.looks_empty()]
+        for standby in unused:
+            with suppress(RuntimeError):  # no more threads are allowed: try again later
+                threading.Thread(
+                    target=self._drop_if_empty, args=[standby], name=f"closing {standby.name}", daemon=True
+                ).start()
 
     # Opening
 
@@ -227,6 +291,7 @@ class Names:
                 raise StoreError(reason) from error
             with self._changed:
                 is_late = self._is_closed
+                standby.attempts = self._attempts_of(name)
                 if not is_late:
                     self.open_ones[name] = standby
                     self._refused.pop(name, None)

@@ -1,4 +1,4 @@
-"""One connection to a backup, from its first byte to its end: from a primary, or with control requests."""
+"""One connection to a backup, from its first byte to its end: from a primary, a reader, or with control requests."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.connection import Connection
+from remus_ckpt.link.rights import Action
 from remus_ckpt.observe.log import log
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.service.reader import Reader
 from remus_ckpt.service.standby import Refusal, Standby
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
-from remus_ckpt.session.messages import MAX_EPOCH
+from remus_ckpt.session.messages import MAX_EPOCH, Role
 from remus_ckpt.store import HistoryWriter, PeerIdentity
 from remus_ckpt.version import __version__
 
@@ -29,6 +32,10 @@ _END_S = 1.0
 _RECEIVED_EVERY = 8
 
 
+Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
+"""The result of a method with its arguments, None if the method is unknown. Raises RemusError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a backup offers to its peers.
@@ -37,14 +44,27 @@ class Offer:
     limits: what streams may claim
     report_phase: called with ("receiving" or "acknowledged", epoch)
     standby_of: lends the standby of a name for as long as its primary stays. Raises Refusal, StoreError
-    answer: the answer to a method and its arguments, None if the method is unknown. Raises RemusError
+    reader_for: lends what answers a reader, by its address, for as long as it stays. Raises Refusal. It gets a function
+        that raises Refusal for a name that this reader may not read
+    note_refused: called with the name, the peer and the error when a primary is refused; returns whether that is news
+    answer: the answer to a control request
     """
 
     lease_s: float
     limits: Limits
     report_phase: Callable[[str, int], None]
     standby_of: Callable[[str], AbstractContextManager[Standby]]
-    answer: Callable[[str, dict[str, Any]], dict[str, Any] | None]
+    reader_for: Callable[[str, Callable[[str], None]], AbstractContextManager[Reader]]
+    note_refused: Callable[[str, str, Refusal | StoreError], bool]
+    answer: Answer
+
+
+def _result(answer: Answer, request: messages.Request) -> dict[str, Any]:
+    try:
+        result = answer(request.method, request.arguments)
+    except RemusError as error:
+        return {"error": str(error)}
+    return {"error": f"there is no method {request.method!r} here"} if result is None else result
 
 
 class _Silent(LinkError):
@@ -72,8 +92,8 @@ class Peer:
         self.thread = threading.Thread(target=self._serve, name=f"peer {connection.peer}", daemon=True)
         self.is_evicted = False
         """Its place has been given to another peer; set by the accepting thread."""
-        self.is_known = False
-        """Whether the peer has said hello."""
+        self.role: Role | None = None
+        """What the peer is, by its hello; None before that."""
         self.run_id = b""
         self.status: dict[str, Any] = {}
         """What the primary last reported about itself."""
@@ -86,6 +106,7 @@ class Peer:
         self._is_listening = True
         self._ended_with: str | None = None  # the code with which this side ended it
         self._counted = 0
+        self._is_news = True  # whether the end of this session is worth a line in the log
 
     @property
     def identity(self) -> PeerIdentity:
@@ -118,7 +139,7 @@ class Peer:
 
     def beat(self) -> None:
         """Send a heartbeat, unless something else is being sent."""
-        if not self.is_known or not self._sending.acquire(blocking=False):
+        if self.role is None or not self._sending.acquire(blocking=False):
             return
         try:
             self._beats += 1
@@ -145,14 +166,20 @@ class Peer:
             self.connection.handshake(_HELLO_S)
             self._session = Session("server")  # created late: no buffer for a peer that has not authenticated
             hello = self._await_hello()
-            self.is_known = True
-            if hello.role == "control":
-                self._serve_control()
-            else:
-                self._serve_primary(hello)
+            self.role = hello.role
+            match hello.role:
+                case "primary":
+                    self._serve_primary(hello)
+                case "reader":
+                    self._demand("read")
+                    with self._offer.reader_for(self.connection.peer, partial(self._demand, "read")) as reader:
+                        self._serve_requests(reader.answer, _FRAME_S)
+                case "control":
+                    self._serve_requests(self._answer, self._offer.lease_s)
         except Refusal as error:
             self._say_goodbye(messages.Error(code=error.code, message=str(error), term=error.term))
-            log("refused", level=logging.WARNING, **self._who, code=error.code, reason=str(error))
+            level = logging.WARNING if self._is_news else logging.DEBUG
+            log("refused", level=level, **self._who, code=error.code, reason=str(error))
         except StreamError as error:
             code = _code_of(error)
             self._say_goodbye(messages.Error(code=code, message=str(error), offset=error.offset))
@@ -161,7 +188,8 @@ class Peer:
             log("refused", level=logging.WARNING, **self._who, code=code, reason=str(error))
         except StoreError as error:
             self._say_goodbye(messages.Error(code="store", message=str(error)))
-            log("store failed", level=logging.ERROR, **self._who, reason=str(error))
+            level = logging.ERROR if self._is_news else logging.DEBUG
+            log("store failed", level=level, **self._who, reason=str(error))
         except _Silent as error:
             self._say_goodbye(messages.Error(code="timeout", message=str(error)))
             log("connection lost", level=logging.WARNING, **self._who, reason=str(error))
@@ -221,12 +249,13 @@ class Peer:
         # If we closed at once, data that the peer still sends would cause a reset, and destroy our last words unread.
         self.connection.finish(1.0)
 
-    def _serve_control(self) -> None:
+    def _serve_requests(self, answer: Answer, timeout_s: float) -> None:
+        """timeout_s: for the peer to take a reply"""
         self.say(messages.Welcome(program=f"remus_ckpt {__version__}", term=0, limits={}, lease_s=self._offer.lease_s))
         while True:
             match self.session.next_event():
                 case messages.Request() as request:
-                    self.say(messages.Reply(number=request.number, result=self._answer(request)))
+                    self.say(messages.Reply(number=request.number, result=_result(answer, request)), timeout_s)
                 case messages.Goodbye():
                     return
                 case messages.Error() as error:
@@ -234,14 +263,21 @@ class Peer:
                 case None:
                     self._receive(_FRAME_S, f"nothing was asked in {_FRAME_S:g} s")
 
-    def _answer(self, request: messages.Request) -> dict[str, Any]:
-        try:
-            answer = self._offer.answer(request.method, request.arguments)
-        except RemusError as error:
-            return {"error": str(error)}
-        return {"error": f"there is no method {request.method!r} here"} if answer is None else answer
+    def _demand(self, action: Action, name: str | None = None) -> None:
+        """Raises Refusal if the peer's certificate does not allow it (specs/keys.md §2). name: None for any one"""
+        rights = self.connection.rights
+        if not rights.allows(action, name):
+            what = action if name is None else f"{action} for {name!r:.80}"
+            text = f"the certificate {self.connection.certificate_name!r} does not allow {what}"
+            raise Refusal("forbidden", f"{text}; it allows {rights} (remus-ckpt keys issue --may, --for-name)")
+
+    def _answer(self, method: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        if method == "failover":
+            self._demand("failover", str(arguments.get("name")))
+        return self._offer.answer(method, arguments)
 
     def _serve_primary(self, hello: messages.Hello) -> None:
+        self._demand("protect", hello.name)
         if hello.page_size != PAGE_SIZE:
             raise Refusal("limit", f"pages of {hello.page_size} bytes; here they have {PAGE_SIZE}")
         most = self._offer.limits.memory_bytes
@@ -250,8 +286,13 @@ class Peer:
             raise Refusal("limit", text)
         self.run_id = hello.run
         self._name = hello.name
-        with self._offer.standby_of(hello.name) as standby:
-            self._host(standby, hello)
+        with ExitStack() as stack:
+            try:
+                self._host(stack.enter_context(self._offer.standby_of(hello.name)), hello)
+            except (Refusal, StoreError) as error:
+                # Noted before the standby is given back: an empty one is kept for a primary that tries again.
+                self._is_news = self._offer.note_refused(hello.name, self.identity.text, error)
+                raise
 
     def _host(self, standby: Standby, hello: messages.Hello) -> None:
         with standby.hosting(self, hello) as writer:
@@ -263,10 +304,11 @@ class Peer:
                     last_frame = time.monotonic()
                 match event:
                     case messages.Begin():
-                        writer.begin(full=event.mode == "full")
+                        standby.begin(hello, event)
                         self.session.lender = writer
                         log(
                             "receiving",
+                            level=standby.log_level,
                             name=hello.name,
                             peer=self.connection.peer,
                             mode=event.mode,

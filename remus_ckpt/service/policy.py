@@ -26,7 +26,7 @@ class Policy:
     takeover_timeout_s: a takeover command that takes longer is killed, with all that it started, and tried again
     retention: which old checkpoints are kept
     names: the names that may be protected; None for any
-    max_names, max_connections: how many of each are allowed
+    max_names, max_connections, max_readers: how many of each are allowed; a reader counts as a connection too
     """
 
     lease_s: float = 5.0
@@ -39,6 +39,7 @@ class Policy:
     names: frozenset[str] | None = None
     max_names: int = 1000
     max_connections: int = 256
+    max_readers: int = 16
 
     def __post_init__(self) -> None:
         least, most = MIN_LEASE_S, MAX_LEASE_S

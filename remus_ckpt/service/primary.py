@@ -15,14 +15,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StreamError, UnknownFormat
+from remus_ckpt.errors import Fenced, LinkError, Refused, StreamError, UnknownFormat
 from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
-from remus_ckpt.loop import CheckpointLoop, StopSignal, Taken
+from remus_ckpt.loop import NOT_COPYING, CheckpointLoop, Copying, StopSignal, Taken
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, flatten
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.sender import Sender, Sent
+from remus_ckpt.service.backoff import LASTING, Backoff
 from remus_ckpt.service.fenced import OnFenced
 from remus_ckpt.service.release import Committed
 from remus_ckpt.service.turns import Bell, Turns, deadline_in
@@ -34,10 +35,6 @@ from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 
-LASTING = frozenset({"version", "name", "limit", "fenced"})
-"""Refusals that another try would not change."""
-_FIRST_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 5.0
 _SAY_S = 10.0
 """A checkpoint that waits longer than this is worth a line in the log."""
 _LAST_LINK_S = 2.0
@@ -123,10 +120,9 @@ class Primary:
         # Owned by the thread that takes checkpoints:
         self._sender: Sender | None = None
         self._one_by_one: CheckpointLoop | None = None  # used by `checkpoint`; kept for its capture buffer
+        self._loop: CheckpointLoop | None = None  # the last one made; others may read it
         self._connections = 0
-        self._lease_s = math.inf  # from the last welcome
-        self._commits_before = 0  # the count when the link was made
-        self._backoff_s = 0.0
+        self._backoff = Backoff()
         # Owned by that thread too, but others may read them; each is set in one step.
         self.term = term
         self.ended = ""
@@ -144,7 +140,26 @@ class Primary:
         """The newest position that the backup has acknowledged."""
         return self._window.committed
 
+    @property
+    def copying(self) -> Copying | None:
+        """How far a first copy has got, None while there is none."""
+        return None if self._loop is None else self._loop.copying
+
     # The user's calls
+
+    def connect(self, timeout_s: float) -> None:
+        """Connect now. Raises LinkError, with the reason, if the time runs out or another try would not help."""
+        self._check_process()
+        deadline = deadline_in(timeout_s)
+
+        def connect() -> None:
+            self._until = deadline
+            try:
+                self._connect_patiently(deadline)
+            except Fenced as error:
+                self._lost(error)  # which raises it
+
+        self._turns.take(connect, timeout_s)
 
     def run(self) -> Iterator[Taken]:
         """Take checkpoints at the interval, and yield each once it has been sent, until the stop is set, the duration
@@ -166,15 +181,13 @@ class Primary:
             self._bell.ring()
 
     def _sessions(self) -> Iterator[Taken]:
-        begin = time.monotonic()
-        end = None if self._duration_s is None else begin + self._duration_s
+        end = None if self._duration_s is None else time.monotonic() + self._duration_s
         while not self.ended:
             try:
                 self._connect_patiently(None, end)
                 if self.ended:
                     return
-                left = None if self._duration_s is None else max(self._duration_s - (time.monotonic() - begin), 0.0)
-                loop = self._make_loop(left)
+                loop = self._make_loop(None if end is None else max(end - time.monotonic(), 0.0))
                 for taken in loop.run():
                     self._count(taken)
                     yield taken
@@ -222,7 +235,7 @@ class Primary:
                         raise (lost or error) from None
                     lost = error
                     self._lost(error)
-                    if time.monotonic() + self._backoff_s > deadline:
+                    if time.monotonic() + self._backoff.seconds > deadline:
                         raise  # the fault is more useful than the timeout
         finally:
             lost = None  # its traceback refers to this frame, and to the link's: a cycle
@@ -321,14 +334,20 @@ class Primary:
     def status(self) -> dict[str, Any]:
         """The status of this side, for the backup and for users."""
         newest = self._sender.position if self._sender else None
-        return self._metrics.status(self.name) | {
-            "term": self.term,
-            "epoch": newest.epoch if newest else None,
-            "committed_epoch": self.committed.epoch if self.committed else None,
-            "committed_position": f"{self.committed.epoch}:{self.committed.digest.hex()}" if self.committed else None,
-            "lag_checkpoints": self._window.lag,
-            "memory_bytes": self._source.memory.pages * PAGE_SIZE,
-        }
+        return (
+            self._metrics.status(self.name)
+            | {
+                "term": self.term,
+                "epoch": newest.epoch if newest else None,
+                "committed_epoch": self.committed.epoch if self.committed else None,
+                "committed_position": f"{self.committed.epoch}:{self.committed.digest.hex()}"
+                if self.committed
+                else None,
+                "lag_checkpoints": self._window.lag,
+                "memory_bytes": self._source.memory.pages * PAGE_SIZE,
+            }
+            | (NOT_COPYING if (copying := self.copying) is None else copying.status(time.monotonic()))
+        )
 
     # The link
 
@@ -341,17 +360,17 @@ class Primary:
         if self._link is not None and self._is_torn:
             # Half a checkpoint has been sent: only a new session can undo that.
             self._lost(LinkError("a checkpoint broke off"))
-        said = ""
+        has_failed = False
         while self._link is None and not self.ended:
             self._check_open()
             until = min((at for at in (deadline, end) if at is not None), default=math.inf)
             if (reason := self._reason_to_end) and self._gives_up():
                 self.ended = reason
                 return
-            left_s = min(self._backoff_s, until - time.monotonic())
+            left_s = min(self._backoff.seconds, until - time.monotonic())
             if left_s > 0 and self._sleep(left_s):
                 continue
-            if end is not None and (said or self._backoff_s) and time.monotonic() >= end:
+            if end is not None and (has_failed or self._backoff.seconds) and time.monotonic() >= end:
                 self.ended = "duration"
                 return
             try:
@@ -362,21 +381,14 @@ class Primary:
                     raise
                 if isinstance(error, UnknownFormat) and not self._connections:
                     raise  # it has never been a backup
-                self._back_off()
-                if str(error) != said:
-                    log("no link", level=logging.WARNING, name=self.name, reason=str(error))
-                    said = str(error)
-                if deadline is not None and time.monotonic() + self._backoff_s > deadline:
+                self._backoff.failed(error.code if isinstance(error, Refused) else None)
+                has_failed = True
+                if self._backoff.news.is_new(str(error)):
+                    log("no link; trying again", level=logging.WARNING, name=self.name, reason=str(error))
+                if deadline is not None and time.monotonic() + self._backoff.seconds > deadline:
                     if isinstance(error, LinkError):
                         raise
                     raise LinkError(str(error)) from error
-
-    def _back_off(self) -> None:
-        """Wait before the next link; there is no wait if the last link carried a commit.
-
-        A backup that turned us away because it was full or busy must hear from us before its lease is over.
-        """
-        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S, self._lease_s / 4)
 
     @property
     def _reason_to_end(self) -> str:
@@ -439,10 +451,8 @@ class Primary:
             )
             begin = self._agree(link)
             link.begin(begin)
-            self._lease_s = link.welcome.lease_s
             self._connections += 1
-            if self._window.commits != self._commits_before:  # the last link did carry commits
-                self._commits_before, self._backoff_s = self._window.commits, 0.0
+            self._backoff.linked(link.welcome.lease_s, self._window.commits)
             self._link = link
             self._check_open()
         except BaseException:
@@ -458,7 +468,7 @@ class Primary:
         self._metrics.set_term(self.name, begin.term)
         if self._connections > 1:
             self._metrics.reconnected(self.name)
-        log("linked", name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
+        log("linked", level=self._backoff.log_level, name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
 
     def _agree(self, link: Link) -> Begin:
         """Continue with deltas if our reference can be brought back to what the backup holds; else start over."""
@@ -489,7 +499,8 @@ class Primary:
             position=newest,
             first_epoch=floor + 1,
         )
-        return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait)
+        data_pages = self._source.data_pages()
+        return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait, data_pages=data_pages)
 
     def _lost(self, error: LinkError) -> None:
         if isinstance(error, Fenced):
@@ -499,20 +510,17 @@ class Primary:
         if link is not None:
             link.close()
             self._link = None
-            if self._window.commits == self._commits_before:
-                self._back_off()
-            else:
-                self._backoff_s = 0.0
+            self._backoff.lost(self._window.commits, error.code if isinstance(error, Refused) else None)
         self._metrics.set_connected(self.name, False)
         self._bell.ring()
         if isinstance(error, Refused) and error.code in LASTING:
             raise error
-        if link is not None:
+        if link is not None and self._backoff.news.is_new(str(error)):
             log("link lost", level=logging.WARNING, name=self.name, reason=str(error))
 
     def _make_loop(self, duration_s: float | None) -> CheckpointLoop:
         assert self._sender is not None
-        return CheckpointLoop(
+        self._loop = CheckpointLoop(
             self._source,
             self._sender,
             self,
@@ -522,6 +530,7 @@ class Primary:
             on_paused=self._on_paused,
             stop=self._stop,
         )
+        return self._loop
 
     def _count(self, taken: Taken) -> None:
         self._metrics.checkpoint(
@@ -554,6 +563,8 @@ class Primary:
                 f"{self._source.memory.pages * PAGE_SIZE:,} bytes may need a longer timeout_s"
             )
         link.write(buffers)
+        if (copying := self.copying) is not None:
+            self._metrics.set_copy_share(self.name, copying.share)
 
     def commit(self, sent: Sent) -> None:
         """Send the end of a checkpoint, and wait while the window is full: the interval stretches, memory use does not
@@ -569,24 +580,12 @@ class Primary:
         self._await_room()
 
     def _await_room(self, *, stoppable: bool = True) -> None:
-        """Wait while the window is full, or while too many commits wait for on_commit."""
-
         def is_over() -> bool:
-            if self._window.has_room:
-                return True
             self.check()
             self._turn()
             return stoppable and self._stop is not None and self._stop.is_set
 
-        if self._bell.wait(is_over, min(self._until, time.monotonic() + _SAY_S)):
-            return
-        if time.monotonic() < self._until:
-            log("checkpoints wait", level=logging.WARNING, name=self.name, reason=self._window.in_the_way)
-            if self._bell.wait(is_over, self._until):
-                return
-        if self._window.is_held_up:
-            raise RemusError(self._window.in_the_way)
-        raise LinkError(self._window.in_the_way)
+        self._window.await_room(is_over, lambda: self._until)
 
     def fds(self) -> Sequence[int]:
         """Descriptors that become readable when the link is lost."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +27,7 @@ from remus_ckpt.service.release import Committed
 from remus_ckpt.service.turns import deadline_in
 from remus_ckpt.session.messages import Level
 from remus_ckpt.source import Source
+from remus_ckpt.source.event_loop import LoopLock
 from remus_ckpt.source.lock import Lock
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.source.track.kernel import AUDIT_PAUSES, Tracking
@@ -75,15 +79,20 @@ def protect(
     metrics: Metrics | None = None,
     tracking: Tracking = "auto",
     audit: int = AUDIT_PAUSES,
+    connect_timeout_s: float | None = 10.0,
 ) -> Protection:
-    """Keep named numpy arrays, mmaps and bytearrays of this process on a backup.
+    """Keep named numpy arrays, DataFrames, mmaps, shared memory and bytearrays of this process on a backup.
 
-    buffers: what to protect, by name; see `OwnMemory` for what is accepted
+    buffers: what to protect, by name; `Buffers` in source/own_memory.py says what is accepted. Write to these very
+        objects: if a name of a dict comes to mean another one (`state["x"] = state["x"] + 1`), the next checkpoint
+        raises SourceError. If a variable does (`x = x + 1`), nothing can find that for certain: an array that nothing
+        else refers to any more is reported once, in the log
     to: the backup, such as "tls://backup:7411"
     name: the name under which the backup keeps them
     tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
-    interval_s: take checkpoints in a thread, this far apart; None: only when `checkpoint` is called
-    lock: taken in each pause; whoever writes to the buffers must hold it. Required with `interval_s`
+    interval_s: take checkpoints in a thread, this far apart; None: only when `checkpoint` or `acheckpoint` is called
+    lock: taken in each pause; whoever writes to the buffers must hold it. Required with `interval_s`, and if other
+        threads write to them
     device_state: called in each pause; returns bytes of your own that come back with the checkpoint
     on_commit: called for each commit, in a thread of its own: output held back for it may now go out. Exceptions from
         it are logged, and later commits are still delivered. If it does not return, checkpoints and `close` eventually
@@ -94,47 +103,66 @@ def protect(
     window, wait, compression, codec, term: as for `Primary`
     insecure: allow plain tcp:// to another machine
     tracking, audit: how written pages are found, as for `OwnMemory`
+    connect_timeout_s: how long this call tries to reach the backup; None: until it is there. 0: not at all; the first
+        checkpoint does. A link that is lost later is replaced by the next checkpoint
 
         with protect({"orders": orders}, to="tls://backup:7411", name="orders", tls_dir="keys/me") as protection:
             orders[7] += 1
             protection.checkpoint(wait=True)
 
     A forked child has no part in it: there, `checkpoint` raises ValueError and `close` does nothing.
-    Raises TypeError or ValueError for buffers that cannot be protected.
+    Raises TypeError or ValueError for buffers that cannot be protected; LinkError, with address and reason, if the
+    backup cannot be reached; UnknownFormat if something else answers there.
     """
     if interval_s is not None and lock is None:
         raise ValueError("checkpoints in a thread need a lock that the writers hold while they write")
     address = Address.parse(to) if isinstance(to, str) else to
     tls = TlsFiles(tls_dir) if tls_dir is not None else None
-    source = OwnMemory(buffers, lock=lock, device_state=device_state, tracking=tracking, audit=audit)
-    stop = StopSignal()
-    primary = primary_of(
-        source,
-        name,
-        address,
-        tls=tls,
-        insecure=insecure,
-        codec=codec,
-        interval_s=interval_s or 0.0,
-        window=window,
-        wait=wait,
-        compression=compression,
-        term=term,
-        on_commit=on_commit,
-        on_fenced=on_fenced,
-        metrics=metrics,
-        stop=stop,
-    )
-    return Protection(primary, source, stop, in_thread=interval_s is not None)
+    with ExitStack() as stack:
+        loop_lock = LoopLock() if lock is None else None
+        source = OwnMemory(buffers, lock=loop_lock or lock, device_state=device_state, tracking=tracking, audit=audit)
+        stack.callback(source.close)
+        metrics = metrics or Metrics()
+        if tls is not None:
+            metrics.watch_certificate(tls.expires)
+        stop = StopSignal()
+        stack.callback(stop.close)
+        primary = primary_of(
+            source,
+            name,
+            address,
+            tls=tls,
+            insecure=insecure,
+            codec=codec,
+            interval_s=interval_s or 0.0,
+            window=window,
+            wait=wait,
+            compression=compression,
+            term=term,
+            on_commit=on_commit,
+            on_fenced=on_fenced,
+            metrics=metrics,
+            stop=stop,
+        )
+        stack.callback(primary.close, 0.0)
+        if connect_timeout_s != 0:
+            primary.connect(math.inf if connect_timeout_s is None else connect_timeout_s)
+        protection = Protection(primary, source, stop, loop_lock, in_thread=interval_s is not None)
+        stack.pop_all()
+    return protection
 
 
 class Protection:
     """Buffers under protection, until `close`. Made by `protect`."""
 
-    def __init__(self, primary: Primary, source: OwnMemory, stop: StopSignal, *, in_thread: bool) -> None:
+    def __init__(
+        self, primary: Primary, source: OwnMemory, stop: StopSignal, loop_lock: LoopLock | None, *, in_thread: bool
+    ) -> None:
         self._primary = primary
         self._source = source
         self._stop = stop
+        self._loop_lock = loop_lock  # None: writers have a lock
+        self._abandoned: set[str] = set()
         self._error: BaseException | None = None
         self._pid = os.getpid()
         self._is_closed = False
@@ -165,11 +193,54 @@ class Protection:
         if self._is_closed:
             raise ValueError("the protection has been closed")
         try:
-            return self._primary.checkpoint(timeout_s, wait=wait)
+            epoch = self._primary.checkpoint(timeout_s, wait=wait)
         except Exception as error:
             if self._is_closed:
                 raise ValueError("the protection was closed meanwhile") from error
             raise
+        self._report_abandoned()
+        return epoch
+
+    async def acheckpoint(self, *, timeout_s: float = 30.0) -> int:
+        """Take a checkpoint while the event loop runs on; returns its epoch once it is committed.
+
+        A thread takes it. Without `lock`, the pause holds up the event loop between two steps, just for as long as it
+        takes to find and copy pages: the checkpoint has all that was written before this call, and perhaps what other
+        coroutines have written since, up to an `await` of each. With `lock`, the pause takes the lock, which no
+        coroutine may hold across an `await`.
+
+        Calls at once take turns. If this call is cancelled, its checkpoint is taken all the same, and may be committed
+        later or not: the next call waits for its end. Meanwhile the thread of the event loop must not call
+        `checkpoint`, `wait_for` or `close`: the pause would wait for it, and fail after 10 s. `device_state` is called
+        in the thread.
+        timeout_s and errors: as for `checkpoint`; SourceError if the event loop is blocked for 10 s
+        """
+        import asyncio  # whoever awaits this has loaded it
+
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+
+        def take() -> None:
+            try:
+                with self._loop_lock.holding_up(loop) if self._loop_lock else nullcontext():
+                    tell = partial(done.set_result, self.checkpoint(wait=True, timeout_s=timeout_s))
+            except BaseException as error:
+                tell = partial(done.set_exception, error)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: done.cancelled() or tell())
+
+        try:
+            threading.Thread(target=take, name="acheckpoint", daemon=True).start()
+        except RuntimeError as error:  # no more threads are allowed
+            raise RemusError(f"no thread for a checkpoint: {error}") from error
+        return await done
+
+    def _report_abandoned(self) -> None:
+        """Report, once each, arrays that nobody can write to any more."""
+        for name in set(self._source.memory.abandoned()) - self._abandoned:
+            self._abandoned.add(name)
+            text = "nothing else refers to this array any more: was another one made under its name?"
+            log(text, level=logging.WARNING, name=self._primary.name, array=name)
 
     def wait_for(self, epoch: int, timeout_s: float | None = None) -> Position:
         """Wait until that epoch, or a later one, is committed.
@@ -230,7 +301,7 @@ class Protection:
     def _run(self, checkpoints: Iterator[Taken]) -> None:
         try:
             for _ in checkpoints:
-                pass
+                self._report_abandoned()
         except BaseException as error:
             self._error = error
             log("the protection has ended", level=logging.ERROR, name=self._primary.name, error=error)

@@ -23,13 +23,14 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, unflatten
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
-from remus_ckpt.service.durable import Durable, Refusal
+from remus_ckpt.service.attempts import Attempts, Base
+from remus_ckpt.service.durable import Durable, Refusal, fault_of
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.takeover import Takeover
 from remus_ckpt.session.frames import COMPRESSIONS
-from remus_ckpt.session.messages import Hello, StreamShape, Welcome
-from remus_ckpt.store import HistoryWriter, PeerIdentity, State
+from remus_ckpt.session.messages import Begin, Hello, StreamShape, Welcome
+from remus_ckpt.store import Arriving, HistoryWriter, PeerIdentity, State
 from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 
@@ -91,7 +92,11 @@ class Standby:
             situation=self._situation,
             dismiss=self._dismiss_visitor,
         )
+        self.attempts = Attempts(policy.lease_s)
+        """Primaries that were refused; `Names` shares it, since it outlives this object."""
         self._visitor: Visitor | None = None
+        self._is_short = False  # `trouble` is that there is no room for a full copy, before any of it has come
+        self._last_end: dict[str, Any] | None = None  # of the last session, for `status`
         self._heard: float | None = None  # in past sessions; an open session has its own
         self._listening_since = self._looked_at = time.monotonic()
         self._by_hand: ByHand | None = None  # a takeover that a waiting user has asked for
@@ -104,6 +109,16 @@ class Standby:
         """Why the backup has to close and reopen the store; None if it need not."""
         return self._durable.broken
 
+    @property
+    def epoch(self) -> int | None:
+        """The epoch of the newest committed checkpoint."""
+        return self._durable.epoch
+
+    @property
+    def log_level(self) -> int:
+        """The level at which the log hears that a primary is let in: while the store fails, it is at each try."""
+        return logging.INFO if self._durable.checkpoint_fault is None else logging.DEBUG
+
     # Primaries
 
     @contextmanager
@@ -113,12 +128,16 @@ class Standby:
         try:
             self._metrics.set_term(self.name, term)
             self._metrics.set_connected(self.name, True)
-            log("primary connected", name=self.name, peer=visitor.identity.text, term=term)
+            log("primary connected", level=self.log_level, name=self.name, peer=visitor.identity.text, term=term)
             yield self._writer
-        except (StreamError, LinkError, TimeoutError, Refusal):
+        except (StreamError, LinkError, TimeoutError, Refusal) as error:
+            self._end_with(str(error))
             raise
         except Exception as error:
+            self._end_with(str(error))
             self._durable.trouble = str(error)
+            self._durable.checkpoint_fault = fault = fault_of(error)
+            self.attempts.base_failed(time.monotonic(), is_full=fault == "full")
             self._metrics.store_failed(self.name)
             self._durable.note_broken(error)
             raise
@@ -168,6 +187,8 @@ class Standby:
                     raise Refusal("busy", f"{self.name!r} is being protected by another primary, {other}")
                 case Accepted(term):
                     self._await_fence()
+                    if (base := self.attempts.base) is not None and base.run == hello.run:
+                        self._check_room(base)  # a primary cannot continue from a full copy that it has not ended
                     if current is not None and is_over:
                         self._dismiss(current, "busy", "another connection has taken the place of this one")
                     elif current is not None:
@@ -232,6 +253,30 @@ class Standby:
             if not self._changed.wait_for(lambda: not self._takeover.is_fencing, self._bound_s):
                 raise Refusal("busy", f"a fencing command against {self.name!r} has not ended yet: try again")
 
+    def begin(self, hello: Hello, begin: Begin) -> None:
+        """Begin what the primary has announced. Raises Refusal if there is no room for its full copy, StoreError."""
+        if begin.mode == "full":
+            memory_bytes = hello.memory_pages * hello.page_size
+            data_bytes = None if begin.data_pages is None else min(begin.data_pages * hello.page_size, memory_bytes)
+            base = Base(hello.run, self._writer.position, memory_bytes, data_bytes, time.monotonic())
+            self.attempts.begin(base)
+            self._check_room(base)
+        self._writer.begin(full=begin.mode == "full")
+
+    def _check_room(self, base: Base) -> None:
+        """Raises Refusal if a full copy cannot fit, or if it was tried in vain a moment ago."""
+        if self._writer.position != base.held:
+            return  # it has been stored since
+        room = self._writer.room_for_base(base.memory_bytes if base.data_bytes is None else base.data_bytes)
+        if (reason := self.attempts.why_not(room, time.monotonic())) is not None:
+            if self._durable.checkpoint_fault is None:
+                self._is_short, self._durable.checkpoint_fault = True, "full"
+            if self._is_short:
+                self._durable.trouble = reason
+            raise Refusal("store", reason)
+        if self._is_short:
+            self._is_short, self._durable.checkpoint_fault, self._durable.trouble = False, None, None
+
     @property
     def _bound_s(self) -> float:
         return min(self._policy.lease_s, _LEAVE_S)
@@ -266,8 +311,12 @@ class Standby:
         """The primary has ended in an orderly way: from now on there is nothing to take over, even if the disk cannot
         record that yet."""
         log("goodbye", name=self.name, reason=reason)
+        self._end_with(reason, goodbye=True)
         self._durable.owe(expects_primary=False)
         self._note(self._durable.pay(_RETRY_S))
+
+    def _end_with(self, reason: str, *, goodbye: bool = False) -> None:
+        self._last_end = {"goodbye": goodbye, "reason": reason, "at": time.time()}
 
     def stored(
         self, position: Position, seconds: float, *, raw_bytes: int, encoded_bytes: int, wire_bytes: int
@@ -276,11 +325,19 @@ class Standby:
 
         raw_bytes: of its pages; encoded_bytes: of its stream; wire_bytes: received for it
         """
-        self._durable.trouble = None
+        if self._durable.checkpoint_fault is not None:
+            log("store takes checkpoints again", name=self.name, epoch=position.epoch)
+        self._durable.trouble, self._durable.checkpoint_fault, self._is_short = None, None, False
+        self.attempts.stored()
         self._metrics.committed(self.name, position.epoch, seconds, time.time(), position.digest)
         self._metrics.add_bytes(self.name, raw=raw_bytes, encoded=encoded_bytes, wire=wire_bytes)
 
     # Decisions
+
+    def make_room(self) -> None:
+        """Remove old checkpoints if too little of the disk is free. May wait for the disk."""
+        with suppress(StoreError):  # closed meanwhile; the writer notes whatever else is wrong
+            self._writer.make_room()
 
     def turn(self, now: float) -> float:
         """Start what is due now; returns when to call again. Never waits."""
@@ -441,6 +498,12 @@ class Standby:
         role: "standby" or "promoted"
         fence, takeover: how far that command has got, None without one
         fence_retry_s, takeover_retry_s: seconds until a failed command runs again, None if it does not
+        first_copy: the full copy that the open session has begun and that is not durable yet, None without one
+        arriving_s: seconds since the first byte of the checkpoint being received, None between two
+        last_end: how and when the last session ended: with a goodbye or not; None if there was none
+        lease_left_s: seconds until the silence of the primary has lasted a lease, None if it has said goodbye
+        refused, room: see `Attempts.status`
+        trouble, trouble_since, store_fault: see `Durable.status`
         """
         now = time.monotonic()
         with self._changed:
@@ -448,6 +511,9 @@ class Standby:
             visitor = self._visitor
             heard = self._heard if visitor is None else visitor.heard
             peer = self._durable.peer
+            arriving = self._writer.arriving
+            since = max(self._listening_since, heard or 0.0)
+            left_s = round(max(since + self._policy.lease_s - now, 0.0), 3)
             return (
                 self._metrics.backup_status(self.name)
                 | {
@@ -459,19 +525,30 @@ class Standby:
                     "connected": visitor is not None,
                     "peer": peer and peer.text,
                     "silent_s": None if heard is None else round(now - heard, 3),
+                    "first_copy": None if visitor is None else self._base_status(arriving, now),
+                    "arriving_s": None if arriving is None else round(now - arriving.since, 3),
+                    "last_end": self._last_end,
+                    "lease_left_s": left_s if state.more.get("expects_primary") else None,
                 }
+                | self.attempts.status(now)
+                | self._durable.status()
                 | self._takeover.status(now)
                 | {
-                    "trouble": self._durable.write_trouble or self._durable.trouble,
                     "warnings": list(self._writer.warnings),
                     "primary": {} if visitor is None else unflatten(visitor.status),
                 }
             )
 
+    def _base_status(self, arriving: Arriving | None, now: float) -> dict[str, Any] | None:
+        base = self.attempts.base
+        if base is None or self._writer.position != base.held:
+            return None
+        return base.status(arriving.bytes if arriving is not None and arriving.is_base else 0, now)
+
     # The end
 
     def looks_empty(self) -> bool:
-        """Whether nothing was ever committed here, and nobody uses it.
+        """Whether nothing was ever committed here, and nobody uses it or tries to.
 
         A store that was told a term is kept: the term says who must not come back.
         """
@@ -480,6 +557,7 @@ class Standby:
                 not self._is_closed
                 and self._visitor is None
                 and not self._is_settling
+                and not self.attempts.waits_for_store(time.monotonic())
                 and not self._durable.state.term
                 and self._writer.position is None
                 and self._writer.highest_epoch < 0

@@ -12,6 +12,7 @@ several steps can be repeated.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,14 +21,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import Malformed
+from remus_ckpt.errors import LinkError, Malformed, RemusError
 from remus_ckpt.limits import MAX_WINDOW
+from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.service.release import Committed, Release
 from remus_ckpt.service.turns import Bell, Turns
 from remus_ckpt.session.messages import LEVELS, Ack, Level
 from remus_ckpt.wire.record import Position
+
+_SAY_S = 10.0
+"""A checkpoint that waits longer than this is worth a line in the log."""
 
 
 @dataclass(slots=True)
@@ -127,6 +132,24 @@ class Window:
     def has_committed(self, epoch: int) -> bool:
         """Whether that epoch, or a later one, is committed."""
         return self.committed is not None and self.committed.epoch >= epoch
+
+    def await_room(self, is_over: Callable[[], bool], until: Callable[[], float]) -> None:
+        """Wait until there is room, or until `is_over()`, which may raise.
+
+        until: the deadline, which may move meanwhile
+        Raises LinkError if the time runs out, RemusError if that is due to on_commit.
+        """
+
+        def look() -> bool:
+            return self.has_room or is_over()
+
+        if self._bell.wait(look, min(until(), time.monotonic() + _SAY_S)):
+            return
+        if time.monotonic() < until():
+            log("checkpoints wait", level=logging.WARNING, name=self._name, reason=self.in_the_way)
+            if self._bell.wait(look, until()):
+                return
+        raise RemusError(self.in_the_way) if self.is_held_up else LinkError(self.in_the_way)
 
     def close(self, timeout_s: float) -> None:
         """Deliver the last commits to on_commit, and end. Raises RemusError if on_commit does not return in time."""

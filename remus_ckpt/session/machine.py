@@ -51,11 +51,11 @@ class SessionState(Enum):
 
     START = "start"
     PRIMARY_HELLO = "hello of a primary, unanswered"
-    CONTROL_HELLO = "hello for control, unanswered"
+    CONTROL_HELLO = "hello of a client that sends requests, unanswered"
     WELCOMED = "welcome"
     BETWEEN = "stream, between checkpoints"
     WITHIN = "stream, within a checkpoint"
-    CONTROL = "control"
+    CONTROL = "requests and replies"
 
 
 TRANSITIONS: dict[tuple[SessionState, Side, FrameType], SessionState] = {
@@ -162,7 +162,7 @@ class Direction:
         match message:
             case Hello():
                 common.hello = message
-                if message.role == "control":
+                if message.role != "primary":
                     following = SessionState.CONTROL_HELLO
             case Welcome():
                 assert common.hello is not None

@@ -28,6 +28,9 @@ TREE_ENTRIES = 4096
 DEPTH = 16
 """How deep the arguments of a request and the result of a reply may nest."""
 
+READ_BYTES = 256 << 10
+"""Of a segment, in one reply to a reader."""
+
 MIN_LEASE_S, MAX_LEASE_S = 0.05, 3600.0
 """A shorter lease ends before anything can be sent; with a longer one, a silent death would go unnoticed."""
 MAX_EPOCH = 1 << 62
@@ -36,6 +39,9 @@ _MOST = (1 << 63) - 1
 
 Compression = Literal["none", "lz4", "zstd"]
 """How the payload of a DATA frame may be packed (specs/session.md §2.3)."""
+Role = Literal["primary", "control", "reader"]
+ROLES: tuple[Role, ...] = ("primary", "control", "reader")
+"""What a client may be (specs/session.md §3.1)."""
 Level = Literal["received", "durable", "applied"]
 LEVELS: tuple[Level, ...] = ("received", "durable", "applied")
 """How far a checkpoint has come on the backup, in that order (specs/session.md §3.6)."""
@@ -46,6 +52,8 @@ class ErrorCode(StrEnum):
 
     VERSION = "version"
     NAME = "name"
+    FORBIDDEN = "forbidden"
+    REVOKED = "revoked"
     BUSY = "busy"
     FENCED = "fenced"
     MALFORMED = "malformed"
@@ -230,7 +238,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello(Message):
-    """The client's first message (specs/session.md §3.1). For `control`, all fields after `role` may be empty or zero.
+    """The client's first message (specs/session.md §3.1). If it is no primary, all fields after `role` may be empty or
+    zero.
 
     versions: of this protocol that the client can speak
     program: name and version, for people
@@ -242,7 +251,7 @@ class Hello(Message):
 
     versions: tuple[int, ...] = (VERSION,)
     program: str
-    role: Literal["primary", "control"]
+    role: Role
     name: str = ""
     run: bytes = bytes(RUN_BYTES)
     term: int | None = None
@@ -292,12 +301,17 @@ class Welcome(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin(Message):
-    """The primary's choice (specs/session.md §3.3). position: what the first checkpoint follows, None: nothing."""
+    """The primary's choice (specs/session.md §3.3).
+
+    position: what the first checkpoint follows, None: nothing
+    data_pages: about how many pages a full copy will hold, None: unknown
+    """
 
     mode: Literal["full", "continue"]
     term: int
     position: Position | None = None
     wait: Level = "durable"
+    data_pages: int | None = None
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Begin])
@@ -363,7 +377,7 @@ class Goodbye(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Message):
-    """A request in a control session (specs/session.md §3.10)."""
+    """A request in a session of a control client or a reader (specs/session.md §3.10)."""
 
     number: int
     method: str
@@ -382,7 +396,7 @@ FIELDS: dict[type[Message], dict[str, Check]] = {
     Hello: {
         "versions": _VERSIONS,
         "program": _PROGRAM,
-        "role": _one_of("primary", "control"),
+        "role": _one_of(*ROLES),
         "name": _text(NAME_CHARS),
         "run": _octets(RUN_BYTES),
         "term": _optional(_whole()),
@@ -408,6 +422,7 @@ FIELDS: dict[type[Message], dict[str, Check]] = {
         "term": _whole(),
         "position": _optional(_position),
         "wait": _one_of(*LEVELS),
+        "data_pages": _optional(_whole()),
     },
     Commit: {
         "position": _position,

@@ -6,6 +6,7 @@ loop that uses them; `SharedFile` and `OwnMemory` put them together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -19,6 +20,12 @@ from remus_ckpt.wire.parts import Parts
 if TYPE_CHECKING:
     from remus_ckpt.source.mappings import FileIdentity
     from remus_ckpt.source.process import Process
+
+
+_SAMPLED_FOR = 1024
+"""A tracker's estimate takes a group of pages to stand for so many, and pages with data lie side by side."""
+_DOUBTS = 2
+"""Standard deviations."""
 
 
 class Memory(Protocol):
@@ -36,6 +43,9 @@ class Memory(Protocol):
 
         Raises SourceError if this is no longer the memory in use, or if its size has changed.
         """
+
+    def data_pages(self) -> int | None:
+        """At most how many pages are not zeros, as far as that is known without reading them; None if it is not."""
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn. May be called at any time. Raises
@@ -80,8 +90,8 @@ class Tracker(Protocol):
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
         """Pass over memory once while writers run, and copy what was written since the last pass, perhaps torn.
 
-        Yields PFNs, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. Send them before asking for more. A page
-        that is written meanwhile counts as written.
+        Yields PFNs, ascending, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. Send them before asking for
+        more. A page that is written meanwhile counts as written.
         """
 
     def estimate(self) -> int:
@@ -166,6 +176,16 @@ class Source:
         """What goes with memory. Called in a pause; raises what `device_state` raises."""
         # `join` copies what may change after the pause, and raises TypeError if it is not bytes.
         return Parts(b"".join((self._device_state(),)), self._manifest)
+
+    def data_pages(self) -> int:
+        """About how many pages are not zeros; if that has to be estimated, rather too few. Right after the tracker's
+        `restart`. Raises SourceError."""
+        if (known := self.memory.data_pages()) is not None:
+            return known
+        pages, found = self.memory.pages, self.tracker.estimate()
+        share = min(found / pages, 1.0)
+        doubt = _DOUBTS * math.sqrt(pages * _SAMPLED_FOR * share * (1 - share))
+        return max(found - math.ceil(doubt), 0)
 
     def close(self) -> None:
         """Release the memory and its writers, which run on."""

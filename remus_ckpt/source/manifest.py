@@ -7,28 +7,28 @@ A manifest that is read back is checked against the memory that it describes bef
 from __future__ import annotations
 
 import math
-import re
+import operator
 import reprlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Literal
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import Malformed, NoCheckpoint
+from remus_ckpt.errors import NoCheckpoint
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.restorer import Checkpoint
-from remus_ckpt.wire.parts import HEAD
+from remus_ckpt.source.dtypes import MAX_BYTES, MAX_DIMENSIONS, dtype_form, field, is_size, malformed, read_dtype
+from remus_ckpt.source.frames import Frame, faults, has_pandas, is_frame, join, places, put, read_frames, values_of
 
 ARRAY, BYTES = "array", "bytes"
 MAX_NAME_BYTES = 255
-MAX_DIMENSIONS = 32
-_MAX_DTYPE_DEPTH = 16
-_MAX_BYTES = (1 << 63) - 1
-_SIMPLE_DTYPE = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,10}|[mM]8(?:\[[0-9]{0,10}[A-Za-z]{1,7}\])?)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,13 @@ class ManifestEntry:
 class Manifest:
     """The buffers of a memory, in the order in which they lie there.
 
+    frames: DataFrames, whose columns are among the buffers
     Each begins on a page of its own, right behind the pages of the one before it. Raises ValueError if they do not, or
     if two have one name.
     """
 
     entries: tuple[ManifestEntry, ...]
+    frames: tuple[Frame, ...] = ()
 
     def __post_init__(self) -> None:
         names = set()
@@ -74,6 +76,11 @@ class Manifest:
                 raise ValueError(f"two buffers are named {entry.name!r}")
             names.add(entry.name)
             page += pages_for(entry.nbytes)
+        for frame in self.frames:
+            _check_name(frame.name)
+            if frame.name in names:
+                raise ValueError(f"two buffers are named {frame.name!r}")
+            names.add(frame.name)
 
     @property
     def pages(self) -> int:
@@ -87,7 +94,7 @@ class Manifest:
             {
                 "name": entry.name,
                 "kind": entry.kind,
-                "dtype": _dtype_form(entry.dtype),
+                "dtype": dtype_form(entry.dtype),
                 "shape": list(entry.shape),
                 "order": entry.order,
                 "page": entry.page,
@@ -95,7 +102,8 @@ class Manifest:
             }
             for entry in self.entries
         ]
-        body = msgpack.packb({"buffers": rows})
+        frames = {"frames": [frame.form() for frame in self.frames]} if self.frames else {}
+        body = msgpack.packb({"buffers": rows} | frames)
         if len(body) > Limits().manifest_bytes:
             raise ValueError(f"the names of {len(rows)} buffers take {len(body):,} bytes: nobody would read them")
         return bytes(body)
@@ -110,11 +118,11 @@ class Manifest:
         try:
             fields = msgpack.unpackb(body)
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-            raise _malformed(f"no msgpack map: {error}", "§2") from None
+            raise malformed(f"no msgpack map: {error}", "§2") from None
         manifest = _read(fields)
         used = max(0, *(entry.page + pages_for(entry.nbytes) for entry in manifest.entries)) if manifest.entries else 0
         if used > pages:
-            raise _malformed(f"buffers on {used} pages, in a memory of {pages}", "§3")
+            raise malformed(f"buffers on {used} pages, in a memory of {pages}", "§3")
         return manifest
 
     def arrays(self, memory: Pages, *, copy: bool = False) -> dict[str, NDArray[Any]]:
@@ -139,9 +147,7 @@ class Manifest:
 
 def _check(entry: ManifestEntry) -> None:
     """Raise ValueError for an entry that breaks a rule of specs/manifest.md §3."""
-    name = entry.name.encode()  # a lone surrogate is a ValueError too
-    if not 1 <= len(name) <= MAX_NAME_BYTES:
-        raise ValueError(f"a name of {len(name)} bytes; it has 1…{MAX_NAME_BYTES}")
+    _check_name(entry.name)
     if entry.kind not in {ARRAY, BYTES} or entry.order not in {"C", "F"}:
         raise ValueError(f"{entry.name!r} is {entry.kind!r} in order {entry.order!r}")
     if entry.kind == BYTES and (entry.dtype != np.uint8 or entry.shape != (entry.nbytes,) or entry.order != "C"):
@@ -151,130 +157,162 @@ def _check(entry: ManifestEntry) -> None:
     if min((0, entry.page, *entry.shape)) < 0:
         raise ValueError(f"{entry.name!r} has a negative number")
     # numpy multiplies the dimensions without the zeros among them.
-    if math.prod(n for n in entry.shape if n) * max(entry.dtype.itemsize, 1) > _MAX_BYTES:
+    if math.prod(n for n in entry.shape if n) * max(entry.dtype.itemsize, 1) > MAX_BYTES:
         raise ValueError(f"{entry.name!r} of shape {entry.shape} is larger than any memory")
     if math.prod(entry.shape) * entry.dtype.itemsize != entry.nbytes:
         raise ValueError(f"{entry.name!r} has {entry.nbytes} bytes, but shape {entry.shape} of {entry.dtype}")
 
 
-def _malformed(message: str, section: str) -> Malformed:
-    return Malformed(message, offset=HEAD.size, section=f"manifest.md {section}")
+def _check_name(name: str) -> None:
+    size = len(name.encode())  # a lone surrogate is a ValueError too
+    if not 1 <= size <= MAX_NAME_BYTES:
+        raise ValueError(f"a name of {size} bytes; it has 1…{MAX_NAME_BYTES}")
 
 
 def _read(fields: object) -> Manifest:
     """The manifest in a decoded map. Raises Malformed."""
     if not isinstance(fields, dict) or not isinstance(rows := fields.get("buffers"), list):
-        raise _malformed("no map with a list of buffers", "§2")
+        raise malformed("no map with a list of buffers", "§2")
     entries = []
     for row in rows:
         if not isinstance(row, dict):
-            raise _malformed("a buffer that is no map", "§2")
-        shape = _field(row, "shape", list)
-        if not all(_is_size(number) for number in shape):
-            raise _malformed(f"{reprlib.repr(row['shape'])} is no shape", "§3")
-        dtype = _dtype(row.get("dtype"), 0)
-        name, kind, order = _field(row, "name", str), _field(row, "kind", str), _field(row, "order", str)
-        page, nbytes = _field(row, "page", int), _field(row, "bytes", int)
+            raise malformed("a buffer that is no map", "§2")
+        shape = field(row, "shape", list)
+        if not all(is_size(number) for number in shape):
+            raise malformed(f"{reprlib.repr(row['shape'])} is no shape", "§3")
+        dtype = read_dtype(row.get("dtype"), 0)
+        name, kind, order = field(row, "name", str), field(row, "kind", str), field(row, "order", str)
+        page, nbytes = field(row, "page", int), field(row, "bytes", int)
         try:
             entries.append(ManifestEntry(name, kind, dtype, tuple(shape), order, page, nbytes))
         except ValueError as error:
-            raise _malformed(str(error), "§3") from None
+            raise malformed(str(error), "§3") from None
+    arrays = {entry.name: (entry.dtype, entry.shape) for entry in entries if entry.kind == ARRAY}
+    frames = read_frames(fields.get("frames", []), arrays)
     try:
-        return Manifest(tuple(entries))
+        return Manifest(tuple(entries), frames)
     except ValueError as error:
-        raise _malformed(str(error), "§3") from None
+        raise malformed(str(error), "§3") from None
 
 
-def _field(row: Mapping[Any, Any], name: str, kind: type) -> Any:
-    value = row.get(name)
-    # A bool is an int to Python, not to the format.
-    if type(value) is not kind:
-        raise _malformed(f"{name} is {reprlib.repr(value)}, not {kind.__name__}", "§2")
-    return value
-
-
-def _is_size(number: object) -> bool:
-    return type(number) is int and 0 <= number <= _MAX_BYTES
-
-
-def _dtype_form(dtype: np.dtype[Any]) -> Any:
-    """How a dtype is written (specs/manifest.md §4). Raises ValueError for one that would come back as another."""
-    form = _plain_form(dtype)
-    try:
-        again = _dtype(form, 0)
-    except Malformed:
-        again = None
-    if again != dtype:
-        raise ValueError(f"dtype {dtype} cannot be written down: it is not made of numpy's own types without objects")
-    return form
-
-
-def _plain_form(dtype: np.dtype[Any]) -> Any:
-    if dtype.subdtype is not None:
-        base, shape = dtype.subdtype
-        return {"base": _plain_form(base), "shape": list(shape)}
-    if dtype.names is None or dtype.fields is None:
-        return dtype.str
-    fields = [dtype.fields[name] for name in dtype.names]
-    return {
-        "names": list(dtype.names),
-        "formats": [_plain_form(field[0]) for field in fields],
-        "offsets": [field[1] for field in fields],
-        "itemsize": dtype.itemsize,
-    }
-
-
-def _dtype(form: object, depth: int) -> np.dtype[Any]:
-    """A dtype from bytes of anywhere: never one with objects in it. Raises Malformed."""
-    try:
-        if depth > _MAX_DTYPE_DEPTH:
-            raise ValueError(f"nested deeper than {_MAX_DTYPE_DEPTH}")
-        if isinstance(form, str):
-            if not _SIMPLE_DTYPE.fullmatch(form):
-                raise ValueError("not one of numpy's own types")
-            return np.dtype(form)
-        if not isinstance(form, dict):
-            raise ValueError("neither a text nor a map")
-        return _sub_array(form, depth) if "base" in form else _structure(form, depth)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise _malformed(f"dtype {reprlib.repr(form)}: {error}", "§4") from None
-
-
-def _sub_array(form: Mapping[Any, Any], depth: int) -> np.dtype[Any]:
-    shape = _field(form, "shape", list)
-    base = _dtype(form["base"], depth + 1)
-    if not 1 <= len(shape) <= MAX_DIMENSIONS or not all(_is_size(number) for number in shape):
-        raise ValueError("no shape")
-    if math.prod(n for n in shape if n) * max(base.itemsize, 1) > (1 << 31) - 1:
-        raise ValueError("larger than an item can be")
-    dtype: np.dtype[Any] = np.dtype((base, tuple(shape)))
-    if dtype.itemsize != math.prod(shape) * base.itemsize:
-        raise ValueError("no such sub-array")
-    return dtype
-
-
-def _structure(form: Mapping[Any, Any], depth: int) -> np.dtype[Any]:
-    names, formats, offsets = (_field(form, key, list) for key in ("names", "formats", "offsets"))
-    itemsize = _field(form, "itemsize", int)
-    if not len(names) == len(formats) == len(offsets):
-        raise ValueError("lists of different lengths")
-    if not all(type(name) is str for name in names) or not all(_is_size(number) for number in (*offsets, itemsize)):
-        raise ValueError("names are texts, offsets and the itemsize are numbers")
-    types: Sequence[np.dtype[Any]] = [_dtype(one, depth + 1) for one in formats]
-    if any(at + one.itemsize > itemsize for at, one in zip(offsets, types, strict=True)):
-        raise ValueError("a field beyond the item's end")
-    return np.dtype({"names": names, "formats": types, "offsets": offsets, "itemsize": itemsize})
-
-
-def arrays_of(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.generic]], bytes]:
-    """The buffers given to `protect`, by name, with dtype and shape, and the device state that came with them.
+def arrays_of(checkpoint: Checkpoint, into: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bytes]:
+    """What was given to `protect`, by name, and the device state that came with it.
 
     checkpoint: from a store or from any stream of such checkpoints
-    The arrays are views of the checkpoint's memory; of an mmap or bytearray, uint8[n].
-    Raises NoCheckpoint if the checkpoint was not made by `protect`, Malformed if its manifest is damaged.
+    into: existing arrays, buffers and DataFrames, as many as were protected and by the same names. The values are
+        copied into them, and they are returned. Nobody may write to them meanwhile
+    Arrays have their dtype and shape, and are views of the checkpoint's memory; an mmap, a bytearray or shared memory
+    is uint8[n]. A DataFrame is a new one; without pandas, its columns are arrays.
+    Raises NoCheckpoint if the checkpoint was not made by `protect`, Malformed if its manifest is damaged, ValueError if
+    `into` does not fit, with every name that does not; nothing is copied then.
     """
     parts = checkpoint.parts
     if parts.manifest is None:
         raise NoCheckpoint(f"checkpoint {checkpoint.epoch} holds memory without names: it was not made by protect()")
     manifest = Manifest.unpack(parts.manifest, pages=len(checkpoint.memory))
-    return manifest.arrays(checkpoint.memory), parts.device_state
+    arrays = manifest.arrays(checkpoint.memory)
+    frames = {frame.name: frame for frame in manifest.frames if has_pandas()}
+    if into is not None:
+        _copy_into(into, manifest, arrays, frames)
+        return {name: into[name] for name in into}, parts.device_state
+    found: dict[str, Any] = dict(arrays)
+    for frame in frames.values():
+        found[frame.name] = join(frame, arrays)
+        for part in frame.parts:
+            del found[part.buffer]
+    return found, parts.device_state
+
+
+def _copy_into(
+    into: Mapping[str, Any], manifest: Manifest, arrays: dict[str, NDArray[Any]], frames: Mapping[str, Frame]
+) -> None:
+    """Copy arrays to where they are wanted, once all are known to fit. Raises ValueError."""
+    in_frames = {part.buffer for frame in frames.values() for part in frame.parts}
+    entries = {entry.name: entry for entry in manifest.entries if entry.name not in in_frames}
+    wanted = frames.keys() | entries.keys()
+    wrong = [
+        f"{what}: {', '.join(sorted(map(repr, names)))}"
+        for what, names in (
+            ("missing", wanted - into.keys()),
+            ("not in the checkpoint", into.keys() - wanted),
+        )
+        if names
+    ]
+    targets: dict[str, NDArray[Any]] = {}
+    columns: dict[str, NDArray[Any]] = {}
+    for name in sorted(wanted & into.keys()):
+        if name in entries:
+            try:
+                targets[name] = _target(entries[name], into[name])
+            except (TypeError, ValueError) as error:
+                wrong.append(str(error))
+        elif is_frame(into[name]):
+            wrong += faults(frames[name], arrays, into[name])
+            columns |= places(name, into[name])
+        else:
+            wrong.append(f"{name!r} is {type(into[name]).__name__}, and a DataFrame in the checkpoint")
+    wrong += _overlaps(targets | columns)
+    if wrong:
+        raise ValueError(f"nothing was restored: {'; '.join(wrong)}")
+    for values, target in [(values_of(frame, arrays), into[name]) for name, frame in frames.items()]:
+        put(values, target)
+    # No Python code runs in between, so that no signal handler can raise between two of them.
+    deque(starmap(operator.setitem, [(targets[name], ..., arrays[name]) for name in targets]), maxlen=0)
+
+
+def _target(entry: ManifestEntry, target: Any) -> NDArray[Any]:
+    """A target of the same dtype and shape as a buffer, to be written to. Raises TypeError or ValueError."""
+    if isinstance(target, np.ndarray):
+        found = target.view(np.ndarray)
+        if isinstance(target, np.ma.MaskedArray):
+            raise TypeError(f"{entry.name!r} is a masked array")
+    else:
+        found = bytes_of(entry.name, target)
+        if entry.kind == ARRAY:
+            raise TypeError(f"{entry.name!r} is {type(target).__name__}, and an array in the checkpoint")
+    if (found.dtype, found.shape) != (entry.dtype, entry.shape):
+        raise ValueError(
+            f"{entry.name!r} is {found.dtype}{found.shape}, and {entry.dtype}{entry.shape} in the checkpoint"
+        )
+    if not found.flags.writeable:
+        raise ValueError(f"{entry.name!r} is read-only")
+    return found
+
+
+def _overlaps(targets: Mapping[str, NDArray[Any]]) -> Iterator[str]:
+    """Which targets share memory: the second would overwrite the first."""
+    spans = sorted((*_span(array), name) for name, array in targets.items() if array.nbytes)
+    for number, (_, end, one) in enumerate(spans):
+        for start, _, other in spans[number + 1 :]:
+            if start >= end:
+                break
+            if np.shares_memory(targets[one], targets[other]):
+                yield f"{one!r} and {other!r} share memory"
+
+
+def _span(array: NDArray[Any]) -> tuple[int, int]:
+    """From its lowest byte to behind its highest: views need not be one piece."""
+    start = end = array.__array_interface__["data"][0]
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        reach = (size - 1) * stride
+        start, end = start + min(reach, 0), end + max(reach, 0)
+    return start, end + array.itemsize
+
+
+def bytes_of(name: str, buffer: Any) -> NDArray[np.uint8]:
+    """A piece of bytes (an mmap, a bytearray, shared memory) in place; read-only if it is.
+
+    Raises TypeError or ValueError.
+    """
+    shared = sys.modules.get("multiprocessing.shared_memory")  # whoever has one has loaded it
+    if shared is not None and isinstance(buffer, shared.SharedMemory):
+        if buffer.buf is None:
+            raise ValueError(f"{name!r} is shared memory that has been closed")
+        buffer = buffer.buf
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        raise TypeError(f"{name!r} is {type(buffer).__name__}, no array and no piece of bytes") from None
+    if not view.c_contiguous:
+        raise ValueError(f"{name!r} is not one piece")
+    return np.frombuffer(view.cast("B"), dtype=np.uint8) if view.nbytes else np.empty(0, dtype=np.uint8)

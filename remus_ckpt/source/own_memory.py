@@ -1,4 +1,4 @@
-"""Memory that is this process's own: numpy arrays, mmaps, bytearrays, by name.
+"""Memory that is this process's own: numpy arrays, DataFrames, mmaps, bytearrays, by name.
 
 The buffers lie one behind the other as specs/manifest.md §3 says.
 """
@@ -6,9 +6,10 @@ The buffers lie one behind the other as specs/manifest.md §3 says.
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,9 @@ from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 from remus_ckpt.source import Source, Tracker
 from remus_ckpt.source.compare import Compare
+from remus_ckpt.source.frames import LiveFrame, is_frame
 from remus_ckpt.source.lock import Lock, LockStopper
-from remus_ckpt.source.manifest import ARRAY, BYTES, Manifest, ManifestEntry
+from remus_ckpt.source.manifest import ARRAY, BYTES, Manifest, ManifestEntry, bytes_of
 from remus_ckpt.source.track.kernel import AUDIT_PAUSES, KernelTracker, OwnWatch, Tracking
 from remus_ckpt.source.track.spans import Span, Spans
 
@@ -36,6 +38,8 @@ class OwnMemory(Source):
     audit: if the kernel finds the pages, everything is also compared once every this many pauses; 0 for never
     Raises TypeError or ValueError for buffers that cannot be protected.
     """
+
+    memory: Buffers
 
     def __init__(
         self,
@@ -73,11 +77,14 @@ def _tracker(memory: Buffers, tracking: Tracking, audit: int) -> Tracker:
 class Buffers:
     """Named buffers of this process as memory.
 
-    buffers: numpy arrays (contiguous in C or Fortran order, of any dtype without objects, of any shape, also () and
-        with a 0 in it), and any other contiguous buffer: mmap, bytearray, memoryview, array.array; at any address. They
-        are held: until `close`, an mmap cannot be closed nor a bytearray resized. Read-only buffers are allowed, since
-        others may write to them. No two may overlap, because they would be separate after a restore. A file behind an
-        mmap must not shrink
+    buffers: by name, all of them writable:
+        - numpy arrays, contiguous in C or Fortran order, of any dtype without objects, of any shape, also () and with a
+          0 in it
+        - other contiguous buffers: mmap, bytearray, memoryview, array.array, SharedMemory
+        - pandas DataFrames of numbers, times and bool (frames.py)
+        They are held: until `close`, an mmap or shared memory cannot be closed nor a bytearray resized. No two may
+        overlap, because they would be separate after a restore. A file behind an mmap must not shrink. A dict is held
+        too, and must keep naming these same objects
     Raises TypeError or ValueError for buffers that cannot be protected.
     """
 
@@ -86,11 +93,15 @@ class Buffers:
             raise ValueError("no buffers: there is no memory to protect")
         pieces: list[tuple[int, NDArray[np.uint8]]] = []
         self._files: list[tuple[str, mmap.mmap, int]] = []
+        self._named = buffers if isinstance(buffers, dict) else {}
+        self._held: list[_Held] = []
+        self._views: dict[str, int] = {}  # of arrays that own their memory: how many views of each are in `_pieces`
+        self._frames: list[LiveFrame] = []
         entries = []
         spans = []
         pfns: dict[str, int] = {}
         page = 0
-        for name, buffer in buffers.items():
+        for name, buffer in self._all_of(buffers):
             entry, data = _look(name, buffer, page)
             entries.append(entry)
             whole = len(data) // PAGE_SIZE
@@ -103,6 +114,8 @@ class Buffers:
             if len(data):
                 start = data.__array_interface__["data"][0]
                 spans.append((start, start + len(data), name))
+            if type(buffer) is np.ndarray and buffer.base is None:
+                self._views[name] = (whole > 0) + (edge < len(data))
             if (file := _mapped_file(buffer)) is not None:
                 self._files.append((name, *file))
             page += pages_for(len(data))
@@ -112,7 +125,7 @@ class Buffers:
         for (_, end, one), (start, _, other) in pairwise(spans):
             if start < end:
                 raise ValueError(f"{one!r} and {other!r} overlap: name the memory once")
-        self.manifest = Manifest(tuple(entries))
+        self.manifest = Manifest(tuple(entries), tuple(live.frame for live in self._frames))
         """The manifest of the buffers."""
         self.pages = self.manifest.pages
         ends = [entry.page * PAGE_SIZE + entry.nbytes for entry in entries if entry.nbytes]
@@ -122,20 +135,69 @@ class Buffers:
         self._firsts = np.array([first for first, _ in pieces], dtype=np.int64)
         self.partial = np.array([first for first, data in pieces if data.ndim == 1], dtype=np.int64)
 
+    def _all_of(self, buffers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The buffers, with those of DataFrames in place of these."""
+        for name, buffer in buffers.items():
+            if not isinstance(name, str):
+                raise TypeError(f"a buffer is named by a text, not by {name!r}")
+            self._held.append(_Held(name, buffer))
+            if is_frame(buffer):
+                live = LiveFrame(name, buffer)
+                self._frames.append(live)
+                yield from live.arrays.items()
+            else:
+                yield name, buffer
+
     def close(self) -> None:
         """Release the buffers."""
         self._pieces.clear()
         self._files.clear()
+        self._frames.clear()
+        self._held.clear()
+        self._named = {}
 
     def check(self) -> None:
+        """Raise SourceError if a name of the dict has come to mean another object, or a DataFrame has other memory.
+
+        What is written there would not be seen.
+        """
+        for held in self._held:
+            if self._named.get(held.name, held.buffer) is not held.buffer:
+                raise SourceError(
+                    f"{held.name!r} is another object than when its protection began: write in place "
+                    f"(array[...] = values, array += 1) instead of naming a new one, or protect it anew"
+                )
+        for live in self._frames:
+            live.check()
+        self._check_files()
+
+    def abandoned(self) -> list[str]:
+        """Arrays that nothing but this object refers to: whoever wrote to them now has others under their names.
+
+        By reference counts, which do not know of bare pointers, as ctypes has them.
+        """
+        ours = 2  # a field, and the argument
+        of_dict = 1 if sys.getrefcount(self._named) <= ours else 0
+        return [
+            held.name
+            for held in self._held
+            if held.name in self._views
+            and sys.getrefcount(held.buffer) <= ours + self._views[held.name] + of_dict * (held.name in self._named)
+        ]
+
+    def _check_files(self) -> None:
         """Raise SourceError if the file behind an mmap has shrunk: touching memory beyond its end would kill us."""
         for name, area, size in self._files:
             if area.size() < size:
                 raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")
 
+    def data_pages(self) -> int | None:
+        """Unknown: arrays have no holes that anyone could ask for."""
+        return None
+
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn."""
-        self.check()
+        self._check_files()
         return self.read(np.arange(first, stop), np.empty((stop - first, PAGE_SIZE), dtype=np.uint8))
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
@@ -163,23 +225,24 @@ class Buffers:
         return target
 
 
+class _Held(NamedTuple):
+    name: str
+    buffer: Any
+
+
 def _look(name: str, buffer: Any, page: int) -> tuple[ManifestEntry, NDArray[np.uint8]]:
     """What a buffer is, and its bytes in memory order, without a copy."""
-    if not isinstance(name, str):
-        raise TypeError(f"a buffer is named by a text, not by {name!r}")
     if not isinstance(buffer, np.ndarray):
-        try:
-            view = memoryview(buffer)
-        except TypeError:
-            raise TypeError(f"{name!r} is {type(buffer).__name__}, no array and no piece of bytes") from None
-        if not view.c_contiguous:
-            raise ValueError(f"{name!r} is not one piece")
-        data = np.frombuffer(view.cast("B"), dtype=np.uint8) if view.nbytes else np.empty(0, dtype=np.uint8)
+        data = bytes_of(name, buffer)
+        if not data.flags.writeable and len(data):
+            raise ValueError(_immutable(name, buffer, "a bytearray"))
         return ManifestEntry(name, BYTES, data.dtype, data.shape, "C", page, data.nbytes), data
     if isinstance(buffer, np.ma.MaskedArray):
         raise TypeError(f"{name!r} is a masked array: name its data and its mask")
     if buffer.dtype.hasobject:
         raise TypeError(f"{name!r} holds Python objects ({buffer.dtype}), which are not bytes")
+    if not buffer.flags.writeable:
+        raise ValueError(_immutable(name, buffer, "the array that it shows, or a copy"))
     if not buffer.flags.forc:
         raise ValueError(f"{name!r} is no contiguous array: name the array that it is a view of")
     order = "C" if buffer.flags.c_contiguous else "F"
@@ -189,8 +252,13 @@ def _look(name: str, buffer: Any, page: int) -> tuple[ManifestEntry, NDArray[np.
     return ManifestEntry(name, ARRAY, array.dtype, array.shape, order, page, array.nbytes), flat
 
 
+def _immutable(name: str, buffer: Any, instead: str) -> str:
+    return f"{name!r} ({type(buffer).__name__}) is read-only: nothing in it can change. Protect {instead}"
+
+
 def _mapped_file(buffer: object) -> tuple[mmap.mmap, int] | None:
     """The mmap at the bottom of a buffer, and the size of its file."""
+    buffer = getattr(buffer, "buf", buffer)  # of shared memory
     while not isinstance(buffer, mmap.mmap):
         buffer = (
             buffer.base if isinstance(buffer, np.ndarray) else buffer.obj if isinstance(buffer, memoryview) else None

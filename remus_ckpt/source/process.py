@@ -56,7 +56,7 @@ class Process:
                 number = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
             if number not in (self.pid, -1):
                 raise SourceError(f"/proc does not show process {self.pid}: mount the one of this PID namespace")
-            self._task = os.open(f"/proc/{self.pid}/task", _FLAGS | os.O_DIRECTORY)
+            self._task = self._open_task()
         except (ProcessLookupError, FileNotFoundError, OverflowError):
             raise SourceError(f"there is no process {self.pid}") from None
         except PermissionError:
@@ -66,6 +66,17 @@ class Process:
         # The pid and the directory are certain to be this process's only while it lives.
         if not self.is_alive():
             raise SourceError(f"there is no process {self.pid}")
+
+    def _open_task(self) -> int:
+        try:
+            return os.open(f"/proc/{self.pid}/task", _FLAGS | os.O_DIRECTORY)
+        except (FileNotFoundError, PermissionError):
+            if not self.is_alive():
+                raise
+            raise SourceError(
+                f"/proc hides process {self.pid} (mount option hidepid): run as root or as a member of the group in "
+                "its gid option, or mount it with hidepid=0"
+            ) from None
 
     def close(self) -> None:
         """Close all descriptors of the process."""
@@ -308,6 +319,14 @@ class Process:
         If it was mapped whole, a descriptor that is still open proves little: other memory is at that address now.
         """
         return self.has(memory) and (not self._had_all or (self._holding is not None and self._holding.has_all))
+
+
+def closed_to_us(pid: int) -> str:
+    """Why a process that we may send signals to is refused all the same, and what to do."""
+    return (
+        f"what process {pid} has mapped cannot be read: run as its user or as root (only as root if it has changed its "
+        "user or is not dumpable; in a container also with CAP_SYS_PTRACE)"
+    )
 
 
 def some(threads: Collection[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.source.guarded import Guard, claim
 from remus_ckpt.source.mappings import FAULTS, WRITES, FileIdentity
-from remus_ckpt.source.process import Process, counts_runs, some
+from remus_ckpt.source.process import Process, closed_to_us, counts_runs, some
 
 _POLL_S = 50e-6
 
@@ -68,7 +68,7 @@ class Processes:
         try:
             fd = process.open("oom_score_adj", os.O_RDWR)
         except OSError:
-            raise SourceError(f"process {pid} may not be stopped: run as its user or as root") from None
+            raise SourceError(closed_to_us(pid)) from None
         if (claimed := claim(fd)) is None:
             raise SourceError(f"process {pid} is being recorded by somebody else")
         self._claims.append(claimed)
@@ -101,9 +101,12 @@ class Processes:
             try:
                 found = process.look(memory)
             except PermissionError:
+                raise SourceError(closed_to_us(process.pid)) from None
+            if found is None and process.is_alive():
                 raise SourceError(
-                    f"what process {process.pid} has mapped cannot be read: run as its user or as root"
-                ) from None
+                    f"process {process.pid} has no memory: it is ending, or belongs to the kernel; "
+                    f"name one that writes to {memory.path}"
+                )
             if found is not None and found.how != WRITES:
                 raise SourceError(f"process {process.pid} {FAULTS[found.how].format(path=memory.path)}")
 

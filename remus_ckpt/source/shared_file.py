@@ -71,6 +71,10 @@ def _tracker(memory: MappedFile, stopper: FileStopper, tracking: Tracking, audit
     return KernelTracker(Compare(memory), them, audit=audit)
 
 
+_BLOCK_BYTES = 512
+"""Of st_blocks."""
+
+
 class MappedFile:
     """A file as memory, mapped for reading.
 
@@ -108,6 +112,10 @@ class MappedFile:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def data_pages(self) -> int | None:
+        """Pages that have room in the file system; the others are holes."""
+        return min(os.fstat(self._fd).st_blocks * _BLOCK_BYTES // PAGE_SIZE + 1, self.pages)
 
     def identity(self) -> FileIdentity:
         """What its mappings are known by, in any process."""

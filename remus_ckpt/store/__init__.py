@@ -16,8 +16,10 @@ from typing import Any
 from remus_ckpt.disk import guarding, make_directory
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
+from remus_ckpt.store.chain import Arriving
 from remus_ckpt.store.history import Bad, History, Report
-from remus_ckpt.store.retention import Retention
+from remus_ckpt.store.retention import Removal, Retention
+from remus_ckpt.store.room import Room
 from remus_ckpt.store.segments import Entry, Shape
 from remus_ckpt.store.state import PeerIdentity, Role, State, is_history
 from remus_ckpt.store.stored import Stored
@@ -26,15 +28,18 @@ from remus_ckpt.store.warm import WarmCopyDamaged
 from remus_ckpt.store.writer import HistoryWriter, Torn
 
 __all__ = [
+    "Arriving",
     "Bad",
     "Entry",
     "History",
     "HistoryWriter",
     "Lost",
     "PeerIdentity",
+    "Removal",
     "Report",
     "Retention",
     "Role",
+    "Room",
     "Shape",
     "State",
     "Store",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,25 @@ _NOT_OURS = (
 """Chunks that no stream of ours has, and that a compaction would lose."""
 
 
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """What has arrived of a checkpoint that is not durable yet.
+
+    is_base: it begins a new stream
+    since: when its first byte came, on the monotonic clock
+    """
+
+    is_base: bool
+    bytes: int
+    since: float
+
+
 @dataclass(slots=True)
 class Chain:
     """A segment, and the restorer of its stream. The caller holds the writer's lock.
 
     end: the first byte after its last durable checkpoint; written: the first byte after everything received
+    began_at: when the first byte of the checkpoint being received came, on the monotonic clock
     shift: a byte's offset in the segment minus its offset in the restorer's stream
     is_sealed: nothing may be appended
     compact_over, compact_behind: bytes of deltas, and number of checkpoints, after which the next compaction is due
@@ -53,6 +68,7 @@ class Chain:
     shape: Shape | None = None
     end: int = 0
     written: int = 0
+    began_at: float = 0.0
     shift: int = 0
     base_bytes: int = 0
     checkpoints: int = 0
@@ -157,6 +173,8 @@ class Chain:
                 raise Malformed(
                     f"a base of more than {most} bytes", offset=self.written, section="store.md §4.2", chunk="base"
                 )
+        if self.written == self.end:
+            self.began_at = time.monotonic()
         with guarding(self.path):
             self.written += write_all(self.fd, [data])
 

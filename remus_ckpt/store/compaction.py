@@ -25,6 +25,8 @@ from remus_ckpt.wire.xen.chunks import Signature
 from remus_ckpt.wire.xen.writer import EventWriter
 
 COMPACT_BYTES = 64 * MIB
+COMPACT_BYTES_FOR_TIERS = 16 * MIB
+"""A tier keeps a whole segment for one checkpoint: the deltas of a small memory must not be most of it."""
 COMPACT_CHECKPOINTS = 20_000
 _CHUNK_PAGES = 256
 _FEW_PAGES = 1024

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +18,20 @@ from remus_ckpt.disk import appearing, guarding, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
+from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.store import segments
 from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.listing import Listing
+from remus_ckpt.store.pruning import find_over
+from remus_ckpt.store.retention import Removal, Retention
 from remus_ckpt.store.segments import (
     Contents,
     Entry,
     Nowhere,
+    Read,
     first_epoch_of,
     holds_a_record,
+    reader_of,
     replay,
     scan,
     sequence_of,
@@ -92,7 +100,9 @@ class History:
 
     def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
         self.directory = Path(directory)
-        self._limits = limits
+        self.where = str(directory)
+        """Where it is, for people."""
+        self.limits = limits
         self._surveyor = Surveyor(self.directory, limits)
         self._listing = Listing(self.directory, limits)
         load_state(self.directory)
@@ -106,6 +116,10 @@ class History:
     def name(self) -> str:
         """The name of this history."""
         return self.state.name
+
+    def reading(self) -> AbstractContextManager[object]:
+        """A block in which several calls belong together: a history on another machine keeps its connection there."""
+        return nullcontext()
 
     # Contents
 
@@ -148,7 +162,7 @@ class History:
             if left < len(epochs):
                 return Stored(self, self.find(epochs[left]))
             left -= len(epochs)
-        raise IndexError(f"{self.directory} has no checkpoint number {number}: it holds {sum(map(len, ranges))}")
+        raise IndexError(f"{self.where} has no checkpoint number {number}: it holds {sum(map(len, ranges))}")
 
     def __iter__(self) -> Iterator[Stored]:
         """The durable checkpoints, oldest first. Raises StoreError."""
@@ -184,14 +198,15 @@ class History:
                 if at in gone.epochs:
                     raise _is_lost(gone, survey, at)
         if newest is None or oldest is None:
-            raise nothing_in(self.directory)
+            raise nothing_in(self.where)
         if at is None:
             return newest
         held = f"it holds {survey.count} from {oldest.epoch} to {highest}"
         if lost is not None:
             held += f", and has held them up to {lost.epochs[-1]}"
         if isinstance(at, int):
-            raise NoCheckpoint(f"{self.directory}: no checkpoint {at}; {held}")
+            pruned = ", which was pruned" if any(at in span for span in self.state.pruned) else ""
+            raise NoCheckpoint(f"{self.where}: no checkpoint {at}{pruned}; {held}")
         until = (at.astimezone(UTC) - _1970) // timedelta(microseconds=1) * 1_000
         found = self._find_until(survey, min(max(until, -(1 << 63)), (1 << 63) - 1))
         reached = -1 if found is None else found.epoch
@@ -201,7 +216,7 @@ class History:
             if may_be if then.time_ns is None else then.time_ns <= until:
                 raise _is_lost(then, survey, reached + 1)
         if found is None:
-            raise NoCheckpoint(f"{self.directory}: no checkpoint that was taken at {at} or before; {held}")
+            raise NoCheckpoint(f"{self.where}: no checkpoint that was taken at {at} or before; {held}")
         return found
 
     def _find_until(self, survey: Survey, time_ns: int) -> Entry | None:
@@ -212,14 +227,35 @@ class History:
                 return found
         return None
 
+    def prunable(self, retention: Retention, *, now_ns: int | None = None) -> list[Removal]:
+        """The segments that `HistoryWriter.prune` would remove now, oldest first. Raises StoreError."""
+        survey = self.survey()
+        if survey.newest is None:
+            return []
+        at_ns = time.time_ns() if now_ns is None else now_ns
+        directory = self.directory / segments.DIRECTORY
+        found = find_over(directory, survey.contents, survey.newest.segment, self.state, retention, at_ns)
+        return [] if found is None else list(found.over.values())
+
     # Reading back
 
-    def restore(self, at: int | datetime | None = None, progress: Progress | None = None) -> Checkpoint:
+    def restore(
+        self,
+        at: int | datetime | None = None,
+        progress: Progress | None = None,
+        *,
+        into: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
         """Restore a checkpoint into the memory of this process.
 
-        Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError.
+        into: arrays, buffers and DataFrames that the values are copied into as well, as for `arrays_of`
+        Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError; with `into` like `arrays_of` too.
+        Nothing is copied into `into` before all has been read and is known to fit.
         """
-        return self._read(at, Anonymous(), progress)[0]
+        checkpoint, _ = self._read(at, Anonymous(), progress)
+        if into is not None:
+            arrays_of(checkpoint, into)
+        return checkpoint
 
     def restore_image(
         self,
@@ -237,7 +273,7 @@ class History:
         """
         target = Path(path)
         self.find(at)
-        with guarding(target), appearing(target, sync=sync) as descriptor:
+        with self.reading(), guarding(target), appearing(target, sync=sync) as descriptor:
             home = MappedFile(f"/proc/self/fd/{descriptor}")  # only `appearing` knows its name
             home.path = target
             try:
@@ -253,35 +289,43 @@ class History:
 
         Raises like `restore`, and OSError if standard output cannot be written.
         """
+        if str(path) == "-":
+            return self._print(at, progress)
+        with guarding(path), appearing(Path(path)) as descriptor:
+            return self._read(at, Nowhere(), progress, descriptor)[1]
+
+    def _print(self, at: int | datetime | None, progress: Progress | None) -> Entry:
+        """Export to standard output. Raises like `export`."""
         _, entry = self._read(at, Nowhere(), progress)
-        source = self._open(entry)
-        try:
-            if str(path) == "-":
-                _copy(source, 1, entry.end)
-                return entry
-            with guarding(path), appearing(Path(path)) as descriptor:
-                _copy(source, descriptor, entry.end)
-        finally:
-            os.close(source)
+        with self._open(entry) as read:
+            copy_out(read, entry.end)
         return entry
 
-    def _read(self, at: int | datetime | None, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
-        """Read a checkpoint into a home. If the newest is compacted and pruned meanwhile, a newer one is read."""
-        for _ in range(_TRIES):
-            try:
-                return self._read_entry(self.find(at), home, progress)
-            except NoCheckpoint:
-                if at is not None:
-                    raise
-        return self._read_entry(self.find(at), home, progress)
+    def _read(
+        self, at: int | datetime | None, home: Home, progress: Progress | None, save_to: int | None = None
+    ) -> tuple[Checkpoint, Entry]:
+        """Read a checkpoint into a home. If the newest is compacted and pruned meanwhile, a newer one is read.
 
-    def _read_entry(self, entry: Entry, home: Home, progress: Progress | None) -> tuple[Checkpoint, Entry]:
+        save_to: a descriptor of a file that gets the bytes that were read
+        """
+        with self.reading():
+            for _ in range(_TRIES):
+                try:
+                    return self._read_entry(self.find(at), home, progress, save_to)
+                except NoCheckpoint:
+                    if at is not None:
+                        raise
+            return self._read_entry(self.find(at), home, progress, save_to)
+
+    def _read_entry(
+        self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None = None
+    ) -> tuple[Checkpoint, Entry]:
         """Read a checkpoint; if its segment is bad, from another segment that also holds it."""
         first: BadCheckpoint | NoCheckpoint | None = None
         # Look for copies only when they are needed: a compaction may have made one, and removed the original since.
         for copy in itertools.chain([entry], self._copies(entry)):
             try:
-                return self._replay(copy, home, progress), copy
+                return self._replay(copy, home, progress, save_to), copy
             except (BadCheckpoint, NoCheckpoint) as error:
                 first = first or error
         assert first is not None
@@ -298,24 +342,19 @@ class History:
                 # The index may have a wrong row for this checkpoint.
                 yield from (found for found in self._listing.walk(one) if found.epoch == entry.epoch and found != entry)
 
-    def _replay(self, entry: Entry, home: Home, progress: Progress | None) -> Checkpoint:
-        fd = self._open(entry)
-        try:
-            with hashing() as new_digest:
-                restorer = Restorer(limits=self._limits, home=home, new_digest=new_digest)
-                fault: StreamError | None = None
-                try:
-                    for _ in replay(fd, restorer, end=entry.end, advance=progress):
-                        if isinstance(home, Nowhere):
-                            restorer.skip()
-                        else:
-                            restorer.commit()
-                except StreamError as error:
-                    fault = error
-        except OSError as error:
-            raise StoreError(f"{self._path(entry.segment)}: {error.strerror}") from error
-        finally:
-            os.close(fd)
+    def _replay(self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None = None) -> Checkpoint:
+        with self._open(entry) as read, hashing() as new_digest:
+            restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
+            fault: StreamError | None = None
+            try:
+                source = read if save_to is None else _saving(read, save_to)
+                for _ in replay(source, restorer, end=entry.end, advance=progress):
+                    if isinstance(home, Nowhere):
+                        restorer.skip()
+                    else:
+                        restorer.commit()
+            except StreamError as error:
+                fault = error
         held = restorer.in_force
         if fault is None and held is not None and held.record is not None and held.record.after == entry.position:
             return held
@@ -338,18 +377,22 @@ class History:
             section="store.md §4.3" if fault is None else fault.section,
         )
 
+    def size(self) -> int:
+        """Bytes of all segments on the disk."""
+        return sum(path.stat().st_size for path in (self.directory / segments.DIRECTORY).glob("*.remus"))
+
     def verify(self, progress: Progress | None = None) -> Report:
         """Read back every checkpoint, and check every byte. Raises StoreError if a file cannot be read."""
         indexed, names = self._surveyor.index_and_names()
         read: list[Contents] = []
         done = unfinished = 0
         for name in names:
-            path = self._path(name)
+            path = self.path_of(name)
             try:
                 size = path.stat().st_size
                 base = done
                 advance = (lambda at, base=base: progress(base + at)) if progress else None
-                one = scan(path, end=size, limits=self._limits, advance=advance)
+                one = scan(path, end=size, limits=self.limits, advance=advance)
                 done += size
                 if one.fault is None and size > one.end:
                     known = indexed.get(name)
@@ -369,7 +412,7 @@ class History:
             checkpoints=sum(len(one.epochs) for one in read),
             segments=len(read),
             bytes=survey.bytes,
-            bad=tuple(_bad_of(lost, by_name.get(lost.segment), survey) for lost in survey.lost),
+            bad=tuple(bad_of(lost, by_name.get(lost.segment), survey) for lost in survey.lost),
             newest=survey.newest,
             unfinished_bytes=unfinished,
         )
@@ -377,7 +420,7 @@ class History:
     def _is_more_than_cut(self, one: Contents, size: int) -> bool:
         if one.last is None:
             return True  # a segment gets its name only once its base is durable
-        path = self._path(one.name)
+        path = self.path_of(one.name)
         with guarding(path):
             fd = open_to_read(path)
             try:
@@ -385,23 +428,39 @@ class History:
             finally:
                 os.close(fd)
 
-    def _path(self, segment: str) -> Path:
+    def path_of(self, segment: str) -> Path:
+        """The file of a segment."""
         return self.directory / segments.DIRECTORY / segment
 
-    def _open(self, entry: Entry) -> int:
-        path = self._path(entry.segment)
+    def _open(self, entry: Entry) -> AbstractContextManager[Read]:
+        """The bytes of the segment that holds a checkpoint. Raises NoCheckpoint, StoreError."""
+        return self._open_file(entry)
+
+    @contextmanager
+    def _open_file(self, entry: Entry) -> Iterator[Read]:
+        path = self.path_of(entry.segment)
         try:
-            return open_to_read(path)
+            fd = open_to_read(path)
         except FileNotFoundError:
             raise NoCheckpoint(f"{path} is gone: checkpoint {entry.epoch} has been pruned") from None
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
+        read = reader_of(fd)
+
+        def guarded(view: memoryview, at: int) -> int:
+            with guarding(path):
+                return read(view, at)
+
+        try:
+            yield guarded
+        finally:
+            os.close(fd)
 
 
-def nothing_in(directory: Path, found: str = "no checkpoint is complete") -> NothingToRestore:
+def nothing_in(where: str | Path, found: str = "no checkpoint is complete") -> NothingToRestore:
     """The error for a store or history without a checkpoint."""
     return NothingToRestore(
-        f"{directory}: there is nothing to restore: {found}; check the path, and whether `protect` reaches the backup"
+        f"{where}: there is nothing to restore: {found}; check the path, and whether `protect` reaches the backup"
     )
 
 
@@ -421,7 +480,7 @@ def _is_lost(lost: Lost, survey: Survey, at: int) -> BadCheckpoint:
     )
 
 
-def _bad_of(lost: Lost, one: Contents | None, survey: Survey) -> Bad:
+def bad_of(lost: Lost, one: Contents | None, survey: Survey) -> Bad:
     """The `Bad` for a loss. one: what its segment holds, None if the segment is gone"""
     fault = None if one is None or one.fault is None or not (lost.byte or one.last is None) else one.fault
     if one is not None and (lost.byte or one.last is None):
@@ -432,13 +491,26 @@ def _bad_of(lost: Lost, one: Contents | None, survey: Survey) -> Bad:
     return Bad(lost.segment, lost.byte, lost.reason, section, epoch, survey.newest_before(epoch + 1), lost.epochs)
 
 
-def _copy(source: int, target: int, size: int) -> None:
-    """Copy the first bytes of a file. Raises OSError."""
-    block = np.empty(min(size, _COPY_BYTES), dtype=np.uint8)
+def _saving(read: Read, fd: int) -> Read:
+    """`read`, which also writes what it reads to the beginning of a file. Raises OSError."""
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+
+    def both(view: memoryview, at: int) -> int:
+        size = read(view, at)
+        write_all(fd, [view[:size]])
+        return size
+
+    return both
+
+
+def copy_out(read: Read, size: int) -> None:
+    """Copy the first bytes to standard output. Raises OSError."""
+    block = memoryview(np.empty(min(size, _COPY_BYTES), dtype=np.uint8))
     at = 0
     while at < size:
-        count = os.preadv(source, [memoryview(block)[: size - at]], at)
+        count = read(block[: size - at], at)
         if not count:
             raise OSError(0, "the segment has become shorter")
-        write_all(target, [block[:count]])
+        write_all(1, [block[:count]])
         at += count

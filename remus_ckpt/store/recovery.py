@@ -29,11 +29,13 @@ from remus_ckpt.store.segments import (
     holds_a_record,
     is_segment,
     list_segments,
+    reader_of,
     replay,
     sequence_of,
     shape_of,
 )
 from remus_ckpt.store.state import State
+from remus_ckpt.store.survey import joined, was_pruned, without
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.record import RECORD_SECTION
 
@@ -158,9 +160,16 @@ class Recovery:
             if reason is not None:
                 damaged[name] = reason
         gone = sorted((name for name in self.indexed.keys() - there), key=sequence_of)
+        kept_or_pruned = joined([*(known[name].epochs for name in names), *self.state.pruned])
         if names:
-            # The oldest ones are gone because they were pruned.
-            gone = [name for name in gone if sequence_of(name) > oldest]
+            # The oldest ones are gone because they were pruned, and so may be some between others.
+            newest_number = sequence_of(names[-1])
+            gone = [
+                name
+                for name in gone
+                if sequence_of(name) > newest_number
+                or (sequence_of(name) > oldest and not was_pruned(self.indexed[name], kept_or_pruned))
+            ]
         for name in gone:
             self._warn([f"{name}: the index names it, and it is not there"])
             self._see(-1, self.indexed[name])
@@ -168,7 +177,7 @@ class Recovery:
             damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
         damaged = _bounded(damaged)
         all_contents = [known[name] for name in names]
-        self._warn(_gaps(all_contents, damaged))
+        self._warn(_gaps(all_contents, damaged, self.state.pruned))
         self._warn(f"{name}: {damaged[name]}" for name in names if name in damaged)
         state, newest = self.state, self._newest
         if damaged != state.damaged or gone:
@@ -226,7 +235,7 @@ class Recovery:
         with hashing() as new_digest:
             restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
             try:
-                for staged in replay(fd, restorer):
+                for staged in replay(reader_of(fd), restorer):
                     contents.add(entry_of(staged, name))
                     restorer.commit()
             except StreamError as error:
@@ -254,8 +263,8 @@ class Recovery:
         return contents, None
 
 
-def _gaps(contents: list[Contents], damaged: dict[str, str]) -> Iterator[str]:
-    """Warnings about epochs missing between two segments, where no other damage explains them."""
+def _gaps(contents: list[Contents], damaged: dict[str, str], pruned: list[range]) -> Iterator[str]:
+    """Warnings about epochs missing between two segments, unless they were pruned or other damage explains them."""
     explained = sorted(sequence_of(name) for name in damaged if is_segment(name))
     reached = -1
     for before, one in pairwise(contents):
@@ -263,8 +272,8 @@ def _gaps(contents: list[Contents], damaged: dict[str, str]) -> Iterator[str]:
         numbers = sequence_of(before.name), sequence_of(one.name)
         first, stop = (bisect_left(explained, number) for number in numbers)
         gap = range(reached + 1, one.first.epoch) if one.first is not None and reached >= 0 else range(0)
-        if gap and first == stop:
-            yield f"{one.name}: checkpoints {gap[0]} to {gap[-1]} before it are missing"
+        for part in without(gap, pruned) if first == stop else ():
+            yield f"{one.name}: checkpoints {part[0]} to {part[-1]} before it are missing"
 
 
 def _damage_of(contents: Contents, known: Contents | None, fd: int, size: int) -> str | None:

@@ -23,6 +23,9 @@ from remus_ckpt.wire.xen.chunks import Signature
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 from remus_ckpt.wire.xen.reader import Boundary
 
+Read = Callable[[memoryview, int], int]
+"""Reads bytes of a segment into a view, from an offset on; returns how many, 0 at its end."""
+
 DIRECTORY = "segments"
 PARTIAL = ".partial"
 _NAME = re.compile(r"(\d{20})-(\d{6,12})\.remus")
@@ -129,19 +132,24 @@ def list_segments(directory: Path) -> list[str]:
         return sorted(filter(is_segment, os.listdir(path)), key=sequence_of)
 
 
+def reader_of(fd: int) -> Read:
+    """Reads an open file."""
+    return lambda view, at: os.preadv(fd, [view], at)
+
+
 def replay(
-    fd: int,
+    read: Read,
     restorer: Restorer,
     *,
     start: int = 0,
     end: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Feed a file to a restorer, and yield each staged checkpoint for the caller to commit or skip.
+    """Feed a segment to a restorer, and yield each staged checkpoint for the caller to commit or skip.
 
-    start, end: the range of bytes to read; end None: to the end of the file
-    advance: called with the offset that has been reached in the file
-    Stops at the end of the range. Raises StreamError, and OSError if the file cannot be read.
+    start, end: the range of bytes to read; end None: to the end of the segment
+    advance: called with the offset that has been reached in the segment
+    Stops at the end of the range. Raises StreamError, and what `read` raises.
     """
     at = start
     while True:
@@ -151,7 +159,7 @@ def replay(
         room = restorer.get_buffer()
         if end is not None:
             room = room[: end - at]
-        size = os.preadv(fd, [room], at) if len(room) else 0
+        size = read(room, at) if len(room) else 0
         if not size:
             return
         restorer.buffer_updated(size)
@@ -223,21 +231,34 @@ def walk(
     advance: as for `replay`
     Raises OSError if the segment cannot be read.
     """
-    start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
     fd = open_to_read(path)
+    try:
+        yield from walk_bytes(reader_of(fd), contents, end=end, limits=limits, advance=advance)
+    finally:
+        os.close(fd)
+
+
+def walk_bytes(
+    read: Read,
+    contents: Contents,
+    *,
+    end: int | None = None,
+    limits: Limits | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[Entry]:
+    """`walk`, wherever the segment's bytes are. Raises what `read` raises."""
+    start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
     try:
         with hashing() as new_digest:
             restorer = Restorer(limits=limits, home=Nowhere(), new_digest=new_digest, start=start)
-            for checkpoint in replay(fd, restorer, start=contents.end if start else 0, end=end, advance=advance):
-                entry = entry_of(checkpoint, path.name)
+            for checkpoint in replay(read, restorer, start=contents.end if start else 0, end=end, advance=advance):
+                entry = entry_of(checkpoint, contents.name)
                 restorer.skip()
                 contents.shape = shape_of(restorer)
                 contents.add(entry)
                 yield entry
     except StreamError as error:
         contents.fault = error.with_traceback(None)  # which would keep what was read
-    finally:
-        os.close(fd)
 
 
 def scan(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -95,6 +96,18 @@ class State:
     damaged: dict[str, str] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def pruned(self) -> list[range]:
+        """Epochs that retention removed from between others, ascending."""
+        return [range(first, last + 1) for first, last in self.more.get("pruned", ())]
+
+    def with_pruned(self, pruned: Iterable[range]) -> State:
+        """The same state with other `pruned` epochs."""
+        more = {key: value for key, value in self.more.items() if key != "pruned"}
+        if spans := [[span[0], span[-1]] for span in pruned]:
+            more["pruned"] = spans
+        return replace(self, more=more)
 
 
 _OWN = ("format", "name", "term", "role", "highest_epoch", "damaged")
@@ -270,7 +283,7 @@ def _check_damaged(damaged: dict[str, Any]) -> None:
 
 
 def _check_more(more: dict[str, Any]) -> None:
-    """Check the types of the fields that decide who may act; if they are wrong, the whole file is invalid.
+    """Check the fields that decide who may act and what is lost; if one is wrong, the whole file is invalid.
 
     Raises ValueError, TypeError, KeyError.
     """
@@ -285,6 +298,12 @@ def _check_more(more: dict[str, Any]) -> None:
         given = _typed(more, "handed_out", dict)
         for name in ("position", "boot"):
             _typed(given, name, str)
+    reached = -1
+    for first, last in _typed(more, "pruned", list) if "pruned" in more else ():
+        span = {"first": first, "last": last}
+        if not reached < _number(span, "first") <= _number(span, "last"):
+            raise ValueError(f"pruned: {first} to {last} behind {reached}")
+        reached = last
 
 
 def _number(fields: dict[str, Any], name: str) -> int:

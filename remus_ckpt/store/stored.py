@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.source.manifest import arrays_of
@@ -45,16 +43,16 @@ class Stored:
         time_ns = self.entry.time_ns
         return None if time_ns is None else datetime.fromtimestamp(time_ns / 1e9, UTC)
 
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The buffers given to `protect`, by name, with dtype and shape.
+    def arrays(self) -> dict[str, Any]:
+        """What was given to `protect`, by name: new arrays and DataFrames (`arrays_of` says which).
 
         Raises NoCheckpoint if the checkpoint was not made by `protect`; otherwise like `restore`.
         """
         return arrays_of(self.restore())[0]
 
-    def restore(self) -> Checkpoint:
-        """Restore the checkpoint into the memory of this process. Raises NoCheckpoint, BadCheckpoint, StoreError."""
-        return self.history.restore(self.epoch)
+    def restore(self, *, into: Mapping[str, Any] | None = None) -> Checkpoint:
+        """Restore the checkpoint into the memory of this process, or into existing arrays: see `History.restore`."""
+        return self.history.restore(self.epoch, into=into)
 
     def save(self, path: str | Path) -> Checkpoint:
         """Save its memory to a file, which appears once it is complete and durable. Raises like `restore`."""

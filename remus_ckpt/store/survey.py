@@ -136,17 +136,19 @@ class Surveyor:
         whole: the newest segment has been read to its end; otherwise anything may follow its last checkpoint
         """
         there = joined(one.epochs for one in contents)
-        gone = self._gone(indexed, state, contents)
+        # Read now: retention names what it removes from between others before it does so.
+        kept_or_pruned = joined([*there, *load_state(self.directory).pruned])
+        gone = self._gone(indexed, state, contents, kept_or_pruned)
         lost: list[Lost] = []
         for name in gone:
             held = indexed.get(name, Contents(name))
             reason = _GONE if name in indexed else str(state.damaged[name])
-            lost += self._each_lost(held, 0, reason, held.epochs, there)
+            lost += self._each_lost(held, 0, reason, held.epochs, kept_or_pruned)
         for one, behind in itertools.zip_longest(contents, contents[1:]):
             may_grow = behind is None and not whole
             until = behind.first.epoch if behind is not None and behind.first is not None else 0
-            lost += self._missing(one, indexed.get(one.name), there, may_grow, until)
-        accounted = joined([*there, *(one.epochs for one in lost)])
+            lost += self._missing(one, indexed.get(one.name), kept_or_pruned, may_grow, until)
+        accounted = joined([*kept_or_pruned, *(one.epochs for one in lost)])
         missing: list[Lost] = []
         numbers = [sequence_of(name) for name in gone]
         reached = -1
@@ -175,8 +177,11 @@ class Surveyor:
             lost.append(Lost(segment, byte, "what was durable behind this is lost", range(highest + 1, seen + 1)))
         return sorted(lost, key=lambda one: sequence_of(one.segment))
 
-    def _gone(self, indexed: dict[str, Contents], state: State, contents: list[Contents]) -> list[str]:
-        """Segments that the index or store.json names and that are missing, except the oldest: those were pruned."""
+    def _gone(
+        self, indexed: dict[str, Contents], state: State, contents: list[Contents], kept_or_pruned: list[range]
+    ) -> list[str]:
+        """Segments that the index or store.json names and that are missing, except those that were pruned: the oldest,
+        and those between others that held only what is `kept_or_pruned`."""
         there = {one.name for one in contents}
         named = {*indexed, *filter(is_segment, state.damaged)} - there
         if contents:
@@ -186,11 +191,17 @@ class Surveyor:
             still = {*(index.read_index(self._index) or {}), *load_state(self.directory).damaged}
             now = list_segments(self.directory)
             oldest = sequence_of(now[0]) if now else 0
-            named = {name for name in (named & still).difference(now) if sequence_of(name) > oldest}
+            newest = sequence_of(now[-1]) if now else 0
+            named = {
+                name
+                for name in (named & still).difference(now)
+                if sequence_of(name) > newest
+                or (sequence_of(name) > oldest and not was_pruned(indexed.get(name), kept_or_pruned))
+            }
         return sorted(named, key=sequence_of)
 
     def _missing(
-        self, one: Contents, known: Contents | None, there: list[range], may_grow: bool, until: int
+        self, one: Contents, known: Contents | None, kept_or_pruned: list[range], may_grow: bool, until: int
     ) -> list[Lost]:
         """What an existing segment has lost.
 
@@ -205,15 +216,18 @@ class Surveyor:
         if one.fault is not None:
             byte, reason = one.fault.offset or one.end, one.fault.message
         if known is not None and is_short:
-            return self._each_lost(known, byte, reason, known.epochs[len(one.epochs) :], there)
+            return self._each_lost(known, byte, reason, known.epochs[len(one.epochs) :], kept_or_pruned)
         # No index says what was there. The name proves that there was a base, and the fault that there was more.
         first = one.last.epoch + 1 if one.last else first_epoch_of(one.name)
-        return self._each_lost(Contents(one.name), byte, reason, range(first, max(first + 1, until)), there)
+        epochs = range(first, max(first + 1, until))
+        return self._each_lost(Contents(one.name), byte, reason, epochs, kept_or_pruned)
 
-    def _each_lost(self, held: Contents, byte: int, reason: str, epochs: range, there: list[range]) -> list[Lost]:
+    def _each_lost(
+        self, held: Contents, byte: int, reason: str, epochs: range, kept_or_pruned: list[range]
+    ) -> list[Lost]:
         """The losses for those of `epochs` that are missing; if none is, a loss without epochs: the segment has
         changed."""
-        parts = without(epochs, there)
+        parts = without(epochs, kept_or_pruned)
         found = [Lost(held.name, byte, reason, part, self._time_of(held, part[0])) for part in parts]
         return found or [Lost(held.name, byte, reason)]
 
@@ -268,6 +282,12 @@ def without(span: range, there: list[range]) -> list[range]:
     if start < span.stop:
         left.append(range(start, span.stop))
     return left
+
+
+def was_pruned(known: Contents | None, kept_or_pruned: list[range]) -> bool:
+    """Whether a segment that is missing between others was pruned, by what the index still says of it: the index may
+    be older than the removal, after a loss of power."""
+    return known is not None and bool(known.epochs) and not without(known.epochs, kept_or_pruned)
 
 
 def last(span: range) -> int:

@@ -18,14 +18,15 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store import index
-from remus_ckpt.store.chain import Chain, publish
+from remus_ckpt.store.chain import Arriving, Chain, publish
 from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_CHECKPOINTS, Compaction, Compactor
 from remus_ckpt.store.directory import HistoryDirectory
 from remus_ckpt.store.hand_over import HandOver
 from remus_ckpt.store.history import History
 from remus_ckpt.store.pruning import Pruner
 from remus_ckpt.store.recovery import MAX_WARNINGS, Recovery, leftovers
-from remus_ckpt.store.retention import Retention
+from remus_ckpt.store.retention import Removal, Retention
+from remus_ckpt.store.room import Room, room_for_base
 from remus_ckpt.store.segments import Contents, Entry, Shape, entry_of, record_of, shape_of
 from remus_ckpt.store.state import Role, State, StateFile
 from remus_ckpt.wire.record import Position
@@ -45,7 +46,7 @@ class HistoryWriter:
     name: written into a new store
     limits: what a stream may claim
     warm_directory: holds the warm copy, under the name; by default the history itself holds it
-    retention: applied after each compaction and each new base
+    retention: applied after each compaction and each new base; room that it keeps free is looked for at each checkpoint
     compact_bytes, compact_checkpoints: compact when the deltas after a base have more bytes than both the base and
         compact_bytes, or number more than compact_checkpoints; with compact_bytes None, only `compact` does
     on_phase: called with "staged", "stored", "applying", "applied", "compacting", "compacted" or "pruning" and an epoch
@@ -76,7 +77,6 @@ class HistoryWriter:
         self.position: Position | None = None
         """The position of the newest durable checkpoint."""
         self._limits = limits
-        self._retention = retention
         self._on_phase = on_phase or (lambda phase, epoch: None)
         self._lock = threading.RLock()
         self._chain: Chain | None = None
@@ -104,7 +104,7 @@ class HistoryWriter:
             """The reading side."""
             self._index = index.Index(self.directory / index.FILE, self._own.segments, limits)
             self._hand_over = HandOver(self._own.warm, self._state, self.history)
-            self._pruner = Pruner(self._own.segments, self._index, self._state, self._on_phase)
+            self._pruner = Pruner(self._own.segments, self._index, self._state, retention, self._on_phase, self._note)
             with guarding(self.directory):
                 self._recover()
         except BaseException:
@@ -254,6 +254,7 @@ class HistoryWriter:
         with self._changing():
             self._abandon()
             self._state.settle()
+            self._make_room()  # a full disk would admit no checkpoint to prune after
             if not full:
                 if self.stream is None:
                     raise StoreError(f"{self.directory}: no stream that could be continued; a full copy is needed")
@@ -280,6 +281,17 @@ class HistoryWriter:
             self._coming.expect_more()
             yield self._coming
             self._failed = False
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """What has arrived of the checkpoint being received; None between two."""
+        chain = self._coming
+        size = 0 if chain is None else chain.written - chain.end
+        return None if chain is None or not size else Arriving(chain is not self._chain, size, chain.began_at)
+
+    def room_for_base(self, data_bytes: int) -> Room:
+        """The room for a full copy with so many bytes of pages. Raises StoreError. May wait for the disk."""
+        return room_for_base(data_bytes, self._own.segments, self._own.warm)
 
     @property
     def coming_start(self) -> int:
@@ -388,8 +400,10 @@ class HistoryWriter:
                 self._compact()
             except StoreError as error:
                 self._compactor.fail(chain, error)
-        if is_new or self._pruner.is_under_way:
-            self._prune_quietly()
+        if is_new:
+            self._pruner.go_on(chain.path.name)
+        else:
+            self._pruner.make_room(chain.path.name)
 
     def _switch(self, chain: Chain) -> None:
         """Put another stream in force."""
@@ -489,33 +503,28 @@ class HistoryWriter:
         self._index.add(entry, Contents(entry.segment, shape=chain.shape))
         self._note(self._index.warning)
         self._on_phase("compacted", entry.epoch)
-        self._prune_quietly()
+        self._pruner.go_on(chain.path.name)
 
-    def _prune_quietly(self) -> None:
-        """Begin to prune, unless that is under way; segments are removed in batches, one after each checkpoint."""
-        if self._retention is None or self._chain is None:
-            return
-        try:
-            if not self._pruner.is_under_way:
-                self._pruner.begin(self._chain.path.name, self._retention, time.time_ns())
-            self._pruner.remove_some()
-        except StoreError as error:
-            self._pruner.give_up()
-            self._note(f"prune: {error}")
+    def make_room(self) -> None:
+        """Remove a few segments if too little is free. Any thread may call this. Raises StoreError after `close`."""
+        with self._changing():
+            self._make_room()
 
-    def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[str]:
-        """Remove the oldest segments as `retention` requires; returns their names. Raises StoreError.
+    def _make_room(self) -> None:
+        if self._chain is not None:
+            self._pruner.make_room(self._chain.path.name)
 
-        Other threads may continue to write between two batches.
-        """
+    def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[Removal]:
+        """Remove the segments that `retention` does not keep; returns them, oldest first. Other threads may continue to
+        write between two batches. Raises StoreError."""
         self._prune_the_rest()
         with self._changing():
             if self._chain is None:
                 return []
-            at_ns = time.time_ns() if now_ns is None else now_ns
-            names = self._pruner.begin(self._chain.path.name, retention, at_ns)
+            now_ns = time.time_ns() if now_ns is None else now_ns
+            removals = self._pruner.begin(self._chain.path.name, retention, now_ns)
         self._prune_the_rest()
-        return names
+        return removals
 
     def _prune_the_rest(self) -> None:
         while self._pruner.is_under_way:

@@ -18,7 +18,7 @@ from services import LONG_S, Service, command, make_keys, service, until
 from support import Command, Ran, process_state, writer_process
 from writers import cgroup_mount, own_cgroup
 
-from remus_ckpt.cli.service import _tell
+from remus_ckpt.cli.status import _tell
 from remus_ckpt.loop import StopSignal
 from remus_ckpt.service import keys, release
 from remus_ckpt.store import Store
@@ -289,7 +289,7 @@ def test_status_says_what_is_wrong_and_nothing_where_all_is_well(
             command("protect", memory, "--pid", worker.pid, *to(served), log=tmp_path / "protect.log") as protecting,
         ):
             until(lambda: committed(served) > 1 and "lag_checkpoints" in served.ask()["names"]["orders"]["primary"])
-            assert len(said().splitlines()) == 2
+            assert len(said().splitlines()) == 3
             end(protecting, signal.SIGKILL)
         until(lambda: served.ask()["names"]["orders"]["fence_retry_s"] is not None)
         until(lambda: "fence failed" in said())
@@ -306,11 +306,12 @@ def test_status_of_a_primary_that_says_odd_things() -> None:
     found = {
         "role": "standby", "term": 0, "epoch": None, "position": None, "connected": True, "peer": "x", "silent_s": 0.0,
         "trouble": "the disk is full", "warnings": ["two"],
+        "health": {"level": 0, "state": "protected", "words": "protected", "next": ""},
     }  # fmt: skip
     for primary in ({"ratio": "x", "pause_ms": 3}, {"ratio": 0.0, "pause_ms": {"p50": "1", "p99": None}}, {"a": None}):
         lines = _tell("orders", found | {"primary": primary})
-        assert len(lines) == 4
-        assert "disk is full" in lines[2]
+        assert len(lines) == 5
+        assert "disk is full" in lines[3]
 
 
 def test_a_slow_command_gets_every_line(served: Service, memory: Path, remus: Command, tmp_path: Path) -> None:

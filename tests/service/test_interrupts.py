@@ -74,7 +74,7 @@ class Desk:
         self.primary = primary_of(
             source, name, backup.addresses[0], interval_s=0.0, on_commit=self.commits.append, stop=stop
         )
-        self.protection = Protection(self.primary, source, stop, in_thread=False)
+        self.protection = Protection(self.primary, source, stop, None, in_thread=False)
 
     def device_state(self) -> bytes:
         if self.is_failing:

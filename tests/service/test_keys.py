@@ -51,6 +51,7 @@ def test_what_lies_where(tmp_path: Path) -> None:
         "ca/backup/key.pem",
         "ca/ca-key.pem",
         "ca/ca.pem",
+        "ca/issued.pem",
     ]
     assert mode(tmp_path / "ca") == mode(tmp_path / "ca" / "backup") == 0o700
     assert mode(tmp_path / "ca" / "ca-key.pem") == mode(tmp_path / "ca" / "backup" / "key.pem") == 0o600
@@ -187,10 +188,12 @@ def test_an_expired_one_is_renewed_and_one_half_renewed_too(tmp_path: Path) -> N
     with pytest.raises(LinkError):
         TlsFiles(tmp_path / "over")
     # Killed between the two files, or before the first.
-    (tmp_path / "over" / ".new-key.pem").write_text("of a renewal that was killed")
+    (tmp_path / "over" / ".key.pem.0123456789abcdef").write_text("of a renewal that was killed")
+    (tmp_path / "over" / ".key.pem.bak").write_text("the user's own")
     (tmp_path / "over" / "key.pem").write_text("not of this certificate")
     keys.issue(tmp_path, "over", renew=True)
     TlsFiles(tmp_path / "over")
+    assert sorted(path.name for path in (tmp_path / "over").glob(".*")) == [".key.pem.bak"]
 
 
 def test_what_is_not_renewed(tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ def believe(serve: Callable[[Peer], None]) -> str:
     array = np.zeros(100_000, dtype=np.uint8)
     caught: RemusError | None = None
     with Liar(serve) as liar:
-        protection = protect({"array": array}, to=liar.address, name="orders", term=5, on_commit=commits.append)
+        options: dict[str, Any] = {"term": 5, "on_commit": commits.append, "connect_timeout_s": 0}
+        protection = protect({"array": array}, to=liar.address, name="orders", **options)
         try:
             for _ in range(3):
                 array[:] = np.random.default_rng(2).integers(0, 256, len(array), dtype=np.uint8)

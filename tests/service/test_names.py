@@ -57,7 +57,7 @@ def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytes
             assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 0
             with pytest.raises(StoreError):
                 backup.failover("bad")
-            with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad") as protection:
+            with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad", connect_timeout_s=0) as protection:
                 with pytest.raises(RemusError):
                     protection.checkpoint(timeout_s=0.7)
                 may_go_on.set()
@@ -150,7 +150,7 @@ def test_a_store_that_cannot_be_opened_is_no_fault_of_the_others(
         assert backup.metrics.registry.get_sample_value("remus_store_errors_total", {"name": "bad"}) >= 1
         assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "orders"}) == 1
         guest = np.zeros(4096, dtype=np.uint8)
-        protection = protect({"a": guest}, to=backup.addresses[0], name="bad")
+        protection = protect({"a": guest}, to=backup.addresses[0], name="bad", connect_timeout_s=0)
 
         def is_refused() -> bool:
             try:

@@ -119,14 +119,15 @@ def says_nothing(peer: Peer) -> None:
 def test_a_peer_that_keeps_us_waiting(serve: Callable[[Peer], None]) -> None:
     array = np.random.default_rng(1).integers(0, 256, 32 << 20, dtype=np.uint8)
     with Liar(serve) as liar:
-        protection = protect({"array": array}, to=liar.address, name="orders")
+        protection = protect({"array": array}, to=liar.address, name="orders", connect_timeout_s=0)
         for _ in range(3):
             with within(0.2), pytest.raises(LinkError):
                 protection.checkpoint(timeout_s=0.2)
         with within(0.2), suppress(RemusError):
             protection.close(0.2)
         before = liar.visits
-        threaded = protect({"array": array}, to=liar.address, name="t", interval_s=0.01, lock=threading.Lock())
+        options: dict[str, Any] = {"interval_s": 0.01, "lock": threading.Lock(), "connect_timeout_s": 0}
+        threaded = protect({"array": array}, to=liar.address, name="t", **options)
         until(lambda: liar.visits > before)
         time.sleep(0.1)  # let it come to where it waits
         with within(0.2), suppress(RemusError):
@@ -241,7 +242,10 @@ def test_connecting_takes_no_longer_than_the_call(tmp_path: Path, monkeypatch: p
             dialing.connect_ex(str(tmp_path / "full"))
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         for address in (f"unix:{tmp_path}/full", f"tls://127.0.0.1:{deaf.getsockname()[1]}", "tls://slow.invalid:1"):
-            protection = protect({"a": np.zeros(9)}, to=address, name="orders", tls_dir=folder / "ca" / "primary")
+            options: dict[str, Any] = {"to": address, "name": "orders", "tls_dir": folder / "ca" / "primary"}
+            with within(0.3), pytest.raises(LinkError):
+                protect({"a": np.zeros(9)}, **options, connect_timeout_s=0.3)
+            protection = protect({"a": np.zeros(9)}, **options, connect_timeout_s=0)
             with within(0.3), pytest.raises(LinkError):
                 protection.checkpoint(timeout_s=0.3)
             with within(0.3):

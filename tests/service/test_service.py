@@ -74,6 +74,7 @@ class Memory:
         interval_s: float | None = None,
         lock: Any = None,
         device_state: Callable[[], bytes] = bytes,
+        connect_timeout_s: float = 0,
         **options: Any,
     ) -> None:
         self.array = np.zeros((64, 512), dtype=np.int64) if array is None else array
@@ -86,7 +87,9 @@ class Memory:
             self.primary = primary_of(source, "orders", to, tls=TlsFiles(tls_dir) if tls_dir else None, **options)
         else:
             self.primary = Primary("orders", source, dial, **options)
-        self.protection = Protection(self.primary, source, self.stop, in_thread=interval_s is not None)
+        if connect_timeout_s:
+            self.primary.connect(connect_timeout_s)
+        self.protection = Protection(self.primary, source, self.stop, None, in_thread=interval_s is not None)
 
     def __enter__(self) -> Memory:
         return self
@@ -298,7 +301,7 @@ def test_acknowledgements_that_never_arrive(tmp_path: Path) -> None:
 
 
 def test_a_full_copy_follows_a_store_that_was_lost(tmp_path: Path) -> None:
-    with Memory("tcp://127.0.0.1:1") as memory, pytest.raises(LinkError):
+    with Memory("tcp://127.0.0.1:1", connect_timeout_s=0) as memory, pytest.raises(LinkError):
         memory.protection.checkpoint(timeout_s=0.2)
     with backup_in(tmp_path / "store") as backup:
         address = backup.addresses[0]
@@ -330,7 +333,7 @@ def test_a_new_run_of_the_primary_begins_with_a_full_copy(tmp_path: Path) -> Non
 def test_another_primary_of_the_same_name_is_turned_away(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
         memory.step(1)
-        with Memory(backup.addresses[0]) as other:
+        with Memory(backup.addresses[0], connect_timeout_s=0) as other:
             with pytest.raises(Refused) as caught:
                 other.protection.checkpoint(timeout_s=0.5)
             assert caught.value.code == "busy"
@@ -340,8 +343,8 @@ def test_another_primary_of_the_same_name_is_turned_away(tmp_path: Path) -> None
 
 def test_memory_that_is_too_large_or_a_name_that_is_not_taken(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", names=frozenset({"book"})) as backup:
-        with Memory(backup.addresses[0]) as memory, pytest.raises(Refused) as caught:
-            memory.protection.checkpoint(timeout_s=LONG_S)
+        with pytest.raises(Refused) as caught:
+            Memory(backup.addresses[0])
         assert caught.value.code == "name"
     assert Store(tmp_path / "store").names() == []
 
@@ -366,14 +369,14 @@ def test_by_hand_while_the_primary_is_at_work(tmp_path: Path) -> None:
             assert caught.value.term == 1
             with pytest.raises(Fenced):
                 memory.protection.checkpoint(timeout_s=LONG_S)
-        with Memory(backup.addresses[0]) as late, pytest.raises(Fenced):
-            late.protection.checkpoint(timeout_s=LONG_S)
+        with pytest.raises(Fenced):
+            Memory(backup.addresses[0])
         assert [commit.epoch for commit in memory.commits] == [last]
         assert entries(tmp_path / "store")[-1].epoch == last
     # What was promoted stays so.
     with backup_in(tmp_path / "store") as backup:
         assert backup.failover("orders") == given
-        with Memory(backup.addresses[0], term=0) as late, pytest.raises(Fenced):
+        with Memory(backup.addresses[0], term=0, connect_timeout_s=0) as late, pytest.raises(Fenced):
             late.protection.checkpoint(timeout_s=LONG_S)
         with Memory(backup.addresses[0], term=2) as survivor:
             assert survivor.step(1) == last + 1

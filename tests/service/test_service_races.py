@@ -279,14 +279,14 @@ def test_a_backup_that_fails_again_and_again_is_asked_less_and_less_often(tmp_pa
             dials.append(time.monotonic())
             return connect(Address.parse(backup.addresses[0]))
 
-        primary = Primary("orders", OwnMemory({"array": np.ones(512)}), dial, duration_s=1.2)
+        primary = Primary("orders", OwnMemory({"array": np.ones(512)}), dial, duration_s=2.6)
         for _ in primary.run():
             pass
         primary.close()
     pauses = [later - sooner for sooner, later in itertools.pairwise(dials)]
     assert len(pauses) >= 2, "it goes on asking"
-    # At least 0.1, 0.2 and 0.4 s: a busy machine may make a pause longer, and none shorter.
-    assert all(pause >= 0.99 * 0.1 * 2**number for number, pause in enumerate(pauses)), pauses
+    # A busy machine may make a pause longer, and none shorter.
+    assert pauses[0] >= 0.99 and pauses[1] >= 0.99 * backup.policy.lease_s / 4, pauses
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

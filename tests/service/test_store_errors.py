@@ -261,7 +261,7 @@ def test_a_primary_without_threads_or_descriptors(tmp_path: Path, monkeypatch: p
     def refuse(*_: Any) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    with Backup(tmp_path / "store", [ANY]) as backup, Memory(backup.addresses[0]) as memory:
+    with Backup(tmp_path / "store", [ANY]) as backup, Memory(backup.addresses[0], connect_timeout_s=0) as memory:
         with monkeypatch.context() as patched:
             if what == "thread":
                 no_thread(patched, "link to")

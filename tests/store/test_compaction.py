@@ -19,7 +19,7 @@ from remus_ckpt.errors import NoCheckpoint, StoreError
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE, PageBatch, batches
 from remus_ckpt.sender import Sender
-from remus_ckpt.store import History, HistoryWriter, Retention, Store, compaction
+from remus_ckpt.store import History, HistoryWriter, Removal, Retention, Store, compaction
 from remus_ckpt.store.index import read_index
 from remus_ckpt.store.segments import Contents
 from remus_ckpt.store.survey import Surveyor
@@ -198,6 +198,10 @@ def test_page_tables_and_blanked_pages_survive_compaction(store: Store) -> None:
 # Retention
 
 
+def names_of(removals: list[Removal]) -> list[str]:
+    return [one.contents.name for one in removals]
+
+
 def stamped(store: Store, name: str, bases: int) -> HistoryWriter:
     """A history of segments with two checkpoints each, taken at the second of their epoch."""
     writer = store.writer(name)
@@ -226,7 +230,7 @@ def test_retention(store: Store, retention: Retention, left: int) -> None:
         names = files(writer.history)
         # The newest checkpoint, 9, was taken at 9 s; now it is 10 s.
         removed = writer.prune(retention, now_ns=10 * 10**9)
-        assert removed == names[: 5 - left] and files(writer.history) == names[5 - left :]
+        assert names_of(removed) == names[: 5 - left] and files(writer.history) == names[5 - left :]
         indexed = read_index(writer.directory / "index.sqlite")
         assert indexed is not None and sorted(indexed) == names[5 - left :]
         assert epochs(writer.history) == list(range(10 - 2 * left, 10))
@@ -302,7 +306,7 @@ def test_a_checkpoint_whose_segment_is_pruned_before_it_is_opened(
         history = store.history("m")
         entry = history.find(5)
         writer.compact(wait=True)
-        assert writer.prune(Retention(count=1)) == [entry.segment]
+        assert names_of(writer.prune(Retention(count=1))) == [entry.segment]
         with monkeypatch.context() as patch:
             patch.setattr(History, "find", lambda *_: entry)
             assert memory_sha256(history.restore(5).image) == sha(5)
@@ -322,7 +326,7 @@ def test_what_is_pruned_while_it_is_looked_at_is_not_lost(store: Store) -> None:
     class Slow(Surveyor):
         def look_at(self, name: str, known: Contents | None) -> Contents:
             if name == names[1]:
-                assert writer.prune(Retention(count=1)) == names[:2]
+                assert names_of(writer.prune(Retention(count=1))) == names[:2]
             return super().look_at(name, known)
 
     with store.writer("m") as writer:

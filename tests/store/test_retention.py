@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remus_ckpt.store.retention import Retention, count_over, times_taken
+from remus_ckpt.store.retention import Retention, find_removals, times_taken
 from remus_ckpt.store.segments import Contents, Entry, segment_name
 from remus_ckpt.wire.record import Position
 
@@ -34,7 +34,7 @@ def removed(
         if file_ago is not None:
             files[name] = (NOW - file_ago) * 10**9
     times_ns = times_taken(segments, files.get, now * 10**9, None if floor is None else (NOW - floor) * 10**9)
-    return count_over(segments, [100] * len(segments), Retention(age_s=age_s), times_ns)
+    return len(find_removals(segments, [100] * len(segments), Retention(age_s=age_s), times_ns))
 
 
 RIGHT: Stamps = [40 * HOUR, 30 * HOUR, 20 * HOUR, 10 * HOUR, 0]

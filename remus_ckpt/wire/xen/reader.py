@@ -11,12 +11,12 @@ import hashlib
 import struct
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import LimitExceeded, Malformed, StreamError, UnknownFormat
+from remus_ckpt.errors import Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import MAX_BATCH_ENTRIES, Limits
 from remus_ckpt.pages import HAS_DATA, KNOWN_TYPE, PAGE_SIZE, Buffer, pages_for
 from remus_ckpt.wire.inbox import End, Inbox
@@ -25,7 +25,6 @@ from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.chunks import ChunkId, ChunkKind, Layout, Signature
 from remus_ckpt.wire.xen.dialect import (
     CODEC_BYTES,
-    DETECT_BYTES,
     FRONT_BYTES,
     FRONTS,
     V2_MAGIC,
@@ -33,8 +32,8 @@ from remus_ckpt.wire.xen.dialect import (
     StreamCodec,
     Word,
     detect_codec,
-    detect_header,
 )
+from remus_ckpt.wire.xen.headers import HeaderReader, Parser
 from remus_ckpt.wire.xen.states import BODIES, Course, StreamState
 
 NEED_DATA = None
@@ -42,8 +41,6 @@ NEED_DATA = None
 
 _BUFFER_BYTES = 1 << 18
 _FIRST_BYTES = 8 << 20
-
-Parser = Generator[events.Event | None, None, Any]
 
 
 class Digest(Protocol):
@@ -86,7 +83,7 @@ class Boundary:
         return cls(offset=offset, epoch=epoch, dialect=dialect, p2m_size=p2m_size, position=position, course=course)
 
 
-class Reader:
+class Reader(HeaderReader):
     """One stream, from its first byte to its last.
 
     dialect: what is known of the stream; the rest is detected
@@ -105,23 +102,16 @@ class Reader:
         strict: bool = False,
         new_digest: Callable[[], Digest] = hashlib.sha256,
     ) -> None:
+        inbox = Inbox(_BUFFER_BYTES, first_bytes=_FIRST_BYTES, on_consumed=self._take_digest)
+        super().__init__(dialect or Dialect(), limits or Limits(), strict, inbox)
         self.new_digest = new_digest
-        self.dialect = dialect or Dialect()
-        """As given, plus what has been detected so far."""
-        self.limits = limits or Limits()
-        self.strict = strict
-        self.deviations: dict[str, events.Deviation] = {}
-        """Deviations that were accepted, by name."""
         self.epoch = 0
         """The number of the checkpoint being read, counted from the beginning of this stream."""
         self.checkpoint_end = 0
         """The first byte after the last complete checkpoint."""
-        self._course = Course()
-        self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_FIRST_BYTES, on_consumed=self._take_digest)
         self._error: StreamError | None = None
         self._hash: Digest | None = new_digest()
         self._position: Position | None = None  # from our last record
-        self._p2m_size = 0
         self._opening = b""  # the first bytes of the checkpoint's compressed data
         self._parser = self._stream()
 
@@ -207,51 +197,16 @@ class Reader:
             if event is not NEED_DATA or not self._inbox.pull():
                 return event
 
-    # The buffer
-
-    @property
-    def _offset(self) -> int:
-        return self._inbox.offset
-
-    def _take_digest(self, consumed: memoryview) -> None:
-        if self._hash is not None:
-            self._hash.update(consumed)
-
-    def _word(self) -> Generator[events.Event | None, None, int]:
-        (value,) = yield from self._inbox.unpack(chunks.U64 if self.dialect.word == 8 else chunks.U32)
-        return int(value)
-
-    # What is wrong
-
-    def _refuse(self, message: str, offset: int, section: str, chunk: str | None = None) -> NoReturn:
-        raise Malformed(message, offset=offset, section=section, chunk=chunk)
-
-    def _limit(self, value: int, limit: str, offset: int, section: str, chunk: str | None, what: str) -> None:
-        ceiling = getattr(self.limits, limit)
-        if value > ceiling:
-            raise LimitExceeded(
-                f"{what} {value} exceeds the limit {limit} of {ceiling}",
-                limit=limit,
-                offset=offset,
-                section=section,
-                chunk=chunk,
-            )
-
     def fail(self, error: Malformed) -> Malformed:
         """Record a fault found by the consumer of the events: `next_event` raises it from now on."""
         self._error = error
         return error
 
-    def deviate(self, name: str, offset: int, section: str, chunk: str | None = None) -> None:
-        """Note a named deviation, or refuse it if the reader is strict."""
-        if self.strict:
-            self._refuse(f"{name} (specs/permissive.md)", offset, section, chunk)
-        if name in self.deviations:
-            self.deviations[name].count += 1
-        else:
-            self.deviations[name] = events.Deviation(name, offset)
+    def _take_digest(self, consumed: memoryview) -> None:
+        if self._hash is not None:
+            self._hash.update(consumed)
 
-    # The grammar, in the order of the specification
+    # The grammar from the first chunk on, in the order of the specification
 
     def _stream(self) -> Parser:
         front = yield from self._inbox.peek(FRONT_BYTES)
@@ -273,178 +228,6 @@ class Reader:
             while self._course.state in BODIES:
                 yield from self._chunk()
             yield from self._tail()
-
-    def _emit(self, event: events.Event, section: str, chunk: str | None) -> Parser:
-        where = self._course.state
-        if self._course.step(event) is None:
-            self._refuse(f"it may not stand in the {where.value}", event.offset, section, chunk)
-        yield event
-
-    def _file_header(self, kind: str, magic: bytes, section: str) -> Parser:
-        """§2"""
-        yield from self._inbox.have(len(magic))
-        if self._inbox.front(len(magic)) != magic:
-            self._refuse(f"the file header begins like {kind}'s but continues differently", 0, section)
-        self._inbox.skip(len(magic))
-        header = yield from {
-            "xl": self._xl_header,
-            "xend": self._xend_header,
-            "libvirt": self._libvirt_header,
-            "xenserver": self._xenserver_header,
-        }[kind]()
-        yield from self._emit(header, section, None)
-
-    def _configuration(self, length: int, offset: int, section: str) -> Generator[events.Event | None, None, bytes]:
-        self._limit(length, "file_header_bytes", offset, section, None, "the configuration's length")
-        data = yield from self._inbox.array(length)
-        return data.tobytes()
-
-    def _xl_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
-        """§2.1"""
-        section = "stream.md §2.1"
-        order, mandatory, optional, length = yield from self._inbox.unpack(struct.Struct("<4I"))
-        if order != 0x01020304:
-            raise UnknownFormat(
-                f"the byte order mark is {order:#010x}: only little-endian streams are read", offset=32, section=section
-            )
-        if mandatory & 2:
-            raise UnknownFormat(
-                "xl's header announces a v2 stream (Xen 4.6 or later); only the legacy stream is read",
-                offset=36,
-                section="stream.md §2.3",
-            )
-        if mandatory & ~1:
-            raise UnknownFormat(
-                f"xl's header has the unknown mandatory flags {mandatory:#x}", offset=36, section=section
-            )
-        data = yield from self._configuration(length, 44, section)
-        return events.FileHeader(kind="xl", mandatory_flags=mandatory, optional_flags=optional, data=data, offset=0)
-
-    def _xend_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
-        """§2.2"""
-        (length,) = yield from self._inbox.unpack(struct.Struct(">i"))
-        if length < 0:
-            self._refuse(f"the configuration has the length {length}", 16, "stream.md §2.2")
-        data = yield from self._configuration(length, 16, "stream.md §2.2")
-        return events.FileHeader(kind="xend", data=data, offset=0)
-
-    def _libvirt_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
-        """§2.4"""
-        version, length = yield from self._inbox.unpack(chunks.LIBVIRT_HEADER)
-        if version == 2:
-            raise UnknownFormat(
-                "libvirt's header announces a v2 stream (Xen 4.6 or later); only the legacy stream is read",
-                offset=16,
-                section="stream.md §2.3",
-            )
-        if version != 1:
-            raise UnknownFormat(
-                f"libvirt's header has the version {version:#x}; 1 is read here", offset=16, section="stream.md §2.4"
-            )
-        data = yield from self._configuration(length, 20, "stream.md §2.4")
-        return events.FileHeader(kind="libvirt", data=data, offset=0)
-
-    def _xenserver_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
-        """§2.5: nothing but the magic."""
-        yield from ()
-        return events.FileHeader(kind="xenserver", data=b"", offset=0)
-
-    def _header(self) -> Parser:
-        """§3"""
-        start = self._offset
-        front = yield from self._inbox.peek(DETECT_BYTES)
-        if front.startswith(V2_MAGIC):
-            raise UnknownFormat(
-                "behind the file header stands a Xen v2 stream; only the legacy stream is read",
-                offset=start,
-                section="stream.md §2.3",
-            )
-        if len(front) < DETECT_BYTES and (self.dialect.word is None or self.dialect.guest is None):
-            raise End
-        self.dialect = detect_header(self.dialect, front, start)
-        word, guest = self.dialect.word, self.dialect.guest
-        assert word is not None and guest is not None
-        p2m_size = yield from self._word()
-        if not 0 < p2m_size <= chunks.MAX_P2M_SIZE:
-            self._refuse(f"p2m_size {p2m_size} is not in 1…{chunks.MAX_P2M_SIZE}", start, "stream.md §3.1", "header")
-        self._limit(p2m_size * PAGE_SIZE, "memory_bytes", start, "stream.md §3.1", "header", "memory's size")
-        self._p2m_size = p2m_size
-        extended = frames = None
-        if guest == "pv":
-            extended, frames = yield from self._pv_header(p2m_size, word)
-        header = events.Header(
-            word=word, guest=guest, p2m_size=p2m_size, extended_info=extended, p2m_frames=frames, offset=start
-        )
-        yield from self._emit(header, "stream.md §3", "header")
-
-    def _pv_header(self, p2m_size: int, word: int) -> Generator[events.Event | None, None, Any]:
-        """§3.2 to §3.4"""
-        guest_word = word
-        extended: list[events.ExtendedInfo] | None = None
-        first = yield from self._word()
-        if first == chunks.EXTENDED_INFO_MARK[word]:
-            extended = []
-            start = self._offset
-            (total,) = yield from self._inbox.unpack(chunks.U32)
-            self._limit(total, "extended_info_bytes", start, "stream.md §3.3", "header", "the extended info's length")
-            left = total
-            while left:
-                here = self._offset
-                if left < 8:
-                    self._refuse(
-                        f"{left} bytes are left of the extended info, a block's head takes 8",
-                        here,
-                        "stream.md §3.3",
-                        "header",
-                    )
-                block_id, size = yield from self._inbox.unpack(struct.Struct("<4sI"))
-                if size > left - 8:
-                    self._refuse(
-                        f"block {block_id!r} of {size} bytes where {left - 8} are left",
-                        here,
-                        "stream.md §3.3",
-                        "header",
-                    )
-                data = yield from self._inbox.array(size)
-                left -= 8 + size
-                guest_word = self._extended_block(block_id, size, data.tobytes(), here, guest_word)
-                extended.append(events.ExtendedInfo(id=block_id, data=data.tobytes()))
-            first = yield from self._word()
-        count = chunks.p2m_frames(p2m_size, guest_word)
-        rest = yield from self._inbox.array((count - 1) * word)
-        frames = np.empty(count, dtype=np.uint64)
-        frames[0] = first
-        frames[1:] = rest.view(f"<u{word}")
-        return None if extended is None else tuple(extended), frames
-
-    def _extended_block(self, block_id: bytes, size: int, data: bytes, here: int, guest_word: int) -> int:
-        """§3.3. Returns the guest's word."""
-        section = "stream.md §3.3"
-        if block_id == b"vcpu":
-            if size not in chunks.VCPU_CONTEXT_BYTES:
-                self._refuse(
-                    f"a virtual CPU's context of {size} bytes; it has {list(chunks.VCPU_CONTEXT_BYTES)}",
-                    here,
-                    section,
-                    "header",
-                )
-            return chunks.VCPU_CONTEXT_BYTES[size]
-        if block_id == b"extv":
-            if size:
-                self._refuse(f"the block extv has {size} bytes, not 0", here, section, "header")
-        elif block_id == b"xcnt":
-            value = int.from_bytes(data, "little")
-            if size != 4 or value < chunks.XSAVE_HEADER.size:
-                self._refuse(
-                    f"the block xcnt has {size} bytes with the value {value}; it has 4 with 16 or more",
-                    here,
-                    section,
-                    "header",
-                )
-            self._limit(value, "xsave_bytes", here, section, "header", "the extended state's size")
-        else:
-            self.deviate("unknown-extended-info", here, section, "header")
-        return guest_word
 
     def _chunk(self) -> Parser:
         """§4.1"""

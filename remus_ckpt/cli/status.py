@@ -1,0 +1,187 @@
+"""The commands that ask a backup: status, failover."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from remus_ckpt.cli.options import AsJson, Insecure, TlsDir, app, print_json
+from remus_ckpt.cli.service import dial, name_of
+from remus_ckpt.cli.terminal import out
+from remus_ckpt.errors import NoCheckpoint, RemusError
+from remus_ckpt.observe.log import on_one_line
+
+_STATUS_S = 10.0
+"""A backup answers a question about its status at once, even if its disks hang."""
+
+Source = Annotated[
+    str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
+]
+
+
+@app.command(short_help="Show the status of a backup and its primaries.")
+def status(
+    source: Source,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Only this name.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Print one line for a probe, and exit with 0 if all is good, 1 for a warning, 2 if it is critical, 3 "
+            "if the backup cannot be asked.",
+        ),
+    ] = False,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show, for each name, the state of the backup and of its primary, and any trouble.
+
+    Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
+
+    Example: remus-ckpt status --check --name orders --from tls://backup:7411 --tls-dir keys/me
+    """
+    if name is not None:
+        name_of(name)
+    if check:
+        _check(source, name, tls_dir, insecure, as_json)
+    report = _ask(source, tls_dir, insecure)
+    if name is not None:
+        if name not in report["names"]:
+            raise NoCheckpoint(f"{source} knows nothing under the name {name!r}")
+        report["names"] = {name: report["names"][name]}
+    if as_json:
+        print_json(report)
+        return
+    if name is None and report["health"]["state"] not in {one["health"]["state"] for one in report["names"].values()}:
+        _print([_headline("backup", report["health"])])  # what concerns no name, such as its certificate
+    for key, found in report["names"].items():
+        _print(_tell(key, found))
+
+
+def _ask(source: str, tls_dir: Path | None, insecure: bool) -> dict[str, Any]:
+    from remus_ckpt.link.control import ask
+
+    return ask(dial(source, tls_dir, insecure), "status", {}, timeout_s=_STATUS_S)
+
+
+def _check(source: str, name: str | None, tls_dir: Path | None, insecure: bool, as_json: bool) -> None:
+    """Print one line, and exit with the level of what is worst."""
+    from remus_ckpt.service.health import Health, overall
+
+    try:
+        health = overall(_ask(source, tls_dir, insecure), name, time.time())
+    except (RemusError, typer.BadParameter) as error:
+        health = Health("unreachable", f"unreachable: {error}")
+    if as_json:
+        print_json(health.status())
+    else:
+        _print([f"REMUS {health.level.name} - {health.words}" + (f"; {health.next}" if health.next else "")])
+    raise typer.Exit(int(health.level))
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        out.print(Text(on_one_line(line)))
+
+
+def _headline(name: str, health: dict[str, Any]) -> str:
+    level = ("OK", "WARNING", "CRITICAL")[health["level"]]
+    return f"{name}: {level} - {health['words']}"
+
+
+def _short(position: str | None) -> str:
+    epoch, _, digest = (position or "none").partition(":")
+    return f"{epoch}:{digest[:16]}" if digest else epoch
+
+
+def _tell(name: str, found: dict[str, Any]) -> list[str]:
+    """The status of one name, as lines of text."""
+    health, primary = found["health"], found["primary"]
+    lines = [_headline(name, health)]
+    if health["next"]:
+        lines.append(f"  next: {health['next']}")
+    where = f"connected to {found['peer']}" if found["connected"] else "no primary connected"
+    lines.append(f"  {found['role']}, term {found['term']}, position {_short(found['position'])}; {where}")
+    if primary:
+        lines.append("  " + ", ".join(_tell_primary(primary)))
+    for command in ("fence", "takeover"):
+        again = found.get(f"{command}_retry_s")
+        if again is not None:
+            lines.append(f"  {command} failed; next try in {again:.0f} s")
+        elif found.get(command) == "running":
+            lines.append(f"  {command} running")
+    if found["role"] == "promoted":
+        if found.get("image"):
+            lines.append(f"  taken over at epoch {found['epoch']}: memory {found['image']}")
+        if found.get("takeover") == "succeeded":
+            lines.append("  takeover succeeded: the work continues here")
+    if found.get("trouble"):
+        lines.append(f"  trouble: {found['trouble']}")
+    lines += [f"  warning: {warning}" for warning in found["warnings"]]
+    return lines
+
+
+def _tell_primary(primary: dict[str, Any]) -> list[str]:
+    """What a primary says of itself, as far as it makes sense: it may have said anything."""
+    parts = [f"lag {primary.get('lag_checkpoints')} checkpoints", f"dirty {primary.get('dirty_pages')} pages"]
+    if isinstance(ratio := primary.get("ratio"), float):
+        parts.append(f"ratio {ratio:.1%}")
+    if isinstance(rate := primary.get("copy_bytes_s"), float):
+        parts.append(f"first copy at {rate / (1 << 20):,.1f} MiB/s of memory")
+    for key, what in (("pause_ms", "pause"), ("commit_latency_ms", "commit")):
+        times = primary.get(key)
+        times = [times.get(part) for part in ("p50", "p99")] if isinstance(times, dict) else [None]
+        if all(isinstance(value, float) for value in times):
+            parts.append(f"{what} p50 {times[0]:.2f} ms, p99 {times[1]:.2f} ms")
+        if key == "pause_ms":
+            medians = {
+                step: value.get("p50")
+                for step in ("stop", "find", "copy", "resume")
+                if isinstance(value := primary.get(f"{step}_ms"), dict)
+            }
+            if medians and all(isinstance(value, float) for value in medians.values()):
+                parts.append("of it " + ", ".join(f"{step} {value:.2f}" for step, value in medians.items()))
+    if primary.get("tracking") == "kernel":
+        parts.append("pages found by the kernel")
+    elif primary.get("tracking_why"):
+        parts.append(f"pages found by comparison: {primary['tracking_why']}")
+    if primary.get("missed_pages"):
+        parts.append(f"missed {primary['missed_pages']} pages")
+    return parts
+
+
+@app.command(short_help="Promote a backup by hand.")
+def failover(
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name to take over.")],
+    source: Source,
+    fence: Annotated[
+        bool,
+        typer.Option(
+            "--fence",
+            help="Run the backup's --fence command first. Without this, you vouch that the primary has stopped.",
+        ),
+    ] = False,
+    tls_dir: TlsDir = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Promote a backup now. From then on it refuses the old primary; it also runs its --on-failover command.
+
+    Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
+    """
+    arguments = {"name": name_of(name), "fence": fence}
+    from remus_ckpt.link.control import ask
+
+    report = ask(dial(source, tls_dir, insecure), "failover", arguments)
+    if as_json:
+        print_json(report)
+        return
+    out.print(Text(f"{name}: promoted under term {report['term']} at epoch {report['epoch']}"))
+    out.print(Text(f"memory: {report['image']}\ndevice state: {report['device_state']}"))
+    again = f"remus-ckpt protect {report['image']} --term {report['term']} …"
+    out.print(Text(f"to protect it again on another backup: {again} (on this one: --term {report['term'] + 1})"))
