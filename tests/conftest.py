@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -33,14 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """With -n auto: two for each core, since tests of services wait half of their time; very many would starve."""
-    return min(2 * len(os.sched_getaffinity(0)), 8)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """With -n auto: three for each core, since tests of services wait half of their time; very many would starve."""
+    if config.option.dist == "no":
+        config.option.dist = "worksteal"  # neighbours share fixtures, and none is left with the slow ones
+    return min(3 * len(os.sched_getaffinity(0)), 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _is_all  # noqa: PLW0603 - decorators ask before there is a fixture
     _is_all = config.getoption("--all")
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        # Each worker, and hundreds of children, would compile everything anew where the environment forbids to keep it.
+        # It is a cache as that of pytest: with `-p no:cacheprovider` there is neither.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False
     # Children inherit which signals are ignored, and behind nohup and `&` tests send some of those. What is caught is
     # not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -28,6 +28,8 @@ from remus_ckpt.service.protect import protect
 
 LONG_S = 30.0
 """A wait that is only reached when something is broken."""
+SLACK_S = 2.0
+"""A busy machine may add so much."""
 PAGES = 16
 
 
@@ -36,6 +38,14 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.01)
+
+
+@contextmanager
+def within(timeout_s: float) -> Iterator[None]:
+    """What is in the block keeps its time."""
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < timeout_s + SLACK_S
 
 
 def make_keys(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import MAX_BATCH_ENTRIES, PAGE_SIZE, Pages, batches
 from remus_ckpt.sender import Sender
-from remus_ckpt.store import HistoryWriter
+from remus_ckpt.store import History, HistoryWriter
 from remus_ckpt.wire.record import Position
 
 PAGES = 48
@@ -96,3 +97,11 @@ def cuts(size: int, borders: list[int], step: int = 512) -> Iterator[int]:
 
 
 assert PAGES <= MAX_BATCH_ENTRIES
+
+
+def epochs(history: History) -> list[int]:
+    return [entry.epoch for entry in history.entries()]
+
+
+def files(history: History) -> list[str]:
+    return sorted(os.listdir(history.directory / "segments"))

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 TARGET_PAGES = 64
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP, _SET_MODE_FILTER, _TSYNC = 317, 1, 1
-_INSTRUCTION = struct.Struct("=HBBI")
+INSTRUCTION = struct.Struct("=HBBI")
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 IOCTL = 16
 
@@ -35,7 +36,7 @@ def filter_of(number: int, answer: int, *, argument: int | None = None) -> bytes
     if argument is not None:
         code += [(0x20, 0, 0, 24), (0x15, 0, 1, argument)]
     code += [(0x06, 0, 0, answer), (0x06, 0, 0, ALLOW)]
-    return b"".join(_INSTRUCTION.pack(*row) for row in code)
+    return b"".join(INSTRUCTION.pack(*row) for row in code)
 
 
 def put_filter(program: bytes) -> None:
@@ -112,6 +113,11 @@ class Target:
         return True
 
 
+def without_query(patch: pytest.MonkeyPatch) -> None:
+    """As before Linux 6.11: the kernel cannot be asked for one mapping. Which call asks is no user's choice."""
+    patch.setattr("remus_ckpt.source.track.spans._PROCMAP_QUERY", 0xC0686699)
+
+
 @contextmanager
 def running(program: Path, memory: Path, threads: str) -> Iterator[Target]:
     """A target with some threads, until the end of the block."""
@@ -129,19 +135,18 @@ def running(program: Path, memory: Path, threads: str) -> Iterator[Target]:
 
 
 class Dying:
-    """In place of the C library: ends this process at its n-th ptrace call, before it or after it."""
+    """In place of `linux.ptrace`: ends this process at its n-th call, before it or after it."""
 
     def __init__(self, at: int, *, is_after: bool) -> None:
-        self._real = linux._libc
+        self._real = linux.ptrace
         self._left = at
         self._is_after = is_after
-        self.syscall = self._real.syscall
 
-    def ptrace(self, *arguments: int) -> int:
+    def __call__(self, *arguments: Any) -> int:
         self._left -= 1
         if self._left == 0 and not self._is_after:
             os.kill(os.getpid(), 9)
-        result: int = self._real.ptrace(*arguments)
+        result = self._real(*arguments)
         if self._left == 0:
             os.kill(os.getpid(), 9)
         return result

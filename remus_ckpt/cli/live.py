@@ -29,7 +29,7 @@ from remus_ckpt.wire.xen.dialect import StreamCodec
 _STILL_S = 1.0
 
 
-class _Stillness:
+class Stillness:
     """Notices, once, that no page has changed since the first checkpoint: the wrong memory may be being recorded."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ def record(
         loop = CheckpointLoop(
             source, sender, stream, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
         )
-        stillness = _Stillness()
+        stillness = Stillness()
         show = None
         if errors.is_terminal and not as_json:
             from rich.live import Live

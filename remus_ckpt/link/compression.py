@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from remus_ckpt.pages import Buffer
 from remus_ckpt.session.frames import Packing
@@ -21,16 +21,35 @@ _ALLOWANCE_S = 0.003
 """How much of an answer's time may be both sides' own work. If that is all of it, compression gains nothing."""
 
 
+def measure_with(packing: Packing) -> Callable[[memoryview, Compression], tuple[float, float]]:
+    """What a `Chooser` measures samples with."""
+
+    def measure(sample: memoryview, name: Compression) -> tuple[float, float]:
+        begin = time.perf_counter()
+        size = len(packing.compress(sample, name))
+        seconds = time.perf_counter() - begin
+        return len(sample) / max(seconds, 1e-9), size / len(sample)
+
+    return measure
+
+
 class Chooser:
     """Chooses the compression for one session.
 
     wanted: "none", "lz4", "zstd", or "auto": whichever delivers the bytes soonest, by measurements of the link (time
         from a checkpoint's last write to the message that it was received) and of the data (a sample)
     offered: what the other side can decompress
+    measure: compresses a sample; returns bytes/s in, and bytes out per byte in
     The sending thread calls `look` and `choose`, the listening thread calls `received`.
     """
 
-    def __init__(self, wanted: str, offered: Sequence[str]) -> None:
+    def __init__(
+        self,
+        wanted: str,
+        offered: Sequence[str],
+        *,
+        measure: Callable[[memoryview, Compression], tuple[float, float]] | None = None,
+    ) -> None:
         # Written by the listening thread, only read by the other:
         self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
         self._round_trip_s = float("inf")
@@ -41,8 +60,8 @@ class Chooser:
             self._candidates = [name for name in ("lz4", "zstd") if name in offered]
         elif wanted in offered:
             self._choice = wanted  # type: ignore[assignment]
-        self._packing = Packing()
-        self._gains: dict[Compression, tuple[float, float]] = {}  # bytes/s in, bytes out per byte in
+        self._measure = measure or measure_with(Packing())
+        self._gains: dict[Compression, tuple[float, float]] = {}
         self._until_sample = 0
 
     def look(self, buffers: Sequence[Buffer]) -> None:
@@ -56,10 +75,7 @@ class Chooser:
         self._until_sample = _SAMPLE_EVERY_BYTES
         sample = memoryview(largest).cast("B")[:_SAMPLE_BYTES]
         for name in self._candidates:
-            begin = time.perf_counter()
-            size = len(self._packing.compress(sample, name))
-            seconds = time.perf_counter() - begin
-            self._gains[name] = len(sample) / max(seconds, 1e-9), size / len(sample)
+            self._gains[name] = self._measure(sample, name)
 
     def received(self, wire_bytes: int, seconds: float) -> None:
         """The other side has reported that it received these bytes; seconds: since the write began"""

@@ -24,7 +24,6 @@ from remus_ckpt.flag import Flag
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address
-from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
@@ -174,8 +173,7 @@ class Backup:
             now = time.monotonic()
             if now >= beat:
                 beat = now + period
-                for peer in self._living_peers():
-                    peer.beat()
+                self._beat()
                 if on_turn is not None:
                     on_turn()
             if now >= check:
@@ -184,8 +182,8 @@ class Backup:
             due = min([beat, check, self._names.turn(now), *(standby.turn(now) for standby in self._names.standbys)])
             ready = {fd for fd, _ in poll.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))}
             for listener in self._listeners:
-                if listener.fileno() in ready and (connection := listener.accept()) is not None:
-                    self._receive_peer(connection)
+                if listener.fileno() in ready:
+                    self._receive_peer(listener)
 
     def close(self) -> None:
         """End all sessions and release the store, within seconds even if a disk hangs. Committed checkpoints stay.
@@ -288,13 +286,21 @@ class Backup:
             self._peers = [peer for peer in self._peers if peer.thread.is_alive()]
             return list(self._peers)
 
+    # `run` has no variable for a peer or its connection: the last one would keep its buffers.
+
+    def _beat(self) -> None:
+        for peer in self._living_peers():
+            peer.beat()
+
     def _end_distrusted(self) -> None:
         for peer in self._living_peers():
             if (fault := peer.connection.distrust()) is not None:
                 log("certificate not trusted", level=logging.WARNING, peer=peer.connection.peer, reason=fault)
                 peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} {fault}")
 
-    def _receive_peer(self, connection: Connection) -> None:
+    def _receive_peer(self, listener: Listener) -> None:
+        if (connection := listener.accept()) is None:
+            return
         peers = self._living_peers()
         if len(peers) >= self.policy.max_connections:
             staying = [peer for peer in peers if not peer.is_evicted]

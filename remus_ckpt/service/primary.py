@@ -370,7 +370,7 @@ class Primary:
             left_s = min(self._backoff.seconds, until - time.monotonic())
             if left_s > 0 and self._sleep(left_s):
                 continue
-            if end is not None and has_failed and time.monotonic() >= end:
+            if end is not None and (has_failed or self._backoff.seconds) and time.monotonic() >= end:
                 self.ended = "duration"
                 return
             try:

@@ -20,7 +20,6 @@ from remus_ckpt.observe.log import log
 from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.wire.record import Position
 
-_LAST_WORDS_S = 10.0
 _MOMENT_S = 0.1
 
 
@@ -90,14 +89,18 @@ class ReleaseCommand:
 
     stop: set when the command stops reading, since nothing else can release the output that waits for commits
     complain: called with what the user must know about the command's end
+    last_words_s: those ten seconds
     One thread calls the object, another watches the command; `hurry` and `close` are for its creator.
     """
 
-    def __init__(self, name: str, command: str, stop: StopSignal, complain: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, command: str, stop: StopSignal, complain: Callable[[str], None], *, last_words_s: float = 10.0
+    ) -> None:
+        self._last_words_s = last_words_s
         self._name = name
         self._stop = stop
         self._complain = complain
-        self._shell = ShellCommand(command, stdin=subprocess.PIPE, stdout=None, grace_s=_LAST_WORDS_S)
+        self._shell = ShellCommand(command, stdin=subprocess.PIPE, stdout=None, grace_s=last_words_s)
         assert self._shell.stdin is not None
         self._pipe = self._shell.stdin
         os.set_blocking(self._pipe.fileno(), False)
@@ -128,7 +131,7 @@ class ReleaseCommand:
     def _write(self, line: bytes) -> bool:
         poll = select.poll()
         poll.register(self._pipe.fileno(), select.POLLOUT)
-        say_at = time.monotonic() + _LAST_WORDS_S
+        say_at = time.monotonic() + self._last_words_s
         while not self.is_gone and (now := time.monotonic()) < self._deadline:
             try:
                 os.write(self._pipe.fileno(), line)  # shorter than PIPE_BUF: written whole or not at all
@@ -147,7 +150,7 @@ class ReleaseCommand:
 
     def hurry(self) -> None:
         """The protection is ending: start the command's last seconds."""
-        self._deadline = min(self._deadline, time.monotonic() + _LAST_WORDS_S)
+        self._deadline = min(self._deadline, time.monotonic() + self._last_words_s)
 
     def close(self) -> None:
         """Send no more lines; wait for the command to end."""
@@ -160,7 +163,7 @@ class ReleaseCommand:
         if status is None:
             self._complain("the --on-commit command does not exit: it is killed")
             self._shell.kill()
-            status = self._shell.wait(_LAST_WORDS_S)
+            status = self._shell.wait(self._last_words_s)
         self.has_failed = status != 0 or self.is_gone or self._lost is not None
         if self.has_failed:
             lost = f"; it did not get the commits from epoch {self._lost} on" if self._lost is not None else ""

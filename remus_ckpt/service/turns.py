@@ -32,9 +32,13 @@ def deadline_in(timeout_s: float) -> float:
 
 
 class Bell:
-    """Wakes all waiting threads. Any thread may call any method."""
+    """Wakes all waiting threads. Any thread may call any method.
 
-    def __init__(self) -> None:
+    look_s: how often a waiting thread looks without a ring
+    """
+
+    def __init__(self, *, look_s: float = _LOOK_S) -> None:
+        self._look_s = look_s
         self._waiters: set[Any] = set()
 
     def ring(self) -> None:
@@ -53,7 +57,7 @@ class Bell:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return False
-                waiter.acquire(timeout=min(left_s, _LOOK_S))
+                waiter.acquire(timeout=min(left_s, self._look_s))
             return True
         finally:
             self._waiters.discard(waiter)
@@ -84,14 +88,20 @@ class Turns:
     """Calls that exclude each other, in the order in which they came. Any thread may call.
 
     what: how users know such a call, for messages
+    bell: wakes the calls that wait
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, bell: Bell | None = None) -> None:
         self._what = what
         # The first one has its turn. The keys are separate objects: a frame that held its own call would form a cycle,
         # which only the garbage collector frees.
         self._calls: dict[object, _Call] = {}
-        self._bell = Bell()
+        self._bell = bell or Bell()
+
+    @property
+    def calls(self) -> int:
+        """How many calls have their turn or wait for it, including calls that were cut short and not noticed yet."""
+        return len(self._calls)
 
     def take(self, work: Callable[[], T], timeout_s: float = math.inf) -> T:
         """Run `work` when its turn comes; returns its result.

@@ -19,7 +19,6 @@ from remus_ckpt.source.mappings import FAULTS, WRITES, FileIdentity
 from remus_ckpt.source.process import Process
 
 _POLL_S = 50e-6
-_LOOK_S = 1.0
 _IN_MODIFY = 2
 
 
@@ -30,12 +29,14 @@ class CgroupFreezer:
 
     path: its directory, such as /sys/fs/cgroup/system.slice/orders.service
     freeze_timeout_s: how long it may take to freeze (a thread in an uninterruptible wait does not)
+    leaving_s: how long its processes may live on without the memory
     Raises SourceError if it cannot be frozen by us, is frozen already, or holds this process.
     """
 
-    def __init__(self, path: str | Path, *, freeze_timeout_s: float = 10.0) -> None:
+    def __init__(self, path: str | Path, *, freeze_timeout_s: float = 10.0, leaving_s: float = 1.0) -> None:
         self.path = Path(os.path.realpath(path))
         self._freeze_timeout_s = freeze_timeout_s
+        self._leaving_s = leaving_s
         self._events = self._freeze = self._witness = self._watch = -1
         self._guard: Guard | None = None
         self._claim: io.FileIO | None = None
@@ -140,11 +141,11 @@ class CgroupFreezer:
         now = time.monotonic()
         if self._writer is not None and self._writer.is_alive() and self._writer.has(memory):
             self._held_at = now
-        elif now - self._looked_at > _LOOK_S and self.alive():
+        elif now - self._looked_at > self._leaving_s and self.alive():
             self._find_writer(memory)
             if self._writer is not None:
                 self._held_at = now
-            elif now - self._held_at > _LOOK_S:
+            elif now - self._held_at > self._leaving_s:
                 raise SourceError(
                     f"no process in {self.path} has {memory.path} mapped any longer: what they work on now is not what "
                     "is recorded; begin anew with their new file"

@@ -15,10 +15,6 @@ from remus_ckpt.source.mappings import FAULTS, WRITES, FileIdentity
 from remus_ckpt.source.process import Process, closed_to_us, counts_runs, some
 
 _POLL_S = 50e-6
-_PATIENCE_S = 2.0
-"""How long a tracer or a freezer, which may be gone in a moment, keeps the processes waiting before the pause fails."""
-_LEAVING_S = 1.0
-"""How long a process may live on without the memory: one that ends unmaps it first."""
 
 
 class Processes:
@@ -29,11 +25,17 @@ class Processes:
 
     pids: of processes that we may send signals to
     stop_timeout_s: how long a thread may take to stop (one in an uninterruptible wait does not)
+    patience_s: how long a tracer or a freezer, which may be gone in a moment, may keep them waiting
+    leaving_s: how long a process may live on without the memory: one that ends unmaps it first
     Raises SourceError if one of them does not exist, is not ours, or is stopped, frozen or traced by somebody else.
     """
 
-    def __init__(self, pids: list[int], *, stop_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, pids: list[int], *, stop_timeout_s: float = 10.0, patience_s: float = 2.0, leaving_s: float = 1.0
+    ) -> None:
         self._stop_timeout_s = stop_timeout_s
+        self._patience_s = patience_s
+        self._leaving_s = leaving_s
         self._memory: FileIdentity | None = None
         self._named: list[Process] = []
         self._heirs: list[Process] = []
@@ -168,7 +170,7 @@ class Processes:
             process.send(signal.SIGSTOP)
 
     def _wait_stopped(self, process: Process, deadline: float) -> None:
-        patience = min(time.monotonic() + _PATIENCE_S, deadline)
+        patience = min(time.monotonic() + self._patience_s, deadline)
         while not process.is_stopped():
             if not process.is_alive():
                 return
@@ -231,7 +233,7 @@ class Processes:
         for process in self._named:
             if process.has_kept(memory):
                 self._lost.pop(process, None)
-            elif now - self._lost.setdefault(process, now) > _LEAVING_S:
+            elif now - self._lost.setdefault(process, now) > self._leaving_s:
                 raise SourceError(
                     f"process {process.pid} no longer has {memory.path} mapped, or not all of it: what it works on now "
                     "is not what is recorded; begin anew with its new file"

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -223,29 +222,24 @@ def test_a_command_that_dies_ends_the_protection(
         assert process_state(worker.pid) in "SR"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("does", ["setsid {lasting} & {lasting}", "cat > /dev/null; {lasting}", "{lasting} | cat"])
-def test_a_command_that_does_not_end_is_killed_whole(
-    served: Service, memory: Path, remus: Command, does: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(release, "_LAST_WORDS_S", 2.0)
+def test_a_command_that_does_not_end_is_killed_whole(does: str) -> None:
+    stop, complaints = StopSignal(), list[str]()
     lasting = f"sleep 99.{os.getpid()}"
-    with writer_process(memory) as worker:
-        ran = remus(
-            "protect", memory, "--pid", worker.pid, *to(served), "--duration", "200ms",
-            "--on-commit", does.format(lasting=lasting),
-        )  # fmt: skip
-    assert ran.code == 1
-    assert "it is killed" in ran.err
+    command = release.ReleaseCommand("orders", does.format(lasting=lasting), stop, complaints.append, last_words_s=0.3)
+    command(release.Committed(epoch=0, position=Position(0, bytes(32)), latency_s=0.0))
+    command.close()
+    stop.close()
+    assert command.has_failed
+    assert "it is killed" in complaints[0]
     lines = [path.read_bytes().replace(b"\0", b" ").strip() for path in Path("/proc").glob("[0-9]*/cmdline")]
     assert lasting.encode() not in lines
 
 
-def test_a_command_that_reads_nothing_holds_nothing_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release, "_LAST_WORDS_S", 0.3)
+def test_a_command_that_reads_nothing_holds_nothing_up_at_the_end() -> None:
     stop = StopSignal()
     complaints: list[str] = []
-    command = release.ReleaseCommand("orders", "sleep 60", stop, complaints.append)
+    command = release.ReleaseCommand("orders", "sleep 60", stop, complaints.append, last_words_s=0.3)
     calls: list[int] = []
 
     def commit() -> None:
@@ -256,7 +250,7 @@ def test_a_command_that_reads_nothing_holds_nothing_up_at_the_end(monkeypatch: p
     working = threading.Thread(target=commit, daemon=True)
     working.start()
     until(lambda: len(calls) > 100)
-    time.sleep(0.5)
+    working.join(0.5)
     assert working.is_alive(), "checkpoints wait for it"
     stop.set()
     working.join(LONG_S)
@@ -308,6 +302,7 @@ def test_status_says_what_is_wrong_and_nothing_where_all_is_well(
 
 
 def test_status_of_a_primary_that_says_odd_things() -> None:
+    """No primary of ours says them, and a backup is not asked here: `_tell` alone has to bear them."""
     found = {
         "role": "standby", "term": 0, "epoch": None, "position": None, "connected": True, "peer": "x", "silent_s": 0.0,
         "trouble": "the disk is full", "warnings": ["two"],

@@ -125,7 +125,7 @@ def test_interrupt_ends_with_a_whole_checkpoint(
     ],
 )
 def test_stillness(dirty: list[int], said: list[int]) -> None:
-    stillness = live._Stillness()
+    stillness = live.Stillness()
     assert [number for number, pages in enumerate(dirty) if stillness.lasts(pages, 100 + 0.4 * number)] == said
 
 
@@ -141,12 +141,11 @@ time.sleep(600)
 def test_a_recording_in_which_nothing_changes_says_so_once(
     memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    monkeypatch.setattr(live, "_STILL_S", 0.0)
     with subprocess.Popen([sys.executable, "-c", IDLE, str(memory)], stdout=subprocess.PIPE) as idle:
         assert idle.stdout is not None and idle.stdout.readline() == b"ready\n"
         try:
-            words = ["--pid", idle.pid, "-o", tmp_path / "stream", "--duration", "1s", "--interval", "20ms", "--json"]
-            ran = Command(monkeypatch, capfdbinary)("record", memory, *words)
+            words = ["--pid", idle.pid, "-o", tmp_path / "stream", "--duration", "1200ms", "--interval", "20ms"]
+            ran = Command(monkeypatch, capfdbinary)("record", memory, *words, "--json")
         finally:
             idle.kill()
     assert ran.code == 0 and json.loads(ran.out)["checkpoints"] > 1

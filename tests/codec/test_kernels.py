@@ -357,6 +357,7 @@ def test_report_without_a_demand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_numpy_serves_where_the_extension_is_missing() -> None:
+    """As where no compiler was at hand: the module is there, under the name that the package gives it."""
     program = """
 import sys
 sys.modules["remus_ckpt.codec._native"] = None

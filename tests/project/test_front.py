@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def test_type_checkers_see_what_python_sees() -> None:
     seen = {
         alias.asname: node.module for node in checking.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert seen == {name: f"remus_ckpt.{home}" for name, home in remus_ckpt._HOME_OF.items()}
+    assert set(seen) == set(remus_ckpt.__all__)
+    for name, home in seen.items():
+        assert getattr(importlib.import_module(home), name) is getattr(remus_ckpt, name)
 
 
 def test_a_wrong_name_is_an_attribute_error() -> None:

@@ -26,7 +26,7 @@ def test_checkpoints_by_hand_are_counted_and_the_first_link_is_no_reconnection(t
             memory.step(row)
         status = memory.protection.status()
         assert (status["checkpoints"], status["reconnects"]) == (3, 0)
-        memory.protection._primary._link.hang_up()
+        memory.primary.hang_up()
         memory.step(4)
         status = memory.protection.status()
         assert (status["checkpoints"], status["reconnects"]) == (4, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import pytest
 from certificates import Made, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from services import LONG_S, Service, make_keys, service, until
+from services import Service, make_keys, service, until
 from store_support import fill
 from test_service import Memory, backup_in, entries
 from test_service_races import Guest, turned_away
 from test_standby import Disk, asking_for, being_let_in, of, standing_by, turn
 
 from remus_ckpt.errors import StoreError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.protect import protect
@@ -54,13 +59,14 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Any:
 def protected_and_killed(tmp_path: Path, folder: Path) -> int:
     """One checkpoint over TLS; then the backup is killed, and the primary falls silent. Returns its port."""
     with service(tmp_path, folder, "--lease", "1s") as served:
-        array, protection = served.protecting("orders")
-        array[0] = 7
-        protection.checkpoint(wait=True, timeout_s=LONG_S)
-        port: int = protection._primary._link._connection._socket.getsockname()[1]
+        connection = connect(Address.parse(served.address), tls=TlsFiles(folder / "ca" / "primary"))
+        memory = Memory(served.address, dial=lambda: connection)
+        memory.step(7)
+        with socket.socket(fileno=os.dup(connection.fileno())) as sock:
+            port: int = sock.getsockname()[1]
         served.process.send_signal(signal.SIGKILL)
         served.process.wait()
-        protection._primary.hang_up()
+        memory.primary.hang_up()
     return port
 
 
@@ -226,11 +232,12 @@ def peer_of(path: Path) -> str:
 def test_one_that_is_turned_away_at_the_last_moment_is_not_fenced(tmp_path: Path, disk: Disk) -> None:
     """It is written down already when the takeover is asked for, and the one before it may still be at work."""
     fenced = tmp_path / "fenced"
-    standby = standing_by(tmp_path / "store", fence=telling(fenced))
+    woken = threading.Event()
+    standby = standing_by(tmp_path / "store", woken.set, fence=telling(fenced))
     with standby.hosting(first := Guest(1), first.hello()):
         pass
     with being_let_in(disk, standby, Guest(2)) as ends:
-        _, answers = asking_for(standby, fence=True)
+        _, answers = asking_for(standby, woken, fence=True)
         disk.may_go_on.set()
         until(lambda: ends)
         assert ends == ["busy"]

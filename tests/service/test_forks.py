@@ -14,6 +14,7 @@ from test_commands import is_alive, started
 from test_service import Memory, backup_in, entries
 
 from remus_ckpt.link.address import Address
+from remus_ckpt.link.dial import connect
 from remus_ckpt.link.listener import Listener
 from remus_ckpt.service.backup import Backup
 
@@ -70,7 +71,11 @@ def test_a_backup_that_dies_and_leaves_a_fork(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*")
 def test_a_fork_that_uses_or_leaves_its_parents_backup(tmp_path: Path) -> None:
-    with backup_in(tmp_path / "store", f"unix:{tmp_path}/socket") as backup, Memory(backup.addresses[0]) as memory:
+    with (
+        backup_in(tmp_path / "store", f"unix:{tmp_path}/socket") as backup,
+        Memory(backup.addresses[0]) as memory,
+        Listener(Address.parse(f"unix:{tmp_path}/other")) as listener,
+    ):
         memory.step(1)
         child = os.fork()
         if child == 0:
@@ -84,10 +89,11 @@ def test_a_fork_that_uses_or_leaves_its_parents_backup(tmp_path: Path) -> None:
                     refused += 1
             backup.stop()
             backup.close()
-            backup._listeners[0].close()
+            listener.close()
             os._exit(len(calls) - refused)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        memory.protection._primary.hang_up()
+        memory.primary.hang_up()
         memory.step(2)
         memory.step(3)
+        connect(listener.address).close()
     assert [entry.epoch for entry in entries(tmp_path / "store")] == [0, 1, 2]

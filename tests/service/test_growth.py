@@ -11,7 +11,7 @@ import importlib.util
 import random
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -98,7 +98,8 @@ def test_a_link_that_broke_leaves_nothing(
                         memory.protection.checkpoint(timeout_s=0.3)
                 proxy.refusing.clear()
             case "begun anew":
-                memory.protection._primary._window._anchor = None
+                others.rotate()
+                proxy.target = others[0]
                 proxy.cut()
 
     options: dict[str, Any] = {"interval_s": 0.005, "lock": threading.Lock()} if in_thread else {}
@@ -107,9 +108,11 @@ def test_a_link_that_broke_leaves_nothing(
         sides = {side: folder / "ca" / side for side in sides}
     with (
         Backup(tmp_path / "store", [f"{scheme}://127.0.0.1:0"], tls_dir=sides["backup"]) as backup,
+        Backup(tmp_path / "other", [f"{scheme}://127.0.0.1:0"], tls_dir=sides["backup"]) as other,
         Proxy(backup.addresses[0].replace(scheme, "tcp")) as proxy,
         Memory(proxy.address.replace("tcp", scheme), tls_dir=sides["primary"], **options) as memory,
     ):
+        others = deque(one.addresses[0].replace(scheme, "tcp") for one in (backup, other))
         commit()
         for _ in range(3):
             before = proxy.connections

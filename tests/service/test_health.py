@@ -294,7 +294,7 @@ def test_what_a_peer_says_cannot_drive_a_terminal(tmp_path: Path, remus: Command
     with backup_in(tmp_path / "store") as backup:
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
-            memory.protection._primary.ended = "\x1b[2J\nOK - protected"
+            memory.primary.ended = "\x1b[2J\nOK - protected"
         until(lambda: not of(backup)["connected"])
         for ran in (
             remus("status", "--from", backup.addresses[0]),

@@ -6,28 +6,27 @@ import gc
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import many
+from interrupter import Interrupter
+from limited import limit
 
 import remus_ckpt
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import StreamWriter
 from remus_ckpt.flag import Flag
-from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.loop import CheckpointLoop, StopSignal
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
-from remus_ckpt.service import backoff
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.protect import protect
+from remus_ckpt.service.protect import Protection, primary_of
 from remus_ckpt.service.release import Committed
 from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.source.own_memory import OwnMemory
@@ -49,51 +48,10 @@ OURS = tuple(
 assert all(map(os.path.exists, OURS))
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at one event of this thread, as a signal handler would.
-
-    at: which, counted from 0
-    kind: "line" or "opcode"
-    files: whose code counts
-    """
-
-    def __init__(self, at: int, kind: str = "line", files: tuple[str, ...] = OURS) -> None:
-        self.at = at
-        self.seen = 0
-        self._kind = kind
-        self._files = files
-        # CPython 3.11 only borrows its trace function while it makes the frame object of a call. That may run the
-        # garbage collector, and with it a `__del__` in which `_trace` raises: then sys.settrace lets the function go,
-        # and the interpreter calls what is freed. So it is kept alive here.
-        self._tracer = self._trace
-
-    def __enter__(self) -> Interrupter:
-        sys.settrace(self._tracer)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(self._files):
-            return None
-        if self._kind == "opcode":
-            frame.f_trace_opcodes = True
-        if event == self._kind:
-            self.seen += 1
-            if self.seen == self.at + 1:
-                raise KeyboardInterrupt
-        return self._trace
-
-    @property
-    def has_struck(self) -> bool:
-        return self.seen > self.at
-
-
 @contextmanager
-def interrupted(at: int, **options: Any) -> Iterator[Interrupter]:
+def interrupted(at: int, *, files: tuple[str, ...] = OURS, **options: Any) -> Iterator[Interrupter]:
     """A block that is interrupted, or not where it ends before."""
-    interrupter = Interrupter(at, **options)
+    interrupter = Interrupter(at, files=files, **options)
     try:
         with interrupter:
             yield interrupter
@@ -112,14 +70,12 @@ class Desk:
         self._store = store
         self._name = name
         self._step = 0
-        self.protection = protect(
-            {"array": self.array},
-            to=backup.addresses[0],
-            name=name,
-            lock=self.lock,
-            device_state=self.device_state,
-            on_commit=self.commits.append,
+        stop = StopSignal()
+        source = OwnMemory({"array": self.array}, lock=self.lock, device_state=self.device_state)
+        self.primary = primary_of(
+            source, name, backup.addresses[0], interval_s=0.0, on_commit=self.commits.append, stop=stop
         )
+        self.protection = Protection(self.primary, source, stop, None, in_thread=False)
 
     def device_state(self) -> bytes:
         if self.is_failing:
@@ -133,7 +89,7 @@ class Desk:
             self.array[(3 * self._step) % 5] = 0 if self._step % 3 else self._step % 251
 
     def cut(self) -> None:
-        self.protection._primary.hang_up()
+        self.primary.hang_up()
 
     def checkpoint(self, *, wait: bool = True) -> int:
         return self.protection.checkpoint(wait=wait, timeout_s=LONG_S)
@@ -224,7 +180,7 @@ def while_a_callback_fails(desk: Desk, strike: Callable[[], None]) -> None:
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backoff, "FIRST_S", 0.001)
+    limit(monkeypatch, first_backoff_s=0.001)
 
 
 @pytest.fixture(autouse=True)

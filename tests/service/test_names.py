@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from limited import limit
 from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, entries, restored, until
 from test_standby import of
@@ -42,7 +43,7 @@ def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytes
 
         return hang
 
-    monkeypatch.setattr("remus_ckpt.service.names._OPEN_S", 1.0)
+    limit(monkeypatch, open_s=0.5)
     method = {"looking": "may_hold", "opening": "writer"}[where]
     monkeypatch.setattr(Store, method, hanging(getattr(Store, method)))
     try:
@@ -58,7 +59,7 @@ def test_a_disk_that_hangs_as_a_backup_starts(tmp_path: Path, monkeypatch: pytes
                 backup.failover("bad")
             with protect({"a": np.zeros(9)}, to=backup.addresses[0], name="bad", connect_timeout_s=0) as protection:
                 with pytest.raises(RemusError):
-                    protection.checkpoint(timeout_s=2.0)
+                    protection.checkpoint(timeout_s=0.7)
                 may_go_on.set()
                 until(lambda: of(backup, "bad")["role"] == "standby")
                 assert backup.metrics.registry.get_sample_value("remus_store_open", {"name": "bad"}) == 1
@@ -72,9 +73,8 @@ def test_stores_that_are_slow_together_are_waited_for(tmp_path: Path, monkeypatc
     for number in range(9):
         Store(tmp_path).writer(f"name-{number}").close()
     writer = Store.writer
-    monkeypatch.setattr("remus_ckpt.service.names._OPEN_S", 2.0)
-    monkeypatch.setattr("remus_ckpt.service.names._MOST_OPENED", 4)
-    monkeypatch.setattr(Store, "writer", lambda *given, **options: time.sleep(0.8) or writer(*given, **options))
+    limit(monkeypatch, open_s=1.0, most_opened=4)
+    monkeypatch.setattr(Store, "writer", lambda *given, **options: time.sleep(0.4) or writer(*given, **options))
     with Backup(tmp_path, [ANY]) as backup:
         assert {found["role"] for found in backup.status()["names"].values()} == {"standby"}
 
@@ -84,7 +84,7 @@ def test_a_backup_that_ends_while_a_store_is_being_opened(tmp_path: Path, monkey
     Store(tmp_path).writer("orders").close()
     may_go_on, real = threading.Event(), Store.writer
     with monkeypatch.context() as patched:
-        patched.setattr("remus_ckpt.service.names._OPEN_S", 0.1)
+        limit(patched, open_s=0.1)
         patched.setattr(Store, "writer", lambda *given, **options: may_go_on.wait(LONG_S) and real(*given, **options))
         begin = time.monotonic()
         Backup(tmp_path, [ANY]).close()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from services import LONG_S, Service, command, make_keys, service, until
 from support import process_state, writer_process
-from test_service import Memory, backup_in
+from test_service import Memory, backup_in, is_lost
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError
 from remus_ckpt.service.backup import Backup
@@ -205,9 +205,7 @@ def test_the_news_come_in_a_pause(tmp_path: Path, memory: Path) -> None:
         def on_paused(epoch: int) -> None:
             if epoch == 3:
                 backup.failover("orders")
-                link = primary._link
-                assert link is not None
-                until(lambda: link._error is not None)
+                until(lambda: is_lost(primary))  # it has been told
                 states.append(process_state(worker.pid))
 
         primary = primary_of(

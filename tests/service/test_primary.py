@@ -1,37 +1,32 @@
-"""What a primary keeps whatever its backup, its callbacks and its forks do."""
+"""What a primary keeps whatever its callbacks, its threads and its backup do."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import select
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from interrupter import Interrupter
 from liars import Liar, Peer
-from services import make_keys
+from limited import limit
+from services import within
 from support import process_state, writer_process
 from test_service import LONG_S, Memory, backup_in, entries, is_lost, restored, until
 
-from remus_ckpt.errors import Fenced, LinkError, RemusError, SourceError
+from remus_ckpt.errors import Fenced, RemusError, SourceError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.service import primary as primaries
-from remus_ckpt.service.backup import Backup
+from remus_ckpt.service import turns
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import primary_of, protect
 from remus_ckpt.service.release import Committed
@@ -42,211 +37,6 @@ from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 from remus_ckpt.store import Store
 
-SLACK_S = 2.0
-"""A busy machine may add so much."""
-
-
-@contextmanager
-def within(timeout_s: float) -> Iterator[None]:
-    """What is in the block keeps its time."""
-    begin = time.monotonic()
-    yield
-    assert time.monotonic() - begin < timeout_s + SLACK_S
-
-
-# Time-outs
-
-
-@contextmanager
-def hanging_disk(tmp_path: Path) -> Iterator[tuple[Backup, threading.Event]]:
-    """A backup whose disk hangs from epoch 1 on until the event is set; its heartbeats go on."""
-    go_on = threading.Event()
-
-    def on_phase(name: str, epoch: int) -> None:
-        if name == "staged" and epoch >= 1:
-            go_on.wait(LONG_S)
-
-    with Backup(tmp_path / "store", [f"unix:{tmp_path}/socket"], on_phase=on_phase) as backup:
-        try:
-            yield backup, go_on
-        finally:
-            go_on.set()
-
-
-@pytest.mark.parametrize("window", [1, 2, 3])
-@pytest.mark.parametrize("wait", [False, True])
-def test_a_disk_that_hangs(tmp_path: Path, window: int, wait: bool) -> None:
-    with hanging_disk(tmp_path) as (backup, go_on):
-        memory = Memory(backup.addresses[0], window=window)
-        memory.step(0)
-        failed = 0
-        for row in range(5):
-            memory.array[row] += 1
-            with within(0.2):
-                try:
-                    memory.protection.checkpoint(timeout_s=0.2, wait=wait)
-                except LinkError:
-                    failed += 1
-        assert failed >= 5 - window
-        assert memory.protection.status()["lag_checkpoints"] <= window
-        go_on.set()
-        memory.step(7)
-        memory.protection.close()
-        assert [commit.epoch for commit in memory.commits] == [entry.epoch for entry in entries(tmp_path / "store")]
-    assert np.array_equal(restored(tmp_path / "store"), memory.array)
-
-
-@pytest.mark.parametrize("in_thread", [False, True])
-def test_closing_while_the_disk_hangs(tmp_path: Path, in_thread: bool) -> None:
-    options: dict[str, Any] = {"interval_s": 0.01, "lock": threading.Lock()} if in_thread else {}
-    with hanging_disk(tmp_path) as (backup, _):
-        memory = Memory(backup.addresses[0], **options)
-        if in_thread:
-            until(lambda: memory.protection.status()["lag_checkpoints"] > 0 and memory.protection.committed is not None)
-        else:
-            memory.step(0)
-            memory.step(1, wait=False)
-        with within(0.5), pytest.raises(LinkError):
-            memory.protection.close(0.5)
-        memory.protection.close()
-
-
-def beat(peer: Peer) -> None:
-    """Be there, and read nothing."""
-    number = 0
-    with suppress(OSError):
-        while True:
-            number += 1
-            peer.say(messages.Heartbeat(number=number, status={}))
-            time.sleep(0.05)
-
-
-def stops_reading(peer: Peer) -> None:
-    peer.welcome(lease_s=30.0)
-    beat(peer)
-
-
-def dribbles(peer: Peer) -> None:
-    hello = peer.hear()
-    welcome = messages.Welcome(program="liar", term=hello.term or 0, limits={}, lease_s=30.0)
-    with suppress(OSError):
-        for byte in b"".join(map(bytes, peer.session.send(welcome))):
-            peer.socket.sendall(bytes([byte]))
-            time.sleep(0.1)
-
-
-def says_nothing(peer: Peer) -> None:
-    while peer.socket.recv(1 << 16):
-        pass
-
-
-@pytest.mark.parametrize("serve", [stops_reading, dribbles, says_nothing])
-def test_a_peer_that_keeps_us_waiting(serve: Callable[[Peer], None]) -> None:
-    array = np.random.default_rng(1).integers(0, 256, 32 << 20, dtype=np.uint8)
-    with Liar(serve) as liar:
-        protection = protect({"array": array}, to=liar.address, name="orders", connect_timeout_s=0)
-        for _ in range(3):
-            with within(0.4), pytest.raises(LinkError):
-                protection.checkpoint(timeout_s=0.4)
-        with within(0.4), suppress(RemusError):
-            protection.close(0.4)
-        options: dict[str, Any] = {"interval_s": 0.01, "lock": threading.Lock(), "connect_timeout_s": 0}
-        threaded = protect({"array": array}, to=liar.address, name="t", **options)
-        until(lambda: liar.visits > 3)
-        time.sleep(0.2)
-        with within(0.4), suppress(RemusError):
-            threaded.close(0.4)
-
-
-def test_a_copy_that_was_not_done_in_time_is_done_by_a_longer_one(tmp_path: Path) -> None:
-    """The first peer takes nothing; the next one finds a primary that goes on right."""
-    array = np.random.default_rng(1).integers(0, 256, (32 << 20) // 8, dtype=np.int64)
-    with Liar(stops_reading) as liar, backup_in(tmp_path / "store") as backup:
-        memory = Memory(liar.address, array=array.reshape(-1, 512))
-        with within(0.3), pytest.raises(LinkError):
-            memory.protection.checkpoint(timeout_s=0.3)
-        memory.protection._primary._connect = lambda: connect(Address.parse(backup.addresses[0]))
-        memory.step(1)
-        memory.protection.close()
-    assert np.array_equal(restored(tmp_path / "store"), memory.array)
-
-
-def test_a_heartbeat_that_cannot_go_out_is_in_nobodys_way() -> None:
-    def serve(peer: Peer) -> None:
-        peer.welcome(lease_s=8.0)
-        beat(peer)
-
-    with Liar(serve) as liar:
-        protection = protect({"a": np.zeros(9)}, to=liar.address, name="orders")
-        protection.checkpoint()
-        link = protection._primary._link
-        assert link is not None
-        until_s = time.monotonic() + 2.5  # a heartbeat is due after two seconds
-        while time.monotonic() < until_s:
-            with suppress(BlockingIOError):
-                while True:
-                    link._connection._socket.send(bytes(1 << 16))
-            time.sleep(0.02)
-        with within(0.2), pytest.raises(LinkError):
-            protection.checkpoint(timeout_s=0.2)
-        with within(0.2), suppress(RemusError):
-            protection.close(0.2)
-
-
-def test_all_pages_of_a_checkpoint_whose_commit_was_not_sent_come_again(tmp_path: Path) -> None:
-    """More than one batch of them."""
-    with backup_in(tmp_path / "store") as backup:
-        memory = Memory(backup.addresses[0], array=np.zeros((2500, 512), dtype=np.int64))
-        memory.step(1)
-        link = memory.protection._primary._link
-        assert link is not None
-
-        def interrupt(message: Any) -> None:
-            raise KeyboardInterrupt
-
-        link.commit = interrupt  # type: ignore[method-assign]
-        memory.array += 1
-        with pytest.raises(KeyboardInterrupt):
-            memory.step(2)
-        memory.step(3)
-        memory.protection.close()
-    assert [entry.is_base for entry in entries(tmp_path / "store")] == [True, False]
-    assert np.array_equal(restored(tmp_path / "store"), memory.array)
-
-
-def test_connecting_takes_no_longer_than_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resolver, a listener, a TLS handshake that hang."""
-    folder = make_keys(tmp_path)
-    wake = threading.Event()
-    found = socket.getaddrinfo
-
-    def slow(host: Any, *rest: Any, **options: Any) -> Any:
-        if host == "slow.invalid":
-            wake.wait(LONG_S)
-        return found(host, *rest, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", slow)
-    with ExitStack() as stack:
-        stack.callback(wake.set)
-        full = stack.enter_context(socket.socket(socket.AF_UNIX))
-        full.bind(str(tmp_path / "full"))
-        full.listen(0)
-        for _ in range(3):
-            dialing = stack.enter_context(socket.socket(socket.AF_UNIX))
-            dialing.setblocking(False)
-            dialing.connect_ex(str(tmp_path / "full"))
-        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        for address in (f"unix:{tmp_path}/full", f"tls://127.0.0.1:{deaf.getsockname()[1]}", "tls://slow.invalid:1"):
-            options: dict[str, Any] = {"to": address, "name": "orders", "tls_dir": folder / "ca" / "primary"}
-            with within(0.3), pytest.raises(LinkError):
-                protect({"a": np.zeros(9)}, **options, connect_timeout_s=0.3)
-            protection = protect({"a": np.zeros(9)}, **options, connect_timeout_s=0)
-            with within(0.3), pytest.raises(LinkError):
-                protection.checkpoint(timeout_s=0.3)
-            with within(0.3):
-                protection.close(0.3)
-
-
 # Callbacks
 
 
@@ -256,7 +46,7 @@ def test_connecting_takes_no_longer_than_the_call(tmp_path: Path, monkeypatch: p
 def test_whatever_on_commit_raises_the_commits_behind_it_are_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
-    monkeypatch.setattr(primaries, "_MAX_UNRELEASED", 3)
+    limit(monkeypatch, most_unreleased=3)
     told: list[int] = []
 
     def on_commit(committed: Committed) -> None:
@@ -274,7 +64,7 @@ def test_whatever_on_commit_raises_the_commits_behind_it_are_delivered(
 
 
 def test_an_on_commit_that_does_not_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primaries, "_MAX_UNRELEASED", 3)
+    limit(monkeypatch, most_unreleased=3)
     go_on = threading.Event()
     told: list[int] = []
 
@@ -287,8 +77,8 @@ def test_an_on_commit_that_does_not_return(tmp_path: Path, monkeypatch: pytest.M
         other = protect({"a": np.zeros(9)}, to=backup.addresses[0], name="other", on_commit=on_commit)
         with pytest.raises(RemusError, match="on_commit"):
             for _ in range(20):
-                with within(3.0):
-                    protection.checkpoint(timeout_s=3.0)
+                with within(0.5):
+                    protection.checkpoint(timeout_s=0.5)
         with within(3.0), pytest.raises(RemusError, match="on_commit"):
             protection.checkpoint(timeout_s=0.3, wait=True)
         other.checkpoint(wait=True)
@@ -323,8 +113,7 @@ def test_an_interval_whose_callback_raises_or_blocks(tmp_path: Path, caplog: pyt
         with within(0.3), pytest.raises(RemusError, match="does not end"):
             blocked.close(0.3)
         go_on.set()
-        assert blocked._thread is not None
-        blocked._thread.join(LONG_S)
+        until(lambda: not any(thread.name == "checkpoints" for thread in threading.enumerate()))
         assert not options["lock"].locked()
 
 
@@ -387,7 +176,7 @@ def test_threads_that_call_at_once_take_turns(tmp_path: Path) -> None:
             try:
                 for number in range(40):
                     if number == 20:
-                        memory.protection._primary.hang_up()
+                        memory.primary.hang_up()
                     epochs.append(memory.protection.checkpoint(timeout_s=LONG_S, wait=bool(number % 2)))
             except BaseException as error:
                 faults.append(error)
@@ -407,10 +196,11 @@ def test_threads_that_call_at_once_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
-    go_on = threading.Event()
+    has_turn, go_on = threading.Event(), threading.Event()
 
     def device_state() -> bytes:
         if threading.current_thread() is not threading.main_thread():
+            has_turn.set()
             go_on.wait(LONG_S)
         return b""
 
@@ -418,7 +208,7 @@ def test_a_turn_that_does_not_come(tmp_path: Path) -> None:
         memory.step(1)
         slow = threading.Thread(target=memory.protection.checkpoint)
         slow.start()
-        until(lambda: bool(memory.protection._primary._turns._calls))
+        assert has_turn.wait(LONG_S)
         with within(0.2), pytest.raises(RemusError, match="another thread"):
             memory.protection.checkpoint(timeout_s=0.2)
         go_on.set()
@@ -446,60 +236,62 @@ def test_a_checkpoint_within_a_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_other_thread", [False, True])
 def test_a_call_that_was_cut_short_is_over(tmp_path: Path, is_other_thread: bool) -> None:
     """An interrupt may fall where a call gives its turn back, and its traceback may be kept."""
+    kept: list[BaseException] = []
+
+    def steps(row: int, at: float) -> int:
+        """Take a checkpoint that is interrupted at that line of turns.py; returns how many lines it came to."""
+        with Interrupter(at, files=(turns.__file__,)) as striking:
+            memory.step(row, wait=False)
+        return striking.seen
+
     with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0]) as memory:
-        turns = memory.protection._primary._turns
-        leave = turns._leave
-
-        def strike(key: object) -> None:
-            raise KeyboardInterrupt
-
-        turns._leave = strike  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt) as cut:
-            memory.step(1)
-        turns._leave = leave  # type: ignore[method-assign]
-        assert turns._calls
-        if is_other_thread:
-            other = threading.Thread(target=memory.step, args=[2])
-            other.start()
-            other.join(LONG_S)
-        else:
-            memory.step(2)
-        assert not turns._calls
-        assert np.array_equal(restored(tmp_path / "store"), memory.array)
-        assert cut.tb is not None
+        memory.step(1)
+        count = steps(2, math.inf)
+        for row, at in enumerate(range(count - 8, count), 3):  # the turn is given back in the last ones
+            try:
+                steps(row, at)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            if is_other_thread:
+                other = threading.Thread(target=memory.step, args=[row])
+                other.start()
+                other.join(LONG_S)
+                assert not other.is_alive()
+            else:
+                memory.step(row)
+            assert np.array_equal(restored(tmp_path / "store"), memory.array)
+    assert len(kept) > 4
 
 
 def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:
     """What the other call would send then is memory that is not there any more."""
-    with backup_in(tmp_path / "store") as backup:
-        memory = Memory(backup.addresses[0])
-        memory.step(1)
-        primary = memory.protection._primary
-        connecting, closed = threading.Event(), threading.Event()
-        patiently, told = primary._connect_patiently, []
+    capturing, closed, told = threading.Event(), threading.Event(), list[str]()
 
-        def connect_patiently(*arguments: Any) -> None:
-            connecting.set()
+    def on_phase(name: str, epoch: int) -> None:
+        if name == "capture" and epoch == 1:
+            capturing.set()
             closed.wait(LONG_S)
-            patiently(*arguments)
 
-        primary._connect_patiently = connect_patiently  # type: ignore[method-assign]
+    def call() -> None:
+        try:
+            memory.protection.checkpoint()
+        except ValueError as error:
+            told.append(str(error))
 
-        def call() -> None:
-            try:
-                memory.protection.checkpoint()
-            except ValueError as error:
-                told.append(str(error))
-
+    with backup_in(tmp_path / "store") as backup:
+        memory = Memory(backup.addresses[0], on_phase=on_phase)
+        memory.step(1)
         other = threading.Thread(target=call)
         other.start()
-        connecting.wait(LONG_S)
-        memory.protection.close()
+        assert capturing.wait(LONG_S)
+        memory.primary.close()
         closed.set()
         other.join(LONG_S)
         assert told
         assert "closed" in told[0]
-        assert primary._link is None
+        assert not memory.primary.fds(), "it has a link"
+        assert [entry.epoch for entry in entries(tmp_path / "store")] == [0]
+        memory.protection.close()
         with Memory(backup.addresses[0]) as again:  # the name is free
             again.step(1)
 
@@ -575,147 +367,6 @@ def test_whatever_another_callback_raises_the_next_checkpoint_is_right(
             left = 0
             step(raising + 20)
             assert np.array_equal(restored(tmp_path / "store"), array)
-
-
-# Forks
-
-
-def in_a_fork(work: Callable[[], None]) -> int:
-    """Do it in a child; its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*")
-@pytest.mark.parametrize("in_thread", [False, True])
-@pytest.mark.parametrize("is_tls", [False, True])
-def test_a_fork_leaves_the_session_alone(tmp_path: Path, in_thread: bool, is_tls: bool) -> None:
-    options: dict[str, Any] = {"interval_s": 0.01, "lock": multiprocessing.Lock()} if in_thread else {}
-    listen, keys = "tcp://127.0.0.1:0", None
-    if is_tls:
-        folder = make_keys(tmp_path / "keys") / "ca"
-        listen, keys = "tls://127.0.0.1:0", folder / "backup"
-        options["tls_dir"] = folder / "primary"
-    with Backup(tmp_path / "store", [listen], tls_dir=keys) as backup:
-        memory = Memory(backup.addresses[0], **options)
-        protection = memory.protection
-
-        def advance() -> None:
-            if in_thread:
-                before = protection.committed
-                until(lambda: protection.committed != before)
-            else:
-                memory.step(1)
-
-        def close() -> None:
-            with protection:
-                pass
-            protection.close()
-            protection._primary.close()
-
-        def refused() -> None:
-            for call in (protection.checkpoint, protection._primary.checkpoint, lambda: protection.wait_for(1 << 40)):
-                with suppress(ValueError):
-                    call()  # type: ignore[operator]
-                    raise AssertionError("it was taken")
-
-        def hang_up() -> None:
-            link = protection._primary._link
-            assert link is not None
-            link.close("closed")
-
-        advance()
-        for work in (close, refused, hang_up, lambda: None):
-            assert in_a_fork(work) == 0, work
-            advance()
-        for method in ("fork", "spawn"):
-            child = multiprocessing.get_context(method).Process(target=os.getpid)
-            child.start()
-            child.join()
-            advance()
-        subprocess.run([sys.executable, "-c", ""], check=True, close_fds=False)
-        advance()
-        assert protection.status()["reconnects"] == 0
-        assert not select.select([protection._stop], [], [], 0)[0], "the thread no longer keeps to its interval"
-        protection.close()
-
-
-def test_a_fork_leaves_its_parents_backup_alone(tmp_path: Path) -> None:
-    with Backup(tmp_path / "store", [f"unix:{tmp_path}/socket"]) as backup, Memory(backup.addresses[0]) as memory:
-        memory.step(1)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(5)
-            backup.close()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        memory.protection._primary.hang_up()
-        memory.step(2)
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*")
-def test_a_fork_in_a_callback_lets_nobody_write(tmp_path: Path) -> None:
-    """The lock belongs to both processes; that the child leaves must not give it back."""
-    lock = multiprocessing.Lock()
-    held: list[bool] = []
-
-    def device_state() -> bytes:
-        pid = os.fork()
-        if pid == 0:
-            sys.exit(7)
-        os.waitpid(pid, 0)
-        held.append(not lock.acquire(block=False))
-        return b""
-
-    with backup_in(tmp_path / "store") as backup:
-        protection = protect(
-            {"a": np.zeros(9)}, to=backup.addresses[0], name="orders", lock=lock, device_state=device_state
-        )
-        parent = os.getpid()
-        try:
-            protection.checkpoint(wait=True)
-        except SystemExit:
-            if os.getpid() != parent:
-                os._exit(0)
-            raise
-        assert held == [True]
-        protection.close()
-
-
-DIES_IN_A_PAUSE = """
-import os, signal, sys, time
-from remus_ckpt.source.processes import Processes
-processes = Processes([int(sys.argv[1])])
-processes.stop()
-if os.fork() == 0:
-    os.close(1)
-    time.sleep(30)
-    os._exit(0)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_fork_does_not_keep_the_guard_waiting(tmp_path: Path) -> None:
-    """Its parent dies in a pause: the worker runs on although the fork lives."""
-    memory = Path(f"/dev/shm/remus-fork-{os.getpid()}")
-    memory.write_bytes(bytes(8 * PAGE_SIZE))
-    try:
-        with writer_process(memory) as worker:
-            dying = subprocess.Popen([sys.executable, "-c", DIES_IN_A_PAUSE, str(worker.pid)], process_group=0)
-            try:
-                assert dying.wait(LONG_S) == -signal.SIGKILL
-                until(lambda: process_state(worker.pid) not in "Tt")
-                Processes([worker.pid]).close()  # nobody claims it any longer
-            finally:
-                os.killpg(dying.pid, signal.SIGKILL)
-    finally:
-        memory.unlink()
 
 
 # What is acknowledged, and what is refused

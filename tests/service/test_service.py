@@ -22,15 +22,19 @@ from store_support import Source
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.client import Link
+from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
+from remus_ckpt.link.tls import TlsFiles
+from remus_ckpt.loop import StopSignal
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
-from remus_ckpt.service.protect import Protection, protect
+from remus_ckpt.service.protect import Protection, primary_of, protect
 from remus_ckpt.service.release import Committed
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import machine, messages
 from remus_ckpt.source.manifest import arrays_of
+from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import Entry, Store
 from remus_ckpt.wire.record import Position
 
@@ -54,17 +58,38 @@ def backup_in(store: Path, listen: str = ANY, **policy: Any) -> Iterator[Backup]
 
 
 class Memory:
-    """An array, its protection, and what was committed."""
+    """An array, its protection, and what was committed. Made of the parts that `protect` makes it of, each in reach.
 
-    def __init__(self, to: str, **options: Any) -> None:
-        self.array = options.pop("array", None)
-        if self.array is None:
-            self.array = np.zeros((64, 512), dtype=np.int64)
+    dial: makes its connections, in place of the address
+    options: as for `protect`, and `Primary`
+    """
+
+    def __init__(
+        self,
+        to: str,
+        *,
+        array: np.ndarray | None = None,
+        dial: Callable[[], Connection] | None = None,
+        tls_dir: Path | None = None,
+        interval_s: float | None = None,
+        lock: Any = None,
+        device_state: Callable[[], bytes] = bytes,
+        connect_timeout_s: float = 0,
+        **options: Any,
+    ) -> None:
+        self.array = np.zeros((64, 512), dtype=np.int64) if array is None else array
         self.commits: list[Committed] = []
         self.at: dict[int, np.ndarray] = {}
-        self.protection: Protection = protect(
-            {"array": self.array}, to=to, name="orders", on_commit=self.commits.append, **options
-        )
+        self.stop = StopSignal()
+        source = OwnMemory({"array": self.array}, lock=lock, device_state=device_state)
+        options |= {"interval_s": interval_s or 0.0, "on_commit": self.commits.append, "stop": self.stop}
+        if dial is None:
+            self.primary = primary_of(source, "orders", to, tls=TlsFiles(tls_dir) if tls_dir else None, **options)
+        else:
+            self.primary = Primary("orders", source, dial, **options)
+        if connect_timeout_s:
+            self.primary.connect(connect_timeout_s)
+        self.protection = Protection(self.primary, source, self.stop, None, in_thread=interval_s is not None)
 
     def __enter__(self) -> Memory:
         return self
@@ -310,7 +335,7 @@ def test_another_primary_of_the_same_name_is_turned_away(tmp_path: Path) -> None
         memory.step(1)
         with Memory(backup.addresses[0], connect_timeout_s=0) as other:
             with pytest.raises(Refused) as caught:
-                other.protection.checkpoint(timeout_s=2.0)
+                other.protection.checkpoint(timeout_s=0.5)
             assert caught.value.code == "busy"
         memory.step(2)
     assert np.array_equal(restored(tmp_path / "store"), memory.array)
@@ -371,7 +396,8 @@ def command(tmp_path: Path, code: str) -> str:
 
 
 class SlowToTell(Link):
-    """Its listening thread has read that the session is over, and does not come to say so."""
+    """Its listening thread has read that the session is over, and does not come to say so: between the two, nothing of
+    ours is called, so that a method of it has to be taken."""
 
     has_read = threading.Event()
     may_tell = threading.Event()
@@ -415,12 +441,12 @@ def test_automatic_only_behind_a_fence_that_succeeds(tmp_path: Path) -> None:
         Memory(proxy.address) as memory,
     ):
         last = memory.step(1)
-        time.sleep(1.0)
+        time.sleep(0.6)  # more than a lease
         assert not (tmp_path / "fence").exists(), "heartbeats keep it"
         proxy.silent.set()
         proxy.refusing.set()
         until((tmp_path / "fence").exists)
-        time.sleep(0.3)
+        until(lambda: backup.status()["names"]["orders"]["fence"] == "failed")
         assert backup.status()["names"]["orders"]["role"] == "standby"
         (tmp_path / "down").touch()
         until((tmp_path / "takeover").exists)
@@ -442,7 +468,7 @@ def test_a_goodbye_is_no_failover(tmp_path: Path) -> None:
     with backup_in(tmp_path / "store", lease_s=0.3, automatic=True, fence=fence) as backup:
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
-        time.sleep(1.0)
+        time.sleep(0.5)  # more than a lease
         assert backup.status()["names"]["orders"]["role"] == "standby"
     assert not (tmp_path / "fence").exists()
 
@@ -656,7 +682,7 @@ def test_a_full_disk_decides_nothing(tmp_path: Path, small_disk: Path, monkeypat
         with suppress(OSError), open(small_disk / "filler", "ab", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + 1.0  # more than two leases
         while time.monotonic() < deadline:
             memory.array[:] = rng.integers(0, 1 << 60, memory.array.shape)
             with pytest.raises(LinkError):
@@ -671,7 +697,7 @@ def test_a_full_disk_decides_nothing(tmp_path: Path, small_disk: Path, monkeypat
             patch.setattr("remus_ckpt.store.state.replace_file", fails)
             proxy.refusing.set()
             proxy.cut()
-            time.sleep(1.5)
+            time.sleep(0.8)  # two leases
             assert not fenced.exists(), "it is gone, and what would follow could not be written down"
         until(lambda: backup.status()["names"]["orders"]["image"] is not None)
         assert backup.status()["names"]["orders"]["role"] == "promoted" and fenced.exists()

@@ -7,13 +7,14 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from limited import limit
 from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, until
 from test_service_races import Guest
@@ -23,7 +24,6 @@ from remus_ckpt.link.address import Address
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy, Refusal, Standby
@@ -69,16 +69,18 @@ def of(backup: Backup, name: str = "orders") -> dict[str, Any]:
     return found
 
 
-def standing_by(folder: Path, **policy: Any) -> Standby:
+def standing_by(folder: Path, wake: Callable[[], None] | None = None, **policy: Any) -> Standby:
     """One that holds a checkpoint, and whose clock is turned by the test."""
     with Store(folder).writer("orders") as filled:
         fill(filled, 1)
     policy.setdefault("lease_s", LONG_S)
-    return Standby("orders", Store(folder).writer("orders"), Policy(**policy), Metrics(), lambda: None)
+    return Standby("orders", Store(folder).writer("orders"), Policy(**policy), Metrics(), wake or (lambda: None))
 
 
 def settled(standby: Standby) -> None:
-    until(lambda: not standby._is_settling)
+    """Wait until none of its threads is promoting, or writing what is owed."""
+    names = {f"promote of {standby.name}", f"pay of {standby.name}"}
+    until(lambda: names.isdisjoint(thread.name for thread in threading.enumerate()))
 
 
 def turn(standby: Standby, at: float | None = None) -> None:
@@ -94,7 +96,7 @@ def test_a_promotion_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk, fault: str
 ) -> None:
     """Whatever becomes of it, nobody commits under a state that a restart would contradict."""
-    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
+    limit(monkeypatch, promotion_s=0.3)
     mark = tmp_path / "taken-over"
     with backup_in(tmp_path / "store", on_failover=f"touch {mark}") as backup:
         with Memory(backup.addresses[0]) as memory:
@@ -103,9 +105,13 @@ def test_a_promotion_that_cannot_be_written(
             with pytest.raises(RemusError) as caught:
                 backup.failover("orders")
             assert "certain" in str(caught.value), "it does not say that nothing was promoted"
-            with pytest.raises(Refused) as refused:
-                memory.protection.checkpoint(wait=True, timeout_s=0.5)
-            assert refused.value.code == "store"
+
+            def refused() -> str:
+                with pytest.raises(Refused) as refused:
+                    memory.protection.checkpoint(wait=True, timeout_s=0.5)
+                return refused.value.code
+
+            until(lambda: refused() == "store")  # "busy", as long as its own session ends
             setattr(disk, fault, False)
             with suppress(Fenced):
                 memory.step(2)
@@ -143,7 +149,7 @@ def test_a_goodbye_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
             memory.step(1)
             disk.full = True
         assert "space" in of(backup)["trouble"]
-        time.sleep(0.8)
+        time.sleep(0.4)  # more than a lease
         disk.full = False
         until(lambda: of(backup)["trouble"] is None)
     assert Store(tmp_path / "store").history("orders").state.more["expects_primary"] is False
@@ -228,9 +234,13 @@ def being_let_in(disk: Disk, standby: Standby, guest: Guest, term: int | None = 
         coming.join(LONG_S)
 
 
-def asking_for(standby: Standby, *, fence: bool = False) -> tuple[threading.Thread, list[Any]]:
-    """A takeover by hand that has been asked for; its answer, or its error, comes into the list."""
+def asking_for(standby: Standby, woken: threading.Event, *, fence: bool = False) -> tuple[threading.Thread, list[Any]]:
+    """A takeover by hand that has been asked for; its answer, or its error, comes into the list.
+
+    woken: set by the standby, which wakes its backup as soon as it has been asked
+    """
     answers: list[Any] = []
+    woken.clear()
 
     def ask_for() -> None:
         try:
@@ -240,15 +250,16 @@ def asking_for(standby: Standby, *, fence: bool = False) -> tuple[threading.Thre
 
     asking = threading.Thread(target=ask_for, daemon=True)
     asking.start()
-    until(lambda: standby._by_hand is not None)
+    assert woken.wait(LONG_S)
     return asking, answers
 
 
 def test_a_takeover_is_asked_for_while_a_primary_is_being_let_in(tmp_path: Path, disk: Disk) -> None:
     """While a takeover is being done, nobody is let in."""
-    standby = standing_by(tmp_path)
+    woken = threading.Event()
+    standby = standing_by(tmp_path, woken.set)
     with being_let_in(disk, standby, Guest(1)) as ends:
-        asking, answers = asking_for(standby)
+        asking, answers = asking_for(standby, woken)
         disk.may_go_on.set()
         until(lambda: ends)
         assert ends == ["busy"]
@@ -263,10 +274,11 @@ def test_what_was_handed_out_is_asked_for_while_its_survivor_is_being_let_in(tmp
     with Store(tmp_path).writer("orders") as filled:
         fill(filled, 1)
         filled.set_state(term=1, role="promoted")
-    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), lambda: None)
+    woken = threading.Event()
+    standby = Standby("orders", Store(tmp_path).writer("orders"), Policy(lease_s=LONG_S), Metrics(), woken.set)
     survivor = Guest(1)
     with being_let_in(disk, standby, survivor, 2) as ends:
-        asking, answers = asking_for(standby)
+        asking, answers = asking_for(standby, woken)
         standby.turn(time.monotonic())  # the memory is about to be handed out
         disk.may_go_on.set()
         until(lambda: ends)
@@ -285,11 +297,11 @@ def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the earlier one is answered or taken for done, although the disk failed just behind its end."""
-    runs = tmp_path / "runs"
-    standby = standing_by(tmp_path / "store", on_failover=f"echo $REMUS_TERM >> {runs}")
+    runs, woken = tmp_path / "runs", threading.Event()
+    standby = standing_by(tmp_path / "store", woken.set, on_failover=f"echo $REMUS_TERM >> {runs}")
 
     def take_over() -> dict[str, Any]:
-        _, answers = asking_for(standby)
+        _, answers = asking_for(standby, woken)
         until(lambda: turn(standby) or answers)
         until(lambda: turn(standby) or standby.status()["takeover"] == "succeeded")
         given: dict[str, Any] = answers[0]
@@ -318,9 +330,7 @@ def test_a_survivor_could_not_be_let_in_and_the_next_takeover_is_its_own(
 
 def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
     """A promotion hangs: others are served, it is said how things are, and who waits for it is told in time."""
-    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
-    monkeypatch.setattr(standby_module, "_LEAVE_S", 0.5)
-    monkeypatch.setattr("remus_ckpt.service.backup._CLOSE_S", 1.0)
+    limit(monkeypatch, promotion_s=0.3, leave_s=0.3, close_s=0.5)
     with backup_in(tmp_path / "store", lease_s=1.0) as backup:
         with Memory(backup.addresses[0]) as memory, Backup(tmp_path / "x", [ANY]):
             memory.step(1)
@@ -338,7 +348,7 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
                     assert (
                         ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]["orders"]["term"] == 0
                     )
-                time.sleep(2.0)  # two leases
+                time.sleep(1.2)  # more than a lease
                 assert protection.status()["reconnects"] == 0, "it has heard our heartbeats"
                 with pytest.raises(RemusError):
                     backup.failover("orders")
@@ -351,8 +361,7 @@ def test_a_disk_that_hangs_holds_up_nothing_else(tmp_path: Path, monkeypatch: py
 
 def test_a_session_that_hangs_in_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be ended, so nothing is promoted; once it can be, it is."""
-    monkeypatch.setattr(standby_module, "_PROMOTION_S", 1.0)
-    monkeypatch.setattr(standby_module, "_LEAVE_S", 0.3)
+    limit(monkeypatch, promotion_s=1.0, leave_s=0.2)
     hangs, may_go_on = threading.Event(), threading.Event()
 
     def on_phase(name: str, epoch: int) -> None:
@@ -409,11 +418,9 @@ def test_a_survivor_is_not_ended_for_the_memory_that_it_began_with(tmp_path: Pat
     survivor = Guest(1)
     with standby.hosting(survivor, survivor.hello(term=2)):
         pass
-    over = time.monotonic() + 5 * 0.2
-    while time.monotonic() < over:
-        standby._looked_at = time.monotonic()
-        turn(standby)
-        time.sleep(0.02)
+    now = time.monotonic()
+    for number in range(100):  # of the five leases that follow
+        turn(standby, now + 0.01 * number)
     assert standby.status()["role"] == "standby"
     assert not shot.exists()
     standby.close()
@@ -421,7 +428,8 @@ def test_a_survivor_is_not_ended_for_the_memory_that_it_began_with(tmp_path: Pat
 
 def test_two_who_ask_for_a_takeover(tmp_path: Path) -> None:
     """One vouches for the old side, and is not made to wait for the fence that the other asks for."""
-    standby = standing_by(tmp_path, fence="sleep 60")
+    wakes: list[None] = []
+    standby = standing_by(tmp_path, lambda: wakes.append(None), fence="sleep 60")
     answers: list[dict[str, Any]] = []
     asking = [
         threading.Thread(target=lambda fence=fence: answers.append(standby.take_over(fence=fence)), daemon=True)
@@ -430,7 +438,7 @@ def test_two_who_ask_for_a_takeover(tmp_path: Path) -> None:
     try:
         for number, thread in enumerate(asking, 1):
             thread.start()
-            until(lambda number=number: len(standby._changed._waiters) == number)  # type: ignore[attr-defined]
+            until(lambda number=number: len(wakes) == number)  # type: ignore[misc]
         turn(standby)
         until(lambda: len(answers) == 2)
         assert [answer["term"] for answer in answers] == [1, 1]

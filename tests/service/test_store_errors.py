@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from limited import limit
 from store_support import PAGES, Source, commit, fill, memory_at, sha
 from test_service import ANY, LONG_S, Memory, restored, until
 
 from remus_ckpt import disk
 from remus_ckpt.disk import replace_file, spare_of
 from remus_ckpt.errors import LinkError, RemusError, StoreError
+from remus_ckpt.link.address import Address
+from remus_ckpt.link.control import ask
+from remus_ckpt.link.dial import connect
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
 from remus_ckpt.service.backup import Backup
@@ -35,16 +39,29 @@ def open_files(folder: Path) -> list[str]:
     return [path for path in found if path.startswith(str(folder))]
 
 
-def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """No thread of that name can be started."""
+def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """No thread of that name can be started; returns those that could not."""
     start = threading.Thread.start
+    refused: list[str] = []
 
     def refuse(self: threading.Thread) -> None:
         if self.name.startswith(name):
+            refused.append(self.name)
             raise RuntimeError("can't start new thread")
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+    return refused
+
+
+class Keeping(Store):
+    """Keeps the last writer that it has made."""
+
+    made: HistoryWriter
+
+    def writer(self, *given: Any, **options: Any) -> HistoryWriter:
+        self.made = super().writer(*given, **options)
+        return self.made
 
 
 def test_an_index_that_gets_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,12 +184,13 @@ def test_a_store_that_was_torn_by_nobody_who_is_told(tmp_path: Path) -> None:
             raised.set()
             raise MemoryError
 
+    store = Keeping(tmp_path / "store")
     with (
-        Backup(tmp_path / "store", [ANY], policy=Policy(lease_s=2.0), on_phase=on_phase) as backup,
+        Backup(store, [ANY], policy=Policy(lease_s=2.0), on_phase=on_phase) as backup,
         Memory(backup.addresses[0], wait="applied") as memory,
     ):
         memory.step(0)
-        writer = backup._standbys["orders"]._writer
+        writer = store.made
         until(lambda: writer.memory is not None)  # what has been acknowledged may not have been applied yet
         with suppress(MemoryError, StoreError):  # it may be closed by now
             writer.compact(wait=True)
@@ -194,20 +212,29 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
         fill(writer, 1)
         good = (writer.directory / "store.json").read_bytes()
     (tmp_path / "orders" / "store.json").write_bytes(b"{")
-    with Backup(tmp_path, [ANY], policy=Policy(lease_s=2.0)) as backup:
-        assert backup._thread is not None
+    with Backup(tmp_path, [ANY], policy=Policy(lease_s=2.0)) as backup, Memory(backup.addresses[0]) as memory:
+
+        def is_served() -> bool:
+            return "orders" in ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]
+
         with monkeypatch.context() as patched:
-            no_thread(patched, "opening")
+            refused = no_thread(patched, "opening")
             (tmp_path / "orders" / "store.json").write_bytes(good)
-            backup._thread.join(1.5)
-            assert backup._thread.is_alive()
+            until(lambda: len(refused) > 1)
+            assert is_served()
         until(lambda: backup.status()["names"]["orders"]["role"] == "standby")
+        memory.step(0)
         with monkeypatch.context() as patched:
-            no_thread(patched, "closing")
-            backup._standbys["orders"]._durable.note_broken(MemoryError())
-            backup._thread.join(0.3)
-            assert backup._thread.is_alive()
-        until(lambda: "orders" in backup._standbys and backup._standbys["orders"].broken is None)
+            refused = no_thread(patched, "closing")
+            (image,) = (tmp_path / "orders" / "warm").glob("memory-*.image")
+            os.truncate(image, 0)  # it has to be opened anew
+            memory.array += 1
+            with suppress(LinkError):
+                memory.protection.checkpoint(timeout_s=0.3)
+            until(lambda: len(refused) > 1)
+            assert is_served()
+        memory.step(1)
+        assert (restored(tmp_path) == memory.array).all()
 
 
 def test_stores_that_hang_hang_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +242,7 @@ def test_stores_that_hang_hang_together(tmp_path: Path, monkeypatch: pytest.Monk
     may_go_on = threading.Event()
     for name in "abcde":
         Store(tmp_path).writer(name).close()
-    monkeypatch.setattr("remus_ckpt.service.backup._CLOSE_S", 0.1)
+    limit(monkeypatch, close_s=0.1)
     with monkeypatch.context() as patched:
         close = HistoryWriter.close
         patched.setattr(HistoryWriter, "close", lambda self: may_go_on.wait(LONG_S) and close(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from limited import limit
 from proxy import Proxy
 from store_support import fill
+from support import is_running
 from test_service import LONG_S, Memory, backup_in, until
 from test_standby import of
 
 from remus_ckpt.errors import RemusError
 from remus_ckpt.observe.metrics import Metrics
-from remus_ckpt.service import standby as standby_module
 from remus_ckpt.service.durable import Durable
 from remus_ckpt.service.failover import Command, Phase, Role, Situation
 from remus_ckpt.service.policy import Policy
@@ -105,8 +107,8 @@ def test_a_sign_of_life_behind_the_decision_to_fence(tmp_path: Path, steps: Step
 
 def test_a_fence_is_dead_before_the_primary_is_let_in(tmp_path: Path) -> None:
     """Its reason is gone: nothing of it may shoot what is back, and it was no failure."""
-    shot, begun = tmp_path / "shot", tmp_path / "begun"
-    fence = f"touch {begun}; (setsid sh -c 'sleep 2; touch {shot}' &); sleep 30 | cat"
+    begun, lasting = tmp_path / "begun", f"sleep 60.{os.getpid()}"
+    fence = f"touch {begun}; (setsid sh -c '{lasting}; touch {tmp_path}/shot' &); {lasting} | cat"
     with (
         backup_in(tmp_path / "store", lease_s=0.4, automatic=True, fence=fence) as backup,
         Proxy(backup.addresses[0]) as proxy,
@@ -114,14 +116,13 @@ def test_a_fence_is_dead_before_the_primary_is_let_in(tmp_path: Path) -> None:
     ):
         memory.step(1)
         proxy.silent.set()
-        until(begun.exists)
+        until(lambda: begun.exists() and is_running(lasting))
         proxy.silent.clear()
         memory.step(2)
+        assert not is_running(lasting)
         found = of(backup)
         assert (found["role"], found["fence"]) == ("standby", "not run")
-        time.sleep(2.2)
         memory.step(3)
-        assert not shot.exists()
         assert (
             backup.metrics.registry.get_sample_value(
                 "remus_command_failures_total", {"name": "orders", "command": "fence"}
@@ -131,10 +132,10 @@ def test_a_fence_is_dead_before_the_primary_is_let_in(tmp_path: Path) -> None:
 
 
 def test_a_fence_that_takes_too_long_or_is_not_wanted_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shot, begun = tmp_path / "shot", tmp_path / "begun"
-    fence = f"touch {begun}; (sleep 1.5; touch {shot}) 2>&1 | cat"
+    begun, lasting = tmp_path / "begun", f"sleep 60.{os.getpid()}"
+    fence = f"touch {begun}; ({lasting}; touch {tmp_path}/shot) 2>&1 | cat"
     for promotion_s, fence_s in ((60.0, 0.3), (0.3, 60.0)):
-        monkeypatch.setattr(standby_module, "_PROMOTION_S", promotion_s)
+        limit(monkeypatch, promotion_s=promotion_s)
         with (
             backup_in(tmp_path / "store", fence=fence, fence_timeout_s=fence_s) as backup,
             Memory(backup.addresses[0]) as memory,
@@ -143,35 +144,32 @@ def test_a_fence_that_takes_too_long_or_is_not_wanted_any_more(tmp_path: Path, m
             with pytest.raises(RemusError):
                 backup.failover("orders", fence=True)
             assert begun.exists()
-            while of(backup)["fence"] == "running":
-                time.sleep(0.01)
-            time.sleep(1.6)
-            assert not shot.exists()
+            until(lambda: of(backup)["fence"] != "running")
+            assert not is_running(lasting)
             memory.step(2)
 
 
 def test_the_end_of_the_backup_is_the_end_of_its_commands(tmp_path: Path) -> None:
-    acted, begun = tmp_path / "acted", tmp_path / "begun"
-    takeover = f"touch {begun}; (setsid sh -c 'sleep 1; touch {acted}' &); sleep 30"
+    lasting = f"sleep 60.{os.getpid()}"
+    takeover = f"(setsid sh -c '{lasting}; touch {tmp_path}/acted' &); exec sleep 30"
     with backup_in(tmp_path / "store", on_failover=takeover) as backup:
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
         backup.failover("orders")
-        until(begun.exists)
-    time.sleep(1.2)
-    assert not acted.exists()
+        until(lambda: is_running(lasting))
+    assert not is_running(lasting)
 
 
 def test_a_takeover_that_does_not_end_is_killed_and_tried_again(tmp_path: Path) -> None:
     runs, acted = tmp_path / "runs", tmp_path / "acted"
     first = f"(setsid sh -c 'while test -e {tmp_path}; do sleep 0.5; touch {acted}; done' &); sleep 60 | cat"
     takeover = f"echo run >> {runs}; test $(wc -l < {runs}) -gt 1 || {{ {first}; }}"
-    with backup_in(tmp_path / "store", on_failover=takeover, takeover_timeout_s=1.0) as backup:
+    with backup_in(tmp_path / "store", on_failover=takeover, takeover_timeout_s=0.5) as backup:
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
         backup.failover("orders")
         until(lambda: of(backup)["takeover"] == "failed")
-        assert "more than 1 s" in of(backup)["trouble"]
+        assert "more than 0.5 s" in of(backup)["trouble"]
         acted.unlink(missing_ok=True)
         until(lambda: of(backup)["takeover"] == "succeeded")
         assert of(backup)["trouble"] is None

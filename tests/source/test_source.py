@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import process_state, writer_process
+from support import end_guard, process_state, writer_process
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.pages import PAGE_SIZE
@@ -83,10 +83,7 @@ def test_guard_leaves_a_process_alone_that_was_not_stopped_by_us(sleeper: subpro
 
 def test_without_its_guard_nothing_is_stopped(sleeper: subprocess.Popen[bytes]) -> None:
     processes = Processes([sleeper.pid])
-    guard = processes._guard
-    assert guard is not None
-    guard.process.kill()
-    guard.process.wait()
+    end_guard()
     with pytest.raises(SourceError):
         processes.stop()
     assert process_state(sleeper.pid) != "T"
@@ -113,14 +110,15 @@ def test_a_process_is_recorded_by_one(sleeper: subprocess.Popen[bytes]) -> None:
 
 
 def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[bytes]) -> None:
-    """One that dies just after it told its guard of a pause: the guard's SIGCONT must not end the next one's pause."""
+    """One that dies in a pause, with a guard that is late: the guard's SIGCONT must not end the next one's pause."""
     code = (
         "import os, signal, sys\n"
         "from remus_ckpt.source.processes import Processes\n"
         "processes = Processes([int(sys.argv[1])])\n"
-        "print(processes._guard.process.pid, flush=True)\n"
-        "os.kill(processes._guard.process.pid, signal.SIGSTOP)\n"
-        "processes._guard.stopping()\n"
+        "guard = int(open(f'/proc/self/task/{os.getpid()}/children').read())\n"
+        "print(guard, flush=True)\n"
+        "os.kill(guard, signal.SIGSTOP)\n"
+        "processes.stop()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(sleeper.pid)], stdout=subprocess.PIPE) as recorder:
@@ -128,7 +126,7 @@ def test_nobody_else_begins_before_the_guard_is_done(sleeper: subprocess.Popen[b
         guard = int(recorder.stdout.readline())
     try:
         assert recorder.returncode == -signal.SIGKILL
-        with pytest.raises(SourceError):
+        with pytest.raises(SourceError, match="recorded"):
             Processes([sleeper.pid])
     finally:
         os.kill(guard, signal.SIGCONT)

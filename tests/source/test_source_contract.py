@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import writers
-from support import writer_process
+from support import end_guard, writer_process
 from tracking import needs_tracking
 
 from remus_ckpt.errors import SourceError
@@ -364,9 +364,7 @@ def test_without_its_guard_nothing_is_stopped(
 ) -> None:
     writer, memory = process
     them = writers.make(kind, writer.pid, in_cgroup(request, kind, writer.pid))
-    guard = them._guard  # type: ignore[attr-defined]
-    guard.process.kill()
-    guard.process.wait()
+    end_guard()
     with pytest.raises(SourceError):
         them.stop()
     before = memory.read_bytes()

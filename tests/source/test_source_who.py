@@ -24,8 +24,6 @@ from remus_ckpt.files import StreamWriter, read_checkpoints
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.sender import Sender
-from remus_ckpt.source import cgroup as cgroup_module
-from remus_ckpt.source import processes as processes_module
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
@@ -139,16 +137,15 @@ def test_a_thread_that_ran_in_a_pause_is_found_though_it_is_stopped_again(memory
         source.close()
 
 
-def test_a_process_whose_first_thread_is_dead(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_whose_first_thread_is_dead(memory: Path) -> None:
     """It has no memory to look at under its own number, and a state that is no stop."""
-    monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
     number = {"x86_64": 60, "aarch64": 93}.get(platform.machine())
     if number is None:
         pytest.skip("exit(2) has another number here")
     code = THREADS + f"print('ready', flush=True)\nctypes.CDLL(None).syscall({number}, 0)\n"
     with python(code, memory, 3) as worker:
         wait_until(lambda: process_state(worker.pid) == "Z")
-        source = SharedFile(memory, Processes([worker.pid]))
+        source = SharedFile(memory, Processes([worker.pid], leaving_s=0.0))
         for _ in range(5):
             source.stopper.stop()
             assert holds_still(memory)
@@ -228,12 +225,9 @@ def test_a_traced_process_is_refused_by_name_of_its_tracer(memory: Path) -> None
 
 
 @pytest.mark.usefixtures("may_trace")
-def test_a_tracer_that_comes_later_ends_the_pauses_and_not_the_process(
-    memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes_module, "_PATIENCE_S", 0.1)
+def test_a_tracer_that_comes_later_ends_the_pauses_and_not_the_process(memory: Path) -> None:
     with python(THREADS + "print('ready', flush=True)\nwrite(0)\n", memory, 3) as worker:
-        processes = Processes([worker.pid])
+        processes = Processes([worker.pid], patience_s=0.1)
         processes.stop()
         processes.resume()
         one = sorted(os.listdir(f"/proc/{worker.pid}/task"))[-1]
@@ -259,20 +253,19 @@ def group() -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_frozen_process_is_told_of(memory: Path, group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes_module, "_PATIENCE_S", 0.1)
+def test_a_frozen_process_is_told_of(memory: Path, group: Path) -> None:
     with python(BUSY, memory) as worker:
         (group / "cgroup.procs").write_text(str(worker.pid))
-        processes = Processes([worker.pid])
+        processes = Processes([worker.pid], patience_s=0.1)
         (group / "cgroup.freeze").write_text("1")
         wait_until(lambda: "frozen 1" in (group / "cgroup.events").read_text())
         with pytest.raises(SourceError, match=str(group)):
             processes.stop()
         processes.close()
         with pytest.raises(SourceError, match=str(group)):
-            Processes([worker.pid])
+            Processes([worker.pid], patience_s=0.1)
         (group / "cgroup.freeze").write_text("0")
-        processes = Processes([worker.pid])
+        processes = Processes([worker.pid], patience_s=0.1)
         processes.stop()
         assert holds_still(memory)
         processes.close()
@@ -582,12 +575,9 @@ def one_pause(source: SharedFile) -> None:
 
 
 @pytest.mark.parametrize("how", ["lose", "lose, with the file open", "lose a part", "execute"])
-def test_a_process_that_no_longer_has_the_memory_ends_it(
-    memory: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
+def test_a_process_that_no_longer_has_the_memory_ends_it(memory: Path, how: str) -> None:
     with python(WORKER + REMAPS, memory) as worker:
-        source = SharedFile(memory, Processes([worker.pid]))
+        source = SharedFile(memory, Processes([worker.pid], leaving_s=0.0))
         one_pause(source)
         tell(worker, how)
         if how == "execute":
@@ -601,26 +591,24 @@ def test_a_process_that_no_longer_has_the_memory_ends_it(
         source.close()
 
 
-def test_a_process_that_maps_the_memory_again_is_followed(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_maps_the_memory_again_is_followed(memory: Path) -> None:
     with python(WORKER + REMAPS, memory) as worker:
-        source = SharedFile(memory, Processes([worker.pid]))
+        source = SharedFile(memory, Processes([worker.pid], leaving_s=0.0))
         one_pause(source)
         tell(worker, "lose")
         said(worker)
         one_pause(source)
         tell(worker, "map")
         said(worker)
-        monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
         for _ in range(3):
             one_pause(source)
         source.close()
 
 
-def test_a_process_that_protects_its_pages_has_them(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_protects_its_pages_has_them(memory: Path) -> None:
     """As a collector of garbage does, or whoever looks for writes."""
-    monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
     with python(WORKER + REMAPS, memory) as worker:
-        source = SharedFile(memory, Processes([worker.pid]))
+        source = SharedFile(memory, Processes([worker.pid], leaving_s=0.0))
         one_pause(source)
         tell(worker, "protect")
         said(worker)
@@ -636,10 +624,9 @@ def test_where_the_kernel_cannot_be_asked_for_one_mapping_all_are_read(
     from remus_ckpt.source import process as process_module
 
     monkeypatch.setattr(process_module, "maps_at", lambda *_: None)
-    monkeypatch.setattr(process_module, "_LOOK_S", 0.0)
-    monkeypatch.setattr(processes_module, "_LEAVING_S", 0.0)
+    monkeypatch.setattr(process_module, "_LOOK_S", 0.0)  # how often a process is looked at is nobody's choice
     with python(WORKER + REMAPS, memory) as worker:
-        source = SharedFile(memory, Processes([worker.pid]))
+        source = SharedFile(memory, Processes([worker.pid], leaving_s=0.0))
         for _ in range(3):
             one_pause(source)
         tell(worker, "lose")
@@ -690,15 +677,12 @@ def test_a_group_that_cannot_write_to_the_memory_is_refused(memory: Path, group:
 
 
 @pytest.mark.root
-def test_a_group_that_no_longer_has_the_memory_ends_it(
-    memory: Path, group: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_that_no_longer_has_the_memory_ends_it(memory: Path, group: Path) -> None:
     """Not while one of its processes has it, whichever that is."""
-    monkeypatch.setattr(cgroup_module, "_LOOK_S", 0.0)
     with python(WORKER + REMAPS, memory) as one, python(WORKER + REMAPS, memory) as two:
         for worker in (one, two):
             (group / "cgroup.procs").write_text(str(worker.pid))
-        source = SharedFile(memory, CgroupFreezer(group))
+        source = SharedFile(memory, CgroupFreezer(group, leaving_s=0.0))
         for worker in (one, two):
             for _ in range(3):
                 one_pause(source)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import writers
+from support import guards, is_running
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.source.cgroup import CgroupFreezer
@@ -214,43 +215,43 @@ def test_a_resume_command_that_fails_is_tried_again_at_the_end(tmp_path: Path) -
 
 def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
     said = tmp_path / "said"
-    them = PauseCommands(f"(sleep 0.5; {log(said, 'late')}) & sleep 60", log(said, "resume"), timeout_s=0.05)
+    lasting = f"sleep 60.{os.getpid()}"
+    them = PauseCommands(f"({lasting}; {log(said, 'late')}) & {lasting}", log(said, "resume"), timeout_s=0.2)
     with pytest.raises(SourceError):
         them.stop()
+    assert not is_running(lasting)
     them.close()
-    time.sleep(0.6)
     assert said.read_text().split() == ["resume"]
 
 
 @pytest.mark.parametrize("how", ["setsid sh -c", "sh -mc", "setsid setsid sh -c"])
 def test_it_is_killed_with_what_has_left_its_session(tmp_path: Path, how: str) -> None:
     said = tmp_path / "said"
-    late = f"{how} 'echo up >> {said}; sleep 0.5; {log(said, 'late')}; sleep 60' &"
+    lasting = f"sleep 60.{os.getpid()}"
+    late = f"{how} 'echo up >> {said}; {lasting}; {log(said, 'late')}' &"
     them = PauseCommands(f"{late} while ! test -e {said}; do sleep 0.01; done; sleep 60", "true", timeout_s=1.0)
     with pytest.raises(SourceError):
         them.stop()
-    before = said.read_text()
-    time.sleep(0.6)
-    assert said.read_text() == before
-    assert not left_by(them)
+    assert said.read_text() == "up\n"
+    assert not is_running(lasting)
+    assert not left_behind()
     them.close()
 
 
-def left_by(them: PauseCommands) -> list[str]:
+def left_behind() -> list[str]:
     """The processes that the commands have left behind."""
-    assert them._guard is not None
-    guard = them._guard.process.pid
+    (guard,) = guards()
     return Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
 
 
 def test_what_an_earlier_command_left_behind_is_not_killed_with_a_later_one(tmp_path: Path) -> None:
     them = PauseCommands("setsid sleep 60 & sleep 0.05", "exec sleep 60", timeout_s=0.5)
     them.stop()
-    daemons = left_by(them)
+    daemons = left_behind()
     assert daemons
     with pytest.raises(SourceError):
         them.resume()
-    assert left_by(them) == daemons
+    assert left_behind() == daemons
     them.close()
     for daemon in daemons:
         os.kill(int(daemon), 9)
@@ -275,7 +276,7 @@ def test_a_daemon_that_holds_the_error_output_is_not_waited_for_and_takes_no_mem
     while not told.exists() or not told.read_text():
         time.sleep(0.01)
     assert told.read_text() != "0\n"
-    for left in left_by(them):
+    for left in left_behind():
         os.kill(int(left), 9)
     them.close()
 

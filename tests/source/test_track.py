@@ -18,7 +18,7 @@ from conftest import many
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tracking import in_fork, needs_compiler, needs_tracking, racing_writers  # noqa: F401
+from tracking import in_fork, needs_compiler, needs_tracking, racing_writers, without_query  # noqa: F401
 
 from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, pages_for
@@ -225,8 +225,8 @@ def test_hugetlbfs_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             pytest.skip("no huge pages were given")
         small = mapped(PAGE_SIZE)
         for has_query in (True, False):
-            if not has_query:  # as before Linux 6.11
-                monkeypatch.setattr("remus_ckpt.source.track.spans._PROCMAP_QUERY", 0xC0686699)
+            if not has_query:
+                without_query(monkeypatch)
             with pytest.raises(Untracked, match=r"'it'.*hugetlbfs"):
                 Spans([span_of(array)])
             Spans([span_of(small)]).close()
@@ -368,7 +368,7 @@ def test_shared_memory_is_refused_unless_it_is_demanded(
     kind: str, has_query: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_query:
-        monkeypatch.setattr("remus_ckpt.source.track.spans._PROCMAP_QUERY", 0xC0686699)
+        without_query(monkeypatch)
     with memory_of(kind, 4 * PAGE_SIZE, tmp_path) as array:
         if kind in ("heap", "anonymous", "private file"):
             Spans([span_of(array)]).close()

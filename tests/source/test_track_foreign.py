@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -79,7 +80,7 @@ def test_it_runs_on_when_its_tracer_dies_at_any_step(threads: str, target_progra
                 for step in range(1, 60):
                     pid = os.fork()
                     if not pid:
-                        linux._libc = tracking.Dying(step, is_after=is_after)
+                        linux.ptrace = tracking.Dying(step, is_after=is_after)
                         foreign.userfaultfd_of(target.pid, target.pidfd)
                         os._exit(0)
                     status = os.waitpid(pid, 0)[1]
@@ -238,7 +239,7 @@ def test_what_is_no_program_kills() -> None:
     verdicts = {seccomp.verdict(random.bytes(8 * 30), bytes(64)) for _ in range(300)}
     assert seccomp.KILL in verdicts
     assert seccomp.verdict(b"", bytes(64)) == seccomp.KILL
-    endless = tracking._INSTRUCTION.pack(0x05, 0, 0, 0xFFFFFFFF)
+    endless = tracking.INSTRUCTION.pack(0x05, 0, 0, 0xFFFFFFFF)
     assert seccomp.verdict(endless, bytes(64)) == seccomp.KILL
 
 
@@ -257,6 +258,6 @@ def test_arithmetic_of_a_filter() -> None:
         (0x84, 0, 0, 0),  # neg
         (0x16, 0, 0, 0),  # ret a
     ]
-    program = b"".join(tracking._INSTRUCTION.pack(*row) for row in code)
-    data = seccomp._DATA.pack(1, 100, 0, *[0] * 6)
+    program = b"".join(tracking.INSTRUCTION.pack(*row) for row in code)
+    data = struct.pack("=iIQ6Q", 1, 100, 0, *[0] * 6)  # struct seccomp_data
     assert seccomp.verdict(program, data) == -((100 + 5) ^ 7) & 0xFFFFFFFF

@@ -354,6 +354,7 @@ def test_what_was_handed_out_before_the_machine_started_anew(
 ) -> None:
     """It may be torn."""
     (tmp_path / "boot").write_text("another")
+    # The machine of a test cannot start anew.
     monkeypatch.setattr("remus_ckpt.store.hand_over._BOOT_ID", str(tmp_path / "boot"))
     with resurrected.writer("orders") as writer:
         assert writer.hand_out()[0].read_bytes() == memory_at(3).tobytes()

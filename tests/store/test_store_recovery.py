@@ -286,13 +286,13 @@ def test_an_index_that_cannot_be_read_for_now_is_kept(store: Store, monkeypatch:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(index.load()) == 2
 
-    def fail(path: Path, options: str) -> sqlite3.Connection:
+    def fail(*_: object, **options: object) -> sqlite3.Connection:
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR_READ
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("remus_ckpt.store.index._connect", fail)
+        patch.setattr(sqlite3, "connect", fail)
         with pytest.raises(StoreError, match=str(path)):
             store.writer("orders")
     assert len(index.load()) == 2
