@@ -27,6 +27,7 @@ from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import Protection, primary_of, protect
@@ -83,8 +84,12 @@ class Memory:
         self.stop = StopSignal()
         source = OwnMemory({"array": self.array}, lock=lock, device_state=device_state)
         options |= {"interval_s": interval_s or 0.0, "on_commit": self.commits.append, "stop": self.stop}
+        tls = TlsFiles(tls_dir) if tls_dir is not None else None
+        metrics = options.setdefault("metrics", Metrics())
+        if tls is not None:
+            metrics.watch_certificate(tls.expires)
         if dial is None:
-            self.primary = primary_of(source, "orders", to, tls=TlsFiles(tls_dir) if tls_dir else None, **options)
+            self.primary = primary_of(source, "orders", to, tls=tls, **options)
         else:
             self.primary = Primary("orders", source, dial, **options)
         if connect_timeout_s:
