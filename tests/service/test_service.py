@@ -75,7 +75,7 @@ class Memory:
         interval_s: float | None = None,
         lock: Any = None,
         device_state: Callable[[], bytes] = bytes,
-        connect_timeout_s: float = 0,
+        connect_timeout_s: float = 10.0,
         **options: Any,
     ) -> None:
         self.array = np.zeros((64, 512), dtype=np.int64) if array is None else array
@@ -92,8 +92,14 @@ class Memory:
             self.primary = primary_of(source, "orders", to, tls=tls, **options)
         else:
             self.primary = Primary("orders", source, dial, **options)
-        if connect_timeout_s:
-            self.primary.connect(connect_timeout_s)
+        if connect_timeout_s and dial is None:
+            try:
+                self.primary.connect(connect_timeout_s)
+            except BaseException:
+                self.primary.close(0.0)
+                source.close()
+                self.stop.close()
+                raise
         self.protection = Protection(self.primary, source, self.stop, None, in_thread=interval_s is not None)
 
     def __enter__(self) -> Memory:
