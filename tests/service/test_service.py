@@ -27,6 +27,7 @@ from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import Protection, primary_of, protect
@@ -74,7 +75,7 @@ class Memory:
         interval_s: float | None = None,
         lock: Any = None,
         device_state: Callable[[], bytes] = bytes,
-        connect_timeout_s: float = 0,
+        connect_timeout_s: float = 10.0,
         **options: Any,
     ) -> None:
         self.array = np.zeros((64, 512), dtype=np.int64) if array is None else array
@@ -83,12 +84,22 @@ class Memory:
         self.stop = StopSignal()
         source = OwnMemory({"array": self.array}, lock=lock, device_state=device_state)
         options |= {"interval_s": interval_s or 0.0, "on_commit": self.commits.append, "stop": self.stop}
+        tls = TlsFiles(tls_dir) if tls_dir is not None else None
+        metrics = options.setdefault("metrics", Metrics())
+        if tls is not None:
+            metrics.watch_certificate(tls.expires)
         if dial is None:
-            self.primary = primary_of(source, "orders", to, tls=TlsFiles(tls_dir) if tls_dir else None, **options)
+            self.primary = primary_of(source, "orders", to, tls=tls, **options)
         else:
             self.primary = Primary("orders", source, dial, **options)
-        if connect_timeout_s:
-            self.primary.connect(connect_timeout_s)
+        if connect_timeout_s and dial is None:
+            try:
+                self.primary.connect(connect_timeout_s)
+            except BaseException:
+                self.primary.close(0.0)
+                source.close()
+                self.stop.close()
+                raise
         self.protection = Protection(self.primary, source, self.stop, None, in_thread=interval_s is not None)
 
     def __enter__(self) -> Memory:
