@@ -20,8 +20,10 @@ from remus_ckpt.limits import MIB, Limits
 from remus_ckpt.link.address import Address, split_name
 from remus_ckpt.link.control import Requests, ask
 from remus_ckpt.link.dial import connect
+from remus_ckpt.link.rights import Rights
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
+from remus_ckpt.service import keys
 from remus_ckpt.service.reader import Readers
 from remus_ckpt.session.messages import READ_BYTES
 from remus_ckpt.store import History, Store
@@ -51,8 +53,8 @@ def store(tmp_path: Path) -> Store:
             data = b"".join(bytes(buffer) for group in groups for buffer in group)
             assert sender.position is not None
             commit(writer, data, sender.position, MIB)
-    with store.writer("empty"):
-        pass
+    with store.writer("empty") as writer:
+        writer.set_state(term=1)  # else the backup would drop the name
     return store
 
 
@@ -104,6 +106,20 @@ def test_a_backup_for_some_names_shows_no_others(store: Store, tmp_path: Path) -
         assert remote.names() == ["orders"]
         with pytest.raises(StoreError, match="big"):
             remote["big"].newest()
+
+
+def test_a_certificate_says_what_may_be_read(store: Store, tmp_path: Path) -> None:
+    folder = make_keys(tmp_path / "keys") / "ca"
+    keys.issue(folder, "auditor", rights=Rights.limited(["read"], ["orders"]))
+    keys.issue(folder, "operator", rights=Rights.limited(["failover"], []))
+    with Backup(store, ["tls://127.0.0.1:0"], tls_dir=folder / "backup") as backup:
+        remote = Remote(backup.addresses[0], tls_dir=folder / "auditor")
+        assert remote.names() == ["orders"] and remote["orders"].restore().epoch == 6
+        with pytest.raises(RemusError, match="big"):
+            remote["big"].newest()
+        with pytest.raises(Refused) as caught:
+            Remote(backup.addresses[0], tls_dir=folder / "operator").names()
+        assert caught.value.code == "forbidden"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])

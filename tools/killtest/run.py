@@ -37,7 +37,7 @@ from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.service import keys
 from remus_ckpt.store import History, Store
-from remus_ckpt.store.segments import replay
+from remus_ckpt.store.segments import reader_of, replay
 
 NAME = "ledger"
 TARGETS = (
@@ -664,7 +664,7 @@ class Run:
             fd = os.open(history.directory / "segments" / contents.name, os.O_RDONLY)
             try:
                 restorer = Restorer()
-                for staged in replay(fd, restorer):
+                for staged in replay(reader_of(fd), restorer):
                     checkpoint = restorer.commit()
                     assert staged.record is not None
                     token = checkpoint.device_state.hex()
