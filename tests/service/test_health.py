@@ -230,7 +230,7 @@ def test_a_takeover(tmp_path: Path, remus: Command) -> None:
         memory.step(1)
         proxy.refusing.set()
         proxy.cut()
-        expect(backup, remus, "fencing", "no primary since")
+        expect(backup, remus, "fencing", "no primary for")
         fence.touch()
         expect(backup, remus, "fence failed", "nothing was promoted")
         fence.write_text("done")
