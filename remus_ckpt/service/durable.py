@@ -18,6 +18,7 @@ from remus_ckpt.disk import is_full
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.service.attempts import Attempts, Base
 from remus_ckpt.store import HistoryWriter, PeerIdentity, State, Torn, WarmCopyDamaged
 
 SETTLE_S = 10.0
@@ -70,6 +71,7 @@ class Durable:
         self._write_fault: Fault | None = None
         self.checkpoint_fault: Fault | None = None
         """Why checkpoints cannot be stored; None once one is."""
+        self._is_short = False  # `trouble` is that there is no room for a full copy, before any of it has come
         self.is_uncertain = False
         """A loss of power may undo what store.json says: nothing is built on it until store.json is rewritten."""
         self.broken: str | None = None
@@ -104,6 +106,26 @@ class Durable:
             "trouble_since": self._write_since if is_writing else self._trouble_since,
             "store_fault": self._write_fault or self.checkpoint_fault,
         }
+
+    def note_stored(self) -> None:
+        """A checkpoint has been stored: whatever was wrong is over."""
+        if self.checkpoint_fault is not None:
+            log("store takes checkpoints again", name=self.name, epoch=self.epoch)
+        self.trouble, self.checkpoint_fault, self._is_short = None, None, False
+
+    def check_room(self, attempts: Attempts, base: Base) -> None:
+        """Raises Refusal if a full copy cannot fit, or if it was tried in vain a moment ago; StoreError."""
+        if self.writer.position != base.held:
+            return  # it has been stored since
+        room = self.writer.room_for_base(base.memory_bytes if base.data_bytes is None else base.data_bytes)
+        if (reason := attempts.why_not(room, time.monotonic())) is not None:
+            if self.checkpoint_fault is None:
+                self._is_short, self.checkpoint_fault = True, "full"
+            if self._is_short:
+                self.trouble = reason
+            raise Refusal("store", reason)
+        if self._is_short:
+            self._is_short, self.checkpoint_fault, self.trouble = False, None, None
 
     # What is in force
 

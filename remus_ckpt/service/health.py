@@ -215,7 +215,7 @@ def _absence(found: Mapping[str, Any], now: float) -> list[str]:
     end = found["last_end"]
     if end is not None:
         how = f"it said goodbye ({end['reason']})" if end["goodbye"] else f"it said no goodbye ({end['reason']})"
-        return [f"no primary since {say_time(now - end['at'])}", how]
+        return [f"no primary for {say_time(now - end['at'])}", how]
     if found["silent_s"] is not None:
         return [f"no primary is connected, and none was heard for {say_time(found['silent_s'])}"]
     how = "the last one said goodbye" if found["lease_left_s"] is None and found["epoch"] is not None else ""

@@ -40,14 +40,21 @@ _HANG_UP_S = 0.5
 
 
 def primary_of(
-    source: Source, name: str, to: str | Address, *, tls: TlsFiles | None = None, insecure: bool = False, **options: Any
+    source: Source,
+    name: str,
+    to: str | Address,
+    *,
+    tls: TlsFiles | None = None,
+    insecure: bool = False,
+    metrics: Metrics | None = None,
+    **options: Any,
 ) -> Primary:
     """A primary for a source; it dials the backup whenever it needs a link.
 
     to: the backup, such as "tls://backup:7411"
     tls: our certificate, for tls://
     insecure: allow plain tcp:// to another machine
-    options: as for `Primary`
+    metrics, options: as for `Primary`
     Whoever made the source closes it, after the primary.
     """
     address = Address.parse(to) if isinstance(to, str) else to
@@ -55,7 +62,10 @@ def primary_of(
     def dial() -> Connection:
         return connect(address, tls=tls, insecure=insecure, timeout_s=primary.left_s(_CONNECT_S))
 
-    primary = Primary(name, source, dial, **options)
+    metrics = metrics or Metrics()
+    if tls is not None:
+        metrics.watch_certificate(tls.expires)
+    primary = Primary(name, source, dial, metrics=metrics, **options)
     return primary
 
 
@@ -122,9 +132,6 @@ def protect(
         loop_lock = LoopLock() if lock is None else None
         source = OwnMemory(buffers, lock=loop_lock or lock, device_state=device_state, tracking=tracking, audit=audit)
         stack.callback(source.close)
-        metrics = metrics or Metrics()
-        if tls is not None:
-            metrics.watch_certificate(tls.expires)
         stop = StopSignal()
         stack.callback(stop.close)
         primary = primary_of(

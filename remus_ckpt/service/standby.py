@@ -95,7 +95,6 @@ class Standby:
         self.attempts = Attempts(policy.lease_s)
         """Primaries that were refused; `Names` shares it, since it outlives this object."""
         self._visitor: Visitor | None = None
-        self._is_short = False  # `trouble` is that there is no room for a full copy, before any of it has come
         self._last_end: dict[str, Any] | None = None  # of the last session, for `status`
         self._heard: float | None = None  # in past sessions; an open session has its own
         self._listening_since = self._looked_at = time.monotonic()
@@ -188,7 +187,8 @@ class Standby:
                 case Accepted(term):
                     self._await_fence()
                     if (base := self.attempts.base) is not None and base.run == hello.run:
-                        self._check_room(base)  # a primary cannot continue from a full copy that it has not ended
+                        # A primary cannot continue from a full copy that it has not ended.
+                        self._durable.check_room(self.attempts, base)
                     if current is not None and is_over:
                         self._dismiss(current, "busy", "another connection has taken the place of this one")
                     elif current is not None:
@@ -260,22 +260,8 @@ class Standby:
             data_bytes = None if begin.data_pages is None else min(begin.data_pages * hello.page_size, memory_bytes)
             base = Base(hello.run, self._writer.position, memory_bytes, data_bytes, time.monotonic())
             self.attempts.begin(base)
-            self._check_room(base)
+            self._durable.check_room(self.attempts, base)
         self._writer.begin(full=begin.mode == "full")
-
-    def _check_room(self, base: Base) -> None:
-        """Raises Refusal if a full copy cannot fit, or if it was tried in vain a moment ago."""
-        if self._writer.position != base.held:
-            return  # it has been stored since
-        room = self._writer.room_for_base(base.memory_bytes if base.data_bytes is None else base.data_bytes)
-        if (reason := self.attempts.why_not(room, time.monotonic())) is not None:
-            if self._durable.checkpoint_fault is None:
-                self._is_short, self._durable.checkpoint_fault = True, "full"
-            if self._is_short:
-                self._durable.trouble = reason
-            raise Refusal("store", reason)
-        if self._is_short:
-            self._is_short, self._durable.checkpoint_fault, self._durable.trouble = False, None, None
 
     @property
     def _bound_s(self) -> float:
@@ -325,9 +311,7 @@ class Standby:
 
         raw_bytes: of its pages; encoded_bytes: of its stream; wire_bytes: received for it
         """
-        if self._durable.checkpoint_fault is not None:
-            log("store takes checkpoints again", name=self.name, epoch=position.epoch)
-        self._durable.trouble, self._durable.checkpoint_fault, self._is_short = None, None, False
+        self._durable.note_stored()
         self.attempts.stored()
         self._metrics.committed(self.name, position.epoch, seconds, time.time(), position.digest)
         self._metrics.add_bytes(self.name, raw=raw_bytes, encoded=encoded_bytes, wire=wire_bytes)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from proxy import Proxy
 from support import Command
-from test_service import LONG_S, Memory, backup_in, greet, until
+from test_service import LONG_S, Memory, backup_in, greet, hear, until
 
 from remus_ckpt.errors import Refused
 from remus_ckpt.service import keys
@@ -190,18 +190,20 @@ def test_a_store_that_fails(tmp_path: Path, remus: Command, monkeypatch: pytest.
 
 def test_a_store_that_cannot_even_be_made(tmp_path: Path, remus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name has no place on the disk yet, and is shown as long as a primary tries."""
-    with backup_in(tmp_path / "store", lease_s=LEASE_S) as backup, Memory(backup.addresses[0]) as memory:
+    with backup_in(tmp_path / "store", lease_s=LEASE_S) as backup:
 
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patched:
             patched.setattr("remus_ckpt.store.state.replace_file", full)
-            with pytest.raises(Refused):
-                memory.protection.checkpoint(wait=True, timeout_s=0.5)
+            peer, session = greet(backup)
+            with peer:
+                assert hear(peer, session).code == "store"
             expect(backup, remus, "store full", "No space left", "is there, and its checkpoints are refused")
-        memory.step(1)
-        expect(backup, remus, "protected")
+        with Memory(backup.addresses[0]) as memory:
+            memory.step(1)
+            expect(backup, remus, "protected")
 
 
 def test_a_store_that_is_damaged(tmp_path: Path, remus: Command) -> None:
@@ -228,7 +230,7 @@ def test_a_takeover(tmp_path: Path, remus: Command) -> None:
         memory.step(1)
         proxy.refusing.set()
         proxy.cut()
-        expect(backup, remus, "fencing", "no primary since")
+        expect(backup, remus, "fencing", "no primary for")
         fence.touch()
         expect(backup, remus, "fence failed", "nothing was promoted")
         fence.write_text("done")
