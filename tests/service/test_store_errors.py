@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
         fill(writer, 1)
         good = (writer.directory / "store.json").read_bytes()
     (tmp_path / "orders" / "store.json").write_bytes(b"{")
-    with Backup(tmp_path, [ANY], policy=Policy(lease_s=2.0)) as backup, Memory(backup.addresses[0]) as memory:
+    with Backup(tmp_path, [ANY], policy=Policy(lease_s=2.0)) as backup, ExitStack() as stack:
 
         def is_served() -> bool:
             return "orders" in ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]
@@ -223,11 +223,12 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
             until(lambda: len(refused) > 1)
             assert is_served()
         until(lambda: backup.status()["names"]["orders"]["role"] == "standby")
+        memory = stack.enter_context(Memory(backup.addresses[0]))
         memory.step(0)
         with monkeypatch.context() as patched:
             refused = no_thread(patched, "closing")
-            (image,) = (tmp_path / "orders" / "warm").glob("memory-*.image")
-            os.truncate(image, 0)  # it has to be opened anew
+            for image in (tmp_path / "orders" / "warm").glob("memory-*.image"):
+                os.truncate(image, 0)  # it has to be opened anew
             memory.array += 1
             with suppress(LinkError):
                 memory.protection.checkpoint(timeout_s=0.3)
