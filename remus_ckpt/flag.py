@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from contextlib import suppress
 
 _ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86 is little endian
+
+
+class _Descriptor(io.FileIO):
+    """An eventfd that is closed with its last reference. A thread in the middle of a write has one: closed under it,
+    the number could be another file's by then."""
+
+    def __del__(self) -> None:
+        self.close()  # or it would warn that nobody did
 
 
 class Flag:
@@ -22,28 +29,23 @@ class Flag:
         # A signal's handler may raise wherever Python code runs, also between a descriptor and its first name, which
         # would lose it. These iterators are C: it comes out of them in the file that owns it.
         numbers = map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,))
-        self._file = next(map(io.FileIO, numbers, ("r+",)))
+        self._file: _Descriptor | None = next(map(_Descriptor, numbers, ("r+",)))
 
     def fileno(self) -> int:
         """The descriptor; -1 when closed."""
-        return -1 if self._file.closed else self._file.fileno()
+        file = self._file
+        return -1 if file is None else file.fileno()
 
     def set(self) -> None:
-        """Set the flag. May be called again, and after `close`."""
-        if self._pid == os.getpid():
-            with suppress(ValueError):  # it is closed
-                self._file.write(_ONE)
+        """Set the flag. May be called again, also during `close` and after it."""
+        if (file := self._file) is not None and self._pid == os.getpid():
+            file.write(_ONE)
 
     def clear(self) -> None:
         """Clear the flag. Whoever waits for work clears it before looking for work: a `set` in between is kept."""
-        if self._pid == os.getpid():
-            with suppress(ValueError):
-                self._file.read(len(_ONE))
+        if (file := self._file) is not None and self._pid == os.getpid():
+            file.read(len(_ONE))
 
     def close(self) -> None:
         """Close the descriptor. May be called again."""
-        self._file.close()
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):  # there was no descriptor to be had
-            self.close()  # or its file would warn that nobody did
+        self._file = None
