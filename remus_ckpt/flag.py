@@ -8,11 +8,12 @@ import os
 _ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86 is little endian
 
 
-class _Eventfd(io.FileIO):
-    """Frees its descriptor with its last reference."""
+class _Descriptor(io.FileIO):
+    """An eventfd that is closed with its last reference. A thread in the middle of a write has one: closed under it,
+    the number could be another file's by then."""
 
     def __del__(self) -> None:
-        self.close()  # or the file would warn that nobody did
+        self.close()  # or it would warn that nobody did
 
 
 class Flag:
@@ -28,7 +29,7 @@ class Flag:
         # A signal's handler may raise wherever Python code runs, also between a descriptor and its first name, which
         # would lose it. These iterators are C: it comes out of them in the file that owns it.
         numbers = map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,))
-        self._file: _Eventfd | None = next(map(_Eventfd, numbers, ("r+",)))
+        self._file: _Descriptor | None = next(map(_Descriptor, numbers, ("r+",)))
 
     def fileno(self) -> int:
         """The descriptor; -1 when closed."""
@@ -36,18 +37,15 @@ class Flag:
         return -1 if file is None else file.fileno()
 
     def set(self) -> None:
-        """Set the flag. May be called again, and after `close`."""
-        file = self._file
-        if file is not None and self._pid == os.getpid():
+        """Set the flag. May be called again, also during `close` and after it."""
+        if (file := self._file) is not None and self._pid == os.getpid():
             file.write(_ONE)
 
     def clear(self) -> None:
         """Clear the flag. Whoever waits for work clears it before looking for work: a `set` in between is kept."""
-        file = self._file
-        if file is not None and self._pid == os.getpid():
+        if (file := self._file) is not None and self._pid == os.getpid():
             file.read(len(_ONE))
 
     def close(self) -> None:
-        """Close the descriptor, once no thread is about to use it: its number may be another file's by then. May be
-        called again."""
+        """Close the descriptor. May be called again."""
         self._file = None

@@ -68,6 +68,11 @@ class Figures:
     fds: int
     threads: int
 
+    def is_within(self, before: Figures) -> bool:
+        """Whether it holds nothing more than before. One that has just started may have a thread that soon ends: the
+        threads alone do not tell whether all connections are over."""
+        return self.threads <= before.threads and self.fds <= before.fds
+
 
 class Service:
     """The backup, as users start it."""

@@ -139,12 +139,6 @@ class Chain:
 
     # A checkpoint
 
-    @property
-    def coming_start(self) -> int:
-        """Where the checkpoint being received begins in the restorer's stream."""
-        staged = self.restorer.staged
-        return self.restorer.reader.checkpoint_end if staged is None else staged.start
-
     def expect_more(self) -> None:
         """Raises Malformed if a complete checkpoint is waiting to be checked."""
         if self.restorer.staged is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import mmap
 import os
@@ -12,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import appearing, guarding
+from remus_ckpt.disk import guarding
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
 
-_COPY_BYTES = 1 << 22
 _GAP_PAGES = 8
 """Pages at most this far apart are allocated with one call, together with those between them."""
 
@@ -88,16 +86,6 @@ class MappedFile:
                 "anew from the segments"
             )
 
-    def copy(self, path: Path, size: int) -> None:
-        """Copy its first bytes to a file that appears once it is complete and durable. Raises StoreError."""
-        edges = np.flatnonzero(np.diff(self.has_room, prepend=False, append=False)).reshape(-1, 2) * PAGE_SIZE
-        with guarding(path), appearing(path) as descriptor:
-            os.ftruncate(descriptor, size)
-            for start, stop in np.minimum(edges, size).tolist():
-                at = start
-                while at < stop:
-                    at += _copy_range(self.fd, descriptor, at, stop - at)
-
     def sync(self) -> None:
         """Make the file durable. Raises StoreError."""
         with guarding(self.path):
@@ -141,16 +129,3 @@ class MappedFile:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
-
-
-def _copy_range(source: int, target: int, at: int, size: int) -> int:
-    """Copy bytes to the same place in another file; returns how many. Raises OSError."""
-    try:
-        copied = os.copy_file_range(source, target, size, at, at)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        copied = os.pwrite(target, os.pread(source, min(size, _COPY_BYTES), at), at)
-    if not copied:
-        raise OSError(errno.EIO, "the warm copy has become shorter")
-    return copied

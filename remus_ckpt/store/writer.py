@@ -220,7 +220,7 @@ class HistoryWriter:
         """uint8[p2m_size, 4096], the warm copy; only `apply` changes it.
 
         On a tmpfs, merely reading a page that was never written allocates room, and kills the process if there is none:
-        read `image` instead, or copy it with `copy_image`.
+        read `image` instead.
         """
         return None if self._chain is None else self._chain.restorer.memory
 
@@ -228,20 +228,6 @@ class HistoryWriter:
     def image(self) -> Path | None:
         """The warm copy's file; only useful to others while nothing is being applied."""
         return None if self._chain is None else self._chain.home.path
-
-    def copy_image(self, path: str | Path) -> Checkpoint:
-        """Copy the warm copy to a file of mode 0600 that appears once it is complete and durable; holes stay holes.
-
-        Nothing is applied meanwhile. Returns the checkpoint in the file. Raises NoCheckpoint, StoreError.
-        """
-        with self._lock:
-            chain, held = self._chain, self.in_force
-            if chain is None or held is None:
-                raise NoCheckpoint(f"{self.directory}: no checkpoint is complete")
-            if self._is_torn or chain.home.path is None:  # half applied, or handed out to be written to
-                return self.history.restore_image(path, held.epoch)
-            chain.home.copy(Path(path), held.memory_bytes)
-            return held
 
     # Receiving
 
@@ -292,11 +278,6 @@ class HistoryWriter:
     def room_for_base(self, data_bytes: int) -> Room:
         """The room for a full copy with so many bytes of pages. Raises StoreError. May wait for the disk."""
         return room_for_base(data_bytes, self._own.segments, self._own.warm)
-
-    @property
-    def coming_start(self) -> int:
-        """Where the checkpoint being received begins, counted like the offset of a StreamError."""
-        return 0 if self._coming is None else self._coming.coming_start
 
     def get_buffer(self) -> memoryview:
         """The buffer for the next bytes; tell `buffer_updated` how many came."""

@@ -19,7 +19,7 @@ from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, until
 from test_service_races import Guest
 
-from remus_ckpt.errors import Fenced, Refused, RemusError, StoreError
+from remus_ckpt.errors import Fenced, LinkError, Refused, RemusError, StoreError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.control import ask
 from remus_ckpt.link.dial import connect
@@ -37,7 +37,7 @@ class Disk:
         self.full = self.failing = False
         self.may_go_on = threading.Event()
         self.may_go_on.set()
-        self.waiting = 0
+        self.waiting = self.failures = 0
         real, real_fsync = state.replace_file, os.fsync
 
         def replace_file(*arguments: Any) -> None:
@@ -45,11 +45,13 @@ class Disk:
                 self.waiting += 1
                 assert self.may_go_on.wait(LONG_S)
             if self.full:
+                self.failures += 1
                 raise OSError(errno.ENOSPC, "No space left on device")
             real(*arguments)
 
         def fsync(fd: int) -> None:
             if self.failing and stat.S_ISDIR(os.fstat(fd).st_mode):
+                self.failures += 1
                 raise OSError(errno.EIO, "Input/output error")
             real_fsync(fd)
 
@@ -102,14 +104,20 @@ def test_a_promotion_that_cannot_be_written(
         with Memory(backup.addresses[0]) as memory:
             memory.step(1)
             setattr(disk, fault, True)
-            with pytest.raises(RemusError) as caught:
-                backup.failover("orders")
-            assert "certain" in str(caught.value), "it does not say that nothing was promoted"
+
+            def is_uncertain() -> bool:
+                with pytest.raises(RemusError) as caught:
+                    backup.failover("orders")
+                found = "certain" in str(caught.value)
+                assert found or not disk.failures, "it does not say that nothing was promoted"
+                return found
+
+            until(is_uncertain)  # on a busy machine, a request may end before anything is written for it
 
             def refused() -> str:
-                with pytest.raises(Refused) as refused:
+                with pytest.raises(LinkError) as refused:
                     memory.protection.checkpoint(wait=True, timeout_s=0.5)
-                return refused.value.code
+                return refused.value.code if isinstance(refused.value, Refused) else ""
 
             until(lambda: refused() == "store")  # "busy", as long as its own session ends
             setattr(disk, fault, False)

@@ -221,7 +221,7 @@ def test_a_traced_process_is_refused_by_name_of_its_tracer(memory: Path) -> None
     with python(BUSY, memory) as worker, python(TRACER, worker.pid) as tracer:
         with pytest.raises(SourceError, match=rf"{tracer.pid} \("):
             Processes([worker.pid])
-        assert not holds_still(memory)
+        wait_until(lambda: not holds_still(memory))
 
 
 @pytest.mark.usefixtures("may_trace")

@@ -307,18 +307,6 @@ def test_images(store: Store, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["image", "store"]
 
 
-def test_the_warm_copy_copied(store: Store, tmp_path: Path) -> None:
-    with store.writer("orders") as writer:
-        with pytest.raises(NoCheckpoint):
-            writer.copy_image(tmp_path / "image")
-        source = fill(writer, 3)
-        writer.feed(source.checkpoint()[:-1])
-        assert writer.copy_image(tmp_path / "image").epoch == 2
-        assert (tmp_path / "image").read_bytes() == memory_at(2).tobytes()
-        with pytest.raises(StoreError):
-            writer.copy_image(tmp_path / "no" / "image")
-
-
 def test_memory_keeps_its_size_everywhere(store: Store, tmp_path: Path) -> None:
     size = 2 * PAGE_SIZE + 3808
     memory = np.zeros((3, PAGE_SIZE), dtype=np.uint8)
@@ -333,10 +321,9 @@ def test_memory_keeps_its_size_everywhere(store: Store, tmp_path: Path) -> None:
             commit(writer, stream, sender.position)
         for _ in range(2):  # of the stream, and of what compaction has made of it
             writer.history.restore_image(tmp_path / "image")
-            writer.copy_image(tmp_path / "copy")
             writer.history.export(tmp_path / "stream")
             assert [one.image.tobytes() for one in read_checkpoints(tmp_path / "stream")][-1] == image
-            assert (tmp_path / "image").read_bytes() == (tmp_path / "copy").read_bytes() == image
+            assert (tmp_path / "image").read_bytes() == image
             assert writer.history.restore().image.tobytes() == image
             writer.compact(wait=True)
         writer.set_state(term=1)
@@ -344,8 +331,6 @@ def test_memory_keeps_its_size_everywhere(store: Store, tmp_path: Path) -> None:
             given, _ = writer.hand_out()
             assert given.read_bytes() == image
             given.unlink()
-        writer.copy_image(tmp_path / "copy")
-        assert (tmp_path / "copy").read_bytes() == image
 
 
 def test_zero_pages_are_holes_everywhere(store: Store, tmp_path: Path) -> None:
@@ -362,8 +347,7 @@ def test_zero_pages_are_holes_everywhere(store: Store, tmp_path: Path) -> None:
         image = tmp_path / "image"
         writer.history.restore_image(image)
         assert writer.image is not None
-        writer.copy_image(tmp_path / "copy")
-        for path in (image, writer.image, tmp_path / "copy"):
+        for path in (image, writer.image):
             assert path.stat().st_size == pages * PAGE_SIZE and path.stat().st_blocks * 512 <= 64 * PAGE_SIZE
         assert all(path.stat().st_size < 5 * PAGE_SIZE for path in (writer.directory / "segments").iterdir())
 

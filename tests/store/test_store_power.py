@@ -290,7 +290,7 @@ def test_what_was_taken_over_is_not_continued(disk: Path, after: After) -> None:
             with pytest.raises(StoreError):
                 writer.begin(full=False)
             if not is_new_process:
-                writer.copy_image(disk / "copy")
+                writer.history.restore_image(disk / "copy")
                 assert (disk / "copy").read_bytes() == memory_at(2).tobytes()
             else:
                 source = fill(writer, 2)

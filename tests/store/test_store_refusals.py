@@ -278,21 +278,19 @@ def test_where_in_a_checkpoint_a_fault_is(store: Store) -> None:
     source = Source()
     with store.writer("orders") as writer:
         writer.begin(full=True)
-        assert writer.coming_start == 0
         fill(writer, 3, source)
         writer.compact(wait=True)
         fill(writer, 1, source)
     with store.writer("orders") as writer:
         writer.begin(full=False)
         good = source.checkpoint()
+        writer.feed(good)
+        staged = writer.check(source.position)
+        assert staged.end - staged.start == len(good)
         for fault, at in ((b"\xff\xff\xff\x7f" + good[4:], 0), (good[:-32] + bytes(32), None)):
             writer.begin(full=False)
             with pytest.raises(Malformed) as caught:
                 writer.feed(fault)
             assert caught.value.offset is not None
-            byte = caught.value.offset - writer.coming_start
+            byte = caught.value.offset - staged.start
             assert byte == at if at is not None else 0 < byte < len(good)
-        writer.begin(full=False)
-        writer.feed(good)
-        staged = writer.check(source.position)
-        assert writer.coming_start == staged.start and staged.end - staged.start == len(good)
