@@ -353,7 +353,8 @@ class Standby:
                 case failover.WaitUntil(at):
                     due = at
                 case failover.RunFence(attempt):
-                    begun = Command.begun(attempt, now)
+                    # `now` may be from before the request; a fence from before it would not count, and be run again.
+                    begun = Command.begun(attempt, now if self._by_hand is None else max(now, self._by_hand.at))
                     self._start(self._takeover.run_fence, self._takeover.fence, begun)
                     self._takeover.fence = begun  # the new thread first waits for our lock
                 case failover.Promote(term):
