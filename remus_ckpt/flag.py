@@ -12,8 +12,7 @@ class _Descriptor(io.FileIO):
     """An eventfd that is closed with its last reference. A thread in the middle of a write has one: closed under it,
     the number could be another file's by then."""
 
-    def __del__(self) -> None:
-        self.close()  # or it would warn that nobody did
+    __del__ = io.FileIO.close  # or it would warn that nobody did; in C, where no signal's handler can raise
 
 
 class Flag:
