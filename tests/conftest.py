@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 MARKERS = {
     "kill": ("ends real processes at random instants", "--all"),
     "hostile": ("peers that lie, stall or flood a real backup", "--all"),
-    "slow": ("tries very many cases", "--all"),
+    "slow": ("tries very many cases, or commands on two hosts with a slow link", "--all"),
     "root": ("mounts file systems, makes cgroups and namespaces", "root"),
     "node": ("compiles the grammar; tools/grammar.py names what that needs", "node"),
 }

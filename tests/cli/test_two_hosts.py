@@ -17,7 +17,7 @@ import pytest
 from services import LONG_S, until
 from support import process_state
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 PAGE = 4096
 AT = "tls://10.83.7.2:7411"
