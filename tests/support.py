@@ -99,14 +99,22 @@ def is_running(command: str) -> bool:
 
 
 def guards() -> list[int]:
-    """The processes that guard what this process stops, the newest last."""
+    """The processes that guard what this process stops, the newest last. The kernel may pass over some while others
+    end."""
     found = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
     return sorted(pid for pid in found if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
+def only_guard() -> int:
+    """The only guard."""
+    while len(found := guards()) != 1:
+        time.sleep(0.001)
+    return found[0]
+
+
 def end_guard() -> None:
     """Kill the only guard, and wait until it is dead."""
-    (guard,) = guards()
+    guard = only_guard()
     os.kill(guard, signal.SIGKILL)
     while process_state(guard) != "Z":
         time.sleep(0.001)

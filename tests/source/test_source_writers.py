@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import writers
-from support import guards, is_running
+from support import is_running, only_guard
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.source.cgroup import CgroupFreezer
@@ -240,7 +240,7 @@ def test_it_is_killed_with_what_has_left_its_session(tmp_path: Path, how: str) -
 
 def left_behind() -> list[str]:
     """The processes that the commands have left behind."""
-    (guard,) = guards()
+    guard = only_guard()
     return Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
 
 
