@@ -100,12 +100,18 @@ def test_what_it_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("environment", [{"A": "x" * (1 << 22)}, {"A\0": "x"}, {"A": "\ud800"}])
 def test_one_that_cannot_be_started(environment: dict[str, str]) -> None:
-    with pytest.raises(RemusError):
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(RemusError) as caught:
         ShellCommand("true", environment)
+    assert os.listdir("/proc/self/fd") == before
+    assert "true" in str(caught.value)  # whose traceback keeps what the call had
 
 
 def test_how_it_ended() -> None:
-    assert ShellCommand("exit 7").wait(LONG_S) == 7
+    before = os.listdir("/proc/self/fd")
+    command = ShellCommand("exit 7")
+    assert command.wait(LONG_S) == 7
+    assert os.listdir("/proc/self/fd") == before, "a descriptor is left"
     assert ShellCommand("kill -9 $$").wait(LONG_S) == 128 + 9
     assert ShellCommand("cat").wait(LONG_S) == 0, "it has no input"
 
