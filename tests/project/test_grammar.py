@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import lzma
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ import numpy as np
 import pytest
 from grammar_trees import (
     END,
-    NO_COMPILER,
     ROOT,
-    TOOL,
     batch,
     compare,
     examples,
@@ -41,23 +37,6 @@ SHARED = Path(os.environ.get("REMUS_CKPT_SHARED") or ROOT.parent / "shared") / "
 
 SMALL = 4 << 20
 """The real streams up to this size are compared; the generated code is slow."""
-
-
-@pytest.fixture(scope="session")
-def grammar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The class that the grammar compiles to."""
-    out = tmp_path_factory.mktemp("grammar")
-    ran = subprocess.run([sys.executable, str(TOOL), str(out)], capture_output=True, text=True, check=False)
-    if ran.returncode == NO_COMPILER:
-        pytest.skip(ran.stderr.strip())
-    assert ran.returncode == 0, ran.stderr
-    spec = importlib.util.spec_from_file_location("remus_stream", out / "remus_stream.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module.RemusStream
-    sys.modules.pop(spec.name, None)  # a file that borrows this fixture has made its own
 
 
 # Streams

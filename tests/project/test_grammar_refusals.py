@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import struct
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 from grammar_trees import (
     END,
     GRAMMAR,
-    NO_COMPILER,
     REFUSALS,
     SPECS,
     TOOL,
@@ -41,24 +38,6 @@ from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, ChunkId
 from remus_ckpt.wire.xen.dialect import Dialect, detect_header
-
-
-@pytest.fixture(scope="session")
-def grammar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The class that the grammar compiles to."""
-    out = tmp_path_factory.mktemp("grammar")
-    ran = subprocess.run([sys.executable, str(TOOL), str(out)], capture_output=True, text=True, check=False)
-    if ran.returncode == NO_COMPILER:
-        pytest.skip(ran.stderr.strip())
-    assert ran.returncode == 0, ran.stderr
-    spec = importlib.util.spec_from_file_location("remus_stream", out / "remus_stream.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module.RemusStream
-    del sys.modules[spec.name]
-
 
 # What the grammar refuses, and what it cannot
 
