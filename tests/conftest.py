@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -111,3 +113,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"not run: {suites} (run with --all)")
     if not _is_all:
         terminalreporter.write_line("not run: most of the random cases (run with --all)")
+
+
+@pytest.fixture(scope="session")
+def grammar(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The class that the grammar compiles to, once for each process of the tests."""
+    from grammar_trees import NO_COMPILER, TOOL
+
+    out = tmp_path_factory.mktemp("grammar")
+    ran = subprocess.run([sys.executable, str(TOOL), str(out)], capture_output=True, text=True, check=False)
+    if ran.returncode == NO_COMPILER:
+        pytest.skip(ran.stderr.strip())
+    assert ran.returncode == 0, ran.stderr
+    spec = importlib.util.spec_from_file_location("remus_stream", out / "remus_stream.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.RemusStream
