@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-import numpy as np
-
 from remus_ckpt.loop import STEPS, CheckpointLoop, Totals
-from remus_ckpt.pages import PAGE_SIZE, Buffer
+from remus_ckpt.memory import zeros
+from remus_ckpt.pages import Buffer
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source.own_memory import OwnMemory
 
@@ -31,26 +30,27 @@ class Nowhere:
 
 
 def test_steps_make_up_the_pause_and_totals_the_sums() -> None:
-    memory = np.zeros((64, PAGE_SIZE), dtype=np.uint8)
+    memory = zeros(64)
     source = OwnMemory({"m": memory}, lock=threading.Lock())
     output, totals = Nowhere(), Totals()
     assert totals.pause_ms(50) == 0.0
     loop = CheckpointLoop(source, Sender(source.memory.pages, reference=source.tracker.restart()), output)
-    pauses = []
+    pauses, dirty = [], 0
     for step in range(5):
         memory[: step + 1, 0] += 1
         taken = loop.take()
         totals.add(taken)
         pauses.append(taken.pause_s)
+        dirty += taken.dirty_pages
         assert set(taken.steps_s) == set(STEPS)
         assert all(seconds >= 0 for seconds in taken.steps_s.values())
         assert sum(taken.steps_s.values()) <= taken.pause_s + 1e-6
         if step:
-            assert taken.dirty_pages == step + 1
+            assert taken.dirty_pages >= step + 1  # what lies across two pages of the kernel counts for both
     source.close()
     report = totals.report()
     assert report["checkpoints"] == 5
-    assert report["dirty_pages"] >= 2 + 3 + 4 + 5
+    assert report["dirty_pages"] == dirty >= 2 + 3 + 4 + 5
     assert report["stream_bytes"] == output.size
     assert report["pause_ms"]["max"] == max(pauses) * 1e3
     assert min(pauses) * 1e3 <= report["pause_ms"]["p50"] <= report["pause_ms"]["p99"] <= max(pauses) * 1e3
