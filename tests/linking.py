@@ -6,6 +6,7 @@ import select
 import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from remus_ckpt.errors import LinkError
@@ -13,9 +14,26 @@ from remus_ckpt.link.address import Address
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
+from remus_ckpt.service import keys
 
 LONG_S = 20.0
 """A wait that is only reached when something is broken."""
+
+
+def certificates_in(folder: Path) -> Path:
+    """Certificates in a folder: of two CAs, and such as nobody should accept."""
+    now = datetime.now(UTC)
+    keys.init(folder / "ca")
+    hosts = ["127.0.0.1", "::1", "localhost"]
+    keys.issue(folder / "ca", "backup", hosts=hosts)
+    keys.issue(folder / "ca", "primary")
+    keys.issue(folder / "ca", "elsewhere", hosts=["elsewhere.example.net", "10.1.2.3"])
+    keys.init(folder / "other")
+    keys.issue(folder / "other", "stranger", hosts=hosts)
+    keys.init(folder / "old", now=now - timedelta(days=100))
+    keys.issue(folder / "old", "expired", hosts=hosts, days=1, now=now - timedelta(days=50))
+    keys.issue(folder / "old", "fresh", hosts=hosts)
+    return folder
 
 
 def take(listener: Listener, *, handshake_s: float = LONG_S) -> Connection:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from certificates import Made, put
-from linking import LONG_S, bare_client, listen, shake, take
+from linking import LONG_S, bare_client, certificates_in, listen, shake, take
 
 from remus_ckpt.errors import LinkError
 from remus_ckpt.link.address import Address
@@ -25,20 +25,7 @@ from remus_ckpt.service import keys
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates: of two CAs, and such as nobody should accept."""
-    folder = tmp_path_factory.mktemp("keys")
-    now = datetime.now(UTC)
-    keys.init(folder / "ca")
-    hosts = ["127.0.0.1", "::1", "localhost"]
-    keys.issue(folder / "ca", "backup", hosts=hosts)
-    keys.issue(folder / "ca", "primary")
-    keys.issue(folder / "ca", "elsewhere", hosts=["elsewhere.example.net", "10.1.2.3"])
-    keys.init(folder / "other")
-    keys.issue(folder / "other", "stranger", hosts=hosts)
-    keys.init(folder / "old", now=now - timedelta(days=100))
-    keys.issue(folder / "old", "expired", hosts=hosts, days=1, now=now - timedelta(days=50))
-    keys.issue(folder / "old", "fresh", hosts=hosts)
-    return folder
+    return certificates_in(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import pytest
-from linking import LONG_S, listen, receive, take
+from linking import LONG_S, certificates_in, listen, receive, take
 
 from remus_ckpt.errors import LinkError
 from remus_ckpt.link.address import Address
@@ -26,27 +25,13 @@ from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
-from remus_ckpt.service import keys
 
 KINDS = ["tls", "tcp", "unix"]
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates: of two CAs, and such as nobody should accept."""
-    folder = tmp_path_factory.mktemp("keys")
-    now = datetime.now(UTC)
-    keys.init(folder / "ca")
-    hosts = ["127.0.0.1", "::1", "localhost"]
-    keys.issue(folder / "ca", "backup", hosts=hosts)
-    keys.issue(folder / "ca", "primary")
-    keys.issue(folder / "ca", "elsewhere", hosts=["elsewhere.example.net", "10.1.2.3"])
-    keys.init(folder / "other")
-    keys.issue(folder / "other", "stranger", hosts=hosts)
-    keys.init(folder / "old", now=now - timedelta(days=100))
-    keys.issue(folder / "old", "expired", hosts=hosts, days=1, now=now - timedelta(days=50))
-    keys.issue(folder / "old", "fresh", hosts=hosts)
-    return folder
+    return certificates_in(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture
