@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _renameat2 = getattr(_libc, "renameat2", None)
 _syncfs = getattr(_libc, "syncfs", None)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_fstatfs = getattr(_libc, "fstatfs", None)
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
+_STATFS_BYTES = 256
+_IN_PLACE = (0xEF53, 0x58465342)
+"""ext2 to ext4, and XFS, by `f_type`. Others may write a block that is overwritten to a new place, as btrfs does."""
 _WHAT_NEXT = {
     errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and work then continues by itself",
     errno.EDQUOT: ": raise the quota, or keep less; what was committed is intact, and work then continues by itself",
@@ -37,8 +46,12 @@ def guarding(path: str | Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = _WHAT_NEXT.get(error.errno or 0, "")
-        raise StoreError(f"{path}: {error.strerror or error}{hint}") from error
+        raise told(error, path) from error
+
+
+def told(error: OSError, path: str | Path | None) -> StoreError:
+    """An OSError as a StoreError that names the file."""
+    return StoreError(f"{path}: {error.strerror or error}{_WHAT_NEXT.get(error.errno or 0, '')}")
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -68,6 +81,26 @@ def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
         if size:
             left[0] = left[0][size:]
     return written
+
+
+def start_writing(fd: int, start: int, size: int) -> None:
+    """Have the kernel begin to write these bytes to the disk, so that a sync finds less to do. It may refuse."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, start, size, _WRITE)
+
+
+def write_back(fd: int, start: int, size: int) -> None:
+    """Write these bytes to the disk, and wait for that. They are not durable yet; a sync reports what failed."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, start, size, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+
+
+def overwrites_in_place(fd: int) -> bool:
+    """Whether the file system of a file is known to keep a block where it is when it is overwritten."""
+    found = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _fstatfs is None or _fstatfs(fd, found):
+        return False
+    return int.from_bytes(found.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) in _IN_PLACE
 
 
 def sync_directory(path: Path) -> None:

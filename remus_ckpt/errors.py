@@ -10,11 +10,15 @@
     │   └── NothingToRestore     20  none at all: the stream or store holds no complete checkpoint
     ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
     │   ├── PauseBroken          1   somebody ran in a pause: what was copied in it is not of one instant
-    │   └── Untracked            1   the kernel cannot say which pages were written; a comparison can
+    │   ├── Untracked            1   the kernel cannot say which pages were written; a comparison can
+    │   └── VmError              1   QEMU does not do what is asked of it, or a guest cannot be protected or started
     ├── StoreError               1   a store cannot be opened, read or written; what was committed is untouched
     ├── LinkError                1   no connection to the other side, or none any longer
     │   └── Refused              1   the other side says no, and why
     │       └── Fenced           22  because another has taken over: this side must stop
+    ├── LogError                 1   the commit log does not answer, or is not one that commits can rest on
+    │   └── Overtaken            1   another record has come first: this one is not in the log, and never will be
+    ├── BridgeError              1   a guest's network cannot be bridged, or its bridge is gone
     └── KernelUnavailable        1   the kernel that was demanded cannot be had here; a ValueError too
 
 A caller's own mistake (a wrong shape, a read-only array) is a ValueError or TypeError as everywhere in Python.
@@ -113,6 +117,10 @@ class Untracked(SourceError):
     """The kernel cannot say which pages of this memory were written, and why. A comparison can."""
 
 
+class VmError(SourceError):
+    """QEMU refuses, does not answer or is gone; or a guest cannot be protected here, or started."""
+
+
 class StoreError(RemusError):
     """A store cannot be opened, read or written. What was committed is untouched."""
 
@@ -137,6 +145,19 @@ class Fenced(Refused):
     def __init__(self, message: str, *, term: int) -> None:
         super().__init__(message, code="fenced")
         self.term = term
+
+
+class LogError(RemusError):
+    """The commit log does not answer, refuses, or is not one that commits can rest on. Whether a record that was being
+    appended is in it is not known."""
+
+
+class Overtaken(LogError):
+    """Another record has come first: the one that was to be appended is not in the log, and never will be."""
+
+
+class BridgeError(RemusError):
+    """The bridge between a guest and its network cannot be had, is gone, or refuses. Nothing it holds has left."""
 
 
 class KernelUnavailable(RemusError, ValueError):

@@ -8,19 +8,24 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from remus_ckpt.compressed import Inflater, compressions
 from remus_ckpt.disk import write_all
-from remus_ckpt.errors import RemusError, UnknownFormat
+from remus_ckpt.errors import Malformed, RemusError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer
-from remus_ckpt.restorer import Checkpoint, Restorer
+from remus_ckpt.record_restorer import V2Restorer
+from remus_ckpt.restorer import Checkpoint, Home, Restorer
 from remus_ckpt.sender import Sent
+from remus_ckpt.wire import formats
+from remus_ckpt.wire.formats import FRONT_BYTES, Format
+from remus_ckpt.wire.stream_reader import NEED_DATA
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import DETECT_BYTES, Dialect, detect_header
-from remus_ckpt.wire.xen.reader import NEED_DATA
+from remus_ckpt.wire.xen.v2 import LOOK_BYTES, is_v2
 
 _BUFFER_BYTES = 1 << 16
 
@@ -53,11 +58,16 @@ class _Rejoined(io.RawIOBase):
         return size
 
 
+AnyRestorer = Restorer | V2Restorer
+"""A restorer of a stream that Xen wrote, of whichever version, or one of ours."""
+
+
 class StreamFile:
     """A stream from a file or from standard input ("-"), decompressed if `compressed` knows its format.
 
     size: bytes of the file as stored, None if unknown
     inflater: decompresses the file; None if it is not compressed
+    front: the first bytes of what is read, at most `FRONT_BYTES`
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -78,6 +88,36 @@ class StreamFile:
         self._file = io.BufferedReader(source, _BUFFER_BYTES)
         kinds = compressions(front)
         self.inflater = Inflater(self._file, kinds) if kinds and not _is_header(front) else None
+        self._fault: Malformed | None = None  # met while looking at the front: raised where it is read
+        self._looked = b""  # bytes that `look` has read ahead
+        self.front = front if self.inflater is None else self._look()
+        self._ahead = b"" if self.inflater is None else self.front
+
+    @property
+    def format(self) -> Format | None:
+        """What the front says: None for a legacy save stream, or what nobody knows."""
+        return None if self.inflater is None and _is_header(self.front) else formats.find(self.front)
+
+    @property
+    def holds_machine(self) -> bool:
+        """Whether it is one state of a machine or a part of one."""
+        return self.format is not None and self.format.word in formats.MACHINE_WORDS
+
+    @property
+    def holds_dump(self) -> bool:
+        """Whether it is memory by physical address, without the rest of the machine."""
+        return self.format is not None and self.format.word in formats.DUMP_WORDS
+
+    def _look(self) -> bytes:
+        assert self.inflater is not None
+        front = bytearray(FRONT_BYTES)
+        size = 0
+        try:
+            while size < FRONT_BYTES and (more := self.inflater.readinto(memoryview(front)[size:])):
+                size += more
+        except Malformed as error:
+            self._fault = error
+        return bytes(front[:size])
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +135,78 @@ class StreamFile:
             return 0
         return self._file.tell() if self.inflater is None else self.inflater.position
 
+    def look(self, size: int) -> bytes:
+        """The first bytes of the stream, decompressed; they are read again. Fewer than `size` only if it ends there.
+
+        Call it before anything is read. Bytes that cannot be decompressed are not there yet: reading raises.
+        """
+        room = memoryview(bytearray(size))
+        filled = 0
+        with suppress(Malformed):
+            while filled < size and (count := self.readinto(room[filled:])):
+                filled += count
+        self._looked = bytes(room[:filled])
+        return self._looked
+
     def readinto(self, buffer: memoryview) -> int:
         """Read at least a byte; returns the number, 0 at the end. Raises Malformed if compressed data are damaged."""
-        return self._file.readinto1(buffer) if self.inflater is None else self.inflater.readinto(buffer)
+        if size := min(len(buffer), len(self._looked)):
+            buffer[:size], self._looked = self._looked[:size], self._looked[size:]
+            return size
+        if self.inflater is None:
+            return self._file.readinto1(buffer)
+        if size := min(len(buffer), len(self._ahead)):
+            buffer[:size] = self._ahead[:size]
+            self._ahead = self._ahead[size:]
+            return size
+        if self._fault is not None:
+            raise self._fault
+        return self.inflater.readinto(buffer)
+
+    @property
+    def can_seek(self) -> bool:
+        """Whether any part of what is read can be read at any time."""
+        return self.size is not None and self.inflater is None
+
+    def fileno(self) -> int:
+        """The descriptor of the file."""
+        return self._file.fileno()
+
+    def skip(self, size: int) -> int:
+        """Pass over bytes of a file that can seek; returns how many there were."""
+        there = max(min(size, (self.size or 0) - self._file.tell()), 0)
+        self._file.seek(there, os.SEEK_CUR)
+        return there
+
+    def last(self, size: int) -> bytes:
+        """The last bytes of a file that can seek; what is read next stays the same."""
+        here = self._file.tell()
+        self._file.seek(max((self.size or 0) - size, 0))
+        data = self._file.read(size)
+        self._file.seek(here)
+        return data
 
 
-def read_events(file: StreamFile, restorer: Restorer) -> Iterator[events.Event]:
+def restorer_of(
+    file: StreamFile,
+    dialect: Dialect | None = None,
+    *,
+    limits: Limits | None = None,
+    strict: bool = False,
+    home: Home | None = None,
+) -> AnyRestorer:
+    """The restorer for what a file holds, found by looking at its first bytes.
+
+    strict, dialect: of a legacy stream; a v2 stream needs neither
+    """
+    if is_v2(file.look(LOOK_BYTES)):
+        return V2Restorer(limits=limits, home=home)
+    restorer = Restorer(dialect, limits=limits, strict=strict, home=home)
+    restorer.reader.takes_second_record = True
+    return restorer
+
+
+def read_events(file: StreamFile, restorer: AnyRestorer) -> Iterator[events.Event]:
     """Every event of a stream, from its header to EndOfStream; after a tail, the caller commits `restorer.staged`."""
     while True:
         event = restorer.next_event()
@@ -127,8 +233,8 @@ def read_checkpoints(
     A stream that is cut ends with its last complete checkpoint.
     Raises Malformed or UnknownFormat behind the last good one, OSError where the file cannot be read.
     """
-    restorer = Restorer(dialect, limits=limits, strict=strict)
     with StreamFile(path) as file:
+        restorer = restorer_of(file, dialect, limits=limits, strict=strict)
         for _ in read_events(file, restorer):
             if restorer.staged is not None:
                 yield restorer.commit()

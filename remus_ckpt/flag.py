@@ -8,9 +8,14 @@ import os
 _ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86 is little endian
 
 
-class _Descriptor(io.FileIO):
-    """An eventfd that is closed with its last reference. A thread in the middle of a write has one: closed under it,
-    the number could be another file's by then."""
+class Descriptor(io.FileIO):
+    """A descriptor that is closed with its last reference. A thread in the middle of a write has one: closed under it,
+    the number could be another file's by then.
+
+    A signal's handler may raise wherever Python code runs, also between a descriptor and its first name, which would
+    lose it. So it is made by iterators in C, and comes out of them in the object that owns it:
+    `next(map(Descriptor, map(open_it, (argument,)), ("r+",)))`.
+    """
 
     __del__ = io.FileIO.close  # or it would warn that nobody did; in C, where no signal's handler can raise
 
@@ -25,10 +30,8 @@ class Flag:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        # A signal's handler may raise wherever Python code runs, also between a descriptor and its first name, which
-        # would lose it. These iterators are C: it comes out of them in the file that owns it.
         numbers = map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,))
-        self._file: _Descriptor | None = next(map(_Descriptor, numbers, ("r+",)))
+        self._file: Descriptor | None = next(map(Descriptor, numbers, ("r+",)))
 
     def fileno(self) -> int:
         """The descriptor; -1 when closed."""

@@ -37,5 +37,23 @@ class Limits:
     """The names, dtypes and shapes of the buffers in a memory (specs/manifest.md §1); part of the device state."""
     tmem_bytes: int = 64 * MIB
     """One TMEM chunk, its pages included."""
+    record_bytes: int = 128 * MIB
+    """One record of a v2 stream; Xen's own ceiling (specs/xen-v2.md §4)."""
+    vcpu_record_bytes: int = 1 * MIB
+    """The state of one PV virtual CPU in a record of a v2 stream."""
     file_header_bytes: int = 16 * MIB
     """The configuration in front of the stream."""
+    ram_blocks: int = 4096
+    """Blocks of memory in a QEMU stream, and its live sections (specs/qemu-ram.md §9)."""
+    machine_name_bytes: int = 1024
+    """The name of the machine in a QEMU stream."""
+    description_bytes: int = 16 * MIB
+    """The JSON behind the device sections of a QEMU stream."""
+    multifd_packet_bytes: int = 4 * MIB
+    """The data of one packet of a multifd channel: 512 KiB of memory, compressed or not."""
+    snapshots: int = 65_536
+    """Snapshots in a qcow2 file."""
+    snapshot_table_bytes: int = 32 * MIB
+    """The first-level table of a snapshot in a qcow2 file, as in QEMU."""
+    elf_table_bytes: int = 64 * MIB
+    """The tables in front of an ELF core's memory: more than a million segments."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 
 PAGE_SIZE = 4096
+PARTS = 128
+"""Of memory, equally large, for which changed pages are counted apart."""
 PAGE_WORDS = PAGE_SIZE // 4
 
 Pages = NDArray[np.uint8]
 """uint8[n, 4096]"""
+Places = Sequence[tuple[Pages, NDArray[np.int64]]]
+"""Where pages lie, in order: arrays of them, and which of an array's, int64[n]."""
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 """Anything that can be read as bytes without a copy."""
 
@@ -89,6 +93,11 @@ def batches(pfns: NDArray[np.integer], data: Pages) -> Iterator[PageBatch]:
     for start in range(0, len(pfns), MAX_BATCH_ENTRIES):
         part = numbers[start : start + MAX_BATCH_ENTRIES]
         yield PageBatch(part, np.zeros(len(part), dtype=np.uint8), data[start : start + MAX_BATCH_ENTRIES])
+
+
+def by_part(pfns: NDArray[np.int64], pages: int) -> NDArray[np.int64]:
+    """int64[PARTS]: how many of these pages lie in each of so many equal parts of memory. pages: of all memory"""
+    return np.bincount(pfns * PARTS // max(pages, 1), minlength=PARTS)[:PARTS].astype(np.int64, copy=False)
 
 
 def ratio(stream_bytes: int, page_bytes: int) -> float | None:

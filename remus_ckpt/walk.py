@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from rich.text import Text
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, StreamError
-from remus_ckpt.files import StreamFile, read_events
+from remus_ckpt.files import AnyRestorer, StreamFile, read_events, restorer_of
 from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, ratio
+from remus_ckpt.record_restorer import V2Restorer
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
@@ -27,20 +28,35 @@ Pairs = tuple[NDArray[np.int64], Pages, Pages]
 class Walk:
     """Reads a stream from end to end, and collects what there is to report."""
 
-    def __init__(self, path: str, restorer: Restorer, *, quiet: bool, is_read: bool = True) -> None:
-        self.path = path
-        self.name = "standard input" if path == "-" else path
-        self.restorer = restorer
+    def __init__(
+        self,
+        source: str | StreamFile,
+        choose: Callable[[StreamFile], AnyRestorer],
+        *,
+        quiet: bool,
+        is_read: bool = True,
+    ) -> None:
+        self._source = source
+        if isinstance(source, StreamFile):
+            self.name = source.name
+        else:
+            self.name = "standard input" if source == "-" else source
+        self.restorer: AnyRestorer = Restorer()
+        """Until the walk begins, one that has read nothing."""
         self.error: StreamError | None = None
         self.inflater: Inflater | None = None
         """Decompresses the file, if it is compressed."""
         self._quiet = quiet
-        self._take = restorer.commit if is_read else restorer.skip
+        self._choose = choose
+        self._is_read = is_read
 
     def events(self) -> Iterator[events.Event]:
         """Every event, up to a fault; a staged checkpoint is put in force when the next event is drawn."""
-        with StreamFile(self.path) as file, progress(file.name, file.size, self._quiet) as advance:
+        source = self._source
+        opened = source if isinstance(source, StreamFile) else StreamFile(source)
+        with opened as file, progress(file.name, file.size, self._quiet) as advance:
             self.inflater = file.inflater
+            self.restorer = self._choose(file)
             try:
                 for event in read_events(file, self.restorer):
                     advance(file.position())
@@ -56,11 +72,23 @@ class Walk:
             if self.restorer.staged is not None:
                 yield self._take()
 
+    @property
+    def format(self) -> str:
+        """The word for the format (specs/formats.md §1)."""
+        if isinstance(self.restorer, V2Restorer):
+            return "xen-v2"
+        held = self.restorer.in_force
+        return "xen" if held is None or held.record is None else "remus"
+
+    def _take(self) -> Checkpoint:
+        return self.restorer.commit() if self._is_read else self.restorer.skip()
+
     def summary(self, listed: list[dict[str, Any]]) -> dict[str, Any]:
         """The JSON of `inspect` and `verify`."""
         dialect, end = self.restorer.dialect, self.restorer.end
         reader, held = self.restorer.reader, self.restorer.in_force
         result: dict[str, Any] = {
+            "format": self.format,
             "dialect": {"word": dialect.word, "guest": dialect.guest, "codec": dialect.codec},
             "p2m_size": len(self.restorer.memory) or None,
             "memory_bytes": None if held is None else held.memory_bytes,
@@ -130,12 +158,19 @@ class Walk:
         if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
             complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
 
-    def fail_unless_good(self) -> None:
-        """Exit with the code of the fault, or the one for a stream without a checkpoint; return if all is well."""
+    @property
+    def exit_code(self) -> int | None:
+        """The code of the fault, or the one for a stream without a checkpoint; None if all is well."""
         if self.error is not None:
-            raise typer.Exit(self.error.exit_code)
+            return self.error.exit_code
         if self.restorer.in_force is None and self.restorer.end is not None:
-            raise typer.Exit(NothingToRestore.exit_code)
+            return NothingToRestore.exit_code
+        return None
+
+    def fail_unless_good(self) -> None:
+        """Exit with the code of the fault; return if all is well."""
+        if self.exit_code is not None:
+            raise typer.Exit(self.exit_code)
 
 
 class _Unread(Anonymous):
@@ -146,7 +181,7 @@ class _Unread(Anonymous):
 
 
 def walk_stream(
-    path: str,
+    source: str | StreamFile,
     dialect: Dialect,
     max_memory: int,
     *,
@@ -154,16 +189,28 @@ def walk_stream(
     quiet: bool = False,
     home: Home | None = None,
     is_read: bool = True,
+    is_legacy: bool = False,
 ) -> Walk:
     """A walk over a stream, not yet begun.
 
+    source: a path, or the file as opened, which the walk closes
     max_memory: in GiB
     home: where memory lives; by default in this process
     is_read: whether memory will be read; if not, everything is checked, but no page is kept
+    is_legacy: take it for a legacy stream, whatever its first bytes say
     """
     limits = Limits(memory_bytes=max_memory * GIB)
-    restorer = Restorer(dialect, limits=limits, strict=strict, home=home if is_read else _Unread())
-    return Walk(path, restorer, quiet=quiet, is_read=is_read)
+    kept = home if is_read else _Unread()
+    return Walk(
+        source,
+        lambda file: (
+            Restorer(dialect, limits=limits, strict=strict, home=kept)
+            if is_legacy
+            else restorer_of(file, dialect, limits=limits, strict=strict, home=kept)
+        ),
+        quiet=quiet,
+        is_read=is_read,
+    )
 
 
 def _after(end: events.EndOfStream | None) -> str:
@@ -239,10 +286,13 @@ def print_head(walk: Walk) -> None:
     """Print the dialect and the size of memory on one line."""
     dialect = walk.restorer.dialect
     pages = len(walk.restorer.memory)
-    out.print(
-        f"dialect: word {dialect.word}, guest {dialect.guest}, codec {dialect.codec or 'none'}; "
-        f"memory {pages:,} pages ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
-    )
+    memory = f"memory {pages:,} pages ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
+    if isinstance(walk.restorer, V2Restorer):
+        reader = walk.restorer.reader
+        layers = "libxl and libxc" if reader.has_libxl else "libxc"
+        out.print(f"format: Xen v2, version {reader.version}, {layers}; guest {dialect.guest}; {memory}")
+        return
+    out.print(f"dialect: word {dialect.word}, guest {dialect.guest}, codec {dialect.codec or 'none'}; {memory}")
 
 
 def shorten(value: Any) -> str:

@@ -15,7 +15,6 @@ REMUS_CKPT_KERNEL forces one by name, and fails if it is not available.
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt import extensions
 from remus_ckpt.codec import delta, oracle, rle, xbzrle
 from remus_ckpt.codec.arrays import Apply, Check, Encode, Index
 from remus_ckpt.errors import KernelUnavailable
@@ -34,8 +34,7 @@ _NATIVE: dict[str, dict[str, Any]] = {}
 _FEATURES: dict[str, bool] = {}
 _NOT_BUILT: str | None = None
 try:
-    # By name: a failure of the plain statement would read like a circular import.
-    _native = importlib.import_module("remus_ckpt.codec._native")
+    _native = extensions.load("codec._native")
 except ImportError as error:
     _NOT_BUILT = f"the C extension is not there ({error}); it is built where a C compiler is found at installation"
 else:
@@ -72,6 +71,7 @@ class Scan:
     dirty(memory, shadow, found) -> number of page numbers written to `found`, int64[pages]
     compare(memory, shadow) -> number of pages that differ; reads every byte: the measure for encoders
     gather(memory, index, out), scatter(memory, index, pages)
+    filled(pages, found) -> number of page numbers written to `found`, int64[pages]
     """
 
     name: str
@@ -79,6 +79,7 @@ class Scan:
     compare: Callable[[Pages, Pages], int]
     gather: Callable[[Pages, Index, Pages], None]
     scatter: Callable[[Pages, Index, Pages], None]
+    filled: Callable[[Pages, Index], int]
 
 
 def _native_kernel(name: str, codec: str, numpy: Kernel) -> Kernel:
@@ -159,8 +160,16 @@ def choose_scan(kernel: str | None = None) -> Scan | None:
     return SCANS.get(wanted(kernel))
 
 
+def choose_sending(kernel: str | None = None) -> Callable[..., int] | None:
+    """The native function of `PageCache.records`; None if Python does that. See `wanted`."""
+    name = wanted(kernel)
+    send: Callable[..., int] | None = _NATIVE[name]["send"][0] if name in _NATIVE else None
+    return send
+
+
 def native_functions(kernel: str) -> dict[str, Any]:
-    """The functions of a native kernel in the extension: codec → (encode, check, apply), and "scan".
+    """The functions of a native kernel in the extension: codec → (encode, check, apply), "scan", and
+    "send".
 
     Its check and apply return ~offset of a fault instead of raising. For tests and measurements.
     """

@@ -49,8 +49,11 @@ class Shadow:
 
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The slot of a page is its number; a page that was a page table goes full once."""
-        full = np.zeros(len(pfns), dtype=bool)
-        if tables.any() or not self._known[pfns].all():
+        full = ~self._known[pfns]
+        if tables.any() or full.any():
+            if not tables.any() and bool((pfns[1:] > pfns[:-1]).all()):
+                self._known[pfns] = True
+                return pfns, full
             # A PFN may occur more than once, so each depends on those before it.
             for i, (pfn, table) in enumerate(zip(pfns.tolist(), tables.tolist(), strict=True)):
                 full[i] = table or not self._known[pfn]

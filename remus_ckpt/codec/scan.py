@@ -1,4 +1,4 @@
-"""The passes over memory around the codecs: find the dirty pages, gather them, scatter them back.
+"""The passes over memory around the codecs: find the dirty or the filled pages, gather them, scatter them back.
 
 Like the codecs, they run in the kernel that `kernels` chooses; the code here is numpy's.
 """
@@ -38,6 +38,19 @@ def dirty_pages(memory: Pages, shadow: Pages, *, kernel: str | None = None) -> N
         if len(pages):
             found.append(pages + start)
     return np.concatenate(found)
+
+
+def filled_pages(pages: Pages, *, kernel: str | None = None) -> NDArray[np.int64]:
+    """The numbers of the pages that are not zeros, ascending.
+
+    pages: uint8[n, 4096], C-contiguous
+    kernel: require one of `kernels.KERNELS`, as for a codec
+    """
+    native = kernels.choose_scan(kernel)
+    if native:
+        found = np.empty(len(pages), dtype=np.int64)
+        return found[: native.filled(pages, found)].copy()
+    return np.flatnonzero(pages.view(np.uint64).any(axis=1))
 
 
 def gather(memory: Pages, index: NDArray[np.int64], out: Pages | None = None, *, kernel: str | None = None) -> Pages:

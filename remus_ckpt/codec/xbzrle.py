@@ -51,11 +51,11 @@ def encode_page(new: Pages, old: Pages, *, fold: bool = False) -> bytes | Outcom
 def apply_page(encoded: bytes | memoryview, page: Pages) -> None:
     """Apply one page without a frame, in place.
 
-    encoded: what `encode_page` returned, 3 to 4,096 bytes
-    page: uint8[4096], writable
+    encoded: what `encode_page` returned, 3 bytes to the size of the page
+    page: uint8[4096], writable; or of another size, as some of QEMU's targets have
     Raises Malformed; the page is untouched then.
     """
-    runs = _parse_page(memoryview(encoded), 0, len(encoded))
+    runs = _parse_page(memoryview(encoded), 0, len(encoded), len(page))
     data = np.frombuffer(encoded, dtype=np.uint8)
     for source, target, length in runs:
         page[target : target + length] = data[source : source + length]
@@ -242,7 +242,7 @@ def _parse_span(data: memoryview, at: int, first_page: int, n: int, wanted: int)
     )
 
 
-def _parse_page(data: memoryview, at: int, end: int) -> list[tuple[int, int, int]]:
+def _parse_page(data: memoryview, at: int, end: int, page_bytes: int = PAGE_SIZE) -> list[tuple[int, int, int]]:
     """The runs of one page: (offset of their bytes, offset in the page, number of bytes)."""
     runs: list[tuple[int, int, int]] = []
     target = 0
@@ -257,7 +257,7 @@ def _parse_page(data: memoryview, at: int, end: int) -> list[tuple[int, int, int
         length, at = _length(data, at, end)
         if length == 0:
             raise Malformed("a run of no changed bytes", offset=here, section="xbzrle.md §4.2")
-        if target + length > PAGE_SIZE:
+        if target + length > page_bytes:
             raise Malformed(f"{length} bytes at {target} of the page", offset=here, section="xbzrle.md §4.3")
         if length > end - at:
             raise Malformed(f"a run of {length} bytes where {end - at} are left", offset=here, section="xbzrle.md §4.3")

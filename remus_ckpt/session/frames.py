@@ -27,6 +27,7 @@ from remus_ckpt.session.messages import (
     Request,
     StreamShape,
 )
+from remus_ckpt.wire.digest import DIGESTS, DigestName
 from remus_ckpt.wire.record import Position
 
 try:
@@ -95,6 +96,12 @@ def _common(versions: tuple[int, ...], program: str, offset: int | None) -> int:
         section="session.md §1.3",
         chunk="HELLO",
     )
+
+
+def choose_digest(hello: Hello) -> DigestName | None:
+    """The digest of the stream that a client would begin: the first of its hello that is known here; None without."""
+    known: tuple[DigestName, ...] = DIGESTS
+    return next((name for offered in hello.digests for name in known if name == offered), None)
 
 
 def refuse(text: str, offset: int | None, section: str, number: FrameType | None = None) -> NoReturn:

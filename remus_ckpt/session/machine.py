@@ -21,6 +21,7 @@ from remus_ckpt.session.frames import FrameType
 from remus_ckpt.session.messages import Ack, Begin, Commit, Compression, Error, Goodbye, Hello, Message, Welcome
 from remus_ckpt.wire.inbox import End, Inbox
 from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen.whole import HAS_NATIVE, Walker, Whole, ack_frame, durable_ack, end_frames
 
 NEED_DATA = None
 """What `next_event` returns when the bytes so far hold no further message."""
@@ -30,7 +31,9 @@ DIRECT_BYTES = 64 * KIB
 
 ACKABLE = 4096
 """How many commits back an acknowledgement may reach."""
-_BUFFER_BYTES = 1 << 16
+WHOLE_BYTES = 512 * KIB
+"""A checkpoint of at most this size may be received as a whole; longer ones are better stored while they come."""
+_BUFFER_BYTES = WHOLE_BYTES + 64 * KIB
 
 Side = Literal["client", "server"]
 
@@ -44,6 +47,23 @@ class DataReceived:
 
     size: int
     data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReceived:
+    """The bytes of a whole checkpoint have arrived, and its Commit: one event in place of several.
+
+    whole: its bytes, valid until the session is asked for a buffer, and what stands in them
+    """
+
+    whole: Whole
+
+    @property
+    def commit(self) -> Commit:
+        """The message."""
+        whole = self.whole
+        before, size = whole.record.before, len(whole.data)
+        return Commit(position=whole.after, before=before, stream_bytes=size, pages=len(whole.pfns))
 
 
 class SessionState(Enum):
@@ -86,6 +106,12 @@ TRANSITIONS: dict[tuple[SessionState, Side, FrameType], SessionState] = {
 cross on the way mean the same to both."""
 
 
+_STREAM = (SessionState.BETWEEN, SessionState.WITHIN)
+"""In these a client sends DATA and COMMIT, and a server ACK."""
+_ACK_BYTES = 128
+"""An Ack and its header are shorter."""
+
+
 class Lender(Protocol):
     """Lends buffers to receive the stream's bytes into: a reader, or a wrapper around one."""
 
@@ -93,7 +119,7 @@ class Lender(Protocol):
         """A writable buffer of one byte or more."""
 
 
-Parser = Generator["Message | DataReceived | None", None, Any]
+Parser = Generator["Message | DataReceived | CheckpointReceived | None", None, Any]
 
 
 def _both(state: SessionState) -> dict[Side, SessionState]:
@@ -153,6 +179,12 @@ class Direction:
         """Whether either side has ended the session."""
         return bool(self._common.ended)
 
+    @property
+    def _has_checksums(self) -> bool:
+        """Whether uncompressed DATA frames have a checksum of their payload (§2.3)."""
+        welcome = self._common.welcome
+        return welcome is None or welcome.digest is None
+
     def _move(self, number: FrameType, message: Message | None, offset: int | None) -> None:
         """Advance by one frame. offset: where it was received; None: it is to be sent, and a fault is a ValueError."""
         following = TRANSITIONS.get((self.state, self.speaker, number))
@@ -171,6 +203,8 @@ class Direction:
                 strange = set(message.compressions) - set(common.hello.compressions)
                 if strange:
                     frames.refuse(f"compressions {sorted(strange)} were not in the hello", offset, "§3.2", number)
+                if message.digest is not None and message.digest not in common.hello.digests:
+                    frames.refuse(f"the digest {message.digest!r} was not in the hello", offset, "§3.2", number)
                 common.welcome = message
             case Begin():
                 self._check_begin(message, offset)
@@ -181,10 +215,7 @@ class Direction:
             case Commit():
                 self._check_commit(message, offset)
                 self._stream_bytes = 0
-                self._position = message.position
-                common.made[message.position] = None
-                if len(common.made) > ACKABLE:
-                    del common.made[next(iter(common.made))]
+                self._make(message.position)
             case Ack():
                 if message.position not in common.made:
                     frames.refuse(f"{message.position} is no position of this session", offset, "§3.6", number)
@@ -194,6 +225,14 @@ class Direction:
             self._common.states.update(_both(following))
         else:
             self._common.states[self.speaker] = following
+
+    def _make(self, position: Position) -> None:
+        """A commit has made a position."""
+        made = self._common.made
+        self._position = position
+        made[position] = None
+        if len(made) > ACKABLE:
+            del made[next(iter(made))]
 
     def _refuse(self, number: FrameType, offset: int | None) -> NoReturn:
         frames.refuse(f"the {self.speaker} may not say it in the state {self.state.name}", offset, "§4", number)
@@ -221,8 +260,9 @@ class Direction:
 class Incoming(Direction):
     """Bytes to messages.
 
-    A DATA frame's checksum covers the whole frame, but its bytes are passed on before the frame is complete: after an
-    error, drop the checkpoint that they belong to. A checkpoint whose Commit has come out of `next_event` is complete.
+    The bytes of a DATA frame are passed on before the frame is complete, and before what covers them has been checked:
+    the frame's checksum or, where the two sides have agreed on one, the digest of the stream. After an error, drop the
+    checkpoint that they belong to. A checkpoint whose Commit has come out of `next_event` has come completely.
     """
 
     def __init__(self, speaker: Side, common: Common) -> None:
@@ -230,11 +270,14 @@ class Incoming(Direction):
         self.lender: Lender | None = None
         """To be set before the first DATA comes: when Begin came out of `next_event`, at the latest."""
         self._packing = frames.Packing()
-        self._inbox = Inbox(_BUFFER_BYTES, first_bytes=_BUFFER_BYTES * 4)
+        self._inbox = Inbox(_BUFFER_BYTES, first_bytes=256 * KIB)
         self._rest = 0  # of a payload that may be received into the lender's buffer
         self._lent: memoryview | None = None  # that buffer, while it is being received into
         self._crc = 0
         self._error: BaseException | None = None
+        self._walker: Walker | None = None
+        self._walked: tuple[Whole, int] | None = None  # what stands in front of the inbox, if `missing` has found it
+        self._is_at_frame = False  # the parser waits for the header of a frame
         self._parser = self._frames()
 
     @property
@@ -246,7 +289,7 @@ class Incoming(Direction):
 
     def get_buffer(self) -> memoryview:
         """A writable buffer to receive into; `buffer_updated` says how much of it was filled."""
-        self._lent = None
+        self._lent = self._walked = None
         self._give_up()
         if self._rest >= DIRECT_BYTES and not self._inbox.buffered and self.lender is not None:
             theirs = self.lender.get_buffer()[: self._rest]
@@ -260,7 +303,8 @@ class Incoming(Direction):
         if self._lent is None:
             self._inbox.buffer_updated(size)
             return
-        self._crc = frames.extend(self._crc, self._lent[:size])
+        if self._has_checksums:
+            self._crc = frames.extend(self._crc, self._lent[:size])
         self._lent = None
         self._rest -= size
         self._inbox.received(size)
@@ -278,9 +322,27 @@ class Incoming(Direction):
         self._parser = self._inbox.drain()
         self._error = None
 
+    def walk_whole(self) -> None:
+        """From now on, a checkpoint that has come as a whole may be one event, `CheckpointReceived`."""
+        hello = self._common.hello
+        if HAS_NATIVE and hello is not None and hello.word and hello.memory_pages:
+            checksums = self._has_checksums
+            self._walker = Walker(hello.word, hello.memory_pages, WHOLE_BYTES, has_checksums=checksums)
+
+    @property
+    def missing(self) -> int:
+        """How many more bytes it takes for a checkpoint to have come as a whole, as far as can be told; 0: it has, or
+        none is coming. To be asked before `next_event`."""
+        walker = self._walker
+        if walker is None or not self._is_at_frame or self._common.states["client"] is not SessionState.BETWEEN:
+            return 0
+        there = self._inbox.front(_BUFFER_BYTES)
+        self._walked = walker.walk(there)
+        return 0 if self._walked is not None or not there else max(walker.wanted(there) - len(there), 0)
+
     # Events out
 
-    def next_event(self) -> Message | DataReceived | None:
+    def next_event(self) -> Message | DataReceived | CheckpointReceived | None:
         """The next message, or NEED_DATA.
 
         Raises Malformed, LimitExceeded or UnknownFormat for the peer's faults, LinkError if the bytes end before either
@@ -290,6 +352,8 @@ class Incoming(Direction):
         if self._error is not None:
             raise self._error
         self._give_up()
+        if self._is_at_frame and (event := self._at_once()) is not None:
+            return event
         try:
             return next(self._parser)
         except End:
@@ -315,6 +379,28 @@ class Incoming(Direction):
             self._parser.close()
             self._parser = self._inbox.drain()
 
+    def _at_once(self) -> CheckpointReceived | Ack | None:
+        """What comes all the time, if it has come as a whole, in the form that our own programs give to it: as the
+        parser would have it, in one step."""
+        common, inbox = self._common, self._inbox
+        if self._walker is not None:
+            if common.states["client"] is not SessionState.BETWEEN or common.ended:
+                return None
+            walked = self._walked or self._walker.walk(inbox.front(_BUFFER_BYTES))
+            self._walked = None
+            if walked is None or not walked[0].follows(self._position):
+                return None
+            # As after its DATA and its COMMIT: between two checkpoints.
+            inbox.skip(walked[1])
+            self._make(walked[0].after)
+            return CheckpointReceived(walked[0])
+        if HAS_NATIVE and self.speaker == "server" and self.state in _STREAM and self.ended_with is None:
+            acked = durable_ack(inbox.front(_ACK_BYTES))
+            if acked is not None and acked[0] in common.made:
+                inbox.skip(acked[1])
+                return Ack(level="durable", position=acked[0])
+        return None
+
     def _preface(self) -> Parser:
         """§1.1"""
         for size in range(1, len(frames.PREFACE) + 1):
@@ -330,7 +416,12 @@ class Incoming(Direction):
 
     def _frame(self) -> Parser:
         """§2"""
+        self._is_at_frame = True
         yield from self._inbox.have(frames.HEADER_BYTES)
+        if (event := self._at_once()) is not None:
+            yield event
+            return None
+        self._is_at_frame = False
         offset = self.received_bytes
         number, flags, length, crc = self._header(offset)
         self._inbox.skip(frames.HEADER_BYTES)
@@ -362,6 +453,9 @@ class Incoming(Direction):
         """§2.3. Bytes already in our buffer are copied; once it is empty, the lender's buffer may be used directly."""
         lender = self.lender
         assert lender is not None, "DATA, and nobody who lends a buffer"
+        has_checksum = self._has_checksums
+        if not has_checksum and crc:
+            frames.refuse("a payload checksum where the digest has its place", offset, "§2.3", FrameType.DATA)
         self._rest = length
         self._crc = 0
         while self._rest:
@@ -369,7 +463,8 @@ class Incoming(Direction):
             if here := self._inbox.front(before):
                 room = lender.get_buffer()
                 take = min(len(here), len(room))
-                self._crc = frames.extend(self._crc, here[:take])
+                if has_checksum:
+                    self._crc = frames.extend(self._crc, here[:take])
                 room[:take] = here[:take]
                 self._inbox.skip(take)
                 self._rest -= take
@@ -421,6 +516,13 @@ class Outgoing(Direction):
         self._move(number, message, None)
         return self._out([frames.head(number, 0, len(payload), frames.extend(0, payload)) + payload])
 
+    def send_durable(self, position: Position) -> list[Buffer]:
+        """`send` of an Ack for a durable checkpoint, for those who cannot wait: its bytes without the message."""
+        self._may_send()
+        if not HAS_NATIVE or position not in self._common.made or not self._prefaced:
+            return self.send(Ack(level="durable", position=position))
+        return self._out([ack_frame(position)])
+
     def send_data(self, buffers: Iterable[Buffer], compression: Compression = "none") -> list[Buffer]:
         """DATA frames with the stream's next bytes; without compression, the given buffers are returned uncopied.
 
@@ -444,11 +546,50 @@ class Outgoing(Direction):
                 ]
                 continue
             crc = 0
-            for part in parts:
-                crc = frames.extend(crc, part)
+            if self._has_checksums:
+                for part in parts:
+                    crc = frames.extend(crc, part)
             out.append(frames.head(FrameType.DATA, 0, size, crc))
             out += parts
         return self._out(out)
+
+    def send_end(
+        self,
+        buffers: list[Buffer],
+        compression: Compression = "none",
+        *,
+        position: Position,
+        before: Position | None,
+        stream_bytes: int,
+        pages: int,
+    ) -> list[Buffer]:
+        """`send_data` of the last bytes of a checkpoint, if any are left, and `send` of its Commit, with these fields.
+
+        buffers: each of single bytes in one dimension
+        """
+        common, size = self._common, sum(map(len, buffers))
+        if (
+            HAS_NATIVE
+            and compression == "none"
+            and 0 < size <= frames.DATA_BYTES
+            and self._stream_bytes + size == stream_bytes
+            and before is not None
+            and before == self._position
+            and before.epoch + 1 == position.epoch
+            and common.states[self.speaker] in _STREAM
+        ):
+            self._may_send()
+            crc = 0
+            if self._has_checksums:
+                for buffer in buffers:
+                    crc = frames.extend(crc, buffer)
+            framed = end_frames(size, crc, position, before, stream_bytes, pages)
+            common.states[self.speaker] = SessionState.BETWEEN
+            self._stream_bytes = 0
+            self._make(position)
+            return self._out([framed[: frames.HEADER_BYTES], *buffers, framed[frames.HEADER_BYTES :]])
+        commit = Commit(position=position, before=before, stream_bytes=stream_bytes, pages=pages)
+        return (self.send_data(buffers, compression) if buffers else []) + self.send(commit)
 
     def _may_send(self) -> None:
         if self.ended_with is not None:
@@ -527,7 +668,7 @@ class Session:
     def close(self) -> None:
         self.incoming.close()
 
-    def next_event(self) -> Message | DataReceived | None:
+    def next_event(self) -> Message | DataReceived | CheckpointReceived | None:
         return self.incoming.next_event()
 
     def send(self, message: Message) -> list[Buffer]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from remus_ckpt.wire.record import DIGEST_BYTES, Position
+from remus_ckpt.wire.digest import DIGEST_BYTES
+from remus_ckpt.wire.record import Position
 
 VERSION = 1
 """Of the protocol."""
@@ -64,6 +65,7 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
+    LOG = "log"
 
 
 def check_name(name: str) -> str:
@@ -126,6 +128,11 @@ def _one_of(*choices: Any) -> Check:
 
 def _optional(inner: Check) -> Check:
     return lambda value: None if value is None else inner(value)
+
+
+def _or_none(several: Check) -> Check:
+    """A list that an older peer leaves out: it is empty then."""
+    return lambda value: several(() if value is None else value)
 
 
 def _several(inner: Check, least: int = 0) -> Check:
@@ -247,6 +254,9 @@ class Hello(Message):
     term: None if the primary has never been told one
     memory_pages, page_size: of the protected memory; codec, word: of the stream that would follow
     compressions: of DATA frames that the client can make
+    digests: of the streams that the client can make, the one it would rather have first. A client that names none
+        makes streams with SHA-256, and expects checksums of all frames
+    log: the commit log that its commits go to, None without one
     """
 
     versions: tuple[int, ...] = (VERSION,)
@@ -260,6 +270,8 @@ class Hello(Message):
     codec: str = ""
     word: int = 0
     compressions: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    log: str | None = None
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Hello])
@@ -281,6 +293,9 @@ class Welcome(Message):
     compressions: those of the hello's that DATA frames may use
     limits: by name, the limits of what the backup accepts
     lease_s: after this many seconds without a frame, the other side counts as lost
+    digest: one of the hello's: of the stream that a full copy begins. It covers what uncompressed DATA frames carry, so
+        that these have no checksum. None: the digest is SHA-256, and all frames have checksums
+    log: the commit log that its takeovers go to, None without one
     """
 
     version: int = VERSION
@@ -292,6 +307,8 @@ class Welcome(Message):
     compressions: tuple[str, ...] = ()
     limits: dict[str, int]
     lease_s: float
+    digest: str | None = None
+    log: str | None = None
 
     def __post_init__(self) -> None:
         _checked(self, FIELDS[Welcome])
@@ -345,6 +362,11 @@ class Ack(Message):
 
     level: Level
     position: Position
+
+    def __post_init__(self) -> None:
+        # The usual one is looked at in one step: a commit waits for it.
+        if self.level != "durable" or type(self.position) is not Position:
+            _checked(self, FIELDS[Ack])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,6 +427,8 @@ FIELDS: dict[type[Message], dict[str, Check]] = {
         "codec": _text(NAME_CHARS),
         "word": _one_of(0, 4, 8),
         "compressions": _several(_NAME),
+        "digests": _or_none(_several(_NAME)),
+        "log": _optional(_text(NAME_CHARS, 1)),
     },
     Welcome: {
         "version": _whole(0, 0xFFFFFFFF),
@@ -416,6 +440,8 @@ FIELDS: dict[type[Message], dict[str, Check]] = {
         "compressions": _several(_NAME),
         "limits": _map(_whole()),
         "lease_s": _seconds,
+        "digest": _optional(_NAME),
+        "log": _optional(_text(NAME_CHARS, 1)),
     },
     Begin: {
         "mode": _one_of("full", "continue"),

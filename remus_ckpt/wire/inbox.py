@@ -53,6 +53,11 @@ class Inbox:
         self._is_eof = False
 
     @property
+    def size(self) -> int:
+        """Of the buffer."""
+        return len(self._small)
+
+    @property
     def offset(self) -> int:
         """The number of the next byte to be consumed."""
         return self._base + self._begin

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
 from remus_ckpt.errors import Malformed, UnknownFormat
+from remus_ckpt.wire.digest import DEFAULT_DIGEST, DIGEST_BYTES, DIGESTS, DigestName, digest_of
 from remus_ckpt.wire.xen.dialect import STREAM_CODECS
 
 RECORD_MAGIC = b"\x89REMUSck"
-RECORD_VERSION = 1
-DIGEST_BYTES = 32
+VERSIONS: dict[DigestName, int] = {"sha256": 1, "blake3": 2}
+"""The version of the record that is written with a digest. Version 1 has no other; later ones name theirs."""
 RECORD_SECTION = "stream.md §9.2"
 
 
@@ -39,31 +39,41 @@ class Position:
 
     @classmethod
     def after(
-        cls, before: Position | None, body_digest: bytes, device_state: bytes, *, first_epoch: int = 0
+        cls,
+        before: Position | None,
+        body_digest: bytes,
+        device_state: bytes,
+        *,
+        first_epoch: int = 0,
+        digest: DigestName = DEFAULT_DIGEST,
     ) -> Position:
         """The position that follows `before` (None: nothing), from what the checkpoint held when it was first written.
 
-        body_digest: SHA-256 of the checkpoint's bytes up to the end of its body (specs/stream.md §9.3)
+        body_digest: of the checkpoint's bytes up to the end of its body (specs/stream.md §9.3)
         first_epoch: the number of a checkpoint that follows none
+        digest: the one of the stream, by which body_digest was made; that of `before` may be another
         """
         epoch = first_epoch if before is None else before.epoch + 1
-        chain = hashlib.sha256(b"remus position 1\0")
-        chain.update(bytes(DIGEST_BYTES) if before is None else before.digest)
-        chain.update(epoch.to_bytes(8, "little"))
-        chain.update(body_digest)
-        chain.update(hashlib.sha256(device_state).digest())
-        return cls(epoch, chain.digest())
+        held = held_before(before, epoch, digest) + body_digest + digest_of(digest, device_state)
+        return cls(epoch, digest_of(digest, held))
+
+
+def held_before(before: Position | None, epoch: int, digest: DigestName) -> bytes:
+    """What the digest of a position begins with, which is known before its checkpoint is (specs/stream.md §9.3)."""
+    chain = bytes(DIGEST_BYTES) if before is None else before.digest
+    return b"remus position %d\0" % VERSIONS[digest] + chain + epoch.to_bytes(8, "little")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """What the tail of one of our checkpoints says, without its checksum.
+    """What the tail of one of our checkpoints says, without its digest.
 
     epoch: number of the checkpoint; time_ns: when it was taken, according to the caller, or None
     codec: of the compressed checkpoints of this stream
     before, after: the position that this checkpoint follows (None: nothing) and the one that it makes
     device_state: the user's own bytes
     memory_bytes: size of memory if it ends within its last page, else None
+    digest: the name of the digest that follows the record, and that makes the positions of its stream
     """
 
     epoch: int
@@ -73,11 +83,13 @@ class CheckpointRecord:
     after: Position
     device_state: bytes = b""
     memory_bytes: int | None = None
+    digest: DigestName = DEFAULT_DIGEST
 
     def pack(self) -> bytes:
-        """The record's bytes, without the SHA-256 that follows them."""
+        """The record's bytes, without the digest that follows them."""
+        version = VERSIONS[self.digest]
         fields = {
-            "version": RECORD_VERSION,
+            "version": version,
             "epoch": self.epoch,
             "time_ns": self.time_ns,
             "codec": self.codec,
@@ -85,10 +97,18 @@ class CheckpointRecord:
             "after": [self.after.epoch, self.after.digest],
             "device_state": self.device_state,
         }
+        if version > 1:
+            fields["digest"] = self.digest
         if self.memory_bytes is not None:
             fields["memory_bytes"] = self.memory_bytes
         packed: bytes = msgpack.packb(fields, use_bin_type=True)
         return RECORD_MAGIC + packed
+
+    def split(self) -> tuple[bytes, bytes]:
+        """What `pack` returns, without the digest after, and without the name and the bytes of the device state: what
+        stands before the digest, and behind the state. The state must be empty."""
+        front, _, back = self.pack().rpartition(pack_device_state(b""))
+        return front[:-DIGEST_BYTES], back
 
     @classmethod
     def unpack(cls, data: bytes, offset: int) -> CheckpointRecord:
@@ -101,10 +121,11 @@ class CheckpointRecord:
             raise Malformed("the record is neither QEMU's nor one of ours", offset=offset, section=RECORD_SECTION)
         try:
             fields: Any = msgpack.unpackb(data[len(RECORD_MAGIC) :], raw=False, strict_map_key=True)
-            if fields["version"] != RECORD_VERSION:
+            version = fields["version"]
+            if type(version) is not int or version not in VERSIONS.values():
                 raise UnknownFormat(
-                    f"the checkpoint's record has version {fields['version']!r}; this program reads {RECORD_VERSION}: "
-                    "use the one that wrote the stream, or a later one",
+                    f"the checkpoint's record has version {version!r:.40}; this program reads up to "
+                    f"{max(VERSIONS.values())}: use the one that wrote the stream, or a later one",
                     offset=offset,
                     section=RECORD_SECTION,
                 )
@@ -117,6 +138,7 @@ class CheckpointRecord:
                 after=Position(*fields["after"]),
                 device_state=_typed(fields["device_state"], bytes),
                 memory_bytes=_typed(fields["memory_bytes"], int) if "memory_bytes" in fields else None,
+                digest=_digest_name(fields["digest"]) if version > 1 else "sha256",
             )
         except UnknownFormat:
             raise
@@ -140,6 +162,19 @@ class CheckpointRecord:
                 section=RECORD_SECTION,
             )
         return record
+
+
+def pack_device_state(state: bytes) -> bytes:
+    """A device state as it stands in a record, behind its name."""
+    packed: bytes = msgpack.packb(state, use_bin_type=True)
+    return b"\xacdevice_state" + packed
+
+
+def _digest_name(value: Any) -> DigestName:
+    for name in DIGESTS:
+        if value == name:
+            return name
+    raise ValueError(f"the digest {value!r:.40}; there are {' and '.join(DIGESTS)}")
 
 
 def _typed(value: Any, kind: type) -> Any:

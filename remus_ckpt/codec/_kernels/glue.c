@@ -233,6 +233,33 @@ static PyObject *scan_compare(PyObject *self, PyObject *const *args, Py_ssize_t 
     return compare(self, args, nargs, 0);
 }
 
+/* filled(pages, found) -> how many page numbers were written to found, which has room for all */
+static PyObject *scan_filled(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { PAGES, FOUND, BUFFERS };
+    const binding *b = bound(self);
+    Py_buffer v[BUFFERS];
+    PyObject *result = NULL;
+    memset(v, 0, sizeof v);
+    if (!b || !count_is(nargs, 2))
+        return NULL;
+    if (view_pages(args[0], &v[PAGES], 0, "pages") || view_numbers(args[1], &v[FOUND], PyBUF_WRITABLE, "found"))
+        goto done;
+    const Py_ssize_t n = v[PAGES].len / REMUS_PAGE;
+    if (v[FOUND].len / 8 < n) {
+        PyErr_Format(PyExc_ValueError, "found must suffice for %zd pages", n);
+        goto done;
+    }
+    size_t count;
+    Py_BEGIN_ALLOW_THREADS
+    count = b->kernel->filled(v[PAGES].buf, (size_t)n, v[FOUND].buf);
+    Py_END_ALLOW_THREADS
+    result = PyLong_FromSize_t(count);
+done:
+    release(v, BUFFERS);
+    return result;
+}
+
 /* Copies pages between memory, at the places of index, and a buffer with room for as many. */
 static PyObject *move(PyObject *self, PyObject *const *args, Py_ssize_t nargs, int gather)
 {
@@ -279,11 +306,55 @@ static PyObject *scan_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
     return move(self, args, nargs, 0);
 }
 
+/* send(pages, index, numbers, first, cache, held, ages, age, encodes, out, counts) -> bytes written */
+static PyObject *send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { PAGES, INDEX, NUMBERS, CACHE, HELD, AGES, OUT, COUNTS, BUFFERS };
+    const binding *b = bound(self);
+    Py_buffer v[BUFFERS];
+    PyObject *result = NULL;
+    memset(v, 0, sizeof v);
+    if (!b || !count_is(nargs, 11))
+        return NULL;
+    const int64_t most = (int64_t)1 << 40; /* pages of a memory: its bytes are a positive int64 */
+    const int64_t first = PyLong_AsLongLong(args[3]), age = PyLong_AsLongLong(args[7]);
+    const int encodes = PyObject_IsTrue(args[8]);
+    if (PyErr_Occurred() || encodes < 0 || view_pages(args[0], &v[PAGES], 0, "pages")
+        || view_numbers(args[1], &v[INDEX], 0, "index") || view_numbers(args[2], &v[NUMBERS], 0, "numbers")
+        || view_pages(args[4], &v[CACHE], PyBUF_WRITABLE, "cache")
+        || view_numbers(args[5], &v[HELD], PyBUF_WRITABLE, "held")
+        || view_numbers(args[6], &v[AGES], PyBUF_WRITABLE, "ages")
+        || view(args[9], &v[OUT], "B", PyBUF_WRITABLE, "out")
+        || view_numbers(args[10], &v[COUNTS], PyBUF_WRITABLE, "counts"))
+        goto done;
+    const Py_ssize_t pages = v[PAGES].len / REMUS_PAGE, slots = v[HELD].len / 8, n = v[NUMBERS].len / 8;
+    if (!in_range(&v[INDEX], 0, pages, "index") || !in_range(&v[NUMBERS], 0, (Py_ssize_t)most, "numbers"))
+        goto done;
+    if ((args[1] == Py_None ? pages : v[INDEX].len / 8) != n || first < 0 || first > most || (slots & (slots - 1))
+        || v[AGES].len != v[HELD].len || v[CACHE].len / REMUS_PAGE != slots || v[COUNTS].len / 8 < REMUS_SENT_COUNTS
+        || n > (v[OUT].len - REMUS_SLACK) / REMUS_RECORD_MAX || v[OUT].len < REMUS_SLACK) {
+        PyErr_Format(PyExc_ValueError, "index, cache, out and counts must suffice for %zd pages", n);
+        goto done;
+    }
+    const remus_sending sending = {v[PAGES].buf, v[INDEX].buf, v[NUMBERS].buf, (size_t)n,     first,   v[CACHE].buf,
+                                   v[HELD].buf,  v[AGES].buf,  (size_t)slots,  age,           encodes, v[COUNTS].buf};
+    size_t size;
+    Py_BEGIN_ALLOW_THREADS
+    size = b->kernel->send(&sending, v[OUT].buf);
+    Py_END_ALLOW_THREADS
+    result = PyLong_FromSize_t(size);
+done:
+    release(v, BUFFERS);
+    return result;
+}
+
 #define FUNCTION(name, function) {name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL, NULL}
 
 static PyMethodDef codec_functions[] = {FUNCTION("encode", encode), FUNCTION("check", check), FUNCTION("apply", apply)};
 static PyMethodDef scan_functions[] = {FUNCTION("dirty", scan_dirty), FUNCTION("compare", scan_compare),
-                                       FUNCTION("gather", scan_gather), FUNCTION("scatter", scan_scatter)};
+                                       FUNCTION("gather", scan_gather), FUNCTION("scatter", scan_scatter),
+                                       FUNCTION("filled", scan_filled)};
+static PyMethodDef send_functions[] = {FUNCTION("send", send)};
 
 static PyObject *functions_of(binding *to, PyMethodDef *definitions, Py_ssize_t n)
 {
@@ -306,7 +377,7 @@ static int put(PyObject *dict, const char *key, PyObject *value)
     return failed ? -1 : 0;
 }
 
-/* kernel name -> {"needs": features, "runs": bool, codec name: (encode, check, apply), "scan": (…)} */
+/* kernel name -> {"needs": features, "runs": bool, codec name: (encode, check, apply), "scan": (…), "send": (send,)} */
 static PyObject *table(void)
 {
     static const char *const names[REMUS_CODECS] = {"delta", "rle", "xbzrle", "xbzrle-fold"};
@@ -320,7 +391,8 @@ static PyObject *table(void)
             to->codec = codec;
             failed = put(row, names[codec], functions_of(to, codec_functions, 3));
         }
-        failed = failed || put(row, "scan", functions_of(to - 1, scan_functions, 4));
+        failed = failed || put(row, "scan", functions_of(to - 1, scan_functions, 5))
+                 || put(row, "send", functions_of(to - 1, send_functions, 1));
         if (failed) {
             Py_XDECREF(row);
             Py_CLEAR(all);
@@ -336,9 +408,9 @@ static PyObject *features(void)
 {
     PyObject *seen = PyDict_New();
 #if REMUS_X86
-#define SEEN(name) put(seen, name, PyBool_FromLong(__builtin_cpu_supports(name) != 0))
-    if (SEEN("popcnt") || SEEN("bmi") || SEEN("bmi2") || SEEN("avx2") || SEEN("avx512f") || SEEN("avx512bw")
-        || SEEN("avx512vl") || SEEN("avx512vbmi2"))
+#define SEEN(name) put(seen, #name, PyBool_FromLong(REMUS_CPU_HAS(name)))
+    if (SEEN(popcnt) || SEEN(bmi) || SEEN(bmi2) || SEEN(avx2) || SEEN(avx512f) || SEEN(avx512bw) || SEEN(avx512vl)
+        || SEEN(avx512vbmi2))
         Py_CLEAR(seen);
 #endif
     return seen;
@@ -348,7 +420,8 @@ static int execute(PyObject *module)
 {
     PyObject *kernels = table(), *seen = features();
     const int failed = !kernels || !seen || PyModule_AddObjectRef(module, "KERNELS", kernels)
-                       || PyModule_AddObjectRef(module, "FEATURES", seen);
+                       || PyModule_AddObjectRef(module, "FEATURES", seen)
+                       || PyModule_AddStringConstant(module, "SOURCES", REMUS_SOURCES);
     Py_XDECREF(kernels);
     Py_XDECREF(seen);
     return failed ? -1 : 0;

@@ -16,6 +16,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define REMUS_X86 1
+#include "cpu.h"
 #else
 #define REMUS_X86 0
 #endif
@@ -47,6 +48,39 @@ typedef struct {
     remus_apply_fn apply;
 } remus_codec;
 
+/* Pages for a QEMU stream, through a cache of what the receiver holds (specs/qemu-ram.md §10). Page i is
+ * pages[index[i]] (or pages[i]); others may write them all the while. */
+typedef struct {
+    const uint8_t *pages;
+    const int64_t *index;   /* or NULL */
+    const int64_t *numbers; /* of the pages in their block */
+    size_t n;
+    int64_t first;  /* the number of the block's first page among all blocks' */
+    uint8_t *cache; /* slots pages */
+    int64_t *held;  /* the page in each slot, counted among all blocks'; -1: none */
+    int64_t *ages;  /* the round in which it was last used */
+    size_t slots;   /* a power of two, or 0 */
+    int64_t age;    /* of this round */
+    int encodes;    /* or only fill the cache */
+    int64_t *counts;
+} remus_sending;
+
+enum {
+    REMUS_SENT_ZERO,
+    REMUS_SENT_PLAIN, /* whole, since nothing is encoded */
+    REMUS_SENT_MISS,  /* whole, since the cache had not got it */
+    REMUS_SENT_SAME,  /* not sent, since the receiver has it */
+    REMUS_SENT_XBZRLE,
+    REMUS_SENT_OVERFLOW, /* whole, since encoded it would take more */
+    REMUS_SENT_BYTES,    /* of the encoded pages, with the three bytes in front of each */
+    REMUS_SENT_COUNTS
+};
+
+#define REMUS_LIFETIME 2 /* rounds for which a page stays in the cache unused; QEMU's CACHED_PAGE_LIFETIME */
+#define REMUS_RECORD_MAX (8 + REMUS_XBZRLE_MAX)
+#define REMUS_SLACK 128 /* an encoder may write this far behind what it reports */
+enum { RAM_ZERO = 0x02, RAM_PAGE = 0x08, RAM_CONTINUE = 0x20, RAM_XBZRLE = 0x40 };
+
 enum { REMUS_DELTA, REMUS_RLE, REMUS_XBZRLE, REMUS_XBZRLE_FOLD, REMUS_CODECS };
 
 /* One instruction set. */
@@ -57,10 +91,14 @@ typedef struct {
     remus_codec codecs[REMUS_CODECS];
     /* The numbers of the pages that differ, ascending, into found[n]; returns how many. */
     size_t (*dirty)(const uint8_t *memory, const uint8_t *shadow, size_t n, int64_t *found);
+    /* The numbers of the pages that are not zeros, likewise. */
+    size_t (*filled)(const uint8_t *pages, size_t n, int64_t *found);
     /* How many pages differ, every byte of all of them read: the limit that encoders are measured against. */
     size_t (*compare)(const uint8_t *memory, const uint8_t *shadow, size_t n);
     void (*gather)(const uint8_t *memory, const int64_t *index, size_t n, uint8_t *out);
     void (*scatter)(const uint8_t *pages, const int64_t *index, size_t n, uint8_t *memory);
+    /* Records to out, which has room for n of REMUS_RECORD_MAX and REMUS_SLACK; returns how many bytes. */
+    size_t (*send)(const remus_sending *sending, uint8_t *out);
 } remus_kernel;
 
 extern const remus_kernel *const remus_kernels[]; /* slowest first, then NULL */
@@ -76,9 +114,11 @@ extern const size_t remus_max_page[REMUS_CODECS];
     size_t remus_xbzrle_fold_encode_##isa(const remus_batch *, uint8_t *);                                       \
     void remus_xbzrle_apply_##isa(const uint8_t *, size_t, uint8_t *, const int64_t *, size_t);                  \
     size_t remus_dirty_##isa(const uint8_t *, const uint8_t *, size_t, int64_t *);                               \
+    size_t remus_filled_##isa(const uint8_t *, size_t, int64_t *);                                               \
     size_t remus_compare_##isa(const uint8_t *, const uint8_t *, size_t);                                        \
     void remus_gather_##isa(const uint8_t *, const int64_t *, size_t, uint8_t *);                                \
-    void remus_scatter_##isa(const uint8_t *, const int64_t *, size_t, uint8_t *);
+    void remus_scatter_##isa(const uint8_t *, const int64_t *, size_t, uint8_t *);                               \
+    size_t remus_xbzrle_send_##isa(const remus_sending *, uint8_t *);
 
 REMUS_DECLARE(scalar)
 #if REMUS_X86

@@ -10,7 +10,7 @@
 
 #define GROUP 64 /* bytes that are compared and brought up to date together */
 #define GROUPS (REMUS_PAGE / GROUP)
-#define SLACK 128 /* an encoder may write this far behind what it reports */
+#define SLACK REMUS_SLACK
 
 /* After this the compiler knows nothing of where x came from, and so cannot read the source a second time: what goes
  * on the wire and what goes into the reference are one and the same register. */

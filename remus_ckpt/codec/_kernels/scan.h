@@ -1,6 +1,6 @@
 /* The passes around the codecs, over the primitives of one instruction set. Included after isa_*.h.
  *
- * page_differs, whole_page_differs, page_stream, stream_end: of the instruction set. */
+ * page_differs, page_is_filled, whole_page_differs, page_stream, stream_end: of the instruction set. */
 
 #define SCAN(isa)                                                                                                \
     TARGET size_t remus_dirty_##isa(const uint8_t *memory, const uint8_t *shadow, size_t n, int64_t *found)      \
@@ -11,6 +11,16 @@
             const int64_t number = (int64_t)i;                                                                   \
             memcpy(found + count, &number, sizeof number);                                                       \
             count += page_differs(memory + i * REMUS_PAGE, shadow + i * REMUS_PAGE);                             \
+        }                                                                                                        \
+        return count;                                                                                            \
+    }                                                                                                            \
+    TARGET size_t remus_filled_##isa(const uint8_t *pages, size_t n, int64_t *found)                             \
+    {                                                                                                            \
+        size_t count = 0;                                                                                        \
+        for (size_t i = 0; i < n; i++) {                                                                         \
+            const int64_t number = (int64_t)i;                                                                   \
+            memcpy(found + count, &number, sizeof number);                                                       \
+            count += page_is_filled(pages + i * REMUS_PAGE);                                                     \
         }                                                                                                        \
         return count;                                                                                            \
     }                                                                                                            \

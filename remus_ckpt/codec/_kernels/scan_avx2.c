@@ -16,6 +16,18 @@ INLINE int page_differs(const uint8_t *now, const uint8_t *ref)
     return 0;
 }
 
+INLINE int page_is_filled(const uint8_t *page)
+{
+    for (size_t i = 0; i < REMUS_PAGE; i += 256) {
+        __m256i any = _mm256_setzero_si256();
+        for (size_t j = i; j < i + 256; j += 32)
+            any = _mm256_or_si256(any, load(page + j));
+        if (!_mm256_testz_si256(any, any))
+            return 1;
+    }
+    return 0;
+}
+
 INLINE int whole_page_differs(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
 {
     __m256i differ = _mm256_setzero_si256();

@@ -16,6 +16,18 @@ INLINE int page_differs(const uint8_t *now, const uint8_t *ref)
     return 0;
 }
 
+INLINE int page_is_filled(const uint8_t *page)
+{
+    for (size_t i = 0; i < REMUS_PAGE; i += 512) {
+        __m512i any = _mm512_setzero_si512();
+        for (size_t j = i; j < i + 512; j += 64)
+            any = _mm512_or_si512(any, load(page + j));
+        if (_mm512_test_epi64_mask(any, any))
+            return 1;
+    }
+    return 0;
+}
+
 INLINE int whole_page_differs(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
 {
     __m512i differ = _mm512_setzero_si512();

@@ -6,6 +6,18 @@ INLINE int page_differs(const uint8_t *now, const uint8_t *ref)
     return memcmp(now, ref, REMUS_PAGE) != 0;
 }
 
+INLINE int page_is_filled(const uint8_t *page)
+{
+    for (size_t i = 0; i < REMUS_PAGE; i += GROUP) {
+        uint64_t any = 0;
+        for (size_t j = i; j < i + GROUP; j += 8)
+            any |= load64(page + j);
+        if (any)
+            return 1;
+    }
+    return 0;
+}
+
 INLINE int whole_page_differs(const uint8_t *now, const uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref)
 {
     uint64_t differ = 0;

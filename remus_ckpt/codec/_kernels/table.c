@@ -15,9 +15,11 @@ const size_t remus_max_page[REMUS_CODECS] = {REMUS_DELTA_MAX, REMUS_RLE_MAX, REM
             {remus_xbzrle_fold_encode_##isa, remus_xbzrle_check, remus_xbzrle_apply_##isa},                      \
         },                                                                                                       \
         remus_dirty_##isa,                                                                                       \
+        remus_filled_##isa,                                                                                      \
         remus_compare_##isa,                                                                                     \
         remus_gather_##isa,                                                                                      \
         remus_scatter_##isa,                                                                                     \
+        remus_xbzrle_send_##isa,                                                                                 \
     };
 
 static int always(void)
@@ -28,17 +30,15 @@ static int always(void)
 KERNEL(scalar, "", always)
 
 #if REMUS_X86
-/* These ask the operating system as well as the CPU: it must save the registers. */
 static int has_avx2(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")
-           && __builtin_cpu_supports("popcnt");
+    return REMUS_CPU_HAS(avx2) && REMUS_CPU_HAS(bmi) && REMUS_CPU_HAS(bmi2) && REMUS_CPU_HAS(popcnt);
 }
 
 static int has_avx512(void)
 {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-           && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+    return has_avx2() && REMUS_CPU_HAS(avx512f) && REMUS_CPU_HAS(avx512bw) && REMUS_CPU_HAS(avx512vl)
+           && REMUS_CPU_HAS(avx512vbmi2);
 }
 
 KERNEL(avx2, "avx2 bmi bmi2 popcnt", has_avx2)

@@ -52,6 +52,26 @@ INLINE size_t ISA(xbzrle_edges)(const uint8_t *now, uint8_t *ref, const uint8_t 
     return n + open;
 }
 
+/* Is it certain that the page overflows? Each run takes its bytes and two lengths of at least a byte. For pages all of
+ * whose groups changed: where the first of them have bytes enough that did not, the answer is no, soon. */
+INLINE int ISA(xbzrle_is_dense)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now)
+{
+    uint8_t unused[GROUP];
+    size_t bytes = 0, runs = 0;
+    uint64_t open = 0; /* does a run reach up to this group? */
+    for (unsigned g = 0; g < GROUPS; g++) {
+        const unsigned at = g * GROUP;
+        __builtin_prefetch(next_now + at);
+        const uint64_t mask = take_bytes(now + at, ref + at, 0, unused);
+        bytes += (size_t)__builtin_popcountll(mask);
+        runs += (size_t)__builtin_popcountll(mask & ~(mask << 1 | open));
+        open = mask >> 63;
+        if (g == 7 && bytes < 15 * 8 * GROUP / 16)
+            return 0;
+    }
+    return bytes + 2 * runs > REMUS_PAGE;
+}
+
 /* ULEB128 of a number below 2^14, its first byte the lowest; *bytes is 1 or 2. */
 INLINE uint32_t ISA(xbzrle_length)(unsigned number, unsigned *bytes)
 {
@@ -104,6 +124,7 @@ INLINE uint8_t *ISA(xbzrle_runs)(const uint16_t *edges, size_t n, const uint8_t 
     return out;
 }
 
+/* Returns the end of the frame, or NULL if the page overflows: then only the reference may have changed. */
 INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
                                     int update, int fold, uint8_t *frame)
 {
@@ -112,6 +133,8 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
     uint8_t *const body = frame + FRAME, *out;
     const uint64_t dirty = dirty_groups(now, ref, next_now, next_ref);
     size_t n = 0, changed = 0;
+    if (!fold && dirty == ~(uint64_t)0 && ISA(xbzrle_is_dense)(now, ref, next_now))
+        return NULL; /* a fold could save it */
     if (dirty)
         n = ISA(xbzrle_edges)(now, ref, next_now, dirty, update, fold, snap, edges, &changed);
     if (n == 0) {
@@ -119,7 +142,7 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
         return body;
     }
     if (ISA(xbzrle_overflows)(edges, n, changed))
-        return ISA(xbzrle_full)(now, update ? ref : NULL, frame);
+        return NULL;
     out = n >= 192 ? ISA(xbzrle_runs)(edges, n, snap, 1, body) : ISA(xbzrle_runs)(edges, n, snap, 0, body);
     frame[0] = 1;
     frame[1] = (uint8_t)((out - body) >> 8);
@@ -130,13 +153,15 @@ INLINE uint8_t *ISA(xbzrle_changed)(const uint8_t *now, uint8_t *ref, const uint
 INLINE uint8_t *ISA(xbzrle_page)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now, const uint8_t *next_ref,
                                  int update, uint8_t *out)
 {
-    return ISA(xbzrle_changed)(now, ref, next_now, next_ref, update, 0, out);
+    uint8_t *const stop = ISA(xbzrle_changed)(now, ref, next_now, next_ref, update, 0, out);
+    return stop ? stop : ISA(xbzrle_full)(now, update ? ref : NULL, out);
 }
 
 INLINE uint8_t *ISA(xbzrle_fold_page)(const uint8_t *now, uint8_t *ref, const uint8_t *next_now,
                                       const uint8_t *next_ref, int update, uint8_t *out)
 {
-    return ISA(xbzrle_changed)(now, ref, next_now, next_ref, update, 1, out);
+    uint8_t *const stop = ISA(xbzrle_changed)(now, ref, next_now, next_ref, update, 1, out);
+    return stop ? stop : ISA(xbzrle_full)(now, update ? ref : NULL, out);
 }
 
 #define XBZRLE_ENCODE(isa)                                                                                       \
@@ -147,6 +172,101 @@ INLINE uint8_t *ISA(xbzrle_fold_page)(const uint8_t *now, uint8_t *ref, const ui
     TARGET size_t remus_xbzrle_fold_encode_##isa(const remus_batch *batch, uint8_t *out)                         \
     {                                                                                                            \
         return encode_batch(batch, out, REMUS_XBZRLE_MAX, ISA(xbzrle_fold_page), ISA(xbzrle_full));              \
+    }
+
+/* The word of one record of QEMU's section `ram` (specs/qemu-ram.md §4), its highest byte first on every host. */
+INLINE uint8_t *ISA(ram_word)(uint8_t *out, int64_t number, unsigned flag)
+{
+    uint64_t word = (uint64_t)number * REMUS_PAGE | flag | RAM_CONTINUE;
+#if __BYTE_ORDER__ != __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    memcpy(out, &word, 8);
+    return out + 8;
+}
+
+/* Mostly the first group decides. */
+INLINE int ISA(is_blank)(const uint8_t *page)
+{
+    for (size_t i = 0; i < REMUS_PAGE; i += GROUP) {
+        uint64_t any = 0;
+        for (size_t j = i; j < i + GROUP; j += 8) {
+            uint64_t x;
+            memcpy(&x, page + j, 8);
+            any |= x;
+        }
+        if (any)
+            return 0;
+    }
+    return 1;
+}
+
+/* What the cache has for a page. */
+typedef struct {
+    uint8_t *place; /* where the page may be kept, NULL without a cache */
+    int hits;       /* it is there */
+    int takes;      /* it is, or goes there now */
+} ISA(cached);
+
+INLINE ISA(cached) ISA(look_up)(const remus_sending *s, int64_t number)
+{
+    if (s->slots == 0)
+        return (ISA(cached)){NULL, 0, 0};
+    const size_t slot = (size_t)number & (s->slots - 1);
+    const int hits = s->held[slot] == number;
+    const int takes = hits || s->held[slot] < 0 || s->ages[slot] + REMUS_LIFETIME <= s->age;
+    if (takes) {
+        s->held[slot] = number;
+        s->ages[slot] = s->age;
+    }
+    return (ISA(cached)){s->cache + slot * REMUS_PAGE, hits, takes};
+}
+
+/* specs/qemu-ram.md §10.
+ * Bounds: a record takes at most 8 + REMUS_XBZRLE_MAX bytes, and SLACK is left behind the last. */
+#define XBZRLE_SEND(isa)                                                                                         \
+    TARGET size_t remus_xbzrle_send_##isa(const remus_sending *s, uint8_t *out)                                  \
+    {                                                                                                            \
+        uint8_t *at = out;                                                                                       \
+        for (size_t i = 0; i < s->n; i++) {                                                                      \
+            const size_t later = i + 1 < s->n ? i + 1 : i;                                                       \
+            const int64_t number = number_at(s->numbers, i);                                                     \
+            const uint8_t *const now = s->pages + page_at(s->index, i);                                          \
+            const uint8_t *const next_now = s->pages + page_at(s->index, later);                                 \
+            const ISA(cached) cached = ISA(look_up)(s, s->first + number);                                       \
+            if (ISA(is_blank)(now)) {                                                                            \
+                at = ISA(ram_word)(at, number, RAM_ZERO);                                                        \
+                *at++ = 0;                                                                                       \
+                if (cached.takes)                                                                                \
+                    memset(cached.place, 0, REMUS_PAGE);                                                         \
+                s->counts[REMUS_SENT_ZERO]++;                                                                    \
+                continue;                                                                                        \
+            }                                                                                                    \
+            if (!s->encodes || !cached.hits) {                                                                   \
+                at = ISA(ram_word)(at, number, RAM_PAGE);                                                        \
+                prefetch_bytes(next_now, REMUS_PAGE);                                                            \
+                copy_page(now, at, cached.takes ? cached.place : NULL);                                          \
+                at += REMUS_PAGE;                                                                                \
+                s->counts[s->encodes ? REMUS_SENT_MISS : REMUS_SENT_PLAIN]++;                                    \
+                continue;                                                                                        \
+            }                                                                                                    \
+            const size_t next_slot = (size_t)(s->first + number_at(s->numbers, later)) & (s->slots - 1);         \
+            uint8_t *const frame = ISA(ram_word)(at, number, RAM_XBZRLE);                                        \
+            uint8_t *const stop = ISA(xbzrle_changed)(now, cached.place, next_now,                               \
+                                                      s->cache + next_slot * REMUS_PAGE, 1, 0, frame);           \
+            if (!stop) {                                                                                         \
+                copy_page(now, ISA(ram_word)(at, number, RAM_PAGE), cached.place);                               \
+                at = frame + REMUS_PAGE;                                                                         \
+                s->counts[REMUS_SENT_OVERFLOW]++;                                                                \
+            } else if (frame[0] == 0) {                                                                          \
+                s->counts[REMUS_SENT_SAME]++; /* nothing goes out */                                             \
+            } else {                                                                                             \
+                s->counts[REMUS_SENT_XBZRLE]++;                                                                  \
+                s->counts[REMUS_SENT_BYTES] += stop - frame;                                                     \
+                at = stop;                                                                                       \
+            }                                                                                                    \
+        }                                                                                                        \
+        return (size_t)(at - out);                                                                               \
     }
 
 /* What is left of an encoded page, and where its next run belongs. */

@@ -5,5 +5,6 @@
 #include "xbzrle.h"
 
 XBZRLE_ENCODE(avx2)
+XBZRLE_SEND(avx2)
 XBZRLE_APPLY(avx2)
 #endif

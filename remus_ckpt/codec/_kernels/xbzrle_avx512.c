@@ -5,5 +5,6 @@
 #include "xbzrle.h"
 
 XBZRLE_ENCODE(avx512)
+XBZRLE_SEND(avx512)
 XBZRLE_APPLY(avx512)
 #endif

@@ -2,6 +2,7 @@
 #include "xbzrle.h"
 
 XBZRLE_ENCODE(scalar)
+XBZRLE_SEND(scalar)
 XBZRLE_APPLY(scalar)
 
 /* specs/xbzrle.md §4.1: a length at `at`, which moves behind it; -1 where none stands. */

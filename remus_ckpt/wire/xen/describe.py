@@ -7,7 +7,7 @@ import hashlib
 from typing import Any
 
 from remus_ckpt.pages import HAS_DATA
-from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen import events, v2
 
 
 def describe(event: events.Event) -> dict[str, Any]:
@@ -86,4 +86,37 @@ def _fields(event: events.Event) -> dict[str, Any]:
             }
         case events.EndOfStream():
             return {"event": "end", "complete": event.complete, "trailing_bytes": event.trailing_bytes}
+    return _v2_fields(event)
+
+
+def _v2_fields(event: events.Event) -> dict[str, Any]:
+    match event:
+        case v2.LibxlHeader():
+            return {"event": "libxl_header", "converted": bool(event.options & v2.LIBXL_CONVERTED)}
+        case v2.ImageHeader():
+            xen = None if not event.xen[0] else f"{event.xen[0]}.{event.xen[1]}"
+            return {"event": "image_header", "version": event.version, "guest": event.guest, "xen": xen}
+        case v2.PvInfo():
+            return {"event": "x86_pv_info", "width": event.width, "levels": event.levels}
+        case v2.P2mFrames():
+            fields = {"first": event.first, "last": event.last, "frames": len(event.pfns)}
+            return {"event": "x86_pv_p2m_frames"} | fields
+        case v2.VcpuState():
+            return {"event": event.kind.name.lower(), "vcpu": event.vcpu, "bytes": len(event.data)}
+        case v2.HvmParams():
+            return {"event": "hvm_params"} | {v2.parameter_name(number): value for number, value in event.values}
+        case v2.Emulator():
+            emulator = v2.EMULATORS[event.emulator]
+            return {"event": event.kind.name.lower(), "emulator": emulator, "bytes": len(event.data)}
+        case v2.Record():
+            return {"event": event.kind.name.lower(), "bytes": len(event.data)}
+        case v2.SuspendRecord():
+            return {"event": "suspend_record", "type": event.type.name, "bytes": event.size}
+        case v2.DeviceModel():
+            return {"event": "device_model", "bytes": len(event.data)}
+        case v2.PassedOver():
+            layer = event.layer.value
+            return {"event": "passed_over", "layer": layer, "type": event.type, "bytes": event.size}
+        case v2.Border():
+            return {"event": "checkpoint_complete", "end": event.end, "last": event.is_last}
     raise TypeError(f"no description of {type(event).__name__}")

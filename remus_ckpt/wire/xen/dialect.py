@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from remus_ckpt.errors import UnknownFormat
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
+from remus_ckpt.wire import formats
 from remus_ckpt.wire.xen.chunks import LOWEST_CHUNK_ID, MAX_P2M_SIZE
 
 Word = Literal[4, 8]
@@ -38,23 +39,6 @@ DETECT_BYTES = 16
 CODEC_BYTES = 6
 _ONES = 0xFFFFFFFFFFFFFFFF
 _DELTA_OPENINGS = (b"\x9c\xff\0\0\0\0", b"\x9b\xff\0\0\0\0")
-
-_OTHERS = {
-    b"\x7fELF": "an ELF file",
-    b"QEVM": "a QEMU migration stream",
-    b"LibvirtQemudSave": "a QEMU guest that libvirt has saved (`virsh restore` runs it)",
-    b"LibvirtQemudPart": "a QEMU guest that libvirt has not finished saving",
-    b"XenSavedDomv2-\n": "a guest saved by XenServer 6.5 or later, in a format of its own",
-    b"LibxlFmt": "a libxl v2 stream (from Xen 4.6 on)",
-    b"\x28\xb5\x2f\xfd": "zstd data (decompress it, and read what comes out)",
-    b"\xfd7zXZ\0": "xz data (decompress it, and read what comes out)",
-    b"\x1f\x8b": "gzip data (decompress it, and read what comes out)",
-    b"BZh": "bzip2 data (decompress it, and read what comes out)",
-    b"\x04\x22\x4d\x18": "lz4 data (decompress it, and read what comes out)",
-    b"\x89LZO\0\r\n": "lzop data (decompress it with `lzop -dc`)",
-    b"\x5d\0\0": "lzma data in its first format (decompress it with `xz -dc`)",
-    b"\x02\x21\x4c\x18": "lz4 data in the frames of its first versions (decompress it with `lz4 -dc`)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +78,10 @@ def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
         plausible = 0 < first <= MAX_P2M_SIZE and (guest == "pv" or LOWEST_CHUNK_ID <= chunk_id <= MAX_BATCH_ENTRIES)
         if not plausible:
             # Only now: gzip's two-byte magic may also be the size of a memory.
-            name = next((name for magic, name in _OTHERS.items() if front.startswith(magic)), None)
-            what = f"this is {name}, not a legacy save stream"
-            if name is None:
+            found = formats.find(front)
+            if found is not None:
+                what = f"this is {found.title}, not a legacy save stream"
+            else:
                 what = (
                     f"no legacy save stream begins with {front.hex(' ')}; if this is one, give its --word and --guest"
                 )

@@ -1,20 +1,21 @@
 """Bytes to events for what precedes the first checkpoint: file header and header (specs/stream.md §2, §3).
 
-The state that the whole grammar shares is here too, and the way it refuses what breaks a rule. No I/O, no clock.
+The state that the whole grammar shares is here too. No I/O, no clock.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Generator
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from remus_ckpt.errors import LimitExceeded, Malformed, UnknownFormat
+from remus_ckpt.errors import UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.wire.inbox import End, Inbox
+from remus_ckpt.wire.stream_reader import StreamReader
 from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.dialect import DETECT_BYTES, V2_MAGIC, Dialect, detect_header
 from remus_ckpt.wire.xen.states import Course
@@ -22,46 +23,31 @@ from remus_ckpt.wire.xen.states import Course
 Parser = Generator[events.Event | None, None, Any]
 
 
-class HeaderReader:
+class HeaderReader(StreamReader[events.Event]):
     """The base of `Reader`, which has the rest of the grammar."""
 
     def __init__(self, dialect: Dialect, limits: Limits, strict: bool, inbox: Inbox) -> None:
         self.dialect = dialect
         """As given, plus what has been detected so far."""
-        self.limits = limits
+        super().__init__(inbox, limits)
         self.strict = strict
         self.deviations: dict[str, events.Deviation] = {}
         """Deviations that were accepted, by name."""
-        self._inbox = inbox
         self._course = Course()
         self._p2m_size = 0
 
     @property
     def _offset(self) -> int:
-        return self._inbox.offset
+        return self.inbox.offset
 
     def _word(self) -> Generator[events.Event | None, None, int]:
-        (value,) = yield from self._inbox.unpack(chunks.U64 if self.dialect.word == 8 else chunks.U32)
+        (value,) = yield from self.inbox.unpack(chunks.U64 if self.dialect.word == 8 else chunks.U32)
         return int(value)
-
-    def _refuse(self, message: str, offset: int, section: str, chunk: str | None = None) -> NoReturn:
-        raise Malformed(message, offset=offset, section=section, chunk=chunk)
-
-    def _limit(self, value: int, limit: str, offset: int, section: str, chunk: str | None, what: str) -> None:
-        ceiling = getattr(self.limits, limit)
-        if value > ceiling:
-            raise LimitExceeded(
-                f"{what} {value} exceeds the limit {limit} of {ceiling}",
-                limit=limit,
-                offset=offset,
-                section=section,
-                chunk=chunk,
-            )
 
     def deviate(self, name: str, offset: int, section: str, chunk: str | None = None) -> None:
         """Note a named deviation, or refuse it if the reader is strict."""
         if self.strict:
-            self._refuse(f"{name} (specs/permissive.md)", offset, section, chunk)
+            self.refuse(f"{name} (specs/permissive.md)", offset, section, chunk)
         if name in self.deviations:
             self.deviations[name].count += 1
         else:
@@ -70,17 +56,17 @@ class HeaderReader:
     def _emit(self, event: events.Event, section: str, chunk: str | None) -> Parser:
         where = self._course.state
         if self._course.step(event) is None:
-            self._refuse(f"it may not stand in the {where.value}", event.offset, section, chunk)
+            self.refuse(f"it may not stand in the {where.value}", event.offset, section, chunk)
         yield event
 
     # The grammar up to the first chunk, in the order of the specification
 
     def _file_header(self, kind: str, magic: bytes, section: str) -> Parser:
         """§2"""
-        yield from self._inbox.have(len(magic))
-        if self._inbox.front(len(magic)) != magic:
-            self._refuse(f"the file header begins like {kind}'s but continues differently", 0, section)
-        self._inbox.skip(len(magic))
+        yield from self.inbox.have(len(magic))
+        if self.inbox.front(len(magic)) != magic:
+            self.refuse(f"the file header begins like {kind}'s but continues differently", 0, section)
+        self.inbox.skip(len(magic))
         header = yield from {
             "xl": self._xl_header,
             "xend": self._xend_header,
@@ -90,14 +76,14 @@ class HeaderReader:
         yield from self._emit(header, section, None)
 
     def _configuration(self, length: int, offset: int, section: str) -> Generator[events.Event | None, None, bytes]:
-        self._limit(length, "file_header_bytes", offset, section, None, "the configuration's length")
-        data = yield from self._inbox.array(length)
+        self.limit(length, "file_header_bytes", offset, "the configuration's length", section)
+        data = yield from self.inbox.array(length)
         return data.tobytes()
 
     def _xl_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.1"""
         section = "stream.md §2.1"
-        order, mandatory, optional, length = yield from self._inbox.unpack(struct.Struct("<4I"))
+        order, mandatory, optional, length = yield from self.inbox.unpack(struct.Struct("<4I"))
         if order != 0x01020304:
             raise UnknownFormat(
                 f"the byte order mark is {order:#010x}: only little-endian streams are read", offset=32, section=section
@@ -117,15 +103,15 @@ class HeaderReader:
 
     def _xend_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.2"""
-        (length,) = yield from self._inbox.unpack(struct.Struct(">i"))
+        (length,) = yield from self.inbox.unpack(struct.Struct(">i"))
         if length < 0:
-            self._refuse(f"the configuration has the length {length}", 16, "stream.md §2.2")
+            self.refuse(f"the configuration has the length {length}", 16, "stream.md §2.2")
         data = yield from self._configuration(length, 16, "stream.md §2.2")
         return events.FileHeader(kind="xend", data=data, offset=0)
 
     def _libvirt_header(self) -> Generator[events.Event | None, None, events.FileHeader]:
         """§2.4"""
-        version, length = yield from self._inbox.unpack(chunks.LIBVIRT_HEADER)
+        version, length = yield from self.inbox.unpack(chunks.LIBVIRT_HEADER)
         if version == 2:
             raise UnknownFormat(
                 "libvirt's header announces a v2 stream (Xen 4.6 or later); only the legacy stream is read",
@@ -147,7 +133,7 @@ class HeaderReader:
     def _header(self) -> Parser:
         """§3"""
         start = self._offset
-        front = yield from self._inbox.peek(DETECT_BYTES)
+        front = yield from self.inbox.peek(DETECT_BYTES)
         if front.startswith(V2_MAGIC):
             raise UnknownFormat(
                 "behind the file header stands a Xen v2 stream; only the legacy stream is read",
@@ -161,8 +147,8 @@ class HeaderReader:
         assert word is not None and guest is not None
         p2m_size = yield from self._word()
         if not 0 < p2m_size <= chunks.MAX_P2M_SIZE:
-            self._refuse(f"p2m_size {p2m_size} is not in 1…{chunks.MAX_P2M_SIZE}", start, "stream.md §3.1", "header")
-        self._limit(p2m_size * PAGE_SIZE, "memory_bytes", start, "stream.md §3.1", "header", "memory's size")
+            self.refuse(f"p2m_size {p2m_size} is not in 1…{chunks.MAX_P2M_SIZE}", start, "stream.md §3.1", "header")
+        self.limit(p2m_size * PAGE_SIZE, "memory_bytes", start, "memory's size", "stream.md §3.1", "header")
         self._p2m_size = p2m_size
         extended = frames = None
         if guest == "pv":
@@ -180,33 +166,33 @@ class HeaderReader:
         if first == chunks.EXTENDED_INFO_MARK[word]:
             extended = []
             start = self._offset
-            (total,) = yield from self._inbox.unpack(chunks.U32)
-            self._limit(total, "extended_info_bytes", start, "stream.md §3.3", "header", "the extended info's length")
+            (total,) = yield from self.inbox.unpack(chunks.U32)
+            self.limit(total, "extended_info_bytes", start, "the extended info's length", "stream.md §3.3", "header")
             left = total
             while left:
                 here = self._offset
                 if left < 8:
-                    self._refuse(
+                    self.refuse(
                         f"{left} bytes are left of the extended info, a block's head takes 8",
                         here,
                         "stream.md §3.3",
                         "header",
                     )
-                block_id, size = yield from self._inbox.unpack(struct.Struct("<4sI"))
+                block_id, size = yield from self.inbox.unpack(struct.Struct("<4sI"))
                 if size > left - 8:
-                    self._refuse(
+                    self.refuse(
                         f"block {block_id!r} of {size} bytes where {left - 8} are left",
                         here,
                         "stream.md §3.3",
                         "header",
                     )
-                data = yield from self._inbox.array(size)
+                data = yield from self.inbox.array(size)
                 left -= 8 + size
                 guest_word = self._extended_block(block_id, size, data.tobytes(), here, guest_word)
                 extended.append(events.ExtendedInfo(id=block_id, data=data.tobytes()))
             first = yield from self._word()
         count = chunks.p2m_frames(p2m_size, guest_word)
-        rest = yield from self._inbox.array((count - 1) * word)
+        rest = yield from self.inbox.array((count - 1) * word)
         frames = np.empty(count, dtype=np.uint64)
         frames[0] = first
         frames[1:] = rest.view(f"<u{word}")
@@ -217,7 +203,7 @@ class HeaderReader:
         section = "stream.md §3.3"
         if block_id == b"vcpu":
             if size not in chunks.VCPU_CONTEXT_BYTES:
-                self._refuse(
+                self.refuse(
                     f"a virtual CPU's context of {size} bytes; it has {list(chunks.VCPU_CONTEXT_BYTES)}",
                     here,
                     section,
@@ -226,17 +212,17 @@ class HeaderReader:
             return chunks.VCPU_CONTEXT_BYTES[size]
         if block_id == b"extv":
             if size:
-                self._refuse(f"the block extv has {size} bytes, not 0", here, section, "header")
+                self.refuse(f"the block extv has {size} bytes, not 0", here, section, "header")
         elif block_id == b"xcnt":
             value = int.from_bytes(data, "little")
             if size != 4 or value < chunks.XSAVE_HEADER.size:
-                self._refuse(
+                self.refuse(
                     f"the block xcnt has {size} bytes with the value {value}; it has 4 with 16 or more",
                     here,
                     section,
                     "header",
                 )
-            self._limit(value, "xsave_bytes", here, section, "header", "the extended state's size")
+            self.limit(value, "xsave_bytes", here, "the extended state's size", section, "header")
         else:
             self.deviate("unknown-extended-info", here, section, "header")
         return guest_word

@@ -5,37 +5,68 @@ Each list of buffers is for one vectored send: payloads are passed on uncopied, 
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.pages import Buffer
+from remus_ckpt.wire.digest import DEFAULT_DIGEST, DIGEST_BYTES, DigestName, digest_of, new_digest
+from remus_ckpt.wire.record import CheckpointRecord, Position, held_before, pack_device_state
 from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.chunks import ChunkId, Signature
 from remus_ckpt.wire.xen.dialect import FRONTS, Word
-from remus_ckpt.wire.xen.states import Course
+from remus_ckpt.wire.xen.states import BODIES, TRANSITIONS, Course, EventKind, StreamState
+
+_END = chunks.I32.pack(chunks.END_OF_BODY)
+_TAIL = chunks.HVM_MAGIC_PFNS.pack(0, 0, 0) + chunks.U32.pack(0) + Signature.REMUS.value
+"""Of our own streams, in front of the record's length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of a checkpoint of our own, as far as it can be made before its body.
+
+    epoch: of the checkpoint; held: what the digest of its position begins with
+    front, back: of its record, in front of the digest of its position and behind its device state
+    """
+
+    epoch: int
+    held: bytes
+    front: bytes
+    back: bytes
 
 
 class EventWriter:
     """One stream, event by event. Raises ValueError for an event that may not come next.
 
     word: bytes of the toolstack's unsigned long
+    digest: the one of its records, if it is a stream of our own
     """
 
-    def __init__(self, word: Word = 8) -> None:
+    def __init__(self, word: Word = 8, digest: DigestName = DEFAULT_DIGEST) -> None:
         self.word = word
+        self._digest: DigestName = digest
         self.offset = 0
         """Bytes written so far."""
         self._course = Course()
-        self._hash = hashlib.sha256()
+        self._hash = new_digest(self._digest)
+        self._unhashed = memoryview(b"")
         self._border = copy(self._course)  # where the last checkpoint ended
+        self._state = self._seen(b"")  # of the last end: it seldom changes
+
+    def _seen(self, device_state: bytes) -> tuple[bytes, bytes, bytes]:
+        """A device state, its digest, and its form in a record."""
+        return device_state, digest_of(self._digest, device_state), pack_device_state(device_state)
 
     def abandon(self) -> None:
         """Forget what was written since the last tail: another checkpoint takes its place."""
         self._course = copy(self._border)
-        self._hash = hashlib.sha256()
+        self._hash = new_digest(self._digest)
+        self._unhashed = memoryview(b"")
 
     @property
     def compressing(self) -> bool:
@@ -47,20 +78,105 @@ class EventWriter:
         where = self._course.state
         if self._course.step(event) is None:
             raise ValueError(f"{type(event).__name__} may not stand in the {where.value}")
+        self._hash_rest()
         buffers = self._layout(event)
         for buffer in buffers:
             self._hash.update(buffer)
         if isinstance(event, events.TailHvm) and event.record is not None:
-            # The checksum covers everything before it, including its own record.
+            # The digest covers everything before it, including its own record.
             buffers.append(self._hash.digest())
         if isinstance(event, events.Tail):
-            self._hash = hashlib.sha256()
+            self._hash = new_digest(self._digest)
             self._border = copy(self._course)
         self.offset += sum(len(buffer) for buffer in buffers)
         return buffers
 
+    def prepare_end(
+        self, *, epoch: int, time_ns: int | None, codec: str, before: Position | None, memory_bytes: int | None
+    ) -> Ending:
+        """Make what of the end of a checkpoint of our own does not depend on its body: while nobody waits for it."""
+        record = CheckpointRecord(
+            epoch=epoch,
+            time_ns=time_ns,
+            codec=codec,
+            before=before,
+            after=Position(epoch, bytes(DIGEST_BYTES)),
+            memory_bytes=memory_bytes,
+            digest=self._digest,
+        )
+        return Ending(epoch, held_before(before, epoch, self._digest), *record.split())
+
+    def end(self, ending: Ending, device_state: bytes, after: Position | None = None) -> tuple[list[Buffer], Position]:
+        """The bytes that `write` would return for the end of the body and the tail, and the position that is in them.
+
+        after: that position, if the checkpoint has one already
+        """
+        course = self._course
+        following = course.state
+        if following is not StreamState.COMPRESSED_BODY or course.last_checkpoint:
+            tail, kind = BODIES.get(following), EventKind.LAST_TAIL if course.last_checkpoint else EventKind.TAIL
+            if tail is None:
+                raise ValueError(f"the end of a body may not stand in the {course.state.value}")
+            following = TRANSITIONS[tail, kind]
+        if device_state != self._state[0]:
+            self._state = self._seen(device_state)
+        _, state_digest, state = self._state
+        running = self._hash
+        self._hash_rest()
+        running.update(_END)
+        if after is None:
+            after = Position(ending.epoch, digest_of(self._digest, ending.held + running.digest() + state_digest))
+        size = len(ending.front) + len(state) + len(ending.back) + 2 * DIGEST_BYTES
+        # The digest covers everything before it, including its own record.
+        rest = b"".join((_TAIL, chunks.U32.pack(size), ending.front, after.digest, state, ending.back))
+        running.update(rest)
+        closing = b"".join((_END, rest, running.digest()))
+        course.state = following
+        self._hash = new_digest(self._digest)
+        self._border = course.__copy__()
+        self.offset += len(closing)
+        return [closing], after
+
+    def laid_out_bytes(self, pages: int) -> int:
+        """What `lay_out` takes for so many pages."""
+        batches = -(-pages // MAX_BATCH_ENTRIES)
+        return (batches + 1) * chunks.I32.size + (pages + 1) * self.word
+
+    def lay_out(self, pfns: NDArray[np.int64], payload_bytes: int, out: NDArray[np.uint8]) -> None:
+        """Lay out what `write` would return for normal pages in format B: their batches, and the head of the
+        COMPRESSED_DATA that holds them (§5, §6.2). Nothing is written yet.
+
+        out: uint8[laid_out_bytes]; the payload follows it
+        """
+        at, id_size = 0, chunks.I32.size
+        for start in range(0, len(pfns), MAX_BATCH_ENTRIES):
+            batch = pfns[start : start + MAX_BATCH_ENTRIES]
+            stop = at + id_size + len(batch) * self.word
+            out[at : at + id_size].data[:] = self._id(len(batch))
+            out[at + id_size : stop].view(f"<u{self.word}")[:] = batch
+            at = stop
+        out[at:].data[:] = self._id(ChunkId.COMPRESSED_DATA) + self._word(payload_bytes)
+
+    def write_laid_out(self, data: NDArray[np.uint8]) -> list[Buffer]:
+        """Write what `lay_out` has made, and the payload behind it. Raises ValueError outside a compressed body.
+
+        It is hashed when more is written, so that it can be sent before: it must not change until then.
+        """
+        if not self.compressing:
+            raise ValueError(f"pages in format B may not stand in the {self._course.state.value}")
+        self._hash_rest()
+        self._unhashed = data.data
+        self.offset += len(data)
+        return [data.data]
+
+    def _hash_rest(self) -> None:
+        if len(self._unhashed):
+            self._hash.update(self._unhashed)
+            self._unhashed = memoryview(b"")
+
     def digest(self) -> bytes:
-        """SHA-256 of the current checkpoint so far."""
+        """The digest of the current checkpoint so far."""
+        self._hash_rest()
         return self._hash.digest()
 
     def _layout(self, event: events.Event) -> list[Buffer]:
@@ -164,8 +280,10 @@ class EventWriter:
         if event.record is None:
             state, size = event.device_state, len(event.device_state)
         else:
+            if event.record.digest != self._digest:
+                raise ValueError(f"a record with {event.record.digest} in a stream with {self._digest}")
             state = event.record.pack()
-            size = len(state) + self._hash.digest_size
+            size = len(state) + DIGEST_BYTES
         head = chunks.HVM_MAGIC_PFNS.pack(*event.magic_pfns) + chunks.U32.pack(len(event.context)) + event.context
         head += event.signature.value
         if event.signature is not Signature.QEMU:
