@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from remus_ckpt.disk import guarding, sync_directory, write_again, write_all
+from remus_ckpt.disk import guarding, start_writing, sync_directory, told, write_again, write_all
 from remus_ckpt.errors import Malformed, StoreError
 from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -19,9 +20,14 @@ from remus_ckpt.store.segments import Contents, Shape, can_keep, record_of
 from remus_ckpt.store.warm import MappedFile
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.whole import HAS_NATIVE, Landing, Whole, write_early
 
 _BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
 """The most that a base may hold: a first copy covers memory more than once, but never this often."""
+_EARLY_BYTES = 256 << 10
+"""So many bytes go to the disk while the rest of the checkpoint arrives: the sync then has less to wait for."""
+LANDING_BYTES = 64 * MIB
+"""A checkpoint of more bytes is parsed as it comes, and takes no more memory than its pages do."""
 _NOT_OURS = (
     events.FileHeader,
     events.VcpuInfo,
@@ -55,8 +61,12 @@ class Chain:
     """A segment, and the restorer of its stream. The caller holds the writer's lock.
 
     end: the first byte after its last durable checkpoint; written: the first byte after everything received
+    room: the first byte after the space that was written ahead of the data; `written` if there is none
+    growing: held while the file grows or is cut: another thread writes space behind `room`
+    early: the first byte that has not begun to go to the disk
     began_at: when the first byte of the checkpoint being received came, on the monotonic clock
     shift: a byte's offset in the segment minus its offset in the restorer's stream
+    landing: where checkpoints land that are walked as they come, once there was one; is_landing: whether this one does
     is_sealed: nothing may be appended
     compact_over, compact_behind: bytes of deltas, and number of checkpoints, after which the next compaction is due
     """
@@ -68,6 +78,8 @@ class Chain:
     shape: Shape | None = None
     end: int = 0
     written: int = 0
+    room: int = 0
+    early: int = 0
     began_at: float = 0.0
     shift: int = 0
     base_bytes: int = 0
@@ -75,6 +87,9 @@ class Chain:
     is_sealed: bool = False
     compact_over: int = 0
     compact_behind: int = 0
+    landing: Landing | None = field(default=None, repr=False)
+    is_landing: bool = False
+    growing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def begin(cls, path: Path, restorer: Restorer, home: MappedFile) -> Chain:
@@ -116,7 +131,7 @@ class Chain:
                 os.close(fd)
             home.remove()
             raise
-        chain = cls(restorer, home, path, fd, contents.shape, end, end, is_sealed=is_sealed)
+        chain = cls(restorer, home, path, fd, contents.shape, end, end, end, end, is_sealed=is_sealed)
         chain.checkpoints = len(contents.epochs)
         if contents.first is not None:
             chain.count_base(contents.first.end)
@@ -148,8 +163,71 @@ class Chain:
                 section="store.md §4.2",
             )
 
-    def read(self) -> None:
-        """Parse what the restorer has been fed, up to the end of a checkpoint. Raises StreamError."""
+    def _begin(self) -> None:
+        """Before the first byte of a checkpoint: see whether it may land."""
+        self.landing = self.landing or self.restorer.landing(LANDING_BYTES)
+        self.is_landing = self.landing is not None
+        if self.landing is not None:
+            self.landing.clear()
+
+    def get_buffer(self) -> memoryview:
+        """The buffer for the next bytes; tell `received` how many came."""
+        if self.written == self.end:
+            self._begin()
+        if self.landing is not None and self.is_landing:
+            return self.landing.get_buffer()
+        return self.restorer.get_buffer()
+
+    def received(self, data: memoryview) -> None:
+        """Take in what came into the buffer. Raises StreamError, StoreError."""
+        landing = self.landing
+        if landing is None or not self.is_landing:
+            self.restorer.buffer_updated(len(data))
+            self._read()
+            # The lent buffer still holds what was parsed without a fault: parsing moves no bytes.
+            self.append(data)
+            return
+        # What is complete and damaged never comes to the disk: a recovery would take it for a loss.
+        if not landing.took(len(data)) or (landing.whole is not None and not landing.whole.is_intact()):
+            self._leave_landing()
+        self.append(data)
+        if not self.is_landing:
+            return
+        landing.hash()  # while the disk writes
+        if landing.whole is not None:
+            self.start_writing()
+            if self.restorer.fits(landing.whole):
+                self.restorer.reserve(landing.whole)
+                self.restorer.stage_whole(landing.whole)
+            else:
+                self._leave_landing()
+        elif landing.size == landing.most_bytes:
+            self._leave_landing()
+
+    def _leave_landing(self) -> None:
+        """Have what has landed parsed, as all that follows in this checkpoint."""
+        assert self.landing is not None
+        self.is_landing = False
+        self.restorer.feed(self.landing.data)
+        self._read()
+
+    def feed(self, data: Buffer) -> None:
+        """Take in bytes from elsewhere. Raises like `received`."""
+        if self.written == self.end:
+            self._begin()
+        left = memoryview(data).cast("B")
+        while len(left) and self.is_landing and self.restorer.staged is None:
+            room = self.get_buffer()[: len(left)]
+            room[:] = left[: len(room)]
+            left = left[len(room) :]
+            self.received(room)
+        if len(left):
+            self.restorer.feed(left)
+            self._read()
+            self.append(left)
+
+    def _read(self) -> None:
+        """Parse what the restorer has been fed, up to the end of a checkpoint."""
         restorer = self.restorer
         while restorer.staged is None and (event := restorer.next_event()) is not None:
             if isinstance(event, _NOT_OURS):
@@ -159,8 +237,39 @@ class Chain:
                     section="store.md §4.1",
                 )
 
+    def take_whole(self, whole: Whole) -> bool:
+        """Take in a checkpoint that has been walked: it may be synced, and staged behind that. False if it was fed.
+
+        Raises StreamError, StoreError.
+        """
+        if not whole.is_intact():
+            self.feed(whole.data)
+            return False
+        # The disk writes while the rest is checked; nothing counts before it is synced.
+        self._write_early(whole.data)
+        if not self.restorer.fits(whole):
+            self.restorer.feed(whole.data)
+            self._read()
+            return False
+        self.restorer.reserve(whole)
+        return True
+
+    def _write_early(self, data: memoryview) -> None:
+        """`append` a whole checkpoint behind the base, and `start_writing`: in one call, where the space is there."""
+        stop = self.written + len(data)
+        if not HAS_NATIVE or stop > self.room or self.early != self.written:
+            self.append(data)
+            self.start_writing()
+            return
+        self.began_at = time.monotonic()
+        try:
+            write_early(self.fd, data, self.written)
+        except OSError as error:
+            raise told(error, self.path) from error
+        self.written = self.early = stop
+
     def append(self, data: Buffer) -> None:
-        """Write bytes that were parsed without a fault. Raises Malformed, StoreError."""
+        """Write bytes to the segment. Raises Malformed, StoreError."""
         if not self.end:
             most = _BASE_COPIES * self.restorer.memory.nbytes + _BASE_EXTRA_BYTES
             if self.written + len(data) > most:
@@ -169,8 +278,18 @@ class Chain:
                 )
         if self.written == self.end:
             self.began_at = time.monotonic()
-        with guarding(self.path):
+        # Within the space nobody else writes: a checkpoint never waits there for whoever makes more of it.
+        with guarding(self.path), self.growing if self.written + len(data) > self.room else nullcontext():
             self.written += write_all(self.fd, [data])
+            self.room = max(self.room, self.written)
+        if self.written - self.early >= _EARLY_BYTES:
+            self.start_writing()
+
+    def start_writing(self) -> None:
+        """Have the disk begin with what it has not begun with: a sync then has less to wait for."""
+        if self.written > self.early:
+            start_writing(self.fd, self.early, self.written - self.early)
+            self.early = self.written
 
     def check(self, position: Position, highest: int) -> Checkpoint:
         """The staged checkpoint, after checking that it leads to this position and that its epoch is above `highest`.
@@ -215,22 +334,41 @@ class Chain:
 
         Raises StoreError.
         """
-        was_sealed, self.is_sealed = self.is_sealed, True
         with guarding(self.path):
-            os.fdatasync(self.fd)
-        self.is_sealed = was_sealed
+            try:
+                os.fdatasync(self.fd)
+            except OSError:
+                self.is_sealed = True
+                raise
+        self.early = self.written
 
     def cut_back(self) -> None:
         """Cut off what follows the last durable checkpoint. Raises StoreError; the segment is then sealed."""
         self.restorer.rewind()
         was_sealed, self.is_sealed = self.is_sealed, True
-        with guarding(self.path):
+        with guarding(self.path), self.growing:
             os.ftruncate(self.fd, self.end)
+            self.room = self.early = self.end
             os.lseek(self.fd, self.end, os.SEEK_SET)
             os.fdatasync(self.fd)
-        self.written, self.is_sealed = self.end, was_sealed
+            self.written, self.is_sealed = self.end, was_sealed
 
     # The length of a segment
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of the space that was written ahead."""
+        return self.room - self.written
+
+    def give_back(self) -> int:
+        """Cut off the space that was written ahead; returns its bytes. Raises OSError."""
+        with self.growing:
+            size = self.ahead
+            if size <= 0 or self.fd < 0 or self.is_sealed:
+                return 0
+            os.ftruncate(self.fd, self.written)
+            self.room = self.written
+            return size
 
     def count_base(self, end: int) -> None:
         """Set the end of the base. A first copy may hold pages more than once: what exceeds a single copy is overhead,
@@ -251,8 +389,9 @@ class Chain:
     def go_on_in(self, fd: int, path: Path, size: int) -> None:
         """Continue in another segment, whose base is the checkpoint in force."""
         self.close()
-        self.fd, self.path = fd, path
-        self.end = self.written = self.base_bytes = size
+        with self.growing:
+            self.fd, self.path = fd, path
+            self.end = self.written = self.room = self.early = self.base_bytes = size
         self.shift = size - self.restorer.boundary.offset
         self.checkpoints, self.is_sealed = 1, False
         self.compact_over = self.compact_behind = 0

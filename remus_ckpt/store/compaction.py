@@ -19,6 +19,7 @@ from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.store.chain import Chain, publish
 from remus_ckpt.store.segments import Entry, Shape, record_of
 from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.wire.digest import DigestName
 from remus_ckpt.wire.record import CheckpointRecord
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import Signature
@@ -40,6 +41,7 @@ class Compaction:
 
     lock: held by whoever changes memory; the thread takes it to copy 1 MiB at a time
     memory, home: the warm copy, and its file
+    shape, digest: of the stream, which goes on in the new segment
     path: of the new file
     on_ready: called with the lock held when only a few pages are left; it may call `close`
     on_failed: called with the lock held if the file could not be written
@@ -51,6 +53,7 @@ class Compaction:
         memory: Pages,
         home: MappedFile,
         shape: Shape,
+        digest: DigestName,
         path: Path,
         *,
         on_ready: Callable[[], None],
@@ -68,7 +71,7 @@ class Compaction:
         self._touched = np.zeros(len(memory), dtype=bool)
         self._sent = np.zeros(len(memory), dtype=bool)
         self._shape = shape
-        self._stream = EventWriter(shape.word)
+        self._stream = EventWriter(shape.word, digest)
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._thread = threading.Thread(target=self._run, name="compaction", daemon=True)
@@ -120,15 +123,17 @@ class Compaction:
                 self._copy()
         except Exception as error:
             # Catch everything: a compaction that seemed to be still running would block every later one.
-            reason = (
-                error if isinstance(error, StoreError) else StoreError(f"{self.path}: {type(error).__name__}: {error}")
-            )
-            with self._lock:
-                if not self.is_over:
-                    self.cancel()
-                    self._on_failed(reason)
-                elif reason is not error:
-                    raise
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        # Not in `_run`: its frame, to which the traceback refers, would keep itself and the warm copy in a cycle.
+        reason = error if isinstance(error, StoreError) else StoreError(f"{self.path}: {type(error).__name__}: {error}")
+        with self._lock:
+            if not self.is_over:
+                self.cancel()
+                self._on_failed(reason)
+            elif reason is not error:
+                raise error
 
     def _copy(self) -> None:
         with self._lock:
@@ -238,12 +243,13 @@ class Compactor:
 
     def begin(self, chain: Chain, path: Path) -> None:
         """Begin to write a base from the chain's warm copy. Raises StoreError."""
-        assert chain.shape is not None
+        assert chain.shape is not None and chain.restorer.in_force is not None
         compaction = Compaction(
             self._lock,
             chain.restorer.memory,
             chain.home,
             chain.shape,
+            record_of(chain.restorer.in_force).digest,
             path,
             on_ready=self._on_ready,
             on_failed=lambda error: self.fail(chain, error),

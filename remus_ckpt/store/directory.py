@@ -13,8 +13,9 @@ from remus_ckpt.errors import StoreError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.store import segments
 from remus_ckpt.store.hand_over import SPARE
+from remus_ckpt.store.room import SHARED_MEMORY, Room, room_for_base
 from remus_ckpt.store.segments import PARTIAL, list_segments, segment_name, sequence_of
-from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.store.warm import MappedFile, MemoryPlace, WarmCopy
 
 LOCK = "lock"
 WARM = "warm"
@@ -24,12 +25,14 @@ class HistoryDirectory:
     """The directories of a history and of its warm copy: nobody else writes there from `take` to `release`.
 
     warm_directory: holds the warm copy, in a directory of the history's name; None: the history itself holds it
+    in_memory: the warm copy lies in memory if it has room there
     """
 
-    def __init__(self, path: Path, name: str, warm_directory: Path | None) -> None:
+    def __init__(self, path: Path, name: str, warm_directory: Path | None, *, in_memory: bool = False) -> None:
         self.path = path
         self.segments = path / segments.DIRECTORY
         self.warm = path / WARM if warm_directory is None else warm_directory / name
+        self.memory = MemoryPlace(path, name) if in_memory else None
         self._warm_number = 0
         self._held: list[int] = []  # descriptors that hold our locks
         disown_in_forks(self)
@@ -78,8 +81,29 @@ class HistoryDirectory:
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # another store may have left something there
                 self.warm.rmdir()
+        if self.memory is not None:
+            with guarding(self.memory.directory):
+                for path in self.memory.directory.glob("taken-over-*"):
+                    path.unlink(missing_ok=True)
+            self.memory.remove()
         with guarding(self.path):
             shutil.rmtree(self.path)
+
+    def clean(self) -> None:
+        """Remove partly written files, and warm copies, before anything else is done. Raises StoreError."""
+        patterns = [(self.path, ".store.json.*"), (self.segments, f"*{PARTIAL}")]
+        for where in [self.warm] if self.memory is None else [self.warm, self.memory.directory]:
+            patterns += [(where, ".taken-over-*"), (where, "memory-*.image")]
+        for where, pattern in patterns:
+            for path in where.glob(pattern):
+                with guarding(path):
+                    path.unlink(missing_ok=True)
+
+    def cut(self, lengths: dict[str, int]) -> None:
+        """Cut these segments to these lengths. Raises StoreError."""
+        for name, length in lengths.items():
+            with guarding(self.segments / name):
+                os.truncate(self.segments / name, length)
 
     def sync(self) -> None:
         """Sync everything but the contents of the newest segment. Raises StoreError.
@@ -94,7 +118,14 @@ class HistoryDirectory:
     def new_home(self) -> MappedFile:
         """Create a file for a warm copy. Raises StoreError."""
         self._warm_number += 1
-        return MappedFile(self.warm / f"memory-{self._warm_number}.image")
+        path = self.warm / f"memory-{self._warm_number}.image"
+        return MappedFile(path) if self.memory is None else WarmCopy(path, self.memory)
+
+    def room_for_base(self, data_bytes: int, ahead_bytes: int) -> Room:
+        """The room for a full copy with so many bytes of pages; `ahead_bytes` of the segments are given back for it.
+        Raises StoreError."""
+        is_on_disk = self.memory is None or self.memory.why_not(data_bytes) is not None
+        return room_for_base(data_bytes, self.segments, self.warm if is_on_disk else SHARED_MEMORY, ahead_bytes)
 
     def partial(self, kind: str) -> Path:
         """The path of an unfinished segment, of the kind "incoming" or "compacted"."""

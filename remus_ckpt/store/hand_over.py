@@ -1,7 +1,8 @@
-"""The two files of a takeover, beside the warm copy: the image and the device state (specs/store.md §6.3)."""
+"""The two files of a takeover: the image, where the warm copy was, and the device state (specs/store.md §6.3)."""
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from remus_ckpt.store.chain import Chain
 from remus_ckpt.store.history import History
 from remus_ckpt.store.segments import first_epoch_of
 from remus_ckpt.store.state import StateFile
+from remus_ckpt.store.warm import MemoryPlace
 from remus_ckpt.wire.record import Position
 
 SPARE = "hand-over.spare"
@@ -23,11 +25,11 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 class HandOver:
     """Hands out a checkpoint once per term; store.json says which one. The caller holds the writer's lock.
 
-    directory: of the warm copy
+    directory: of the warm copy, on disk; memory: where images are that are handed out in memory
     """
 
-    def __init__(self, directory: Path, state: StateFile, history: History) -> None:
-        self._directory, self._state, self._history = directory, state, history
+    def __init__(self, directory: Path, state: StateFile, history: History, memory: MemoryPlace | None) -> None:
+        self._directory, self._state, self._history, self._memory = directory, state, history, memory
         self._spare_bytes = 0  # room reserved for the next device state
 
     def is_of(self, chain: Chain) -> bool:
@@ -59,8 +61,10 @@ class HandOver:
         Raises StoreError.
         """
         state = self._state.state
-        image = self._directory / f"taken-over-{state.term}.image"
-        device_state = image.with_suffix(".state")
+        name = f"taken-over-{state.term}.image"
+        directories = [self._directory] if self._memory is None else [self._memory.directory, self._directory]
+        image = next((path / name for path in directories if (path / name).exists()), self._directory / name)
+        device_state = (self._directory / name).with_suffix(".state")
         with guarding(_BOOT_ID):
             boot = _boot_id()
         # These files are in use, whatever the newest checkpoint is now. But a crash of the machine may have torn them.
@@ -69,17 +73,22 @@ class HandOver:
         checkpoint = chain.restorer.in_force
         assert checkpoint is not None
         with guarding(self._directory):
-            for path in self._directory.glob("taken-over-*"):
+            for path in itertools.chain.from_iterable(one.glob("taken-over-*") for one in directories):
                 path.unlink()
             self._spare_bytes = 0  # even if this fails: it may have used up the spare
             replace_file(device_state, checkpoint.device_state, self._directory / SPARE)
         chain.is_sealed = True
         made = {"position": str(position), "boot": boot}
         self._state.save(replace(state, more={**state.more, "handed_out": made}))
-        if chain.home.path is None:  # handed out before, and the file has been removed
+        image = self._directory / name
+        if not chain.home.is_handed_out:
+            image = chain.home.hand_out(image, checkpoint.memory_bytes)
+        else:  # and the file has been removed since
+            with suppress(OSError):
+                if self._memory is not None and not self._memory.why_not(checkpoint.memory_bytes):
+                    self._memory.make()
+                    image = self._memory.directory / name
             self._history.restore_image(image, position.epoch)
-        else:
-            chain.home.hand_out(image, checkpoint.memory_bytes)
         self.keep_room(checkpoint.device_state)
         return image, device_state
 

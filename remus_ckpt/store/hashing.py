@@ -1,13 +1,14 @@
-"""SHA-256 in a second thread, for reading whole segments: hashing costs as much as all the rest."""
+"""Digests in a second thread, for reading whole segments: SHA-256 costs as much as all the rest."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+from remus_ckpt.wire.digest import Digest, DigestName, NewDigest, new_digest
 
 _BY_THREAD_BYTES = 1 << 16
 _MAX_WAITING = 4
@@ -17,24 +18,24 @@ class HashThread:
     """One thread; it computes the digests made by `new`, in the order of their updates."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "sha256")
+        self._pool = ThreadPoolExecutor(1, "digest")
 
-    def new(self) -> ThreadedSha256:
-        """A fresh SHA-256."""
-        return ThreadedSha256(self._pool)
+    def new(self, name: DigestName) -> ThreadedDigest:
+        """A fresh digest."""
+        return ThreadedDigest(new_digest(name), self._pool)
 
     def close(self) -> None:
         """End the thread."""
         self._pool.shutdown(cancel_futures=True)
 
 
-class ThreadedSha256:
-    """Like hashlib's, but bytes given to `update` must not change afterwards; a bytearray is copied."""
+class ThreadedDigest:
+    """A digest whose bytes, once given to `update`, must not change; a bytearray is copied."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, digest: Digest, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
-        self._hash = hashlib.sha256()
-        self._waiting: deque[Future[None]] = deque()
+        self._hash = digest
+        self._waiting: deque[Future[object]] = deque()
 
     def update(self, data: Any) -> None:
         """Take in bytes, now or soon."""
@@ -55,7 +56,7 @@ class ThreadedSha256:
 
 
 @contextmanager
-def hashing() -> Iterator[Callable[[], ThreadedSha256]]:
+def hashing() -> Iterator[NewDigest]:
     """Digests computed by a second thread, for the length of the block."""
     thread = HashThread()
     try:

@@ -6,13 +6,14 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remus_ckpt.disk import appearing, guarding, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
@@ -22,6 +23,7 @@ from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.store import segments
 from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.listing import Listing
+from remus_ckpt.store.moment import Moment
 from remus_ckpt.store.pruning import find_over
 from remus_ckpt.store.retention import Removal, Retention
 from remus_ckpt.store.segments import (
@@ -29,6 +31,7 @@ from remus_ckpt.store.segments import (
     Entry,
     Nowhere,
     Read,
+    digest_of_stream,
     first_epoch_of,
     holds_a_record,
     reader_of,
@@ -39,7 +42,9 @@ from remus_ckpt.store.segments import (
 from remus_ckpt.store.state import State, load_state
 from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.survey import Lost, Survey, Surveyor, joined, last, newest_before
+from remus_ckpt.store.unwritten import data_end
 from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.wire.digest import DigestName
 
 Progress = Callable[[int], None]
 """Called with the bytes read so far."""
@@ -245,17 +250,46 @@ class History:
         progress: Progress | None = None,
         *,
         into: Mapping[str, Any] | None = None,
+        verify: bool = False,
     ) -> Checkpoint:
         """Restore a checkpoint into the memory of this process.
 
         into: arrays, buffers and DataFrames that the values are copied into as well, as for `arrays_of`
+        verify: read and check all bytes of its segment up to it; otherwise, if a page index has it, each page is read
+            once, and what is read is checked
         Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError; with `into` like `arrays_of` too.
         Nothing is copied into `into` before all has been read and is known to fit.
         """
-        checkpoint, _ = self._read(at, Anonymous(), progress)
+        checkpoint, _ = self._read(at, Anonymous(), progress, verify=verify)
         if into is not None:
             arrays_of(checkpoint, into)
         return checkpoint
+
+    def moment(self, at: int | datetime | None = None) -> Moment:
+        """A checkpoint whose pages are read as they are needed, each of them checked. Close it after use.
+
+        The page index says where they are; if there is none, it is built first. Raises like `restore`.
+        """
+        for _ in range(_TRIES):
+            entry = self.find(at)
+            faults: list[BadCheckpoint | NoCheckpoint] = []
+            for copy in itertools.chain([entry], self._copies(entry)):
+                try:
+                    return Moment.open(self, copy)
+                except (BadCheckpoint, NoCheckpoint) as error:
+                    faults.append(error.with_traceback(None))  # which would keep what was read
+            if at is not None or isinstance(faults[0], BadCheckpoint):
+                break  # otherwise the newest has been compacted and pruned meanwhile
+        raise faults.pop(0)
+
+    def memory(self, at: int | datetime | None = None) -> NDArray[np.uint8]:
+        """uint8[memory_bytes]: the memory of a checkpoint, at hand in milliseconds: pages are read as they are touched.
+
+        It is memory of this process and may be written to; it stays valid while the history goes on. A page that has
+        changed on disk ends the process with SIGBUS: `Moment.memory` says more. Raises like `restore`.
+        """
+        with self.moment(at) as moment:
+            return moment.memory().reshape(-1)[: moment.memory_bytes]
 
     def restore_image(
         self,
@@ -264,11 +298,12 @@ class History:
         progress: Progress | None = None,
         *,
         sync: bool = True,
+        verify: bool = False,
     ) -> Checkpoint:
         """Restore a checkpoint's memory to a file of mode 0600, with zero pages as holes. The file appears once it is
         complete.
 
-        sync: make the file durable before returning
+        sync: make the file durable before returning; verify: as for `restore`
         The memory of the returned checkpoint is that file, mapped. Raises like `restore`.
         """
         target = Path(path)
@@ -277,7 +312,7 @@ class History:
             home = MappedFile(f"/proc/self/fd/{descriptor}")  # only `appearing` knows its name
             home.path = target
             try:
-                checkpoint, _ = self._read(at, home, progress)
+                checkpoint, _ = self._read(at, home, progress, verify=verify)
                 home.cut(checkpoint.memory_bytes)
             finally:
                 home.close()
@@ -302,34 +337,49 @@ class History:
         return entry
 
     def _read(
-        self, at: int | datetime | None, home: Home, progress: Progress | None, save_to: int | None = None
+        self,
+        at: int | datetime | None,
+        home: Home,
+        progress: Progress | None,
+        save_to: int | None = None,
+        *,
+        verify: bool = True,
     ) -> tuple[Checkpoint, Entry]:
         """Read a checkpoint into a home. If the newest is compacted and pruned meanwhile, a newer one is read.
 
         save_to: a descriptor of a file that gets the bytes that were read
+        verify: read all bytes, even if a page index says where the pages are
         """
         with self.reading():
             for _ in range(_TRIES):
                 try:
-                    return self._read_entry(self.find(at), home, progress, save_to)
+                    return self._read_entry(self.find(at), home, progress, save_to, verify)
                 except NoCheckpoint:
                     if at is not None:
                         raise
-            return self._read_entry(self.find(at), home, progress, save_to)
+            return self._read_entry(self.find(at), home, progress, save_to, verify)
 
     def _read_entry(
-        self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None = None
+        self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None, verify: bool
     ) -> tuple[Checkpoint, Entry]:
         """Read a checkpoint; if its segment is bad, from another segment that also holds it."""
-        first: BadCheckpoint | NoCheckpoint | None = None
+        if not verify:
+            # What fails here is read once more from the beginning, which says what is wrong, and where.
+            with suppress(BadCheckpoint, NoCheckpoint), self._indexed(entry) as moment:
+                if moment is not None:
+                    return moment.restore(home, progress), entry
+        faults: list[BadCheckpoint | NoCheckpoint] = []
         # Look for copies only when they are needed: a compaction may have made one, and removed the original since.
         for copy in itertools.chain([entry], self._copies(entry)):
             try:
                 return self._replay(copy, home, progress, save_to), copy
             except (BadCheckpoint, NoCheckpoint) as error:
-                first = first or error
-        assert first is not None
-        raise first
+                faults.append(error.with_traceback(None))  # which would keep what was read
+        raise faults.pop(0)
+
+    def _indexed(self, entry: Entry) -> AbstractContextManager[Moment | None]:
+        """A checkpoint by its page index; None if there is none on disk."""
+        return Moment.open_indexed(self, entry) or nullcontext()
 
     def _copies(self, entry: Entry) -> Iterator[Entry]:
         """The same checkpoint in other segments: the base of a compaction is also in the segment before it."""
@@ -343,8 +393,9 @@ class History:
                 yield from (found for found in self._listing.walk(one) if found.epoch == entry.epoch and found != entry)
 
     def _replay(self, entry: Entry, home: Home, progress: Progress | None, save_to: int | None = None) -> Checkpoint:
-        with self._open(entry) as read, hashing() as new_digest:
-            restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
+        with self._open(entry) as read, hashing() as threaded:
+            digest = self._digest_of(read, entry)
+            restorer = Restorer(limits=self.limits, home=home, digest=digest, new_digest=threaded)
             fault: StreamError | None = None
             try:
                 source = read if save_to is None else _saving(read, save_to)
@@ -354,11 +405,18 @@ class History:
                     else:
                         restorer.commit()
             except StreamError as error:
-                fault = error
+                fault = error.with_traceback(None)
         held = restorer.in_force
         if fault is None and held is not None and held.record is not None and held.record.after == entry.position:
             return held
         raise self._bad(entry, restorer, fault)
+
+    def check(self, entry: Entry) -> None:
+        """Read all bytes of a checkpoint's segment up to its end.
+
+        Raises BadCheckpoint that says what is wrong with them, where, and what is left; NoCheckpoint if they are gone.
+        """
+        self._replay(entry, Nowhere(), None)
 
     def _bad(self, entry: Entry, restorer: Restorer, fault: StreamError | None) -> BadCheckpoint:
         held = restorer.in_force
@@ -396,10 +454,16 @@ class History:
                 done += size
                 if one.fault is None and size > one.end:
                     known = indexed.get(name)
+                    unwritten_from, is_more = self._behind(one, size)
+                    while is_more:  # a writer may have gone on within its space meanwhile
+                        end, one = one.end, scan(path, known=one, end=size, limits=self.limits)
+                        if one.end == end or one.fault is not None:
+                            break
+                        unwritten_from, is_more = self._behind(one, size)
                     is_cut_short = known is not None and known.end > one.end
-                    if name == names[-1] and not is_cut_short and not self._is_more_than_cut(one, size):
-                        unfinished = size - one.end
-                    else:
+                    if not is_cut_short and not is_more and (name == names[-1] or unwritten_from == one.end):
+                        unfinished = unwritten_from - one.end
+                    elif one.fault is None:
                         one.fault = Malformed("its bytes are cut off", offset=one.end)
                 read.append(one)
             except FileNotFoundError:
@@ -417,14 +481,16 @@ class History:
             unfinished_bytes=unfinished,
         )
 
-    def _is_more_than_cut(self, one: Contents, size: int) -> bool:
+    def _behind(self, one: Contents, size: int) -> tuple[int, bool]:
+        """Where the data of a segment ends, and whether it is more than a checkpoint that was cut off."""
         if one.last is None:
-            return True  # a segment gets its name only once its base is durable
+            return size, True  # a segment gets its name only once its base is durable
         path = self.path_of(one.name)
         with guarding(path):
             fd = open_to_read(path)
             try:
-                return holds_a_record(fd, one.last.position, one.end, size)
+                written = data_end(fd, one.end, size)
+                return written, holds_a_record(fd, one.last.position, one.end, written, size)
             finally:
                 os.close(fd)
 
@@ -435,6 +501,10 @@ class History:
     def _open(self, entry: Entry) -> AbstractContextManager[Read]:
         """The bytes of the segment that holds a checkpoint. Raises NoCheckpoint, StoreError."""
         return self._open_file(entry)
+
+    def _digest_of(self, read: Read, entry: Entry) -> DigestName | None:
+        """The digest of the stream that holds a checkpoint, None if it is not known before it is read."""
+        return digest_of_stream(read, entry)
 
     @contextmanager
     def _open_file(self, entry: Entry) -> Iterator[Read]:

@@ -88,11 +88,9 @@ class Rows:
                     if not 0 < p2m_size <= MAX_P2M_SIZE or not (size is None or size >= 0):
                         raise ValueError(f"segment {name!r}: {p2m_size} pages, {size} bytes")
                     one = Contents(name, shape=Shape(codec, word, p2m_size), size=size)
-                    edges = [self._row(name, f"ORDER BY start {order}") for order in ("ASC", "DESC")]
                     with suppress(ValueError, TypeError):
-                        # There may be very many segments: share the name, and the entry of a single checkpoint.
-                        one.first, one.last = (None if row is None else _entry_of((name, *row[1:])) for row in edges)
-                        if one.first == one.last:
+                        one.first, one.last = self._edge(name, is_last=False), self._edge(name, is_last=True)
+                        if one.first == one.last:  # there may be very many segments
                             one.last = one.first
                         if _is_sound(one):
                             found.append(one)
@@ -102,13 +100,13 @@ class Rows:
 
     def find(self, contents: Contents, epoch: int) -> Entry:
         """One checkpoint of a segment. Raises Unreadable."""
-        if (entry := self._one(contents.name, "AND epoch = ?", epoch)) is None:
+        if (entry := self._one(contents, "AND epoch = ?", epoch)) is None:
             raise Unreadable
         return entry
 
     def newest_until(self, contents: Contents, time_ns: int) -> Entry | None:
         """The newest checkpoint of a segment that was taken no later than a time. Raises Unreadable."""
-        return self._one(contents.name, "AND time_ns <= ? ORDER BY start DESC", time_ns)
+        return self._one(contents, "AND time_ns <= ? ORDER BY start DESC", time_ns)
 
     def entries(self, contents: Contents, *, backward: bool = False) -> Iterator[Entry]:
         """The checkpoints of a segment; each begins where the one before ends. Raises Unreadable."""
@@ -126,9 +124,7 @@ class Rows:
                 if not page or page[0] != edge:
                     raise ValueError("a row is missing")
                 for one, other in itertools.pairwise(page):
-                    low, high = (other, one) if backward else (one, other)
-                    if low.end != high.start or low.epoch + 1 != high.epoch:
-                        raise ValueError("a row is missing")
+                    _follow(*((other, one) if backward else (one, other)))
             for entry in page if page[-1] == done or len(page) == 1 else page[:-1]:
                 yield entry
                 if entry == done:
@@ -144,10 +140,27 @@ class Rows:
             (count,) = self._database.execute(query, (contents.name,)).fetchone()
             return bool(count == len(contents.epochs))
 
-    def _one(self, segment: str, clause: str, *values: int) -> Entry | None:
+    def _edge(self, segment: str, *, is_last: bool) -> Entry | None:
+        """The first or the last row of a segment, if the one beside it agrees. Raises ValueError, TypeError."""
+        query = f"{_SELECT} ORDER BY start {'DESC' if is_last else 'ASC'} LIMIT 2"
+        rows = [_entry_of((segment, *row[1:])) for row in self._database.execute(query, (segment,))]
+        if len(rows) == 2:
+            _follow(*(reversed(rows) if is_last else rows))
+        return rows[0] if rows else None
+
+    def _one(self, contents: Contents, clause: str, *values: int) -> Entry | None:
+        """One row, if those beside it agree. Raises Unreadable."""
+        name = contents.name
         with _believing():
-            row = self._row(segment, clause, *values)
-            return None if row is None else _entry_of(row)
+            row = self._row(name, clause, *values)
+            if row is None:
+                return None
+            entry = _entry_of(row)
+            if entry != contents.first:
+                _follow(_entry_of(self._row(name, "AND start < ? ORDER BY start DESC", entry.start) or ()), entry)
+            if entry != contents.last:
+                _follow(entry, _entry_of(self._row(name, "AND start > ? ORDER BY start", entry.start) or ()))
+            return entry
 
     def _row(self, segment: str, clause: str, *values: int) -> tuple[object, ...] | None:
         """Raises sqlite3.Error."""
@@ -220,6 +233,12 @@ def _entry_of(row: tuple[object, ...]) -> Entry:
     if not all(type(number) is int for number in numbers) or not 0 <= start < end or pages < 0:  # type: ignore[operator]
         raise ValueError(f"a checkpoint from {start!r:.40} to {end!r:.40}")
     return Entry(Position(epoch, digest), time_ns, segment, start, end, pages, start == 0)  # type: ignore[arg-type]
+
+
+def _follow(one: Entry, other: Entry) -> None:
+    """Raises ValueError unless the second is the next checkpoint behind the first."""
+    if one.end != other.start or one.epoch + 1 != other.epoch:
+        raise ValueError("a row is missing or altered")
 
 
 def _is_sound(one: Contents) -> bool:

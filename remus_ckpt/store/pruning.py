@@ -31,6 +31,7 @@ class Pruner:
     directory: of the segments; index, state: of the history
     retention: what `go_on` and `make_room` keep; None: all
     on_phase: called with "pruning" and an epoch before each removal; note: called with what went wrong
+    give_back: frees space that was only written ahead, before anything is removed to make room; whether it had some
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Pruner:
         retention: Retention | None,
         on_phase: Callable[[str, int], None],
         note: Callable[[str], None],
+        give_back: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._give_back = give_back
         self._directory, self._index, self._state = directory, index, state
         self._retention = retention
         self._on_phase, self._note = on_phase, note
@@ -64,7 +67,8 @@ class Pruner:
         if least is None or time.monotonic() < self._no_room_before:
             return False
         with suppress(OSError):
-            return free_bytes(self._directory) < least
+            is_short = free_bytes(self._directory) < least
+            return free_bytes(self._directory) < least if is_short and self._give_back() else is_short
         return False
 
     def go_on(self, newest: str) -> None:

@@ -5,7 +5,6 @@ Nothing is cut, removed, synced or saved here: the writer does that, following t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +21,8 @@ from remus_ckpt.restorer import Restorer
 from remus_ckpt.store import segments
 from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.segments import (
-    PARTIAL,
     Contents,
+    digest_of_stream,
     entry_of,
     first_epoch_of,
     holds_a_record,
@@ -33,10 +32,13 @@ from remus_ckpt.store.segments import (
     replay,
     sequence_of,
     shape_of,
+    walk_again,
 )
 from remus_ckpt.store.state import State
 from remus_ckpt.store.survey import joined, was_pruned, without
+from remus_ckpt.store.unwritten import data_end
 from remus_ckpt.store.warm import MappedFile
+from remus_ckpt.wire.digest import new_digest
 from remus_ckpt.wire.record import RECORD_SECTION
 
 MAX_WARNINGS = _MAX_DAMAGED = 1_000
@@ -76,6 +78,7 @@ class Found:
     contents: of each segment, oldest first
     indexed: what the index says now
     newest: None if there is no whole checkpoint
+    lengths: of older segments that are longer than their data, where these must be cut
     highest_epoch: of any checkpoint ever seen, −1 before the first
     state: what store.json must say
     warnings: what is wrong, in words
@@ -84,16 +87,10 @@ class Found:
     contents: list[Contents]
     indexed: dict[str, Contents]
     newest: Newest | None
+    lengths: dict[str, int]
     highest_epoch: int
     state: State
     warnings: list[str]
-
-
-def leftovers(directory: Path, warm: Path) -> list[Path]:
-    """Partly written files, and warm copies: they must be removed before anything else is done."""
-    patterns = ((directory, ".store.json.*"), (warm, ".taken-over-*"), (warm, "memory-*.image"))
-    partial = directory / segments.DIRECTORY, f"*{PARTIAL}"
-    return [path for where, pattern in (*patterns, partial) for path in where.glob(pattern)]
 
 
 @dataclass(slots=True)
@@ -115,6 +112,7 @@ class Recovery:
     _names: list[str] = field(init=False)
     _newest: Newest | None = field(init=False, default=None)
     _highest: int = field(init=False)
+    _lengths: dict[str, int] = field(init=False, default_factory=dict)
     _warnings: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -154,7 +152,8 @@ class Recovery:
             if may_be_newest or said is None:
                 damaged.pop(name, None)  # it has been examined again
             if not may_be_newest and (said is None or contents.end != said.end):
-                self.indexed[name] = replace(contents)  # it is in the index now
+                # It is in the index now, with the length that the file still has.
+                self.indexed[name] = replace(contents, size=None if name in self._lengths else contents.size)
             known[name] = contents
             self._see(-1, contents)
             if reason is not None:
@@ -184,7 +183,7 @@ class Recovery:
             state = replace(state, damaged=damaged, highest_epoch=self._highest if damaged or gone else None)
         if gone and newest is not None and sequence_of(gone[-1]) > sequence_of(newest.name):
             newest = replace(newest, is_sealed=True)
-        return Found(all_contents, self.indexed, newest, self._highest, state, self._warnings)
+        return Found(all_contents, self.indexed, newest, self._lengths, self._highest, state, self._warnings)
 
     def _warn(self, warnings: Iterable[str]) -> None:
         self._warnings += islice(warnings, MAX_WARNINGS - len(self._warnings))
@@ -207,16 +206,16 @@ class Recovery:
             try:
                 restorer, contents = self._replay(name, fd, home)
                 size = os.fstat(fd).st_size
-                reason = _damage_of(contents, known, fd, size)
+                written = walk_again(fd, contents, size, self.limits)
+                reason = _damage_of(contents, known, fd, written, size)
             finally:
                 os.close(fd)
             if contents.first is None:
                 home.remove()
                 contents.size = size
                 return contents, reason
-            restorer.reader.new_digest = hashlib.sha256
+            restorer.reader.new_digest = new_digest
             restorer.rewind()
-            contents.shape = shape_of(restorer)
             is_sealed = reason is not None or name != self._names[-1] or not restorer.reader.compressing
             end = contents.end
             if is_sealed:
@@ -232,12 +231,15 @@ class Recovery:
 
     def _replay(self, name: str, fd: int, home: MappedFile) -> tuple[Restorer, Contents]:
         contents = Contents(name)
-        with hashing() as new_digest:
-            restorer = Restorer(limits=self.limits, home=home, new_digest=new_digest)
+        with hashing() as threaded:
+            known = self.indexed.get(name)
+            digest = digest_of_stream(reader_of(fd), None if known is None else known.last)
+            restorer = Restorer(limits=self.limits, home=home, digest=digest, new_digest=threaded)
             try:
                 for staged in replay(reader_of(fd), restorer):
                     contents.add(entry_of(staged, name))
                     restorer.commit()
+                    contents.shape = shape_of(restorer)
             except StreamError as error:
                 if isinstance(error, UnknownFormat) and error.section == RECORD_SECTION:
                     # The digest is right: a later version of the program wrote this.
@@ -254,6 +256,8 @@ class Recovery:
                 return replace(known, size=size), None
         contents = Contents(name, size=size)
         self.fill(contents, end=size)
+        self._take_length(contents, known, size)
+        size = contents.size = self._lengths.get(name, size)
         if contents.fault is not None:
             return contents, str(contents.fault)
         if contents.last is None:
@@ -261,6 +265,18 @@ class Recovery:
         if contents.end < size or (known is not None and known.end > contents.end):
             return contents, f"its whole checkpoints end at byte {contents.end} of {size}"
         return contents, None
+
+    def _take_length(self, contents: Contents, known: Contents | None, size: int) -> None:
+        """Note where an older segment must be cut, because nothing was written behind its last checkpoint."""
+        if contents.last is None or contents.end == size or (known is not None and known.end > contents.end):
+            return
+        fd = open_to_read(self._segments / contents.name)
+        try:
+            if data_end(fd, contents.end, size) == contents.end:
+                contents.fault = None
+                self._lengths[contents.name] = contents.end
+        finally:
+            os.close(fd)
 
 
 def _gaps(contents: list[Contents], damaged: dict[str, str], pruned: list[range]) -> Iterator[str]:
@@ -276,7 +292,7 @@ def _gaps(contents: list[Contents], damaged: dict[str, str], pruned: list[range]
             yield f"{one.name}: checkpoints {part[0]} to {part[-1]} before it are missing"
 
 
-def _damage_of(contents: Contents, known: Contents | None, fd: int, size: int) -> str | None:
+def _damage_of(contents: Contents, known: Contents | None, fd: int, written: int, size: int) -> str | None:
     """How a segment that was read to its end is damaged; None if it is not. Raises OSError."""
     end = contents.end
     lost = known.epochs[len(contents.epochs) :] if known is not None and known.end > end else range(0)
@@ -287,7 +303,7 @@ def _damage_of(contents: Contents, known: Contents | None, fd: int, size: int) -
         reason = f"whole checkpoints end at byte {end} of {size}"
     elif contents.last is None:
         reason = "it holds no whole checkpoint"
-    elif size > end and holds_a_record(fd, contents.last.position, end, size):
+    elif size > end and holds_a_record(fd, contents.last.position, end, written, size):
         reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
     if reason is not None and lost:
         reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"

@@ -10,11 +10,14 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from remus_ckpt.disk import guarding
 from remus_ckpt.errors import LinkError, Malformed, NoCheckpoint, Refused, StoreError, StreamError
@@ -27,10 +30,12 @@ from remus_ckpt.session.messages import READ_BYTES, check_name
 from remus_ckpt.store import rows
 from remus_ckpt.store.history import Bad, History, Progress, Report, bad_of, copy_out
 from remus_ckpt.store.listing import Listing
+from remus_ckpt.store.moment import Moment
 from remus_ckpt.store.segments import Contents, Entry, Nowhere, Read, reader_of, sequence_of, walk_bytes
 from remus_ckpt.store.state import State
 from remus_ckpt.store.stored import Stored
 from remus_ckpt.store.survey import Lost, Survey, without
+from remus_ckpt.wire.digest import DigestName
 
 _TIMEOUT_S = 60.0
 _AHEAD = 64
@@ -203,8 +208,22 @@ class Remote(History):
             finally:
                 pieces.drop()
 
+    def moment(self, at: int | datetime | None = None) -> Moment:
+        """Not offered: pages of a checkpoint are read one by one only where its segment is. Raises StoreError."""
+        raise StoreError(f"{self.where} is on another machine: restore the checkpoint, or read it there")
+
+    def memory(self, at: int | datetime | None = None) -> NDArray[np.uint8]:
+        """uint8[memory_bytes]: the memory of a checkpoint, restored whole. Raises like `restore`."""
+        return self.restore(at).image
+
+    def _indexed(self, entry: Entry) -> AbstractContextManager[Moment | None]:
+        return nullcontext()
+
     def _open(self, entry: Entry) -> AbstractContextManager[Read]:
         return self.bytes_of(entry.segment, entry.end)
+
+    def _digest_of(self, read: Read, entry: Entry) -> DigestName | None:
+        return None  # the bytes come in order, and the first record is far behind
 
     def _print(self, at: int | datetime | None, progress: Progress | None) -> Entry:
         # What was checked is what is printed: it is not fetched again.
@@ -391,11 +410,11 @@ class _Pieces:
         while True:
             try:
                 return self._fetch_next()
-            except Refused:
-                raise
-            except LinkError:
-                if self._fetched == self._broken_at:
-                    raise  # nothing has come since
+            except LinkError as error:
+                # A request that changed on its way is refused as malformed.
+                is_answer = isinstance(error, Refused) and error.code != "malformed"
+                if is_answer or self._fetched == self._broken_at:
+                    raise  # or nothing has come since
                 self._broken_at = self._asked = self._fetched
                 self._sizes.clear()
 

@@ -8,7 +8,8 @@ from remus_ckpt.errors import Malformed
 from remus_ckpt.store.segments import Contents, Entry, is_segment
 from remus_ckpt.store.state import State
 from remus_ckpt.store.survey import Lost
-from remus_ckpt.wire.record import DIGEST_BYTES, Position
+from remus_ckpt.wire.digest import DIGEST_BYTES
+from remus_ckpt.wire.record import Position
 
 REASON_CHARS = 300
 _MOST = (1 << 63) - 1

@@ -18,10 +18,12 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store.hashing import hashing
-from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC, CheckpointRecord, Position
+from remus_ckpt.store.unwritten import data_end
+from remus_ckpt.wire.digest import DIGEST_BYTES, DigestName
+from remus_ckpt.wire.record import RECORD_MAGIC, CheckpointRecord, Position
+from remus_ckpt.wire.xen.boundary import Boundary
 from remus_ckpt.wire.xen.chunks import Signature
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
-from remus_ckpt.wire.xen.reader import Boundary
 
 Read = Callable[[memoryview, int], int]
 """Reads bytes of a segment into a view, from an offset on; returns how many, 0 at its end."""
@@ -31,7 +33,10 @@ PARTIAL = ".partial"
 _NAME = re.compile(r"(\d{20})-(\d{6,12})\.remus")
 _EPOCHS = 1 << 63
 _MAX_SEQUENCE = 10**12
+_TRIES = 3
 _SEARCH_BYTES = 1 << 20
+_RECORD_BYTES = 1 << 16
+"""Where a record with few bytes of device state begins, before the end of its checkpoint."""
 _TIMES_NS = range(-(1 << 63), 1 << 63)
 """The times that the index can hold."""
 
@@ -249,8 +254,8 @@ def walk_bytes(
     """`walk`, wherever the segment's bytes are. Raises what `read` raises."""
     start = boundary_behind(contents) if contents.last is not None and contents.shape is not None else None
     try:
-        with hashing() as new_digest:
-            restorer = Restorer(limits=limits, home=Nowhere(), new_digest=new_digest, start=start)
+        with hashing() as threaded:
+            restorer = Restorer(limits=limits, home=Nowhere(), new_digest=threaded, start=start)
             for checkpoint in replay(read, restorer, start=contents.end if start else 0, end=end, advance=advance):
                 entry = entry_of(checkpoint, contents.name)
                 restorer.skip()
@@ -269,11 +274,37 @@ def scan(
     limits: Limits | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Contents:
-    """`walk` to the end, from the beginning or after the `known` part. Raises OSError if it cannot be read."""
+    """`walk` to the end of the data, from the beginning or after the `known` part. Raises OSError if it cannot be
+    read."""
     found = Contents(path.name) if known is None else replace(known, fault=None)
-    for _ in walk(path, found, end=end, limits=limits, advance=advance):
-        pass
+    fd = open_to_read(path)
+    try:
+        for _ in walk_bytes(reader_of(fd), found, end=end, limits=limits, advance=advance):
+            pass
+        walk_again(fd, found, os.fstat(fd).st_size if end is None else end, limits)
+    finally:
+        os.close(fd)
     return found
+
+
+def walk_again(fd: int, contents: Contents, size: int, limits: Limits | None = None) -> int:
+    """If a fault has ended the reading of a segment: read it again behind its last checkpoint, to the end of its data.
+    Returns where that is, or `size`; a fault that was only that the data ended is taken back.
+
+    size: of the segment, as far as it was read. Raises OSError.
+    """
+    if contents.last is None or contents.shape is None or contents.end >= size:
+        return size
+    written = data_end(fd, contents.end, size)
+    for _ in range(_TRIES):
+        if contents.fault is None:
+            break
+        # What was read may have been half overwritten, by a writer that has gone on meanwhile.
+        contents.fault = None
+        for _ in walk_bytes(reader_of(fd), contents, end=written, limits=limits):
+            pass
+        written = data_end(fd, contents.end, size)
+    return max(written, contents.end)
 
 
 def shape_of(restorer: Restorer) -> Shape:
@@ -281,6 +312,32 @@ def shape_of(restorer: Restorer) -> Shape:
     boundary, checkpoint = restorer.boundary, restorer.in_force
     assert checkpoint is not None and checkpoint.record is not None and boundary.dialect.word is not None
     return Shape(cast(StreamCodec, checkpoint.record.codec), boundary.dialect.word, boundary.p2m_size)
+
+
+def digest_of_stream(read: Read, entry: Entry | None) -> DigestName | None:
+    """The digest that the stream of a segment has, by the record of one of its checkpoints; None if that is not seen.
+
+    A stream that begins with all of memory is read twice as fast by those who need not compute each digest for it.
+    Raises what `read` raises.
+    """
+    if entry is None:
+        return None
+    block = bytearray(min(_RECORD_BYTES, entry.end - entry.start))
+    view, at = memoryview(block), entry.end - len(block)
+    while view and (size := read(view, at)):
+        view, at = view[size:], at + size
+    needle = Signature.REMUS.value
+    found = block.find(needle)
+    while found >= 0:
+        begin = found + len(needle) + 4
+        if begin + int.from_bytes(block[begin - 4 : begin], "little") == len(block):
+            try:
+                record = CheckpointRecord.unpack(bytes(block[begin:-DIGEST_BYTES]), 0)
+            except StreamError:
+                return None
+            return record.digest if record.after == entry.position else None
+        found = block.find(needle, found + 1)
+    return None
 
 
 def boundary_behind(contents: Contents) -> Boundary:
@@ -297,9 +354,11 @@ def boundary_behind(contents: Contents) -> Boundary:
     )
 
 
-def holds_a_record(fd: int, position: Position, start: int, size: int) -> bool:
+def holds_a_record(fd: int, position: Position, start: int, written: int, size: int) -> bool:
     """Whether the bytes from `start` to `size` contain a whole record of a checkpoint that follows `position`.
 
+    written: the first byte that was never written, or `size`; behind it, the record of the very next checkpoint proves
+        nothing, since that one lacks bytes
     If so, they are not a checkpoint that was cut off, whatever their first bytes say. Any other record is part of
     memory that happens to hold a save stream. Raises OSError.
     """
@@ -311,14 +370,14 @@ def holds_a_record(fd: int, position: Position, start: int, size: int) -> bool:
         found = block.find(needle)
         while 0 <= found < _SEARCH_BYTES and found + head <= len(block):
             length = int.from_bytes(block[found + len(needle) : found + head], "little")
-            if _is_record(fd, position, at + found + head, length, size):
+            if _is_record(fd, position, at + found + head, length, written, size):
                 return True
             found = block.find(needle, found + 1)
         at += _SEARCH_BYTES
     return False
 
 
-def _is_record(fd: int, position: Position, at: int, length: int, size: int) -> bool:
+def _is_record(fd: int, position: Position, at: int, length: int, written: int, size: int) -> bool:
     """Whether these bytes are the record of the next checkpoint or, if that one is damaged, of the one after it."""
     if at + length > size or os.pread(fd, len(RECORD_MAGIC), at) != RECORD_MAGIC:
         return False
@@ -330,4 +389,6 @@ def _is_record(fd: int, position: Position, at: int, length: int, size: int) -> 
         return True  # from a later version of the program
     except Malformed:
         return False
-    return before is not None and (before == position or before.epoch == position.epoch + 1)
+    if before is None:
+        return False
+    return (before == position and at + length <= written) or before.epoch == position.epoch + 1

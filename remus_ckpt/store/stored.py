@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from remus_ckpt.restorer import Checkpoint
 from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.store.segments import Entry
@@ -53,6 +56,10 @@ class Stored:
     def restore(self, *, into: Mapping[str, Any] | None = None) -> Checkpoint:
         """Restore the checkpoint into the memory of this process, or into existing arrays: see `History.restore`."""
         return self.history.restore(self.epoch, into=into)
+
+    def memory(self) -> NDArray[np.uint8]:
+        """Its memory, each page of which is read when it is touched: see `History.memory`."""
+        return self.history.memory(self.epoch)
 
     def save(self, path: str | Path) -> Checkpoint:
         """Save its memory to a file, which appears once it is complete and durable. Raises like `restore`."""

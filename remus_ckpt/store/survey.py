@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from remus_ckpt.disk import open_to_read
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.store import index, segments
 from remus_ckpt.store.segments import Contents, Entry, first_epoch_of, is_segment, list_segments, scan, sequence_of
 from remus_ckpt.store.state import State, load_state
+from remus_ckpt.store.unwritten import data_end
 
 _GONE = "it is not there any more"
 _TRIES = 3
@@ -248,13 +251,28 @@ class Surveyor:
             if known.size == status.st_size or (known.size is None and known.end == status.st_size):
                 return known
             if known.size is None and known.end < status.st_size:
+                if _ends_at(path, known.end, status.st_size):
+                    return known
                 found = scan(path, known=known, end=status.st_size, limits=self._limits)
                 if found.fault is None:
                     return found
         version = status.st_size, status.st_mtime_ns
-        if name not in self._scanned or self._scanned[name][0] != version:
-            self._scanned[name] = version, scan(path, end=status.st_size, limits=self._limits)
-        return self._scanned[name][1]
+        held = self._scanned.get(name)
+        # Within space that was written ahead, data grow without the file, and faster than the clock of its time.
+        if held is None or held[0] != version or not _ends_at(path, held[1].end, status.st_size):
+            held = self._scanned[name] = version, scan(path, end=status.st_size, limits=self._limits)
+        return held[1]
+
+
+def _ends_at(path: Path, end: int, size: int) -> bool:
+    """Whether nothing has been written behind these bytes of a file. Raises OSError."""
+    if end == size:
+        return True
+    fd = open_to_read(path)
+    try:
+        return data_end(fd, end, size) == end
+    finally:
+        os.close(fd)
 
 
 def joined(spans: Iterable[range]) -> list[range]:

@@ -1,19 +1,26 @@
-"""Memory in a mapped file, which has room for every page before it is written (specs/store.md §6)."""
+"""Memory in a mapped file, on disk or in a tmpfs, which has room for every page before it is written (specs/store.md
+§6.2)."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import mmap
 import os
+import stat
+import threading
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import guarding
+from remus_ckpt.disk import appearing, guarding
 from remus_ckpt.errors import StoreError
+from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.store.room import SHARED_MEMORY, free_memory
 
 _GAP_PAGES = 8
 """Pages at most this far apart are allocated with one call, together with those between them."""
@@ -34,14 +41,20 @@ class MappedFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path: Path | None = Path(path)
-        """None once the file has been handed out."""
-        with guarding(path):
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        """None if the file has no name, or has been handed out."""
+        self.is_handed_out = False
+        self.fd = -1
+        self._create()
         self.has_room: NDArray[np.bool_] = np.empty(0, dtype=bool)
         """bool[pages]: which pages have room on the disk; the others are holes, and zeros."""
 
+    def _create(self) -> None:
+        assert self.path is not None
+        with guarding(self.path):
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
     def open(self, pages: int) -> Pages:
-        """The file as memory of zeros."""
+        """The file as memory of zeros. Raises StoreError."""
         with guarding(self.path):
             os.ftruncate(self.fd, 0)
             os.ftruncate(self.fd, pages * PAGE_SIZE)
@@ -96,22 +109,29 @@ class MappedFile:
         with guarding(self.path):
             os.ftruncate(self.fd, size)
 
-    def hand_out(self, path: Path, size: int) -> None:
-        """Hand the file over under another name; it is no longer removed with this object.
+    def hand_out(self, path: Path, size: int) -> Path:
+        """Hand the file over under another name, which is returned; it is no longer removed with this object.
 
         size: of the file in bytes, which ends in its last page
         Raises StoreError, also like `check`.
         """
-        assert self.path is not None, "it has been handed out before"
+        assert not self.is_handed_out, "it has been handed out before"
         self.check()
         self.cut(size)
-        own, self.path = self.path, None  # first: once it is handed over, its contents may change
+        self.is_handed_out = True  # first: once it is handed over, its contents may change
         try:
-            with guarding(own):
-                os.rename(own, path)
+            with guarding(path):
+                return self._hand_out(path, size)
         except StoreError:
-            self.path = own
+            self.is_handed_out = False
             raise
+
+    def _hand_out(self, path: Path, size: int) -> Path:
+        """Raises OSError."""
+        assert self.path is not None
+        os.rename(self.path, path)
+        self.path = None
+        return path
 
     def close(self) -> None:
         """Close the descriptor; memory stays mapped while anything refers to it."""
@@ -123,9 +143,130 @@ class MappedFile:
     def remove(self) -> None:
         """Close and remove the file."""
         self.close()
-        if self.path is None:
+        if self.path is None or self.is_handed_out:
             return
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
+
+
+class MemoryPlace:
+    """Where warm copies of a history are that lie in memory: they have no name, and go with the process. What is handed
+    out gets a name in a directory of its own.
+
+    history: the directory of the history; name: its name
+    """
+
+    def __init__(self, history: Path, name: str) -> None:
+        key = hashlib.sha256(os.fsencode(history.resolve())).hexdigest()[:16]
+        self._all = SHARED_MEMORY / f"remus_ckpt-{os.getuid()}"
+        self.directory = self._all / f"{name}-{key}"
+        """Holds what was handed out; made when that happens."""
+        self.on_disk_for: str | None = None
+        """Why the newest warm copy lies on disk, None if it does not."""
+
+    def why_not(self, size: int) -> str | None:
+        """Why so many bytes more have no room in memory, None if they have."""
+        if (free := free_memory() - _promised()) >= size:
+            return None
+        return f"it may take {_mib(size)} of memory, and {_mib(max(free, 0))} can be had"
+
+    def open(self) -> int:
+        """A new file without a name. Raises OSError."""
+        return os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+    def make(self) -> None:
+        """Make the directory. Raises OSError, also if somebody else has made it."""
+        for path in (self._all, self.directory):
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+                raise PermissionError(f"{path} is not a directory of ours alone")
+
+    def remove(self) -> None:
+        """Remove the directory if nothing is in it."""
+        with suppress(OSError):
+            self.directory.rmdir()
+            self._all.rmdir()
+
+
+class WarmCopy(MappedFile):
+    """A file in memory, if that has room when the size is known; else on disk.
+
+    path: on disk; place: in memory
+    """
+
+    def __init__(self, path: Path, place: MemoryPlace) -> None:
+        self._place = place
+        self.is_in_memory = False
+        super().__init__(path)
+
+    def _create(self) -> None:
+        """Not before the size is known."""
+
+    def open(self, pages: int) -> Pages:
+        """The file as memory of zeros. Raises StoreError."""
+        with _opening:
+            if self.fd < 0:
+                self._place.on_disk_for = self._place.why_not(pages * PAGE_SIZE)
+                if self._place.on_disk_for is None:
+                    try:
+                        self.fd, self.path, self.is_in_memory = self._place.open(), None, True
+                    except OSError as error:
+                        self._place.on_disk_for = f"{SHARED_MEMORY}: {error.strerror}"
+                if not self.is_in_memory:
+                    super()._create()
+            memory = super().open(pages)
+            if self.is_in_memory:
+                _in_memory.add(self)
+            return memory
+
+    @property
+    def promised(self) -> int:
+        """Bytes of memory that it may still take."""
+        return 0 if self.fd < 0 else int(np.count_nonzero(~self.has_room)) * PAGE_SIZE
+
+    def _hand_out(self, path: Path, size: int) -> Path:
+        if not self.is_in_memory:
+            return super()._hand_out(path, size)
+        target = self._place.directory / path.name
+        try:
+            self._place.make()
+            own = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.link(str(self.fd), target, src_dir_fd=own, follow_symlinks=True)
+            finally:
+                os.close(own)
+        except OSError:
+            self._copy_out(path, size)  # whatever it is: there is another place
+            return path
+        return target
+
+    def _copy_out(self, path: Path, size: int) -> None:
+        """Write a copy to the disk, with holes where nothing was written. Raises OSError."""
+        borders = np.flatnonzero(np.diff(np.concatenate([[False], self.has_room, [False]]).astype(np.int8)))
+        with appearing(path, sync=False) as descriptor:
+            for first, stop in borders.reshape(-1, 2).tolist():
+                at, end = first * PAGE_SIZE, stop * PAGE_SIZE
+                while at < end:
+                    block = os.pread(self.fd, min(end - at, _COPY_BYTES), at)
+                    if not block:
+                        break  # the padding of the last page was cut off
+                    at += os.pwrite(descriptor, block, at)
+            os.ftruncate(descriptor, size)
+
+
+_COPY_BYTES = 4 * MIB
+_opening = threading.Lock()
+_in_memory: weakref.WeakSet[WarmCopy] = weakref.WeakSet()
+
+
+def _promised() -> int:
+    """What the warm copies of this process may still take."""
+    return sum(one.promised for one in _in_memory)
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB"

@@ -18,18 +18,21 @@ from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Buffer, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
 from remus_ckpt.store import index
+from remus_ckpt.store.ahead import AHEAD_BYTES, Ahead
 from remus_ckpt.store.chain import Arriving, Chain, publish
 from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_CHECKPOINTS, Compaction, Compactor
 from remus_ckpt.store.directory import HistoryDirectory
 from remus_ckpt.store.hand_over import HandOver
 from remus_ckpt.store.history import History
 from remus_ckpt.store.pruning import Pruner
-from remus_ckpt.store.recovery import MAX_WARNINGS, Recovery, leftovers
+from remus_ckpt.store.recovery import MAX_WARNINGS, Recovery
 from remus_ckpt.store.retention import Removal, Retention
-from remus_ckpt.store.room import Room, room_for_base
+from remus_ckpt.store.room import Room
 from remus_ckpt.store.segments import Contents, Entry, Shape, entry_of, record_of, shape_of
 from remus_ckpt.store.state import Role, State, StateFile
+from remus_ckpt.wire.digest import DigestName
 from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen.whole import Whole
 
 _CANCEL_S = 10.0
 _PRUNE_PAUSE_S = 0.001
@@ -46,9 +49,11 @@ class HistoryWriter:
     name: written into a new store
     limits: what a stream may claim
     warm_directory: holds the warm copy, under the name; by default the history itself holds it
+    warm_in_memory: keep the warm copy in memory if that has room, else there
     retention: applied after each compaction and each new base; room that it keeps free is looked for at each checkpoint
     compact_bytes, compact_checkpoints: compact when the deltas after a base have more bytes than both the base and
         compact_bytes, or number more than compact_checkpoints; with compact_bytes None, only `compact` does
+    ahead_bytes: the most space that is written ahead of the data of the newest segment; 0: none
     on_phase: called with "staged", "stored", "applying", "applied", "compacting", "compacted" or "pruning" and an epoch
 
     For each checkpoint, pass its bytes to `feed`, or use `get_buffer` and `buffer_updated`; then call `check`, `store`,
@@ -66,9 +71,11 @@ class HistoryWriter:
         *,
         limits: Limits | None = None,
         warm_directory: str | Path | None = None,
+        warm_in_memory: bool = False,
         retention: Retention | None = None,
         compact_bytes: int | None = COMPACT_BYTES,
         compact_checkpoints: int = COMPACT_CHECKPOINTS,
+        ahead_bytes: int = AHEAD_BYTES,
         on_phase: Callable[[str, int], None] | None = None,
     ) -> None:
         self.directory = Path(directory)
@@ -79,7 +86,7 @@ class HistoryWriter:
         self._limits = limits
         self._on_phase = on_phase or (lambda phase, epoch: None)
         self._lock = threading.RLock()
-        self._chain: Chain | None = None
+        self.chain: Chain | None = None
         self._coming: Chain | None = None
         self._stored: Entry | None = None
         self._failed = False  # no more bytes are taken in until `abandon`
@@ -94,7 +101,7 @@ class HistoryWriter:
             note=self._note,
         )
         warm = None if warm_directory is None else Path(warm_directory)
-        self._own = HistoryDirectory(self.directory, name, warm)
+        self._own = HistoryDirectory(self.directory, name, warm, in_memory=warm_in_memory)
         disown_in_forks(self)
         try:
             self._own.take()
@@ -103,8 +110,18 @@ class HistoryWriter:
             self.history = History(self.directory, limits=limits)
             """The reading side."""
             self._index = index.Index(self.directory / index.FILE, self._own.segments, limits)
-            self._hand_over = HandOver(self._own.warm, self._state, self.history)
-            self._pruner = Pruner(self._own.segments, self._index, self._state, retention, self._on_phase, self._note)
+            self._hand_over = HandOver(self._own.warm, self._state, self.history, self._own.memory)
+            least_free = (retention and retention.free) or 0
+            self._ahead = Ahead(self._lock, self._own.segments, ahead_bytes, least_free)
+            self._pruner = Pruner(
+                self._own.segments,
+                self._index,
+                self._state,
+                retention,
+                self._on_phase,
+                self._note,
+                give_back=lambda: bool(self._ahead.give_back(self.chain)),
+            )
             with guarding(self.directory):
                 self._recover()
         except BaseException:
@@ -114,19 +131,18 @@ class HistoryWriter:
     # Opening
 
     def _recover(self) -> None:
-        for path in leftovers(self.directory, self._own.warm):
-            with guarding(path):
-                path.unlink(missing_ok=True)
+        self._own.clean()
         self._own.sync()
         found = Recovery(
             self.directory, self.state, self._index.load(), self._limits, self._own.new_home, self._index.fill
         ).found()
         for warning in found.warnings:
             self._note(warning)
+        self._own.cut(found.lengths)
         self._highest = found.highest_epoch
         if (newest := found.newest) is not None:
             held = newest.restorer.in_force
-            self._chain = Chain.resume(
+            self.chain = Chain.resume(
                 self._own.segments / newest.name,
                 newest.restorer,
                 newest.home,
@@ -189,7 +205,7 @@ class HistoryWriter:
     @property
     def stream(self) -> Shape | None:
         """What a stream must match to continue from `position`; None: only a full stream can follow."""
-        chain = self._chain
+        chain = self.chain
         if chain is None or chain.is_sealed or self._epoch < self._highest:
             return None
         return None if self.is_handed_out else chain.shape
@@ -197,7 +213,7 @@ class HistoryWriter:
     @property
     def is_handed_out(self) -> bool:
         """Whether work has continued from this stream: `position` is then no longer the newest state of that memory."""
-        return self._chain is not None and self._hand_over.is_of(self._chain)
+        return self.chain is not None and self._hand_over.is_of(self.chain)
 
     @property
     def handed_out(self) -> Position | None:
@@ -213,7 +229,7 @@ class HistoryWriter:
     @property
     def in_force(self) -> Checkpoint | None:
         """The checkpoint that the warm copy holds."""
-        return None if self._chain is None else self._chain.restorer.in_force
+        return None if self.chain is None else self.chain.restorer.in_force
 
     @property
     def memory(self) -> Pages | None:
@@ -222,17 +238,29 @@ class HistoryWriter:
         On a tmpfs, merely reading a page that was never written allocates room, and kills the process if there is none:
         read `image` instead.
         """
-        return None if self._chain is None else self._chain.restorer.memory
+        return None if self.chain is None else self.chain.restorer.memory
+
+    @property
+    def image_fd(self) -> int | None:
+        """A descriptor of the warm copy's file, which belongs to this object; the file may have no name."""
+        return None if self.chain is None or self.chain.home.is_handed_out else self.chain.home.fd
 
     @property
     def image(self) -> Path | None:
-        """The warm copy's file; only useful to others while nothing is being applied."""
-        return None if self._chain is None else self._chain.home.path
+        """The warm copy's file; only useful to others while nothing is being applied. None if it has none by name."""
+        return None if self.chain is None else self.chain.home.path
+
+    @property
+    def warm_on_disk(self) -> str | None:
+        """Why the warm copy is not in memory, where it should be; None if it is, or should not."""
+        return None if self._own.memory is None else self._own.memory.on_disk_for
 
     # Receiving
 
-    def begin(self, *, full: bool) -> None:
+    def begin(self, *, full: bool, digest: DigestName | None = None) -> None:
         """Begin a new stream (full), or continue the one whose last checkpoint is `position`.
+
+        digest: what the records of a new stream must name; None: the first one says
 
         An incomplete checkpoint is dropped. Raises StoreError if the stream cannot continue or a file cannot be
         created.
@@ -244,13 +272,14 @@ class HistoryWriter:
             if not full:
                 if self.stream is None:
                     raise StoreError(f"{self.directory}: no stream that could be continued; a full copy is needed")
-                self._coming = self._chain
+                self._coming = self.chain
                 return
             self._compactor.cancel()
+            self._ahead.give_back(self.chain)
             home = self._own.new_home()
             try:
                 path = self._own.partial("incoming")
-                self._coming = Chain.begin(path, Restorer(limits=self._limits, home=home), home)
+                self._coming = Chain.begin(path, Restorer(limits=self._limits, home=home, digest=digest), home)
             except BaseException:
                 home.remove()
                 raise
@@ -273,25 +302,22 @@ class HistoryWriter:
         """What has arrived of the checkpoint being received; None between two."""
         chain = self._coming
         size = 0 if chain is None else chain.written - chain.end
-        return None if chain is None or not size else Arriving(chain is not self._chain, size, chain.began_at)
+        return None if chain is None or not size else Arriving(chain is not self.chain, size, chain.began_at)
 
     def room_for_base(self, data_bytes: int) -> Room:
         """The room for a full copy with so many bytes of pages. Raises StoreError. May wait for the disk."""
-        return room_for_base(data_bytes, self._own.segments, self._own.warm)
+        return self._own.room_for_base(data_bytes, 0 if self.chain is None else self.chain.ahead)
 
     def get_buffer(self) -> memoryview:
         """The buffer for the next bytes; tell `buffer_updated` how many came."""
         with self._receiving() as chain:
-            self._room = chain.restorer.get_buffer()
+            self._room = chain.get_buffer()
             return self._room
 
     def buffer_updated(self, size: int) -> None:
         """Take in what was received into `get_buffer`. Raises StreamError, and StoreError if there is no room."""
         with self._receiving() as chain:
-            chain.restorer.buffer_updated(size)
-            chain.read()
-            # The lent buffer still holds what was parsed without a fault: parsing moves no bytes.
-            chain.append(self._room[:size])
+            chain.received(self._room[:size])
             self._room = memoryview(b"")
 
     def feed(self, data: Buffer) -> None:
@@ -299,9 +325,7 @@ class HistoryWriter:
         if not len(data):
             return
         with self._receiving() as chain:
-            chain.restorer.feed(data)
-            chain.read()
-            chain.append(data)
+            chain.feed(data)
 
     def check(self, position: Position) -> Checkpoint:
         """After the last byte of a checkpoint: check that it is complete and valid, and leads to this position.
@@ -331,18 +355,68 @@ class HistoryWriter:
             self._failed = True
             self._state.settle()
             chain.sync()
-            if chain is not self._chain:
+            if chain is not self.chain:
                 final = self._own.segment(staged.epoch)
-                publish(chain.path, final, self._chain)
+                publish(chain.path, final, self.chain)
                 chain.path = final
             self._failed = False
-            entry = entry_of(staged, chain.path.name, chain.shift)
-            chain.end = chain.written
-            self.position = entry.position
-            self._highest = entry.epoch
-            self._stored = entry
-            self._on_phase("stored", entry.epoch)
-            return entry
+            return self._note_stored(chain, staged)
+
+    def _note_stored(self, chain: Chain, staged: Checkpoint) -> Entry:
+        entry = entry_of(staged, chain.path.name, chain.shift)
+        chain.end = chain.written
+        self.position = entry.position
+        self._highest = entry.epoch
+        self._stored = entry
+        self._on_phase("stored", entry.epoch)
+        return entry
+
+    def store_whole(self, whole: Whole, on_staged: Callable[[], Callable[[], None]]) -> bool:
+        """`feed`, `check` and `store` a checkpoint that has been walked, in one go; False if it has only been fed.
+
+        on_staged: called while the disk writes; returns what is called once the checkpoint is durable, before anything
+            else is done. Neither raises anything
+        Raises like `feed`.
+        """
+        with self._lock:  # as in `_changing`, which would take more steps
+            if self._is_torn:
+                raise self._torn()
+            self._is_torn = True
+            try:
+                has_stored = self._store_whole(whole, on_staged)
+            except RemusError:
+                self._is_torn = False
+                raise
+            self._is_torn = False
+        if has_stored is None:
+            self.feed(whole.data)
+        return bool(has_stored)
+
+    def _store_whole(self, whole: Whole, on_staged: Callable[[], Callable[[], None]]) -> bool | None:
+        """None: it may not be stored, and has not been fed either."""
+        chain, epoch = self._coming, whole.epoch
+        if (
+            chain is None
+            or chain is not self.chain
+            or self._stored is not None
+            or self._failed
+            or chain.restorer.staged is not None
+            or chain.written != chain.end
+            or epoch <= self._highest
+        ):
+            return None
+        self._failed = True
+        if not chain.take_whole(whole):
+            self._failed = False
+            return False
+        self._state.settle()
+        self._on_phase("staged", epoch)
+        on_durable = on_staged()
+        chain.sync()
+        on_durable()
+        self._failed = False
+        self._note_stored(chain, chain.restorer.stage_whole(whole))
+        return True
 
     def apply(self) -> None:
         """Put the stored checkpoint into the index and the warm copy. May close a compaction.
@@ -360,7 +434,7 @@ class HistoryWriter:
         self._on_phase("applying", entry.epoch)
         chain.home.check()
         self._stored = None
-        is_new = chain is not self._chain
+        is_new = chain is not self.chain
         checkpoint = chain.restorer.commit()
         chain.checkpoints += 1
         if is_new:
@@ -371,6 +445,7 @@ class HistoryWriter:
         else:
             self._index.add(entry)
         self._note(self._index.warning)
+        self._ahead.stored(chain, entry.end - entry.start)
         self._hand_over.keep_room(checkpoint.device_state)
         self._compactor.touch(checkpoint)
         self._on_phase("applied", entry.epoch)
@@ -389,8 +464,8 @@ class HistoryWriter:
     def _switch(self, chain: Chain) -> None:
         """Put another stream in force."""
         self._compactor.cancel()  # it reads the memory of the old one
-        old = self._chain
-        self._chain = chain
+        old = self.chain
+        self.chain = chain
         if old is not None:
             self._seal(old)
             try:
@@ -400,6 +475,7 @@ class HistoryWriter:
 
     def _seal(self, chain: Chain) -> None:
         """Seal the chain's segment: it will not grow any more."""
+        self._ahead.give_back(chain)
         with suppress(OSError):
             self._index.seal(chain.path.name, os.fstat(chain.fd).st_size)
         chain.close()
@@ -422,7 +498,7 @@ class HistoryWriter:
         was_failed, self._failed = self._failed, False
         if chain is None:
             return
-        if chain is not self._chain:
+        if chain is not self.chain:
             chain.discard()
         elif chain.written != chain.end or was_failed or chain.restorer.staged is not None:
             chain.cut_back()
@@ -447,10 +523,10 @@ class HistoryWriter:
             compaction.join()
 
     def _compact(self) -> Compaction:
-        chain = self._chain
+        chain = self.chain
         if chain is None or chain.shape is None:
             raise StoreError(f"{self.directory}: there is no checkpoint to compact")
-        if chain.home.path is None:
+        if chain.home.is_handed_out:
             raise StoreError(f"{self.directory}: the warm copy has been handed out, and may have changed")
         if self.is_handed_out and not self._hand_over.is_at(self.position):
             # In a new segment the checkpoint would look as if it came after the takeover.
@@ -466,7 +542,7 @@ class HistoryWriter:
         return -1 if self.position is None else self.position.epoch
 
     def _on_ready(self) -> None:
-        chain = self._chain
+        chain = self.chain
         is_between = chain is not None and chain.written == chain.end and self._stored is None and not self._failed
         if is_between and (self._coming is None or self._coming is chain):
             with self._changing():
@@ -474,7 +550,7 @@ class HistoryWriter:
 
     def _close_compaction(self) -> None:
         """Between two checkpoints: switch to the new segment, which receives all later checkpoints."""
-        chain = self._chain
+        chain = self.chain
         assert chain is not None
         if (closed := self._compactor.close(chain, self._own.segment)) is None:
             return
@@ -489,21 +565,22 @@ class HistoryWriter:
     def make_room(self) -> None:
         """Remove a few segments if too little is free. Any thread may call this. Raises StoreError after `close`."""
         with self._changing():
+            self._ahead.give_back_if_idle(self.chain)
             self._make_room()
 
     def _make_room(self) -> None:
-        if self._chain is not None:
-            self._pruner.make_room(self._chain.path.name)
+        if self.chain is not None:
+            self._pruner.make_room(self.chain.path.name)
 
     def prune(self, retention: Retention, *, now_ns: int | None = None) -> list[Removal]:
         """Remove the segments that `retention` does not keep; returns them, oldest first. Other threads may continue to
         write between two batches. Raises StoreError."""
         self._prune_the_rest()
         with self._changing():
-            if self._chain is None:
+            if self.chain is None:
                 return []
             now_ns = time.time_ns() if now_ns is None else now_ns
-            removals = self._pruner.begin(self._chain.path.name, retention, now_ns)
+            removals = self._pruner.begin(self.chain.path.name, retention, now_ns)
         self._prune_the_rest()
         return removals
 
@@ -533,9 +610,10 @@ class HistoryWriter:
                 self._apply()
             self._state.settle()
             self._compactor.cancel()
-            if self._chain is None or self.position is None:
+            self._ahead.give_back(self.chain)
+            if self.chain is None or self.position is None:
                 raise NoCheckpoint(f"{self.directory}: there is no checkpoint to go on from")
-            return self._hand_over.give(self._chain, self.position)
+            return self._hand_over.give(self.chain, self.position)
 
     # The end
 
@@ -557,6 +635,8 @@ class HistoryWriter:
                 self.abandon()
             except Exception as error:
                 self._note(str(error) or type(error).__name__)
+            if not self._is_torn:
+                self._ahead.give_back(self.chain)
             self._is_torn = True
             self._compactor.cancel()
         if compaction is not None:
@@ -573,7 +653,7 @@ class HistoryWriter:
     def _release(self, *, remove: bool = False) -> None:
         try:
             self._close_chains()
-            self._coming = self._chain = None
+            self._coming = self.chain = None
             if hasattr(self, "_index"):
                 self._index.close()
             if remove:
@@ -582,7 +662,7 @@ class HistoryWriter:
             self._own.release()
 
     def _close_chains(self) -> None:
-        for chain in filter(None, (self._coming, self._chain)):
+        for chain in filter(None, (self._coming, self.chain)):
             chain.close()
             chain.home.close()
 
