@@ -1,38 +1,37 @@
 """The checkpoint loop: pause, take the dirty pages, resume, encode, deliver; and again after the interval.
 
-The first checkpoint copies all of memory while the source runs, and pauses it only for what changed meanwhile.
+The first checkpoint copies all of memory while the source runs, pauses it only for what changed meanwhile, and then
+sends the copy.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import select
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import PauseBroken, SourceError
+from remus_ckpt.codec.scan import scatter
+from remus_ckpt.errors import PauseBroken
 from remus_ckpt.flag import Flag
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.memory import expect, zeros
-from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, batches, ratio
-from remus_ckpt.sender import Sender, Sent
-from remus_ckpt.source import Source, Stopper
+from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages, ratio
+from remus_ckpt.pause import MAX_PAUSE_S, Capture, Captures, Rooms
+from remus_ckpt.pause import Pause as _Pause
+from remus_ckpt.sender import Encoded, InReference, Scanned, Sender, Sent
+from remus_ckpt.source import Source
 from remus_ckpt.wire.parts import Parts
 
 _PAUSES = 3
 """How many pauses are tried for one checkpoint before a broken pause is an error."""
-
-
-STEPS = ("stop", "find", "copy", "resume")
-"""The steps of a pause: stop the writers, find the pages, copy them, resume the writers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +39,25 @@ class Taken:
     """One checkpoint, as the loop saw it. Times are in seconds."""
 
     sent: Sent
-    dirty_pages: int
-    """Pages that the pause found and copied. The first checkpoint sends more: it copies all before its pause."""
+    dirty: NDArray[np.int64]
+    """The pages that the pause found. The first checkpoint sends more: it copies all before its pause."""
     pause_s: float
     """From the order to stop to the order to run on, without what `on_paused` took."""
     blocked_s: float
-    """The part of the pause that went into encoding and writing; only a bounded capture does that there."""
+    """The part of the pause that went into writing; only a bounded capture writes there."""
     encode_s: float
     """Encoding and writing outside the pause."""
     steps_s: Mapping[str, float]
-    """The time of each step. The rest of the pause is the check that it has held, and a bounded capture's encoding."""
+    """The time of each step. The rest of the pause is the check that it has held, and a bounded capture's writing."""
+    capture: Capture
+    """What was done to the pages in the pause."""
+    capture_why: str
+    """Why they were copied; empty if they were encoded."""
+
+    @property
+    def dirty_pages(self) -> int:
+        """How many pages the pause found."""
+        return len(self.dirty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +67,26 @@ class Copying:
     number: of the present pass over memory, from 1
     done_pages: of memory, that this pass has gone over; pages: of memory
     began_at: when this pass began, on the monotonic clock
+    is_sent: whether the copy is complete and now being sent, which is pass 1 again
     """
 
     number: int
     done_pages: int
     pages: int
     began_at: float
+    is_sent: bool = False
 
     @property
     def share(self) -> float:
-        """Of memory, that this pass has gone over."""
-        return self.done_pages / self.pages
+        """Of memory, that has been sent."""
+        return self.done_pages / self.pages if self.is_sent else 0.0
 
     def status(self, now: float) -> dict[str, Any]:
-        """The same for people, by the keys of `NOT_COPYING`."""
-        share, seconds = self.share, max(now - self.began_at, 1e-9)
+        """The same for people, by the keys of `NOT_COPYING`; nothing before the copy is being sent."""
+        return self._progress(now) if self.is_sent else NOT_COPYING
+
+    def _progress(self, now: float) -> dict[str, Any]:
+        share, seconds = self.done_pages / self.pages, max(now - self.began_at, 1e-9)
         return {
             "copy_pass": self.number,
             "copy_share": share,
@@ -83,17 +96,17 @@ class Copying:
 
     def line(self, now: float) -> str:
         """The same, for the live line."""
-        found = self.status(now)
+        found = self._progress(now)
         left = "" if found["copy_left_s"] is None else f"  {found['copy_left_s']:.0f} s left"
         return (
-            f"first copy, pass {self.number}  {self.share:.0%} of memory  "
+            f"first copy, {'sending' if self.is_sent else f'pass {self.number}'}  {found['copy_share']:.0%} of memory  "
             f"{found['copy_bytes_s'] / (1 << 20):,.1f} MiB/s{left}"
         )
 
 
 NOT_COPYING: dict[str, Any] = dict.fromkeys(("copy_pass", "copy_share", "copy_bytes_s", "copy_left_s"))
 """The status of a first copy while there is none: the pass, the share of memory that it has gone over, bytes of memory
-per second since it began, and seconds until it ends at this rate. A pass may be repeated."""
+per second since it began, and seconds until it ends at this rate."""
 
 
 class Output(Protocol):
@@ -130,8 +143,12 @@ class CheckpointLoop:
 
     interval_s: running time of the source between two pauses
     duration_s: total time, None for no end
-    bounded: hold at most one page buffer of the capture; encoding and writing then happen in the pause
+    max_pause_s: pages are encoded in the pause, where they lie, unless the pause is then expected to take longer than
+        this; then they are copied, and encoded after it, if there is room from an earlier pause. The pause is shorter
+        so, and all of the checkpoint longer. 0 for always copying
+    bounded: hold at most one page buffer of the capture, encoded, and write it in the pause, however long that takes
     on_capture: called with the epoch just before the source is paused
+    on_copying: called often in the first checkpoint, while memory is copied and while the copy is sent
     on_paused: called with the epoch while the source is paused, after the capture
     """
 
@@ -143,14 +160,18 @@ class CheckpointLoop:
         *,
         interval_s: float = 0.025,
         duration_s: float | None = None,
+        max_pause_s: float = MAX_PAUSE_S,
         bounded: bool = False,
         on_capture: Callable[[int], None] | None = None,
+        on_copying: Callable[[], None] | None = None,
         on_paused: Callable[[int], None] | None = None,
         stop: StopSignal | None = None,
     ) -> None:
         shared = source.tracker.reference
         if shared is not None and sender.reference is not shared:
             raise ValueError("the sender must have the reference that the source's tracker compares with")
+        if sender.sent is None and len(sender.reference.pages) != source.memory.pages:
+            raise ValueError("the sender's reference must have room for all of memory")
         self._memory = source.memory
         self._tracker = source.tracker
         self._stopper = source.stopper
@@ -159,12 +180,17 @@ class CheckpointLoop:
         self._interval_s = interval_s
         self._duration_s = duration_s
         self._bounded = bounded
+        self._before_pause = source.before_pause
+        self._drain = source.drain
         self._give_parts = source.parts
         self._parts = Parts()
         self._on_capture = on_capture
+        self._on_copying = on_copying
         self._on_paused = on_paused
         self._stop = stop
-        self._capture: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+        self._captures = Captures(math.inf if bounded else max_pause_s)
+        self._captured: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
+        self._rooms = Rooms()
         self.ended = ""
         """Why the loop ended: "stopped", "duration" or "source gone"."""
         self.copying: Copying | None = None
@@ -228,86 +254,154 @@ class CheckpointLoop:
         finally:
             pause.give_back()  # once more: a signal handler may have interrupted the first
         assert self._sender.sent is not None
-        self._tracker.taken()
         self._output.commit(self._sender.sent)
+        # Where this is not reached, the tracker names the same pages again.
+        self._tracker.taken()
+        if self._captures.wanted_pages:
+            self._room(self._captures.wanted_pages)[:] = 0  # written once, so that no pause has to wait for its faults
         encode_s = time.monotonic() - pause.ended_at
         blocked_s = max(pause.seconds - pause.capture_s, 0.0) if self._bounded else 0.0
-        return Taken(self._sender.sent, pause.dirty_pages, pause.seconds, blocked_s, encode_s, pause.steps_s)
+        return Taken(
+            self._sender.sent,
+            pause.dirty,
+            pause.seconds,
+            blocked_s,
+            encode_s,
+            pause.steps_s,
+            self._captures.way,
+            self._captures.why,
+        )
 
-    def _scan(self, pause: _Pause) -> Iterator[PageBatch]:
-        """The capture, inside its pause; pages that are drawn after the pause were copied during it."""
-        if self._sender.sent is None:
-            yield from self._first_copy()
+    def _scan(self, pause: _Pause) -> Iterator[Scanned]:
+        """The pages of a checkpoint. What is drawn after the pause was copied or encoded in it."""
+        is_first = self._sender.sent is None
+        copied = self._copy_live() if is_first else None
         if self._on_capture is not None:
             self._on_capture(self._sender.next_epoch)
-        if not self._bounded:
-            yield from batches(*self._capture_whole(pause))
-            return
-        dirty = self._pause_and_find(pause)
-        for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
-            part = dirty[start : start + MAX_BATCH_ENTRIES]
-            with pause.timed("copy"):
-                captured = self._memory.read(part, np.empty((len(part), PAGE_SIZE), dtype=np.uint8))
-            yield from batches(part, captured)
-        # No more pages are drawn: the cost of the last buffer falls outside the pause.
-        pause.end()
-
-    def _capture_whole(self, pause: _Pause) -> tuple[NDArray[np.int64], Pages]:
-        """The dirty pages of one pause. A broken pause is repeated: nothing from it has been used."""
+        part_pages = self._sender.buffer_pages
         for left in reversed(range(_PAUSES)):
             dirty = self._pause_and_find(pause)
-            with pause.timed("copy"):
-                captured = self._memory.read(dirty, self._room(len(dirty)))
+            encodes = self._captures.choose(
+                len(dirty), pause.so_far_s, room_pages=len(self._captured), is_first=is_first
+            )
+            held: list[Encoded] = []
+            has_written = False
+            if encodes:
+                self._rooms.clear()
+                for start in range(0, len(dirty), part_pages):
+                    held.append(self._encode(dirty[start : start + part_pages], pause))
+                    if self._bounded and start + part_pages < len(dirty):
+                        # The last part is written after the pause.
+                        has_written = True
+                        yield held.pop()
+            else:
+                with pause.timed("copy"):
+                    if copied is not None:
+                        self._copy_to_reference(dirty)
+                        copied[dirty] = True
+                    else:
+                        captured = self._memory.read(dirty, self._room(len(dirty)))
+            with pause.timed("state"):
+                self._parts = self._give_parts()
             try:
                 pause.end()
                 break
             except PauseBroken:
-                if not left:
+                if has_written or not left:
                     raise
-        return dirty, captured
+                if encodes:
+                    self._sender.withdraw()
+        if copied is not None:
+            yield from self._send_reference(np.flatnonzero(copied))
+        elif encodes:
+            yield from held
+        else:
+            for start in range(0, len(dirty), part_pages):
+                index = np.arange(start, min(start + part_pages, len(dirty)))
+                yield self._sender.encode(dirty[start : start + part_pages], [(captured, index)])
+
+    def _encode(self, pfns: NDArray[np.int64], pause: _Pause) -> Encoded:
+        """A page buffer, encoded in the pause. If that does not hold, the sender must withdraw it."""
+        before = pause.steps_s["encode"]
+        with pause.timed("encode"):
+            out = None if self._bounded else self._rooms.take(self._sender.most_bytes(len(pfns)))
+            encoded = self._sender.encode(pfns, self._memory.places(pfns), out)
+            if out is not None:
+                self._rooms.keep(len(encoded.data))
+        self._captures.encoded(len(pfns), pause.steps_s["encode"] - before)
+        return encoded
 
     def _pause_and_find(self, pause: _Pause) -> NDArray[np.int64]:
         """Pause the source; returns the pages to take."""
+        self._before_pause()
         pause.begin()
+        with pause.timed("drain"):
+            self._drain(self._sender.next_epoch)
         with pause.timed("find"):
             self._memory.check()
             dirty = self._tracker.written()
             if len(self._sender.owed):
                 dirty = np.union1d(dirty, self._sender.owed)
-            self._parts = self._give_parts()
-        pause.dirty_pages = len(dirty)
+        pause.dirty = dirty
         return dirty
 
-    def _first_copy(self) -> Iterator[PageBatch]:
-        """All of memory while the source runs on, perhaps torn.
+    # The first checkpoint: memory is copied into the reference while the source runs on, a pause brings the copy up to
+    # date, and then it is sent. Nothing is sent twice, however long that takes and whatever is written meanwhile.
 
-        The sender's reference takes the pages in as they are sent, so that the pause only has to copy what has changed
-        since: a page may occur in round 0 more than once, and the last occurrence counts. The pass is repeated for as
-        long as that halves what the pause will find, by the tracker's estimate.
+    def _copy_live(self) -> NDArray[np.bool_]:
+        """All of memory, perhaps torn. Returns which pages may be other than zeros, bool[pages].
+
+        The first pass is slower than any other, since it fills fresh memory: so there is a second one where more than a
+        little was written meanwhile. More follow for as long as each halves what the pause will find, by the tracker's
+        estimate.
         """
-        before = 2 * self._memory.pages
+        copied = np.zeros(self._memory.pages, dtype=bool)
         try:
             for number in itertools.count(1):
                 count, self.copying = 0, Copying(number, 0, self._memory.pages, time.monotonic())
                 for pfns, pages in self._tracker.copy_live():
                     count += len(pfns)
-                    yield from batches(pfns, pages)
+                    copied[pfns] = True
+                    if self._tracker.reference is None:
+                        scatter(pages, self._sender.reference.pages, pfns)
                     if len(pfns):
                         self.copying = replace(self.copying, done_pages=int(pfns[-1]) + 1)
-                if count > before // 2 or count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
-                    return
-                if self._tracker.estimate() > count // 2:
-                    return
-                before = count
+                    if self._on_copying is not None:
+                        self._on_copying()
+                if count <= MAX_BATCH_ENTRIES or (self._stop is not None and self._stop.is_set):
+                    return copied
+                left = self._tracker.estimate()
+                if left <= MAX_BATCH_ENTRIES or (number > 1 and left > count // 2):
+                    return copied
+        finally:
+            self.copying = None
+        raise AssertionError  # it counts without end
+
+    def _copy_to_reference(self, dirty: NDArray[np.int64]) -> None:
+        """What a pause has found. If it does not hold, the next one finds these pages again: nothing has been sent."""
+        for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
+            part = dirty[start : start + MAX_BATCH_ENTRIES]
+            scatter(self._memory.read(part, self._room(len(part))), self._sender.reference.pages, part)
+
+    def _send_reference(self, pfns: NDArray[np.int64]) -> Iterator[Scanned]:
+        """The pages of the copy."""
+        try:
+            self.copying = Copying(1, 0, self._memory.pages, time.monotonic(), is_sent=True)
+            for start in range(0, len(pfns), MAX_BATCH_ENTRIES):
+                part = pfns[start : start + MAX_BATCH_ENTRIES]
+                yield InReference(part)
+                self.copying = replace(self.copying, done_pages=int(part[-1]) + 1)
+                if self._on_copying is not None:
+                    self._on_copying()
         finally:
             self.copying = None
 
     def _room(self, pages: int) -> Pages:
-        """A buffer for the capture: reused, because fresh memory costs a fault per page, and aligned for the codec."""
-        if len(self._capture) < pages:
-            self._capture = zeros(max(pages, 2 * len(self._capture)))
-            expect(self._capture, np.arange(len(self._capture)))
-        return self._capture
+        """A buffer for copies: reused, because fresh memory costs a fault per page, and aligned for the codec."""
+        if len(self._captured) < pages:
+            self._captured = zeros(max(pages, 2 * len(self._captured)))
+            expect(self._captured, np.arange(len(self._captured)))
+        return self._captured
 
 
 _KEPT_PAUSES = 100_000
@@ -325,6 +419,8 @@ class Totals:
         self.raw_bytes = 0
         self.compressed_bytes = 0
         self.stream_bytes = 0
+        self.encoded_in_pause = 0
+        """Checkpoints whose pages were encoded in the pause, not copied."""
         self._pauses: deque[float] = deque(maxlen=_KEPT_PAUSES)
 
     def add(self, taken: Taken) -> None:
@@ -338,6 +434,7 @@ class Totals:
         self.raw_bytes += taken.sent.pages * PAGE_SIZE
         self.compressed_bytes += taken.sent.compressed_bytes
         self.stream_bytes += taken.sent.stream_bytes
+        self.encoded_in_pause += taken.capture == "encode"
 
     def pause_ms(self, percent: float) -> float:
         """A percentile of the pauses."""
@@ -376,72 +473,3 @@ class Totals:
             f"epoch {sent.epoch}  dirty {taken.dirty_pages:,} pages  ratio {shown}  "
             f"pause {taken.pause_s * 1e3:.2f} ms{blocked}  {self.stream_bytes / (1 << 20):,.1f} MiB written"
         )
-
-
-class _Pause:
-    """One pause of the writers, and its length."""
-
-    def __init__(self, stopper: Stopper, on_paused: Callable[[], None]) -> None:
-        self._stopper = stopper
-        self._on_paused = on_paused
-        self._began = 0.0
-        self._is_on = False
-        self.dirty_pages = 0
-        self.seconds = 0.0
-        """From the order to stop to the order to run on, without what `on_paused` took."""
-        self.steps_s: dict[str, float] = dict.fromkeys(STEPS, 0.0)
-        self.ended_at = 0.0
-
-    def begin(self) -> None:
-        """Stop the writers. If this raises anything, at any point, call `give_back`."""
-        self._is_on = True
-        # Ctrl-Z in a pause would leave the source stopped with us.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-        self._began = time.monotonic()
-        try:
-            with self.timed("stop"):
-                self._stopper.stop()
-        except SourceError:  # the writers run on
-            self._over()
-            raise
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        begin = time.monotonic()
-        yield
-        self.steps_s[step] += time.monotonic() - begin
-
-    @property
-    def capture_s(self) -> float:
-        """The part of the pause that went into stopping, finding and copying pages."""
-        return self.steps_s["stop"] + self.steps_s["find"] + self.steps_s["copy"]
-
-    def end(self) -> None:
-        """Check that the pause has held, and resume the writers. Raises SourceError if it has not."""
-        witness = time.monotonic()
-        try:
-            self._stopper.check_stopped()
-            witness = time.monotonic()
-            self._on_paused()
-        finally:
-            witness = time.monotonic() - witness
-            self.give_back()
-            self.seconds += self.ended_at - self._began - witness
-
-    def give_back(self) -> None:
-        """Resume the writers if they may be stopped. If this is interrupted, call it again: it then continues."""
-        if not self._is_on:
-            return
-        begin = time.monotonic()
-        try:
-            self._stopper.resume()
-        except SourceError:
-            self._over()
-            raise
-        self._over()
-        self.steps_s["resume"] += self.ended_at - begin
-
-    def _over(self) -> None:
-        self.ended_at = time.monotonic()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
-        self._is_on = False

@@ -5,26 +5,29 @@ No I/O, no clock. Whatever the bytes are, memory stays at the last checkpoint th
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec import get_codec
+from remus_ckpt.codec import Codec, get_codec
 from remus_ckpt.errors import LimitExceeded, Malformed
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
+from remus_ckpt.wire.digest import DigestName, NewDigest, new_digest
 from remus_ckpt.wire.parts import Parts
 from remus_ckpt.wire.record import CheckpointRecord
+from remus_ckpt.wire.stream_reader import NEED_DATA
 from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.boundary import Boundary
 from remus_ckpt.wire.xen.dialect import Dialect
-from remus_ckpt.wire.xen.reader import NEED_DATA, Boundary, Digest, Reader
+from remus_ckpt.wire.xen.reader import Reader
+from remus_ckpt.wire.xen.whole import HAS_NATIVE, Landing, Whole
 
-_STAGED_COST_BYTES = 256
+STAGED_COST_BYTES = 256
 """Overhead of a staged batch or chunk; if it were not counted, tiny ones would take far more memory than the limit."""
 
 
@@ -128,7 +131,8 @@ class Restorer:
     limits: what the stream may claim
     strict: refuse deviations that are otherwise accepted and named in specs/permissive.md
     home: where memory lives; by default in this process
-    new_digest: returns a new SHA-256 object for a checkpoint
+    digest: the one of the stream's records, if that is known
+    new_digest: makes the digest of a checkpoint
     start: where in a stream to begin; memory then has no pages, and checkpoints can only be skipped
 
     Pass bytes in by `get_buffer` and `buffer_updated`, or by `feed`; `feed_eof` ends them. `next_checkpoint` returns a
@@ -142,10 +146,11 @@ class Restorer:
         limits: Limits | None = None,
         strict: bool = False,
         home: Home | None = None,
-        new_digest: Callable[[], Digest] = hashlib.sha256,
+        digest: DigestName | None = None,
+        new_digest: NewDigest = new_digest,
         start: Boundary | None = None,
     ) -> None:
-        self.reader = Reader(dialect, limits=limits, strict=strict, new_digest=new_digest)
+        self.reader = Reader(dialect, limits=limits, strict=strict, digest=digest, new_digest=new_digest)
         self.get_buffer = self.reader.get_buffer
         self.buffer_updated = self.reader.buffer_updated
         self.feed_eof = self.reader.feed_eof
@@ -163,7 +168,9 @@ class Restorer:
         self._index: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._checked = 0  # bytes of the payload that the check consumed
         self._announced: list[int] = []  # pages announced before each compressed chunk
+        self._whole: Whole | None = None  # the staged checkpoint, if it was walked
         self._staged_bytes = 0
+        self._page_codec: Codec | None = None  # that of the last whole checkpoint
         self._format_b = False  # the incoming checkpoint has its pages in COMPRESSED_DATA
         self._verify_only = False  # ENABLE_VERIFY_MODE has come
         self._written = (0, 0)  # raw batches and pages of the coming checkpoint in front of it
@@ -238,10 +245,53 @@ class Restorer:
                 self.end = event
         return event
 
+    def fits(self, whole: Whole) -> bool:
+        """Whether a checkpoint that has been walked may be staged in one go.
+
+        Otherwise feed its bytes: what they are, and what is wrong with them, comes out of that.
+        """
+        limits, pages, size = self.reader.limits, len(whole.pfns), whole.payload_bytes
+        cost = size + (whole.batches + len(whole.chunks)) * STAGED_COST_BYTES
+        if self.staged is not None or self._verify_only or self.in_force is None:
+            return False
+        if pages > limits.checkpoint_entries or cost > limits.checkpoint_bytes or not self.reader.fits(whole):
+            return False
+        try:
+            if self._page_codec is None or self._page_codec.name != self._codec:
+                self._page_codec = get_codec(self._codec)
+            check = self._page_codec.check
+            return all(check(data, len(pfns)) == len(data) for data, pfns in whole.payloads())
+        except Malformed:
+            return False
+
+    def landing(self, most_bytes: int) -> Landing | None:
+        """Where the next checkpoint may land, so that it is walked as it comes; None if it has to be fed."""
+        dialect, digest = self.dialect, self.reader.digest
+        if not HAS_NATIVE or self.in_force is None or digest is None or dialect.word is None or self.reader.strict:
+            return None
+        return Landing(dialect.word, len(self.memory), most_bytes, digest)
+
+    def reserve(self, whole: Whole) -> None:
+        """Make sure that the pages of a checkpoint that `fits` can be written. Raises what the home raises."""
+        self._home.reserve(whole.pfns)
+
+    def stage_whole(self, whole: Whole) -> Checkpoint:
+        """Stage a checkpoint that `fits`, and whose pages have been reserved."""
+        pages, tail, coming = len(whole.pfns), self.reader.take_whole(whole), self._now
+        coming.batches, coming.entries, coming.page_count, coming.pfn_lists = whole.batches, pages, pages, [whole.pfns]
+        coming.compressed_chunks, coming.compressed_bytes = len(whole.chunks), whole.payload_bytes
+        coming.tail, coming.end, coming.record, coming.epoch = tail, tail.end, whole.record, whole.epoch
+        self._whole = whole
+        self.staged = coming
+        return coming
+
     def commit(self) -> Checkpoint:
         """Put the staged checkpoint in force. It has been checked, so this does not fail."""
         if self.staged is None:
             raise ValueError("no checkpoint is staged")
+        if self._whole is not None:
+            for encoded, index in self._whole.payloads():
+                get_codec(self._codec).apply(encoded, self.memory, index=index, checked=len(encoded))
         raw, index = self._raw, self._index
         if self._verify_only:
             # "from there on the stream changes no memory" (stream.md §8.5): only earlier pages are applied
@@ -302,6 +352,7 @@ class Restorer:
         self._announced.clear()
         self._payload = memoryview(b"")
         self._index = np.empty(0, dtype=np.int64)
+        self._whole = None
         self._staged_bytes = 0
         self._format_b = False
 
@@ -336,7 +387,7 @@ class Restorer:
             self._announced.append(coming.page_count)
 
     def _charge(self, size: int, event: events.Event) -> None:
-        self._staged_bytes += size + _STAGED_COST_BYTES
+        self._staged_bytes += size + STAGED_COST_BYTES
         self._limit(self._staged_bytes, "checkpoint_bytes", event)
 
     def _limit(self, value: int, limit: str, event: events.Event) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.kernels import CODINGS
 from remus_ckpt.codec.reference import Reference, Shadow
-from remus_ckpt.limits import MAX_BUFFER_PAGES
+from remus_ckpt.codec.scan import filled_pages, gather
+from remus_ckpt.limits import MAX_BATCH_ENTRIES, MAX_BUFFER_PAGES
 from remus_ckpt.memory import expect, zeros
-from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, pages_for
+from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, KNOWN_TYPE, PAGE_SIZE, Buffer, PageBatch, Pages, Places, pages_for
+from remus_ckpt.wire.digest import DEFAULT_DIGEST, DigestName
 from remus_ckpt.wire.parts import Parts
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen import events
-from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, Signature
+from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 from remus_ckpt.wire.xen.writer import EventWriter
 
@@ -55,8 +58,78 @@ class _PageBuffer:
     """(PFNs, which of them are page tables, pages)"""
 
 
+@dataclass(frozen=True, slots=True)
+class InReference:
+    """Normal pages of a first checkpoint that the reference holds already, which is a full `Shadow`.
+
+    pfns: int64[n], ascending, n ≤ 1,024. The reference does not change until the checkpoint is committed
+    """
+
+    pfns: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Normal pages that `Sender.encode` has encoded, and that are not written yet: at most a page buffer of them.
+
+    pfns: int64[n]
+    data: their batches and their COMPRESSED_DATA, as they stand in the stream, uint8[…]
+    payload_bytes: the last ones of data, the encoded pages
+    """
+
+    pfns: NDArray[np.int64]
+    data: NDArray[np.uint8]
+    payload_bytes: int
+
+
+Scanned = PageBatch | InReference | Encoded
+"""What the scan of a checkpoint gives."""
+
+
+class Shape(Protocol):
+    """What surrounds the pages in a stream that is not our own.
+
+    leaves_zeros_out: whether the first checkpoint need not carry pages of zeros
+    added_pages: how many pages memory has in the stream beyond those of the scans
+    """
+
+    leaves_zeros_out: bool
+    added_pages: int
+
+    def header(self, word: Word, p2m_size: int) -> list[events.Event]:
+        """What stands before the first chunk."""
+
+    def missing(self, seen: NDArray[np.bool_]) -> Iterator[PageBatch]:
+        """Pages that the first checkpoint carries besides the scan's. seen: bool[p2m_size], those that came."""
+
+    def closing(self, is_first: bool) -> list[events.Event]:
+        """The chunks at the end of a body, without its id 0."""
+
+    def tail(self, record: CheckpointRecord) -> events.Tail:
+        """The tail; `record` is what a tail of our own would hold."""
+
+
+class Ours:
+    """Our own streams (specs/stream.md §9): HVM, with an empty context and a record, which `EventWriter.end` writes."""
+
+    leaves_zeros_out = True
+    added_pages = 0
+
+    def header(self, word: Word, p2m_size: int) -> list[events.Event]:
+        """The header alone."""
+        return [events.Header(word=word, guest="hvm", p2m_size=p2m_size)]
+
+    def missing(self, seen: NDArray[np.bool_]) -> Iterator[PageBatch]:
+        """None: memory starts as zeros."""
+        return iter(())
+
+    def closing(self, is_first: bool) -> list[events.Event]:
+        """ENABLE_COMPRESSION in the first checkpoint."""
+        return [events.EnableCompression()] if is_first else []
+
+
 class Sender:
-    """Writes checkpoints of one memory as one of our save streams: HVM, with an empty context.
+    """Writes checkpoints of one memory as one save stream.
 
     p2m_size: pages of memory
     codec: "delta" or "rle"
@@ -65,6 +138,8 @@ class Sender:
     reference: what deltas are taken against; by default the sender's own full `Shadow`
     position: the position that the first checkpoint follows, None if it is the very first
     first_epoch: the number of the first checkpoint if it follows nothing
+    digest: the one of the stream's records; with "sha256", those of version 1, which older programs read too
+    shape: what surrounds the pages; by default that of our own streams
     """
 
     def __init__(
@@ -77,6 +152,8 @@ class Sender:
         reference: Reference | None = None,
         position: Position | None = None,
         first_epoch: int = 0,
+        digest: DigestName = DEFAULT_DIGEST,
+        shape: Shape | None = None,
     ) -> None:
         if not 0 < p2m_size <= MAX_P2M_SIZE:
             raise ValueError(f"memory of {p2m_size} pages; a stream holds 1…{MAX_P2M_SIZE}")
@@ -84,7 +161,9 @@ class Sender:
             raise ValueError(f"a stream holds {' or '.join(PAGE_BUFFER_PAGES)} pages, not {codec!r}")
         if buffer_pages is not None and not 1 <= buffer_pages <= MAX_BUFFER_PAGES:
             raise ValueError(f"a page buffer of {buffer_pages} pages; it has 1…{MAX_BUFFER_PAGES}")
-        self.p2m_size = p2m_size
+        self._shape: Shape | Ours = shape or Ours()
+        self.p2m_size = p2m_size + self._shape.added_pages
+        """Pages of memory in the stream."""
         self.position = position
         """The position of the last checkpoint, None before the first."""
         self.sent: Sent | None = None
@@ -96,7 +175,9 @@ class Sender:
         self._codec = get_codec(codec)
         self._buffer_pages = buffer_pages or PAGE_BUFFER_PAGES[codec]
         self.reference: Reference = reference or Shadow(zeros(p2m_size))
-        self._stream = EventWriter(word)
+        self.digest: DigestName = digest
+        """The name of the stream's digest."""
+        self._stream = EventWriter(word, digest)
         self._started = False
         self.unfinished = False
         """Whether a checkpoint was begun and not taken to its end."""
@@ -108,6 +189,15 @@ class Sender:
     def next_epoch(self) -> int:
         """The number of the next checkpoint."""
         return self._first_epoch if self.position is None else self.position.epoch + 1
+
+    @property
+    def buffer_pages(self) -> int:
+        """The most pages that one call of `encode` takes."""
+        return self._buffer_pages
+
+    def most_bytes(self, pages: int) -> int:
+        """The most bytes that so many pages take in one call of `encode`."""
+        return self._stream.laid_out_bytes(pages) + pages * self._codec.max_page_bytes
 
     @property
     def pfns(self) -> NDArray[np.int64]:
@@ -131,9 +221,59 @@ class Sender:
         self.reference.invalidate(self.owed)
         self.unfinished = False
 
+    def encode(self, pfns: NDArray[np.int64], places: Places, out: NDArray[np.uint8] | None = None) -> Encoded:
+        """Encode normal pages of the checkpoint under way where they lie, and bring the reference up to date.
+
+        Called by the scan of a checkpoint that is not the first; the scan then gives the result to the checkpoint, or
+        has it withdrawn.
+
+        pfns: int64[n], ascending, n ≤ `buffer_pages`
+        places: where they lie, in this order; somebody may be writing there, and what is encoded is what the reference
+            then holds
+        out: room for `most_bytes(n)`, which must not change until the checkpoint is committed; by default new
+        Raises ValueError for pages that do not fit; nothing is changed then.
+        """
+        if not self._stream.compressing:
+            raise ValueError("a first checkpoint carries its pages in full: give them as batches")
+        if len(pfns) > self._buffer_pages or len(pfns) != sum(len(index) for _, index in places):
+            raise ValueError(f"{len(pfns)} pfns for a page buffer of {self._buffer_pages} pages")
+        if len(pfns) and int(pfns[-1]) >= self.p2m_size:
+            raise ValueError(f"PFN {pfns[-1]:#x} in a memory of {self.p2m_size:#x} pages")
+        room = np.empty(self.most_bytes(len(pfns)), dtype=np.uint8) if out is None else out
+        self.carried.append(pfns)  # before the reference changes
+        slots, full = self.reference.choose(pfns, np.zeros(len(pfns), dtype=bool))
+        front = size = self._stream.laid_out_bytes(len(pfns))
+        at = 0
+        for pages, index in places:
+            part = slice(at, at + len(index))
+            size += len(
+                self._codec.encode(
+                    pages,
+                    self.reference.pages,
+                    index=index,
+                    reference_index=slots[part],
+                    full=full[part],
+                    out=room[size:],
+                )
+            )
+            at = part.stop
+        self._stream.lay_out(pfns, size - front, room[:front])
+        return Encoded(pfns, room[:size], size - front)
+
+    def withdraw(self) -> None:
+        """What `encode` has returned in this checkpoint does not go on its way, for instance because the pause in which
+        the pages were encoded has not held. The reference has them and the receiver has not: they are owed.
+
+        Called by the scan, before it gives anything to the checkpoint.
+        """
+        self.owed = np.union1d(self.owed, self.pfns)
+        self.reference.invalidate(self.owed)
+        # In place, and last: who notes what an interrupted checkpoint carried has this very list.
+        self.carried.clear()
+
     def checkpoint(
         self,
-        scan: Iterable[PageBatch],
+        scan: Iterable[Scanned],
         *,
         device_state: bytes | Callable[[], bytes] = b"",
         parts: Callable[[], Parts] | None = None,
@@ -143,9 +283,9 @@ class Sender:
     ) -> Iterator[list[Buffer]]:
         """The buffers of one checkpoint, in groups for vectored sends; the caller must take them all.
 
-        scan: the dirty pages in batches, in the order in which to send them. Batches are drawn as buffers are taken: a
-            list holds the whole capture; a generator that captures as it goes needs memory for one page buffer only,
-            but waits while that is encoded and written.
+        scan: the dirty pages, in batches or already encoded, in the order in which to send them. They are drawn as
+            buffers are taken: a list holds the whole capture; a generator that captures as it goes needs memory for one
+            page buffer only, but waits while that is encoded and written.
         device_state: the user's bytes, which come back with the checkpoint; or a callable that returns them, called
             once the scan has ended
         parts: returns everything that goes with memory, called once the scan has ended; replaces `device_state`
@@ -158,8 +298,9 @@ class Sender:
         """
         if self.unfinished:
             raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
-        if memory_bytes is not None and pages_for(memory_bytes) != self.p2m_size:
-            raise ValueError(f"memory of {memory_bytes} bytes does not end in the last of {self.p2m_size} pages")
+        own_pages = self.p2m_size - self._shape.added_pages
+        if memory_bytes is not None and pages_for(memory_bytes) != own_pages:
+            raise ValueError(f"memory of {memory_bytes} bytes does not end in the last of {own_pages} pages")
         epoch = self.next_epoch
         if position is not None:
             if self.position is not None and position.epoch != epoch:
@@ -170,36 +311,47 @@ class Sender:
         sent = Sent(epoch, before=self.position)
         begin = self._stream.offset
         is_first = not self._started
+        stated = None if memory_bytes == self.p2m_size * PAGE_SIZE else memory_bytes
+        # Now, because after the scan somebody waits for it.
+        ending = self._stream.prepare_end(
+            epoch=epoch, time_ns=time_ns, codec=self._codec_name, before=self.position, memory_bytes=stated
+        )
         if is_first:
             self._started = True
-            yield self._stream.write(events.Header(word=self._stream.word, guest="hvm", p2m_size=self.p2m_size))
+            for opening in self._shape.header(self._stream.word, self.p2m_size):
+                yield self._stream.write(opening)
         if self._stream.compressing:
             yield from self._compressed_body(scan, sent)
         else:
-            yield from self._raw_body(scan, sent)
+            yield from self._raw_body(scan, sent, is_first)
         closing: list[Buffer] = []
-        if is_first:
-            closing += self._stream.write(events.EnableCompression())
-        closing += self._stream.write(events.EndOfBody())
+        for event in self._shape.closing(is_first):
+            closing += self._stream.write(event)
         if len(self.owed) and len(left_out := np.setdiff1d(self.owed, self.pfns)):
             raise ValueError(f"the scan leaves out {len(left_out)} pages that are owed, PFN {left_out[0]:#x} first")
         if parts is not None:
             state = parts().pack()
         else:
             state = device_state() if callable(device_state) else device_state
-        after = position or Position.after(self.position, self._stream.digest(), state, first_epoch=self._first_epoch)
-        record = CheckpointRecord(
-            epoch=epoch,
-            time_ns=time_ns,
-            codec=self._codec_name,
-            before=self.position,
-            after=after,
-            device_state=state,
-            memory_bytes=None if memory_bytes == self.p2m_size * PAGE_SIZE else memory_bytes,
-        )
-        closing += self._stream.write(
-            events.TailHvm(magic_pfns=(0, 0, 0), context=b"", signature=Signature.REMUS, record=record)
-        )
+        if isinstance(self._shape, Ours):
+            end, after = self._stream.end(ending, state, position)
+            closing += end
+        else:
+            closing += self._stream.write(events.EndOfBody())
+            after = position or Position.after(
+                self.position, self._stream.digest(), state, first_epoch=self._first_epoch, digest=self.digest
+            )
+            record = CheckpointRecord(
+                epoch=epoch,
+                time_ns=time_ns,
+                codec=self._codec_name,
+                before=self.position,
+                after=after,
+                device_state=state,
+                memory_bytes=stated,
+                digest=self.digest,
+            )
+            closing += self._stream.write(self._shape.tail(record))
         sent.stream_bytes = self._stream.offset - begin
         sent.position = after
         yield closing
@@ -209,11 +361,15 @@ class Sender:
         self.owed = np.empty(0, dtype=np.int64)
         self.unfinished = False
 
-    def _raw_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
+    def _raw_body(self, scan: Iterable[Scanned], sent: Sent, is_first: bool) -> Iterator[list[Buffer]]:
         seen = np.zeros(self.p2m_size, dtype=bool)
         for full_batch in scan:
+            if isinstance(full_batch, InReference):
+                yield self._write_held(full_batch.pfns, seen, sent)
+                continue
+            assert isinstance(full_batch, PageBatch)  # `encode` refuses to make the other
             self._validate(full_batch)
-            batch = _without_blank(full_batch, seen)
+            batch = _without_blank(full_batch, seen) if is_first and self._shape.leaves_zeros_out else full_batch
             if not len(batch.pfns):
                 continue
             pfns = batch.pfns[HAS_DATA[batch.types]].astype(np.int64)
@@ -224,10 +380,20 @@ class Sender:
             self.reference.sent_raw(pfns, batch.data)
             self._count(sent, len(batch.pfns), len(batch.data))
             yield self._stream.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
+        for batch in self._shape.missing(seen) if is_first else ():
+            # They are zeros, as what the reference starts with, so it need not hear of them.
+            self._count(sent, len(batch.pfns), len(batch.data))
+            yield self._stream.write(events.Batch(pfns=batch.pfns, types=batch.types, data=batch.data))
 
-    def _compressed_body(self, scan: Iterable[PageBatch], sent: Sent) -> Iterator[list[Buffer]]:
+    def _compressed_body(self, scan: Iterable[Scanned], sent: Sent) -> Iterator[list[Buffer]]:
         waiting = _PageBuffer(self._buffer_pages)
         for batch in scan:
+            if isinstance(batch, Encoded):
+                if waiting.count:
+                    yield self._compress(waiting, sent)
+                yield self._write_encoded(batch, sent)
+                continue
+            assert isinstance(batch, PageBatch)  # the others belong to a first checkpoint
             self._validate(batch)
             with_data = HAS_DATA[batch.types]
             places = np.flatnonzero(with_data)
@@ -248,6 +414,39 @@ class Sender:
         if waiting.count:
             yield self._compress(waiting, sent)
 
+    def _write_held(self, pfns: NDArray[np.int64], seen: NDArray[np.bool_], sent: Sent) -> list[Buffer]:
+        if not len(pfns):
+            return []
+        first, stop = int(pfns[0]), int(pfns[-1]) + 1
+        is_whole = stop - first == len(pfns)
+        data = self.reference.pages[first:stop] if is_whole else gather(self.reference.pages, pfns)
+        # Memory starts as zeros (specs/stream.md §9.1).
+        kept = filled_pages(data)
+        if len(kept) < len(pfns):
+            pfns, data = pfns[kept], gather(data, kept)
+            if not len(pfns):
+                return []
+        self.carried.append(pfns)
+        seen[pfns] = True
+        self._count(sent, len(pfns), len(data))
+        types = np.zeros(len(pfns), dtype=np.uint8)
+        return self._stream.write(events.Batch(pfns=pfns.astype(np.uint64), types=types, data=data))
+
+    def _write_encoded(self, encoded: Encoded, sent: Sent) -> list[Buffer]:
+        if not (count := len(encoded.pfns)):
+            return []
+        sent.batches += -(-count // MAX_BATCH_ENTRIES)
+        sent.entries += count
+        sent.pages += count
+        sent.compressed_chunks += 1
+        sent.compressed_bytes += encoded.payload_bytes
+        return self._stream.write_laid_out(encoded.data)
+
+    def _write_compressed(self, data: NDArray[np.uint8], sent: Sent) -> list[Buffer]:
+        sent.compressed_chunks += 1
+        sent.compressed_bytes += len(data)
+        return self._stream.write(events.CompressedData(data=data))
+
     def _wait(self, waiting: _PageBuffer, pfns: NDArray[np.int64], tables: NDArray[np.bool_], data: Pages) -> None:
         # Page tables leave the reference when they are added, before any page of this buffer is looked up: as in Xen.
         self.reference.invalidate(pfns[tables])
@@ -265,9 +464,7 @@ class Sender:
             )
         waiting.count = 0
         waiting.pieces.clear()
-        sent.compressed_chunks += 1
-        sent.compressed_bytes += size
-        return self._stream.write(events.CompressedData(data=out[:size]))
+        return self._write_compressed(out[:size], sent)
 
     def _validate(self, batch: PageBatch) -> None:
         if (batch.types > 0xF).any() or not KNOWN_TYPE[batch.types].all():

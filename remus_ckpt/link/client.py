@@ -20,7 +20,7 @@ from remus_ckpt.session.messages import (
     MIN_LEASE_S,
     Ack,
     Begin,
-    Commit,
+    Compression,
     Error,
     Goodbye,
     Heartbeat,
@@ -30,7 +30,8 @@ from remus_ckpt.session.messages import (
 )
 from remus_ckpt.wire.record import Position
 
-_FLUSH_BYTES = 1 << 20
+_FLUSH_BYTES = 256 << 10
+"""So many bytes of a checkpoint are sent while more of it is made: the backup stores them meanwhile."""
 _WELCOME_S = 30.0
 _GOODBYE_S = 1.0
 _LOOK_S = 0.25
@@ -51,6 +52,7 @@ class Link:
     status: returns what goes with each heartbeat
     give_up: whether to stop waiting for the welcome
     left_s: how many of the given seconds the current call may still use; by default all of them
+    on_listening: called in the listening thread as it starts
     Raises Refused or Fenced if the backup rejects us, LinkError if it is lost, Malformed if its bytes are invalid.
     """
 
@@ -64,12 +66,14 @@ class Link:
         give_up: Callable[[], bool] = lambda: False,
         left_s: Callable[[float], float] = lambda seconds: seconds,
         compression: str = "auto",
+        on_listening: Callable[[], None] = lambda: None,
     ) -> None:
         session = Session("client")
         self._connection = connection
         self._on_ack = on_ack
         self._status = status
         self._left_s = left_s
+        self._on_listening = on_listening
         self._lease_s = _WELCOME_S  # until the welcome names the real one
         self._term = hello.term
         self._thread: threading.Thread | None = None
@@ -113,6 +117,16 @@ class Link:
     def peer(self) -> str:
         """Address and name of the backup."""
         return self._connection.peer
+
+    @property
+    def compression(self) -> Compression:
+        """What data are compressed with now."""
+        return self._chooser.choice
+
+    @property
+    def compression_why(self) -> str:
+        """Why, in words."""
+        return "; ".join(self._chooser.reasons)
 
     def take_wire_bytes(self) -> int:
         """Bytes sent since the last call."""
@@ -165,20 +179,26 @@ class Link:
         if self._pending_bytes >= _FLUSH_BYTES:
             self._flush()
 
-    def commit(self, message: Commit) -> None:
-        """Send the end of a checkpoint."""
-        self._flush(message)
+    def commit(self, position: Position, before: Position | None, stream_bytes: int, pages: int) -> None:
+        """Send the end of a checkpoint; the fields of `Commit`."""
+        self._flush(position, before, stream_bytes, pages)
 
-    def _flush(self, commit: Commit | None = None) -> None:
+    def _flush(
+        self, commit: Position | None = None, before: Position | None = None, stream_bytes: int = 0, pages: int = 0
+    ) -> None:
         self.check()
         self._chooser.look(self._pending)
         with self._sending:
             try:
-                frames = self._outgoing.send_data(self._pending, self._chooser.choose()) if self._pending else []
-                if self._is_beat_owed:  # during a first copy, the listening thread rarely finds the way free
-                    frames += self._heartbeat()
+                # During a first copy, the listening thread rarely finds the way free.
+                frames = self._heartbeat() if self._is_beat_owed else []
+                pending, way = self._pending, self._chooser.choose()
                 if commit is not None:
-                    frames += self._outgoing.send(commit)
+                    frames += self._outgoing.send_end(
+                        pending, way, position=commit, before=before, stream_bytes=stream_bytes, pages=pages
+                    )
+                else:
+                    frames += self._outgoing.send_data(pending, way)
             except ValueError:
                 # Since our check, the listening thread has read the message that ended the session, or has ended it.
                 if self._outgoing.is_over:
@@ -188,7 +208,7 @@ class Link:
             self._way_bytes += sum(len(frame) for frame in frames)
             if commit is not None:
                 # Set this before sending: the answer may arrive before `send` returns.
-                self._probe = commit.position, self._way_bytes, begin - self._way_s
+                self._probe = commit, self._way_bytes, begin - self._way_s
             self._send(frames)
             self._way_s += time.monotonic() - begin
             if commit is not None:
@@ -235,6 +255,7 @@ class Link:
         period = self._lease_s / 4
         beat = check = time.monotonic()
         try:
+            self._on_listening()
             while not self._closing:
                 self._receive(max(min(beat, check) - time.monotonic(), 0.0))
                 while (event := self._incoming.next_event()) is not None:

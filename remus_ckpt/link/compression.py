@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from remus_ckpt.pages import Buffer
 from remus_ckpt.session.frames import Packing
 from remus_ckpt.session.messages import Compression
+from remus_ckpt.stages import Seen, decide
 
 _SAMPLE_BYTES = 1 << 18
 _SAMPLE_EVERY_BYTES = 32 << 20
 _SMALL_BYTES = 4096
-_MARGIN = 0.8
-"""Compression must promise a fifth less time before it is adopted, so that the choice does not flip back and forth."""
 _RATES = 8
 """Of this many measurements the fastest counts: the others waited for a processor or a disk."""
 _ALLOWANCE_S = 0.003
-"""How much of an answer's time may be both sides' own work. If that is all of it, compression gains nothing."""
+_WORK_S, _LONG_BYTES, _LONG_WORK_S = 3e-9, 16 << 20, 50e-9
+"""How much of an answer's time may be both sides' own work: in all, for each byte, and for each byte of a first copy,
+which waits for fresh memory and for a disk. If that is all of it, compression gains nothing."""
 
 
 def measure_with(packing: Packing) -> Callable[[memoryview, Compression], tuple[float, float]]:
@@ -54,15 +55,21 @@ class Chooser:
         self._rates: deque[float] = deque(maxlen=_RATES)  # bytes/s of the link
         self._round_trip_s = float("inf")
         # Owned by the sending thread:
-        self._choice: Compression = "none"
+        self.reasons: tuple[str, ...] = ("told so",)
+        """Why the choice is what it is, in words."""
+        self.choice: Compression = "none"
+        """What was chosen last."""
         self._candidates: list[Compression] = []
         if wanted == "auto":
             self._candidates = [name for name in ("lz4", "zstd") if name in offered]
+            self.reasons = ("no link was measured",) if self._candidates else ("the other side has no compression",)
         elif wanted in offered:
-            self._choice = wanted  # type: ignore[assignment]
+            self.choice = wanted  # type: ignore[assignment]
         self._measure = measure or measure_with(Packing())
-        self._gains: dict[Compression, tuple[float, float]] = {}
+        self._gains: dict[str, tuple[float, float]] = {}
         self._until_sample = 0
+        self._samples = 0
+        self._measured: tuple[float, int] | None = None  # what the choice was made from
 
     def look(self, buffers: Sequence[Buffer]) -> None:
         """Examine bytes that are about to be sent: now and then, a sample is compressed."""
@@ -73,6 +80,7 @@ class Chooser:
         if self._until_sample > 0 or len(largest) < _SMALL_BYTES:
             return
         self._until_sample = _SAMPLE_EVERY_BYTES
+        self._samples += 1
         sample = memoryview(largest).cast("B")[:_SAMPLE_BYTES]
         for name in self._candidates:
             self._gains[name] = self._measure(sample, name)
@@ -85,20 +93,17 @@ class Chooser:
         if wire_bytes < 16 * _SMALL_BYTES:
             return
         round_trip_s = self._round_trip_s if self._round_trip_s < seconds else 0.0
-        self._rates.append(wire_bytes / max(seconds - max(round_trip_s, _ALLOWANCE_S), 1e-6))
+        work_s = wire_bytes * (_WORK_S if wire_bytes <= _LONG_BYTES else _LONG_WORK_S)
+        self._rates.append(wire_bytes / max(seconds - max(round_trip_s, _ALLOWANCE_S) - work_s, 1e-6))
 
     def choose(self) -> Compression:
         """The compression for what is sent next."""
+        if not self._candidates:
+            return self.choice
         rates = tuple(self._rates)
-        if not rates or not self._candidates:
-            return self._choice
-        rate = max(rates)
-        # Seconds per byte. Compressing and sending do not overlap here.
-        costs = {name: 1 / speed + ratio / rate for name, (speed, ratio) in self._gains.items()}
-        best = min(costs, key=lambda name: costs[name], default=None)
-        plain = 1 / rate
-        if best is not None and costs[best] < plain * (1.0 if self._choice == best else _MARGIN):
-            self._choice = best
-        else:
-            self._choice = "none"
-        return self._choice
+        if rates and (measured := (max(rates), self._samples)) != self._measured:
+            self._measured = measured
+            seen = Seen(link_bytes_s=measured[0], gains=self._gains, compression=self.choice)
+            found = decide(seen)
+            self.choice, self.reasons = found.compression, found.reasons  # type: ignore[assignment]
+        return self.choice

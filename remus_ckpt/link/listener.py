@@ -56,7 +56,7 @@ class Listener:
         except Late:
             raise LinkError(f"{address}: no address for {address.host} within {_RESOLVE_S:g} s") from None
         except OSError as error:
-            raise LinkError(f"{address}: {say(error)}") from error
+            raise LinkError(f"{address}: {say(error, to_listen=True)}") from error
         disown_in_forks(self)
         self._socket.setblocking(False)
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

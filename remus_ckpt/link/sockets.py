@@ -18,15 +18,20 @@ _ADVICE = {
     errno.ETIMEDOUT: "it no longer answers",
     errno.ECONNRESET: "it hung up",
     errno.EPIPE: "it hung up",
-    errno.EADDRINUSE: "the address is in use: does another one run already?",
     errno.EADDRNOTAVAIL: "no interface here has this address",
+}
+_TO_LISTEN = _ADVICE | {
+    errno.EADDRINUSE: "the address is in use: choose another, or stop what listens there",
+    errno.ENOENT: "there is no folder for the socket: make it first",
+    errno.EACCES: "not permitted: choose a folder that this user may write to, or a port above 1023",
 }
 
 
-def say(error: OSError) -> str:
+def say(error: OSError, *, to_listen: bool = False) -> str:
+    """What went wrong with a connection, or where one wanted to listen, and what to do."""
     if isinstance(error, ssl.SSLError):
         return say_tls(error)
-    return _ADVICE.get(error.errno or 0, error.strerror or str(error))
+    return (_TO_LISTEN if to_listen else _ADVICE).get(error.errno or 0, error.strerror or str(error))
 
 
 def deadline_of(timeout_s: float | None) -> float | None:

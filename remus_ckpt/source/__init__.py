@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec.reference import Reference
-from remus_ckpt.pages import Pages
+from remus_ckpt.pages import Pages, Places
 from remus_ckpt.wire.parts import Parts
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ class Memory(Protocol):
         """Copy the given pages (pfns ascending) to the first rows of `out`, and return these rows. In a pause, after
         `check`."""
 
+    def places(self, pfns: NDArray[np.int64]) -> Places:
+        """Where the given pages (pfns ascending) lie. In a pause, after `check`, and valid as long as it lasts.
+
+        Pages that do not lie in this process whole, or that reading would fill, are copied here.
+        """
+
     def close(self) -> None:
         """Release the memory."""
 
@@ -90,8 +96,8 @@ class Tracker(Protocol):
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
         """Pass over memory once while writers run, and copy what was written since the last pass, perhaps torn.
 
-        Yields PFNs, ascending, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. Send them before asking for
-        more. A page that is written meanwhile counts as written.
+        Yields PFNs, ascending, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. The `reference`, if there is
+        one, has them already. A page that is written meanwhile counts as written.
         """
 
     def estimate(self) -> int:
@@ -103,6 +109,10 @@ class Tracker(Protocol):
         Until `taken` is called, the next call names them again, since the checkpoint may be interrupted. Raises
         SourceError if the tracker can no longer tell, for instance because the memory has been remapped.
         """
+
+    def peek(self) -> NDArray[np.int64]:
+        """The pages that `written` would name now, without any effect on what it names. In a pause. Raises
+        SourceError."""
 
     def taken(self) -> None:
         """The checkpoint has taken the pages that `written` named, and the writers run again."""
@@ -171,6 +181,22 @@ class Source:
         self.stopper = stopper
         self._device_state = device_state
         self._manifest = manifest
+
+    def processes(self) -> Sequence[Process]:
+        """The processes that write to the memory now, as far as they are known individually."""
+        known = getattr(self.stopper, "processes", None)
+        return (known() if known else None) or ()
+
+    def status(self) -> dict[str, Any]:
+        """What users may want to know of it besides what all sources have. Any thread may call this."""
+        return {}
+
+    def before_pause(self) -> None:
+        """Called right before each pause, while the writers run. Raises SourceError."""
+
+    def drain(self, epoch: int) -> None:
+        """Called in each pause, right after the stop: what the writers have put out until now belongs to this
+        checkpoint, and may leave once that is committed."""
 
     def parts(self) -> Parts:
         """What goes with memory. Called in a pause; raises what `device_state` raises."""

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec.reference import Shadow
-from remus_ckpt.codec.scan import dirty_pages, gather
+from remus_ckpt.codec.scan import dirty_pages, filled_pages, gather, scatter
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
-from remus_ckpt.memory import zeros
+from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import Pages
 from remus_ckpt.source import Memory
 
@@ -53,17 +53,28 @@ class Compare:
     def restart(self) -> Shadow:
         """Start over with a copy of zeros."""
         self.reference = Shadow(zeros(self._memory.pages))
+        self._is_fresh = True  # it is zeros
         # Pages of the copy that may be non-zero. The others are skipped where memory has a hole.
         self._is_filled = np.zeros(self._memory.pages, dtype=bool)
         return self.reference
 
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
-        """Yield the pages that differ from the copy. The sender must have put them into the copy before it asks for
-        more."""
+        """Yield the pages that differ from the copy, once they are in it."""
+        is_fresh, self._is_fresh = self._is_fresh, False
         for start in range(0, self._memory.pages, MAX_BATCH_ENTRIES):
-            sample, changed = self._look(start, start + MAX_BATCH_ENTRIES)
+            stop = min(start + MAX_BATCH_ENTRIES, self._memory.pages)
+            sample, shadow = self._memory.sample(start, stop), self.reference.pages[start:stop]
+            # Fresh memory that is read first and written then costs two faults a page.
+            changed = filled_pages(sample) if is_fresh else dirty_pages(sample, shadow)
             self._is_filled[changed + start] = True
-            yield changed + start, gather(sample, changed)
+            if len(changed) == len(sample):
+                expect(shadow, changed)
+                shadow[:] = sample
+            else:
+                sample = gather(sample, changed)
+                expect(shadow, changed)
+                scatter(sample, shadow, changed)
+            yield changed + start, sample
 
     def estimate(self) -> int:
         """Estimate from every sixteenth group of 64 pages."""
@@ -102,6 +113,10 @@ class Compare:
         self._is_filled = is_held
         found.append(emptied)
         return np.sort(np.concatenate(found), kind="stable")
+
+    def peek(self) -> NDArray[np.int64]:
+        """The same."""
+        return self.written()
 
     def note(self, pfns: NDArray[np.int64]) -> None:
         """Note pages that will also be in the copy, although `written` has not named them."""

@@ -3,11 +3,13 @@
     python guard.py SOCKET continue
     python guard.py SOCKET thaw FILE
     python guard.py SOCKET run PAUSE RESUME TIMEOUT_S
+    python guard.py SOCKET qmp PATH
 
 The other side sends one word at a time: S before the processes are stopped, with their pidfds in the mode `continue` (+
 brings more pidfds), and C once they run again. When the socket ends, because the other side is gone, and the last word
-was not C, the guard resumes them: by SIGCONT, by writing 0 to the open file of a cgroup, or by the user's command. The
-guard also runs the user's commands, each at its word, and answers with the word and the fault, if any: so a pause
+was not C, the guard resumes them: by SIGCONT, by writing 0 to the open file of a cgroup, by the user's command, or by
+QMP at a socket of QEMU's, which serves one client at a time and is free again once the other side is gone. The guard
+also runs the user's commands, each at its word, and answers with the word and the fault, if any: so a pause
 command has ended before the resume command begins, whenever the other side dies.
 The guard ends with the socket. It ignores the signals that a service manager sends to all processes, because stopped
 processes need it until then.
@@ -28,6 +30,8 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_FDS = 253
 _KILL_S = 5.0
+_QMP_S = 60.0
+_AGAIN_S = 0.005
 
 
 def main() -> None:
@@ -66,6 +70,8 @@ def main() -> None:
         return
     if how == "run":
         _run(what[1], float(what[2]))
+    elif how == "qmp":
+        _let_run(what[0])
     elif how == "thaw":
         with contextlib.suppress(OSError):  # the cgroup is gone
             os.pwrite(int(what[0]), b"0", 0)
@@ -125,6 +131,25 @@ def _run(command: str, timeout_s: float) -> str:
             fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         os.close(output)
         os.close(null)
+
+
+def _let_run(path: str) -> None:
+    """Tell QEMU to let its guest run. It has ended what it was told before, in order."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
+        monitor.settimeout(_QMP_S)
+        deadline = time.monotonic() + _QMP_S
+        while True:
+            try:
+                monitor.connect(path)
+                break
+            except BlockingIOError:  # too many wait there, whom QEMU will take in first, now that it is free
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_AGAIN_S)
+        monitor.sendall(b'{"execute": "qmp_capabilities"}{"execute": "cont", "id": "c"}')
+        said = b""
+        while b'"id": "c"' not in said and (more := monitor.recv(65536)):
+            said = said[-100:] + more
 
 
 def _tell(how: str, output: int) -> str:

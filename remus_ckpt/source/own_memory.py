@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.codec.scan import gather
+from remus_ckpt.codec import get_codec
+from remus_ckpt.codec.scan import dirty_pages, gather
 from remus_ckpt.errors import SourceError, Untracked
-from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
+from remus_ckpt.pages import PAGE_SIZE, Pages, Places, pages_for
 from remus_ckpt.source import Source, Tracker
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.frames import LiveFrame, is_frame
@@ -24,6 +25,9 @@ from remus_ckpt.source.lock import Lock, LockStopper
 from remus_ckpt.source.manifest import ARRAY, BYTES, Manifest, ManifestEntry, bytes_of
 from remus_ckpt.source.track.kernel import AUDIT_PAUSES, KernelTracker, OwnWatch, Tracking
 from remus_ckpt.source.track.spans import Span, Spans
+
+_WRITE_PAGES = 64
+"""Pages written at a time."""
 
 
 class OwnMemory(Source):
@@ -198,7 +202,16 @@ class Buffers:
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn."""
         self._check_files()
-        return self.read(np.arange(first, stop), np.empty((stop - first, PAGE_SIZE), dtype=np.uint8))
+        out = np.empty((stop - first, PAGE_SIZE), dtype=np.uint8)
+        if not self._pieces:
+            out[:] = 0
+        for begin, end, number, data in self._parts(np.arange(first, stop)):
+            if data.ndim == 2:
+                at = first + begin - number
+                out[begin:end] = data[at : at + end - begin]
+            else:
+                self._pad(data, out[begin])
+        return out
 
     def pieces(self) -> Iterator[tuple[int, Pages]]:
         """The whole pages in place."""
@@ -206,23 +219,72 @@ class Buffers:
             if data.ndim == 2:
                 yield first, data
 
+    def differing(self, memory: Pages) -> NDArray[np.int64]:
+        """The pages that differ from those of another memory of this layout, int64[n], ascending. In a pause."""
+        found = [np.empty(0, dtype=np.int64)]
+        for first, data in zip(self._firsts.tolist(), self._pieces, strict=True):
+            if data.ndim == 2:
+                found.append(dirty_pages(data, memory[first : first + len(data)]) + first)
+            elif not np.array_equal(data, memory[first, : len(data)]):
+                found.append(np.array([first]))
+        return np.concatenate(found)
+
+    def write(self, pfns: NDArray[np.int64], memory: Pages) -> None:
+        """Bring pages, ascending, to what another memory of this layout holds. In a pause, after `check`.
+
+        Only where they differ is anything written, since the first write to a page may cost a fault: an encoder finds
+        and writes that in one pass. What it encodes is not needed.
+        """
+        codec = get_codec("delta")
+        room = np.empty(_WRITE_PAGES * codec.max_page_bytes, dtype=np.uint8)
+        for begin, end, first, data in self._parts(pfns):
+            if data.ndim == 1:
+                data[:] = memory[first, : len(data)]
+                continue
+            for start in range(begin, end, _WRITE_PAGES):
+                part = pfns[start : min(start + _WRITE_PAGES, end)]
+                codec.encode(memory, data, index=part, reference_index=part - first, update=True, out=room)
+
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
         """Copy pages, ascending, to the first rows of `out`, and return these rows."""
         target = out[: len(pfns)]
         if not self._pieces:  # the page that a memory of empty buffers has
             target[:] = 0
-            return target
+        for begin, end, first, data in self._parts(pfns):
+            if data.ndim == 2:
+                gather(data, pfns[begin:end] - first, target[begin:end])
+            else:
+                self._pad(data, target[begin])
+        return target
+
+    @staticmethod
+    def _pad(data: NDArray[np.uint8], page: NDArray[np.uint8]) -> None:
+        page[: len(data)] = data
+        page[len(data) :] = 0
+
+    def places(self, pfns: NDArray[np.int64]) -> Places:
+        """Where pages, ascending, lie: in their buffers, except those that a buffer ends within."""
+        if not self._pieces:
+            return [(np.zeros((1, PAGE_SIZE), dtype=np.uint8), np.zeros(len(pfns), dtype=np.int64))]
+        found = []
+        for begin, end, first, data in self._parts(pfns):
+            if data.ndim == 2:
+                found.append((data, pfns[begin:end] - first))
+            else:
+                page = np.empty((1, PAGE_SIZE), dtype=np.uint8)
+                self._pad(data, page[0])
+                found.append((page, np.zeros(1, dtype=np.int64)))
+        return found
+
+    def _parts(self, pfns: NDArray[np.int64]) -> Iterator[tuple[int, int, int, NDArray[np.uint8]]]:
+        """Pages, ascending, by the piece that they lie in: pfns[begin:end], the number of its first page, the piece."""
+        if not self._pieces:
+            return
         numbers = np.searchsorted(self._firsts, pfns, side="right") - 1
         borders = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(pfns)]
         for begin, end in pairwise(borders):
             number = numbers[begin]
-            data = self._pieces[number]
-            if data.ndim == 2:
-                gather(data, pfns[begin:end] - self._firsts[number], target[begin:end])
-            else:
-                target[begin, : len(data)] = data
-                target[begin, len(data) :] = 0
-        return target
+            yield begin, end, int(self._firsts[number]), self._pieces[number]
 
 
 class _Held(NamedTuple):

@@ -34,6 +34,9 @@ class Watch(Protocol):
         Raises Untracked where some may be missing; what is written from here on is found all the same, where it can be.
         """
 
+    def peek(self) -> NDArray[np.int64]:
+        """Like `written`, but the next time names them again."""
+
     def renew(self) -> None:
         """Take in whoever has come to those who write, while they run."""
 
@@ -111,6 +114,16 @@ class KernelTracker:
         self._is_known = self._watch is not None
         return self._pending
 
+    def peek(self) -> NDArray[np.int64]:
+        """The pages that `written` would name, without asking it."""
+        found = None
+        if self._watch is not None and self._is_known:
+            with suppress(Untracked):
+                found = self._watch.peek()
+        if found is None:
+            found = self._compare.written()
+        return np.union1d(self._pending, found) if len(self._pending) else found
+
     def _check(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
         """Compare everything, too. Returns what was found either way."""
         differing = self._compare.written()
@@ -146,6 +159,7 @@ class OwnWatch:
     def __init__(self, spans: Spans) -> None:
         self.begin = spans.arm
         self.written = spans.written
+        self.peek = spans.peek
         self.close = spans.close
 
     def renew(self) -> None:
@@ -180,6 +194,10 @@ class ProcessesWatch:
         if not processes:
             raise Untracked("no process is named that writes")
         return self._watch.written(processes)
+
+    def peek(self) -> NDArray[np.int64]:
+        """Not offered for the memory of other processes."""
+        raise Untracked("what other processes have written is only told once")
 
     def renew(self) -> None:
         """Take in children, and whoever else is new."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import Untracked
+from remus_ckpt.flag import Descriptor
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
 from remus_ckpt.source.track.foreign import Stopped, userfaultfd_of
@@ -63,7 +64,7 @@ class FileWatch:
 
     def __init__(self, fd: int, device: tuple[int, int], inode: int, pages: int) -> None:
         self._pages = pages
-        self._listed = b" %02x:%02x %d " % (*device, inode)
+        self._file = device, inode
         self._scanner = Scanner()
         self._followed: dict[Writer, _Followed] = {}
         self._refused: dict[Writer, str] = {}
@@ -117,14 +118,15 @@ class FileWatch:
                 doubts = ["somebody has written to the file by a system call"]
         if gone := self._let_go(processes):
             doubts.append(f"process {gone[0].pid} has ended, or has the file no more")
-        found = [np.empty(0, dtype=np.int64)]
+        found: list[NDArray[np.int64]] = []
+        is_ascending = len(processes) == 1
         for process in processes:
             followed = self._followed.get(process)
             if followed is None:
                 doubts.append(self._refused.get(process, f"process {process.pid} is new"))
                 continue
             try:
-                runs = followed.written(self._listed)
+                runs = followed.written(*self._file)
             except MemoryGone as error:
                 # `attach` takes in what it is now.
                 self._followed.pop(process).close()
@@ -133,11 +135,15 @@ class FileWatch:
             except Untracked as error:
                 doubts.append(str(error))
                 continue
-            first = np.minimum(runs[:, 0], self._pages)
-            found.append(expand(first, np.minimum(runs[:, 0] + runs[:, 1], self._pages) - first))
+            is_ascending = is_ascending and followed.mappings == 1
+            first, count = runs[:, 0], runs[:, 1]
+            if not is_ascending or (len(runs) and runs[-1].sum() > self._pages):
+                first = np.minimum(first, self._pages)
+                count = np.minimum(runs[:, 0] + count, self._pages) - first
+            found.append(expand(first, count))
         if doubts:
             raise Untracked("; ".join(doubts))
-        return np.unique(np.concatenate(found))
+        return found[0] if is_ascending else np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
 
     def _let_go(self, named: Sequence[Writer]) -> list[Writer]:
         """Release all processes that are not named. Returns those that were followed."""
@@ -156,17 +162,22 @@ class _Followed:
         self._scanner = scanner
         self._rows: dict[_Row, bool] = {}  # whether it is watched: not if the process can never write through it
         self._faults = ""
-        self._userfault = Userfault(userfaultfd_of(process.pid, process.fd))
+        self._userfault = Userfault(Descriptor(userfaultfd_of(process.pid, process.fd), "r+"))
+
+    @property
+    def mappings(self) -> int:
+        """Of the file, how many it has."""
+        return len(self._rows)
 
     def close(self) -> None:
         self._userfault.close()
 
-    def written(self, listed: bytes) -> NDArray[np.int64]:
-        """Runs of written pages of the file, int64[n, 2]. Raises Untracked if some may be missing; the next call
+    def written(self, device: tuple[int, int], inode: int) -> NDArray[np.int64]:
+        """Runs of written pages of this file, int64[n, 2]. Raises Untracked if some may be missing; the next call
         counts from here."""
         pid = self.process.pid
         try:
-            rows = self._read_rows(listed)
+            rows = self._read_rows(device, inode)
             faults = self._read("stat").rpartition(b")")[2].split()[_CMINFLT].decode()
             # Reopened each time: an open pagemap stays with the memory that the process had when it was opened.
             pagemap = self.process.open("pagemap")
@@ -201,7 +212,7 @@ class _Followed:
         self._faults = faults
         if doubt:
             raise Untracked(doubt)
-        return np.concatenate(found)
+        return found[1] if len(found) == 2 else np.concatenate(found)
 
     def _take_in(self, row: _Row, pagemap: int) -> None:
         self._rows.pop(row, None)
@@ -213,20 +224,32 @@ class _Followed:
             raise type(error)(f"process {self.process.pid}: {error}") from None
         self._rows[row] = is_watched
 
-    def _read_rows(self, listed: bytes) -> set[_Row]:
-        """The shared mappings of what is listed with these words. The lines of others, hundreds, are not looked at."""
-        maps = self._read("maps")
-        rows = set()
-        at = 0
-        while (at := maps.find(listed, at)) >= 0:
-            words = maps[maps.rfind(b"\n", 0, at) + 1 : at].split()
-            # A path may hold the same words, farther behind.
-            if len(words) == 3 and words[1].endswith(b"s"):
-                start, stop = words[0].split(b"-")
-                rows.add(_Row(int(start, 16), int(stop, 16), int(words[2], 16)))
-            at += 1
-        return rows
+    def _read_rows(self, device: tuple[int, int], inode: int) -> set[_Row]:
+        """The shared mappings of this file."""
+        maps = self.process.open("maps")
+        try:
+            found = linux.shared_mappings(maps)
+        finally:
+            os.close(maps)
+        if found is None:
+            return rows_in(self._read("maps"), device, inode)
+        return {_Row(*one[:3]) for one in found if (one.device, one.inode) == (device, inode)}
 
     def _read(self, name: str) -> bytes:
         with open(self.process.open(name), "rb", buffering=0) as file:
             return file.readall()
+
+
+def rows_in(maps: bytes, device: tuple[int, int], inode: int) -> set[_Row]:
+    """The same from the text of /proc/PID/maps. The lines of other files, hundreds, are not looked at."""
+    listed = b" %02x:%02x %d " % (*device, inode)
+    rows = set()
+    at = 0
+    while (at := maps.find(listed, at)) >= 0:
+        words = maps[maps.rfind(b"\n", 0, at) + 1 : at].split()
+        # A path may hold the same words, farther behind.
+        if len(words) == 3 and words[1].endswith(b"s"):
+            start, stop = words[0].split(b"-")
+            rows.add(_Row(int(start, 16), int(stop, 16), int(words[2], 16)))
+        at += 1
+    return rows

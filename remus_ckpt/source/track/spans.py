@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,8 @@ class Spans:
             raise
 
     def __del__(self) -> None:
-        self.close()
+        if "_userfault" in self.__dict__:  # otherwise the kernel has none, and nothing was opened
+            self.close()
 
     def close(self) -> None:
         """Stop watching the memory."""
@@ -79,12 +80,19 @@ class Spans:
 
         Raises SourceError if some of the memory was freed, moved or remapped: it is not the memory that was given.
         """
+        return self._find(self._scanner.written)
+
+    def peek(self) -> NDArray[np.int64]:
+        """Like `written`, but the next call names them again, and they can be written without a fault."""
+        return self._find(self._scanner.peek)
+
+    def _find(self, scan: Callable[[int, int, int], Runs]) -> NDArray[np.int64]:
         if os.getpid() != self._pid:
             raise SourceError("a forked child cannot track its parent's memory")
         found: list[Runs] = []
         for area in self._areas:
             try:
-                found.append(self._scanner.written(self._pagemap, area.start, area.stop))
+                found.append(scan(self._pagemap, area.start, area.stop))
             except Unwatched:
                 raise _lost(area) from None
             # Check after the scan, which skips unmapped ranges; memory that is unmapped later is found the next time.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.errors import Untracked
+from remus_ckpt.flag import Descriptor
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
@@ -23,6 +24,7 @@ from remus_ckpt.source.track import linux
 Runs = NDArray[np.int64]
 """int64[n, 2]: (first page, count) each, ascending and apart. A page's number is its address / 4096."""
 
+_PAGE_BITS = PAGE_SIZE.bit_length() - 1
 _REGIONS = 4096
 """How many runs one call returns: 96 KiB, which stays in the second-level cache. More are fetched by further calls."""
 
@@ -38,16 +40,16 @@ class MemoryGone(Untracked):
 class Userfault:
     """A userfaultfd: what it has registered is watched until it is closed, here and wherever else it is held.
 
-    fd: from `linux.userfaultfd`, or of another process; closed with this
+    file: from `linux.userfaultfd`, or of another process; closed with this
     Raises Untracked if the kernel cannot protect asynchronously.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, file: Descriptor) -> None:
+        self._file = file
         # A forked child's copy would keep watching, and keep the memory from whoever watches it next.
         disown_in_forks(self)
         try:
-            linux.handshake(fd)
+            linux.handshake(file.fileno())
         except OSError as error:
             self.close()
             raise Untracked(_words(error)) from None
@@ -62,14 +64,9 @@ class Userfault:
         except OSError as error:
             raise Untracked(_words(error)) from None
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Release all ranges: writes no longer cost anything."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Release all ranges: writes no longer cost anything. May be called again."""
+        self._file.close()
 
     def disown(self) -> None:
         """In a forked child: the userfaultfd belongs to the parent."""
@@ -82,7 +79,7 @@ class Userfault:
         Raises Untracked if it cannot be watched: somebody else does so, or some of it is not mapped; MemoryGone.
         """
         try:
-            linux.register(self._fd, start, stop)
+            linux.register(-1 if self._file.closed else self._file.fileno(), start, stop)
             return True
         except OSError as error:
             if error.errno == errno.EPERM:  # of a file opened for reading
@@ -104,6 +101,7 @@ class Scanner:
 
     def __init__(self) -> None:
         self._vector = np.empty((_REGIONS, linux.REGION_WORDS), dtype=np.uint64)
+        self._address = self._vector.ctypes.data
 
     def arm(self, pagemap: int, start: int, stop: int) -> None:
         """Protect all pages of a range: `written` finds writes from here on.
@@ -121,15 +119,19 @@ class Scanner:
         """
         return self._walk(pagemap, start, stop, is_told=True)
 
-    def _walk(self, pagemap: int, start: int, stop: int, *, is_told: bool) -> Runs:
-        vector, length = (self._vector.ctypes.data, len(self._vector)) if is_told else (0, 0)
+    def peek(self, pagemap: int, start: int, stop: int) -> Runs:
+        """Like `written`, but the pages stay as they are: the next call finds them again."""
+        return self._walk(pagemap, start, stop, is_told=True, protect=False)
+
+    def _walk(self, pagemap: int, start: int, stop: int, *, is_told: bool, protect: bool = True) -> Runs:
+        vector, length = (self._address, _REGIONS) if is_told else (0, 0)
         found = []
         at = start
         try:
             while at < stop:
-                regions, reached = linux.pagemap_scan(pagemap, at, stop, vector, length)
+                regions, reached = linux.pagemap_scan(pagemap, at, stop, vector, length, protect=protect)
                 if regions:
-                    found.append((self._vector[:regions, :2] // PAGE_SIZE).astype(np.int64))
+                    found.append((self._vector[:regions, :2] >> _PAGE_BITS).view(np.int64))
                 if not at < reached <= stop:
                     raise Untracked(f"a scan of {at:#x}-{stop:#x} has stopped at {reached:#x}")
                 at = reached
@@ -139,23 +141,26 @@ class Scanner:
                     f"memory at {start:#x}-{stop:#x} is not watched any longer: it was freed, moved or mapped anew"
                 ) from None
             raise Untracked(_words(error)) from None
-        return in_order(np.concatenate([np.empty((0, 2), dtype=np.int64), *found]), is_ascending=len(found) < 2)
+        if len(found) == 1:  # in a pause each call of numpy counts
+            runs = found[0]
+            runs[:, 1] -= runs[:, 0]
+            return runs
+        return in_order(np.concatenate([np.empty((0, 2), dtype=np.int64), *found]))
 
 
-def in_order(regions: NDArray[np.int64], *, is_ascending: bool = False) -> Runs:
+def in_order(regions: NDArray[np.int64]) -> Runs:
     """Runs of what lies in some regions, int64[n, 2] as (first, stop).
 
     The kernel says of some calls that it has walked less far than it has (walk_end stays where its own buffer of 512
     regions was full the last time). The next call begins there, and finds again what is written meanwhile.
     """
     first, stop = regions[:, 0], regions[:, 1]
-    if not is_ascending:
-        order = np.argsort(first, kind="stable")
-        stop = np.maximum.accumulate(stop[order])
-        first = first[order]
-        first[1:] = np.maximum(first[1:], stop[:-1])
+    order = np.argsort(first, kind="stable")
+    stop = np.maximum.accumulate(stop[order])
+    first = first[order]
+    first[1:] = np.maximum(first[1:], stop[:-1])
     runs = np.stack([first, stop - first], axis=1)
-    return runs if is_ascending else runs[runs[:, 1] > 0]
+    return runs[runs[:, 1] > 0]
 
 
 def why_not() -> str | None:
