@@ -40,7 +40,9 @@ class Image:
         self._fd = open_to_read(Path(path))
         self._version = self._look()
         self.size = self._version[0]
-        self._knows_holes = True
+        self.knows_holes = True
+        """False once the file system has said that it does not report holes."""
+        self._data = range(0)  # the bytes of the last range found
 
     def __enter__(self) -> Self:
         return self
@@ -56,30 +58,37 @@ class Image:
 
     def read(self, first: int, out: Pages) -> None:
         """Fill `out`, uint8[n, 4096], with the pages from number `first` on. Raises OSError."""
-        flat = out.reshape(-1)
-        left = memoryview(flat)[: max(self.size - first * PAGE_SIZE, 0)]
+        self.read_at(first * PAGE_SIZE, out.reshape(-1))
+
+    def read_at(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, uint8[n], with the bytes from `offset` on. Raises OSError."""
+        left = memoryview(out)[: max(self.size - offset, 0)]
         at = 0
         try:
-            while at < len(left) and (count := os.preadv(self._fd, [left[at:]], first * PAGE_SIZE + at)):
+            while at < len(left) and (count := os.preadv(self._fd, [left[at:]], offset + at)):
                 at += count
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.path) from error
-        flat[at:] = 0
+        out[at:] = 0
 
     def data(self, page: int) -> tuple[int, int] | None:
         """The next range (first, stop) of pages, from `page` on, that may hold data; None if there is none."""
-        if page * PAGE_SIZE >= self.size:
+        start = page * PAGE_SIZE
+        if start >= self.size:
             return None
-        start, stop = page * PAGE_SIZE, self.size
-        if self._knows_holes:
-            try:
-                start = os.lseek(self._fd, start, os.SEEK_DATA)
-                stop = os.lseek(self._fd, start, os.SEEK_HOLE)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # only a hole is left
-                    return None
-                self._knows_holes = False
-        return start // PAGE_SIZE, pages_for(min(stop, self.size))
+        if not self._data.start <= start < self._data.stop:
+            # Looking for a hole may go through the whole file: so each range is looked for once.
+            stop = self.size
+            if self.knows_holes:
+                try:
+                    start = os.lseek(self._fd, start, os.SEEK_DATA)
+                    stop = os.lseek(self._fd, start, os.SEEK_HOLE)
+                except OSError as error:
+                    if error.errno == errno.ENXIO:  # only a hole is left
+                        return None
+                    self.knows_holes = False
+            self._data = range(start, stop)
+        return start // PAGE_SIZE, pages_for(min(self._data.stop, self.size))
 
     def check(self, size: int | None = None) -> None:
         """Raise RemusError if the file has changed since it was opened, or since it had that size.
@@ -130,6 +139,63 @@ def differences(
             advance(stop)
 
 
+def written(
+    image: Image, pages: int, advance: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]:
+    """The pages that a sparse file has data for, zeros too, in the form of `differences`: both windows are the image.
+
+    Raises RemusError if the file system does not report holes.
+    """
+    room = np.empty((_WINDOW_PAGES, PAGE_SIZE), dtype=np.uint8)
+    at = 0
+    while at < pages and (found := image.data(at)) is not None:
+        if not image.knows_holes:
+            raise RemusError(f"{image.path}: its file system does not report holes, which say what has not changed")
+        first, stop = found[0], min(found[1], found[0] + _WINDOW_PAGES, pages)
+        now = room[: stop - first]
+        image.read(first, now)
+        yield first, np.arange(stop - first), now, now
+        at = stop
+        if advance is not None:
+            advance(at)
+
+
+class Layers:
+    """An image with sparse diffs over it: what a diff has a hole for is as below it.
+
+    base: the image; closed with this object, like the diffs
+    """
+
+    def __init__(self, base: Image) -> None:
+        self._images = [base]
+        self._top = np.zeros(pages_for(base.size), dtype=np.int32)
+        """int32[pages]: which of the images has the page."""
+
+    def lay(self, diff: Image) -> None:
+        """Put a diff of the same size on top."""
+        at = 0
+        while (found := diff.data(at)) is not None:
+            self._top[found[0] : found[1]] = len(self._images)
+            at = found[1]
+        self._images.append(diff)
+
+    def read(self, first: int, out: Pages) -> None:
+        """As `Image.read`."""
+        top = self._top[first : first + len(out)]
+        for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(top)) + 1).tolist(), len(top)]):
+            self._images[top[start]].read(first + start, out[start:stop])
+
+    def check(self) -> None:
+        """As `Image.check`, for all of them."""
+        for image in self._images:
+            image.check()
+
+    def close(self) -> None:
+        """Close all files. May be called again."""
+        for image in self._images:
+            image.close()
+
+
 def full_batches(found: Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]) -> Iterator[PageBatch]:
     """What `differences` finds, in batches of 1,024 entries; only the last may have fewer."""
     numbers, data, count = _room()
@@ -159,7 +225,7 @@ class ImageReference:
     """
 
     def __init__(self) -> None:
-        self.before: Image | None = None
+        self.before: Image | Layers | None = None
         self.pages = zeros(MAX_BATCH_ENTRIES)
         """The references of the batch being encoded."""
 
