@@ -1,4 +1,4 @@
-"""/metrics over HTTP."""
+"""A small HTTP server: for /metrics, and for the page of the dashboard."""
 
 from __future__ import annotations
 
@@ -8,52 +8,55 @@ import socketserver
 import sys
 import threading
 import wsgiref.simple_server
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Self
-
-from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from remus_ckpt.errors import LinkError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.link.address import Address
+from remus_ckpt.link.sockets import say
 from remus_ckpt.observe.log import log
 
-_MAX_SCRAPES = 8
 
-
-def metrics_address(where: str) -> Address:
-    """Parse HOST:PORT, or a port alone, which listens on this machine only. Raises LinkError."""
+def http_address(where: str, what: str) -> Address:
+    """Parse HOST:PORT, or a port alone, which listens on this machine only. what: is served there. Raises LinkError."""
     port = where.removeprefix(":")
     place = f"127.0.0.1:{port}" if port.isascii() and port.isdigit() else where
     try:
         return Address.parse(f"tcp://{place}")
     except LinkError:
-        raise LinkError(f"metrics at {where!r}: write HOST:PORT, or a port of this machine alone") from None
+        raise LinkError(f"{what} at {where!r}: write HOST:PORT, or a port of this machine alone") from None
 
 
-class MetricsServer:
-    """Metrics over HTTP, from a thread of its own.
+class HttpServer:
+    """Serves a WSGI application from threads of its own.
 
+    where: HOST:PORT, or a port alone, which listens on this machine only
+    app: finds in its environ "remus_ckpt.go_on", which it may call with the seconds that the request may take from then
+    what: is served, for messages
     address: HOST:PORT where it actually listens
+    most: how many requests are served at a time; further connections are closed at once
     request_s: time limit for a whole request; then its connection is closed
-    At most 8 requests are served at a time; further connections are closed at once.
     """
 
-    def __init__(self, where: str, registry: CollectorRegistry, *, request_s: float = 5.0) -> None:
-        address = metrics_address(where)
+    def __init__(
+        self, where: str, app: Callable[..., Iterable[bytes]], what: str, *, most: int = 8, request_s: float = 5.0
+    ) -> None:
+        address = http_address(where, what)
         try:
             family, _, _, _, place = socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            self._server = _Server(family, place, request_s)
+            self._server = _Server(family, place, what, most, request_s)
         except OSError as error:
-            raise LinkError(f"metrics at {where}: {error.strerror or error}") from error
+            raise LinkError(f"{what} at {where}: {say(error, to_listen=True)}") from error
         disown_in_forks(self)
-        self._server.set_app(make_wsgi_app(registry))
+        self._server.set_app(app)
         port = self._server.socket.getsockname()[1]
         self.address = f"[{address.host}]:{port}" if ":" in address.host else f"{address.host}:{port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,), name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,), name=what, daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -81,15 +84,21 @@ class _Handler(wsgiref.simple_server.WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def get_environ(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environ()
+        assert isinstance(self.server, _Server)
+        return environ | {"remus_ckpt.go_on": partial(self.server.limit, self.request)}
+
 
 class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     daemon_threads = False  # so that server_close() waits for them
     request_queue_size = 64
 
-    def __init__(self, family: int, place: Any, request_s: float) -> None:
+    def __init__(self, family: int, place: Any, what: str, most: int, request_s: float) -> None:
         self.address_family = family
+        self._what = what
         self._request_s = request_s
-        self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
+        self._free = threading.BoundedSemaphore(most)
         self._live: dict[socket.socket, threading.Timer] = {}
         self._live_lock = threading.Lock()
         super().__init__(place, _Handler)
@@ -104,17 +113,24 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        # The handler's own limit is per read: a peer that sends a byte per second would never reach it.
-        timer = threading.Timer(self._request_s, self._cut, [request])
-        timer.daemon = True
-        with self._live_lock:
-            self._live[request] = timer
         try:
-            timer.start()
+            # The handler's own limit is per read: a peer that sends a byte per second would never reach it.
+            self.limit(request, self._request_s)
             super().process_request(request, client_address)
         except BaseException:
             self._finished(request)
             raise
+
+    def limit(self, request: socket.socket, seconds: float) -> None:
+        """Close a connection then, and no longer when that was last said."""
+        timer = threading.Timer(seconds, self._cut, [request])
+        timer.daemon = True
+        with self._live_lock:
+            before = self._live.get(request)
+            self._live[request] = timer
+        if before is not None:
+            before.cancel()
+        timer.start()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -124,10 +140,11 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
 
     def _finished(self, request: socket.socket) -> None:
         with self._live_lock:
-            timer = self._live.pop(request)
-        timer.cancel()
-        if timer.is_alive():
-            timer.join()
+            timer = self._live.pop(request, None)
+        if timer is not None:
+            timer.cancel()
+            if timer.is_alive():
+                timer.join()
         self._free.release()
 
     def _cut(self, request: socket.socket) -> None:
@@ -141,7 +158,7 @@ class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
             _shut(self._live)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log("metrics request failed", level=logging.DEBUG, peer=str(client_address), error=sys.exc_info()[1])
+        log(f"{self._what} request failed", level=logging.DEBUG, peer=str(client_address), error=sys.exc_info()[1])
 
 
 def _shut(sockets: Iterable[socket.socket]) -> None:

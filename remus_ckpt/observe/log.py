@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from collections import deque
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -15,6 +16,9 @@ _logger = logging.getLogger("remus_ckpt")
 # A program that has not configured logging must not find our records on its standard error.
 _logger.addHandler(logging.NullHandler())
 _MOST_TOLD = 16
+_kept: deque[tuple[str, float, int, str]] = deque(maxlen=500)
+"""The newest records that concern a name: (name, Unix time, level, text)."""
+_RECENT_CHARS = 300
 _DIGITS = re.compile(r"\d[\d.,]*")
 _PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "fields"}
 """The attributes of every record; all others were given as `extra`."""
@@ -46,6 +50,7 @@ def configure_logs(
         _logger.removeHandler(old)
         old.close()
     _logger.addHandler(handler)
+    _logger.addHandler(_Recent())
     _logger.setLevel(level.upper() if isinstance(level, str) else level)
     _logger.propagate = False
     return handler
@@ -88,16 +93,33 @@ class _Text(_Json):
     def format(self, record: logging.LogRecord) -> str:
         parts = self.parts(record)
         front = f"{parts.pop('time')} {parts.pop('level'):7} {on_one_line(parts.pop('event'))}"
-        return " ".join([front, *(f"{key}={self._value(value)}" for key, value in parts.items())])
+        return " ".join([front, *(f"{key}={self.value(value)}" for key, value in parts.items())])
 
     @staticmethod
-    def _value(value: Any) -> str:
+    def value(value: Any) -> str:
+        """A value, on one line."""
         if isinstance(value, float):
             return f"{value:.6g}"
         text = json.dumps(value, default=_as_plain, ensure_ascii=False)
         bare = text[1:-1]
         is_bare = text.startswith('"') and bare and bare.isprintable() and not set(bare) & set(' "\\=')
         return bare if is_bare else on_one_line(text)
+
+
+class _Recent(logging.Handler):
+    """Keeps the newest records that concern a name."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = dict(getattr(record, "fields", {}))
+        if isinstance(name := fields.pop("name", None), str):
+            said = (f"{key} {_Text.value(value)}" for key, value in fields.items() if value is not None)
+            text = ": ".join(filter(None, (record.getMessage(), ", ".join(said))))
+            _kept.append((name, record.created, record.levelno, on_one_line(text)[:_RECENT_CHARS]))
+
+
+def recent(name: str) -> list[list[Any]]:
+    """The newest records that concern a name, oldest first: [Unix time, level, text]. `configure_logs` begins them."""
+    return [[at, level, text] for of, at, level, text in list(_kept) if of == name]
 
 
 class News:

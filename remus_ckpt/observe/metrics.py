@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from remus_ckpt.disk import free_bytes
-from remus_ckpt.loop import STEPS
-from remus_ckpt.observe.http import MetricsServer
-from remus_ckpt.pages import ratio
+from remus_ckpt.observe.disks import StoreDisks
+from remus_ckpt.observe.http import HttpServer
+from remus_ckpt.pages import PARTS, by_part, ratio
+from remus_ckpt.pause import STEPS, Capture
 
 _FAST_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Seconds: from a pause for a few pages to a hanging disk."""
@@ -29,7 +31,7 @@ _WINDOW = 1024
 
 _STAGES = ("raw", "encoded", "wire")
 _COMMANDS = ("fence", "takeover")
-_TIMES = ("pause", "commit_latency", *STEPS)
+_TIMES = ("pause", "commit_latency", "output_latency", *STEPS)
 _PERCENTILES = ("p50", "p99", "max")
 
 
@@ -40,6 +42,7 @@ class _Series:
         self.pauses: deque[float] = deque(maxlen=_WINDOW)
         self.steps: dict[str, deque[float]] = {step: deque(maxlen=_WINDOW) for step in STEPS}
         self.latencies: deque[float] = deque(maxlen=_WINDOW)
+        self.changed = np.zeros(PARTS, dtype=np.int64)
         self.both: dict[str, Any] = {
             "committed": 0,
             "raw_bytes": 0,
@@ -62,6 +65,8 @@ class _Series:
             "tracking": None,
             "tracking_why": "",
             "missed_pages": 0,
+            "capture": None,
+            "capture_why": "",
         }
         """Counted by a primary only; for a backup, the store knows it."""
 
@@ -72,11 +77,13 @@ class Seen:
 
     level, state: of its health (specs/operations.md §1)
     base_bytes: received of a full copy that is not durable yet
+    unarchived_bytes: of closed segments that the archive lacks; None without one
     """
 
     level: int
     state: str
     base_bytes: int
+    unarchived_bytes: int | None = None
 
 
 class _Health(Collector):
@@ -95,10 +102,68 @@ class _Health(Collector):
         base = GaugeMetricFamily(
             "remus_base_received_bytes", "Bytes received of a full copy that is not durable yet", labels=["name"]
         )
+        waiting = GaugeMetricFamily(
+            "remus_unarchived_bytes", "Bytes of closed segments that the archive does not have yet", labels=["name"]
+        )
         for name, seen in self._look().items():
             health.add_metric([name, seen.state], seen.level)
             base.add_metric([name], seen.base_bytes)
-        return [health, base]
+            if seen.unarchived_bytes is not None:
+                waiting.add_metric([name], seen.unarchived_bytes)
+        return [health, base, waiting]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a guest has sent to its network, since its bridge was started.
+
+    held: not committed yet; released: committed, and sent; dropped: never committed
+    latency_bounds_s, latency_counts: frames by the time from the guest's sending to the network's getting: up to each
+        bound, and over the last one
+    """
+
+    held_frames: int
+    held_bytes: int
+    released_frames: int
+    released_bytes: int
+    dropped_frames: int
+    latency_bounds_s: Sequence[float]
+    latency_counts: Sequence[int]
+    latency_sum_s: float
+
+
+class _Outputs(Collector):
+    """Asks the bridge at each scrape: the counts are its own, and begin anew with it."""
+
+    def __init__(self, name: str, look: Callable[[], Output | None]) -> None:
+        self._name = name
+        self._look = look
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> list[Metric]:
+        output = self._look()
+        found: list[Metric] = []
+        for family, field, text in (
+            (GaugeMetricFamily, "held_frames", "Frames of a guest that wait for their commit"),
+            (GaugeMetricFamily, "held_bytes", "Bytes of these frames"),
+            (CounterMetricFamily, "released_frames", "Frames that have left after their commit"),
+            (CounterMetricFamily, "released_bytes", "Bytes of these frames"),
+            (CounterMetricFamily, "dropped_frames", "Frames that were never committed, and are lost"),
+        ):
+            metric = family(f"remus_output_{field}", text, labels=["name"])
+            if output is not None:
+                metric.add_metric([self._name], getattr(output, field))
+            found.append(metric)
+        latency = HistogramMetricFamily(
+            "remus_output_latency_seconds", "From a guest's sending of a frame until it left", labels=["name"]
+        )
+        if output is not None:
+            bounds = [*map(str, output.latency_bounds_s), "+Inf"]
+            sums = itertools.accumulate(output.latency_counts)
+            latency.add_metric([self._name], list(zip(bounds, sums, strict=True)), output.latency_sum_s)
+        return [*found, latency]
 
 
 class Metrics:
@@ -114,7 +179,7 @@ class Metrics:
         self.pause = self._histogram("remus_checkpoint_pause_seconds", "How long a checkpoint stopped its source")
         self.step = Histogram(
             "remus_checkpoint_pause_step_seconds",
-            "Where a pause went: stopping its source, finding pages, copying them, letting it run on",
+            "Where a pause went: stopping its source, finding pages, copying or encoding them, letting it run on",
             ["name", "step"],
             buckets=_FAST_BUCKETS,
             registry=self.registry,
@@ -127,6 +192,10 @@ class Metrics:
         self.dirty_pages = self._counter("remus_dirty_pages", "Pages that checkpoints found changed")
         self.by_kernel = self._gauge(
             "remus_tracking_kernel", "1 where the kernel found the pages of the newest checkpoint, 0 for a comparison"
+        )
+        self.by_encoding = self._gauge(
+            "remus_capture_encode",
+            "1 where the newest checkpoint was encoded in its pause, 0 where it was copied there",
         )
         self.missed_pages = self._counter(
             "remus_missed_pages", "Pages that tracking had missed, found by a comparison: the run compares since"
@@ -146,8 +215,6 @@ class Metrics:
         self.term = self._gauge("remus_term", "Term of the store: it rises with each failover")
         self.connected = self._gauge("remus_connected", "1 while there is a session with the other side")
         self.promoted = self._gauge("remus_promoted", "1 where this backup has taken over, 0 while it stands by")
-        self.store_bytes = self._gauge("remus_store_bytes", "Bytes of the segments that the backup holds")
-        self.store_free_bytes = self._gauge("remus_store_free_bytes", "Bytes that are free where they lie")
         self.store_open = self._gauge(
             "remus_store_open", "1 where the backup serves a name, 0 where its store is refused"
         )
@@ -158,6 +225,8 @@ class Metrics:
         self.copy_share = self._gauge(
             "remus_first_copy_share", "Share of memory that a first copy has gone over; 1 once it is done"
         )
+        self._disks = StoreDisks()
+        self.registry.register(self._disks)
         self._health: _Health | None = None
         self._certificate_expiry: Gauge | None = None
         self._expires: Callable[[], datetime] | None = None
@@ -232,6 +301,31 @@ class Metrics:
             grew: bool = missed_pages > primary["missed_pages"]
             primary |= {"tracking": way, "tracking_why": why, "missed_pages": missed_pages}
             return grew
+
+    def changed(self, name: str, pfns: NDArray[np.int64], pages: int) -> None:
+        """Count the changed pages that a checkpoint carries, by the part of memory that they lie in.
+
+        pages: of all memory
+        """
+        counts = by_part(pfns, pages)
+        with self._lock:
+            self._of(name).changed += counts
+
+    def changed_by_part(self, name: str) -> list[int]:
+        """How many changed pages checkpoints have carried, for each of PARTS parts of memory; [] if none was counted
+        for that name."""
+        with self._lock:
+            series = self._series.get(name)
+            return [] if series is None else series.changed.tolist()
+
+    def captured(self, name: str, way: Capture, why: str) -> None:
+        """Record what was done to the pages of a checkpoint in its pause.
+
+        why: why they were copied
+        """
+        with self._lock:
+            self._of(name).primary |= {"capture": way, "capture_why": why}
+            self.by_encoding.labels(name).set(way == "encode")
 
     def add_bytes(self, name: str, *, raw: int = 0, encoded: int = 0, wire: int = 0) -> None:
         """Add bytes that were encoded, sent or received."""
@@ -308,6 +402,10 @@ class Metrics:
         if self._health is not None:
             self.registry.register(self._health)
 
+    def watch_output(self, name: str, look: Callable[[], Output | None]) -> None:
+        """Show what a guest sends. look: called at each scrape; None while nobody knows"""
+        self.registry.register(_Outputs(name, look))
+
     def watch_certificate(self, expires: Callable[[], datetime]) -> None:
         """Show when this side's certificate expires.
 
@@ -325,15 +423,13 @@ class Metrics:
     # Counted by a backup
 
     def watch_store(self, name: str, directory: str | Path) -> None:
-        """Show the size of a store and the free space on its disk, both looked up at each scrape.
+        """Show the size of a store and the free space on its disk, both looked up at each scrape (disks.py).
 
         directory: that of the name, with its segments
         """
-        segments = Path(directory) / "segments"
+        self._disks.watch(name, Path(directory) / "segments")
         with self._lock:
             self._of(name)
-            self.store_bytes.labels(name).set_function(lambda: _bytes_in(segments))
-            self.store_free_bytes.labels(name).set_function(lambda: _free_bytes(segments))
             self.store_errors.labels(name)
             self.store_open.labels(name).set(1)
             for step in STEPS:
@@ -370,6 +466,7 @@ class Metrics:
 
     def forget(self, name: str) -> None:
         """Stop counting and showing a name."""
+        self._disks.forget(name)
         with self._lock:
             if self._series.pop(name, None) is None:
                 return
@@ -379,9 +476,8 @@ class Metrics:
                 self.command_failures.remove(name, command)
             for metric in (
                 self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
-                self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted, self.store_bytes,
-                self.store_free_bytes, self.store_errors, self.store_open, self.by_kernel, self.missed_pages,
-                self.copy_share,
+                self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted,
+                self.store_errors, self.store_open, self.by_kernel, self.missed_pages, self.copy_share,
             ):  # fmt: skip
                 metric.remove(name)
 
@@ -397,8 +493,12 @@ class Metrics:
         return status and status | {"certificate_expires": self._expires and self._expires().timestamp()}
 
     def backup_status(self, name: str) -> dict[str, Any]:
-        """The same for a backup, without what only a primary counts."""
-        return self._status(name, is_primary=False)
+        """The same for a backup, without what only a primary counts.
+
+        changed_by_part: as the method
+        """
+        status = self._status(name, is_primary=False)
+        return status and status | {"changed_by_part": self.changed_by_part(name)}
 
     def _status(self, name: str, *, is_primary: bool) -> dict[str, Any]:
         with self._lock:
@@ -421,13 +521,13 @@ class Metrics:
         with self._lock:
             return sorted(self._series)
 
-    def serve(self, where: str) -> MetricsServer:
+    def serve(self, where: str) -> HttpServer:
         """Serve /metrics over HTTP until the server is closed.
 
         where: HOST:PORT, or a port alone, which listens on this machine only
         Raises LinkError.
         """
-        return MetricsServer(where, self.registry)
+        return HttpServer(where, make_wsgi_app(self.registry), "metrics")
 
 
 def summarize(values: Sequence[float]) -> dict[str, float] | None:
@@ -460,18 +560,3 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
         if any(value is not None for value in found.values()):
             status[f"{what}_ms"] = found
     return status
-
-
-def _bytes_in(directory: Path) -> float:
-    try:
-        with os.scandir(directory) as entries:
-            return float(sum(entry.stat().st_size for entry in entries if entry.is_file()))
-    except OSError:
-        return math.nan
-
-
-def _free_bytes(directory: Path) -> float:
-    try:
-        return float(free_bytes(directory))
-    except OSError:
-        return math.nan

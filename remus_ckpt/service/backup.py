@@ -7,6 +7,7 @@ command (`takeover`).
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import select
@@ -19,26 +20,33 @@ from typing import Any, Self
 
 import msgpack
 
-from remus_ckpt.errors import LinkError, StoreError
+from remus_ckpt.errors import LinkError, RemusError, StoreError
 from remus_ckpt.flag import Flag
+from remus_ckpt.fleet.group import Fleet
+from remus_ckpt.fleet.member import Member, addresses_for
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.listener import Listener
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.loop import StopSignal
-from remus_ckpt.observe.log import log
+from remus_ckpt.observe.log import log, recent
 from remus_ckpt.observe.metrics import Metrics, Seen
+from remus_ckpt.service.beside import Beside
 from remus_ckpt.service.health import judge, overall
 from remus_ckpt.service.names import Names
 from remus_ckpt.service.peer import BEAT_S, Offer, Peer
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.reader import Readers
+from remus_ckpt.service.realtime import Realtime
 from remus_ckpt.service.standby import Standby
+from remus_ckpt.service.vms import Vms, run_directory
 from remus_ckpt.session import frames
-from remus_ckpt.store import Store
+from remus_ckpt.store import Store, Survey
+from remus_ckpt.store.archive import Archive
 from remus_ckpt.store.compaction import COMPACT_BYTES, COMPACT_BYTES_FOR_TIERS
 from remus_ckpt.version import __version__
+from remus_ckpt.vm.disk_image import FOLDER
 
 _TRUST_S = 1.0
 """How often the certificates of open sessions are looked up in the lists of revoked ones."""
@@ -57,6 +65,8 @@ _BRIEF = ("role", "term", "epoch", "position", "connected", "peer", "silent_s", 
 """The fields shown for a name when there are too many names to show everything."""
 _BRIEF_CHARS = 160
 """Of each sentence then."""
+MEMORY, DISK = "memory", "disk"
+"""Where warm copies are, beside folders."""
 
 
 class Backup:
@@ -67,8 +77,13 @@ class Backup:
     tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
     insecure: allow plain tcp:// on an address that other machines can reach
     limits: what the streams of primaries may claim
-    warm_dir: where to keep the warm copies, such as a folder in /dev/shm; by default in the store
+    warm: where the warm copies are: "memory" (on disk while that has no room), "disk" (in the store), or a folder
     on_phase: called with ("receiving" … "applied", epoch) as a checkpoint comes along
+    realtime: for the threads that receive checkpoints
+    archive: where closed segments go too, such as "s3://BUCKET/PREFIX"; archive_recipients: a file with the age
+        recipients for whom they are encrypted
+    fleet: the brokers of the fleet that it belongs to, nats://HOST[:PORT][,HOST…]; primaries find it there
+    advertise: where they reach it; none: at the addresses where it listens, by the name of this host
 
     `run` serves in the calling thread; a `with` statement serves in a separate thread.
     A forked child has no part in it: the child closes the locks and listeners it inherited, and may call only `close`
@@ -87,9 +102,14 @@ class Backup:
         insecure: bool = False,
         policy: Policy | None = None,
         limits: Limits | None = None,
-        warm_dir: str | Path | None = None,
+        warm: str | Path = MEMORY,
         metrics: Metrics | None = None,
         on_phase: Callable[[str, int], None] | None = None,
+        realtime: Realtime | None = None,
+        archive: str | None = None,
+        archive_recipients: Path | None = None,
+        fleet: str | None = None,
+        advertise: Iterable[str] = (),
         stop: StopSignal | None = None,
     ) -> None:
         self.policy = policy or Policy()
@@ -98,19 +118,37 @@ class Backup:
         self._store = store if isinstance(store, Store) else Store(Path(store).absolute())
         self._store.create()
         self._limits = limits or Limits()
-        self._warm_dir = warm_dir
+        self._warm = warm
+        self._vms: Vms | None = None
+        if self.policy.run_vms:
+            disks = self.policy.vm_disks or self._store.directory / FOLDER
+            self._vms = Vms(run_directory(self._store.directory), self.policy.vm_map, disks, self.policy.reprotect)
+        tls = self._tls = TlsFiles(tls_dir) if tls_dir is not None else None
         self._wake = Flag()  # set when something that affects a decision has changed
         self._names = Names(self._store, self.policy, self.metrics, self._make, self._wake.set)
-        readers = Readers(self._store, self.policy, self._limits, self._names.newest_durable)
+        self._member: Member | None = None
+        if fleet is not None:
+            self._member = Member(
+                Fleet(fleet, tls=tls, insecure=insecure),
+                self._store.directory,
+                self.policy.max_names,
+                status=self._health_of_names,
+                let_go=self._names.let_go,
+                take_over=self.failover,
+            )
+        self._readers = Readers(self._store, self.policy, self._limits, self._names.newest_durable)
         self._offer = Offer(
             self.policy.lease_s,
             self._limits,
             self._report_phase,
             standby_of=self._names.lend,
-            reader_for=readers.lend,
+            reader_for=self._readers.lend,
             note_refused=self._names.note_refused,
             answer=self._answer,
+            realtime=realtime,
         )
+        self._archive_lag: dict[str, dict[str, Any]] = {}  # by name; set by one thread, each value as a whole
+        self._beside = self._processes(archive, archive_recipients)
         self._lock = threading.Lock()  # guards the next
         self._peers: list[Peer] = []
         self._thread: threading.Thread | None = None
@@ -128,7 +166,6 @@ class Backup:
             self._lock_store()
             stack.callback(lambda: self._names.close(time.monotonic() + _CLOSE_S))
             self._names.open_all()
-            tls = self._tls = TlsFiles(tls_dir) if tls_dir is not None else None
             self.metrics.watch_health(self._look)
             stack.callback(lambda: self.metrics.watch_health(None))
             self._listeners = [
@@ -141,6 +178,9 @@ class Backup:
             ]
             self._closing = stack.pop_all()
         self.addresses = [str(listener.address) for listener in self._listeners]
+        if self._member is not None:
+            self._member.start([*advertise] or addresses_for(self.addresses))
+        self._start_making_room()
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self.run, name="backup", daemon=True)
@@ -161,8 +201,6 @@ class Backup:
         This thread never waits for a disk, and never more than a moment for a peer.
         """
         self._check_process()
-        if self.policy.retention.free is not None:
-            self._start_making_room()
         poll = select.poll()
         for fd in (self._stop.fileno(), self._wake.fileno(), *(listener.fileno() for listener in self._listeners)):
             poll.register(fd, select.POLLIN)
@@ -174,6 +212,8 @@ class Backup:
             if now >= beat:
                 beat = now + period
                 self._beat()
+                for process in self._beside:
+                    process.look()
                 if on_turn is not None:
                     on_turn()
             if now >= check:
@@ -196,14 +236,18 @@ class Backup:
         self._is_over.set()
         self._stop.set()
         deadline = time.monotonic() + _CLOSE_S
+        for process in self._beside:
+            process.close()
+        if self._member is not None:
+            self._member.close()
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
-        for peer in self._living_peers():
+        for peer in self.living_peers():
             if time.monotonic() < deadline:
                 peer.end("shutdown", "the backup is being stopped")
             else:
                 peer.connection.close()
-        for peer in self._living_peers():
+        for peer in self.living_peers():
             peer.thread.join(max(deadline - time.monotonic(), 0.0))
         self._closing.close()
 
@@ -216,6 +260,15 @@ class Backup:
         """
         self._check_process()
         return self._names.find(name).take_over(fence=fence)
+
+    @property
+    def directory(self) -> Path:
+        """Of the store."""
+        return self._store.directory
+
+    def survey(self, name: str) -> Survey:
+        """What is kept of a name, and durable. Raises StoreError."""
+        return self._readers.survey_of(name)
 
     def status(self) -> dict[str, Any]:
         """The status of this backup, for users."""
@@ -230,10 +283,17 @@ class Backup:
         if self._tls is not None:
             with suppress(LinkError):  # the files are unusable, which the log says
                 report["certificate_expires"] = self._tls.expires().timestamp()
+        for name, found in sorted(self._health_of_names().items()):
+            report["names"][name] = found | {"archive": self._archive_lag.get(name)}
+        return report | {"health": overall(report, None, time.time()).status()}
+
+    def _health_of_names(self) -> dict[str, dict[str, Any]]:
+        """The status of each name, with its health."""
         now = time.time()
-        for name, found in sorted(self._names.status().items()):
-            report["names"][name] = found | {"health": judge(found, self.policy.lease_s, now).status()}
-        return report | {"health": overall(report, None, now).status()}
+        return {
+            name: found | {"health": judge(found, self.policy.lease_s, now).status()}
+            for name, found in self._names.status().items()
+        }
 
     def _look(self) -> dict[str, Seen]:
         """What the metrics show of each name."""
@@ -242,11 +302,17 @@ class Backup:
         for name, found in self._names.status().items():
             health = judge(found, self.policy.lease_s, now)
             base = found["first_copy"]
-            seen[name] = Seen(int(health.level), health.state, 0 if base is None else base["received_bytes"])
+            seen[name] = Seen(
+                level=int(health.level),
+                state=health.state,
+                base_bytes=0 if base is None else base["received_bytes"],
+                unarchived_bytes=self._archive_lag.get(name, {}).get("waiting_bytes"),
+            )
         return seen
 
     def _start_making_room(self) -> None:
-        """A name that receives nothing has to give way too; a disk that hangs must not keep anybody waiting."""
+        """A name that receives nothing has to give way too, and needs no space ahead; a disk that hangs must not keep
+        anybody waiting."""
 
         def make_room() -> None:
             while not self._is_over.wait(_ROOM_S):
@@ -258,19 +324,44 @@ class Backup:
         except RuntimeError as error:  # no more threads are allowed: names that receive checkpoints still give way
             log("room is not made", level=logging.ERROR, reason=str(error))
 
+    def _processes(self, archive: str | None, recipients: Path | None) -> list[Beside]:
+        """What works beside this one on the store."""
+
+        def is_needed() -> bool:
+            return any(one.epoch is not None for one in self._names.standbys)
+
+        def note(line: bytes) -> None:
+            with suppress(ValueError, KeyError):
+                lag = json.loads(line)
+                before = self._archive_lag.get(name := lag.pop("name"), {}).get("error")
+                if lag["error"] and lag["error"] != before:
+                    log("checkpoints are not archived", level=logging.ERROR, name=name, reason=lag["error"])
+                self._archive_lag[name] = lag
+
+        directory = str(self._store.directory)
+        found = [Beside(["-m", "remus_ckpt.store.indexer", directory], is_needed, "pages are not indexed")]
+        if archive is not None:
+            Archive(archive, recipients=recipients, create=True)  # what is wrong with it is said now
+            command = ["-m", "remus_ckpt.store.archiver", directory, archive]
+            more = [] if recipients is None else [str(recipients)]
+            found.append(Beside(command + more, is_needed, "checkpoints are not archived", note))
+        return found
+
     # Names
 
     def _make(self, name: str) -> Standby:
         writer = self._store.writer(
             name,
             limits=self._limits,
-            warm_directory=self._warm_dir,
+            warm_directory=None if self._warm in (MEMORY, DISK) else self._warm,
+            warm_in_memory=self._warm == MEMORY,
             on_phase=self._report_phase,
             retention=self.policy.retention,
             compact_bytes=COMPACT_BYTES_FOR_TIERS if self.policy.retention.tiers else COMPACT_BYTES,
         )
         try:
-            return Standby(name, writer, self.policy, self.metrics, self._wake.set)
+            guest = None if self._vms is None else self._vms.of(name, self._wake.set)
+            return Standby(name, writer, self.policy, self.metrics, self._wake.set, guest, self._member)
         except BaseException:
             writer.close()
             raise
@@ -281,7 +372,8 @@ class Backup:
 
     # Connections
 
-    def _living_peers(self) -> list[Peer]:
+    def living_peers(self) -> list[Peer]:
+        """The connections whose threads have not ended."""
         with self._lock:
             self._peers = [peer for peer in self._peers if peer.thread.is_alive()]
             return list(self._peers)
@@ -289,11 +381,11 @@ class Backup:
     # `run` has no variable for a peer or its connection: the last one would keep its buffers.
 
     def _beat(self) -> None:
-        for peer in self._living_peers():
+        for peer in self.living_peers():
             peer.beat()
 
     def _end_distrusted(self) -> None:
-        for peer in self._living_peers():
+        for peer in self.living_peers():
             if (fault := peer.connection.distrust()) is not None:
                 log("certificate not trusted", level=logging.WARNING, peer=peer.connection.peer, reason=fault)
                 peer.end("revoked", f"the certificate {peer.connection.certificate_name!r} {fault}")
@@ -301,7 +393,7 @@ class Backup:
     def _receive_peer(self, listener: Listener) -> None:
         if (connection := listener.accept()) is None:
             return
-        peers = self._living_peers()
+        peers = self.living_peers()
         if len(peers) >= self.policy.max_connections:
             staying = [peer for peer in peers if not peer.is_evicted]
             evictable = [peer for peer in staying if peer.role in _EVICTED_FIRST]
@@ -327,8 +419,14 @@ class Backup:
         match method:
             case "status":
                 return _shortened(self.status())
+            case "events":
+                return {"events": recent(str(arguments.get("name")))}
             case "failover":
                 return self.failover(str(arguments.get("name")), fence=bool(arguments.get("fence")))
+            case _ if method.startswith("disk-") and self._vms is None:
+                raise RemusError("this backup runs no guests, and keeps no disks: start it with --run-vms")
+            case _ if method.startswith("disk-") and self._vms is not None:
+                return self._vms.images(str(arguments.get("name"))).answer(method, arguments)
         return None
 
     # What only one process may have

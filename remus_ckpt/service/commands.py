@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -25,6 +25,7 @@ class ShellCommand:
     environment: added to ours; a NUL in a value, which no environment can hold, becomes U+FFFD
     stdin: empty by default
     stdout: goes where our log goes by default
+    pass_fds: descriptors that the command inherits
     grace_s: how long the command may outlive this process before it is killed
     Raises RemusError if it cannot be started. `kill` and `let_be` may be called from any thread.
     """
@@ -36,6 +37,7 @@ class ShellCommand:
         *,
         stdin: int = subprocess.DEVNULL,
         stdout: int | None = 2,
+        pass_fds: Sequence[int] = (),
         grace_s: float = 0.0,
     ) -> None:
         self._status: int | None = None
@@ -49,7 +51,7 @@ class ShellCommand:
                     env={**os.environ, **values},
                     stdin=stdin,
                     stdout=stdout,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *pass_fds],
                     start_new_session=True,
                 )
         except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -79,6 +79,8 @@ class Durable:
         self._owed: dict[str, Any] = {}  # in force, but not yet written to store.json
         for warning in writer.warnings:
             log("store damaged", level=logging.ERROR, name=name, reason=warning)
+        self._warm_told: str | None = None  # why the warm copy is on disk, as last reported in the log
+        self._tell_warm()
         metrics.watch_store(name, writer.directory)
         self._told: tuple[int, str] = (self.state.term, str(self.state.role))  # as last reported in metrics and log
         metrics.set_promoted(name, self.state.role == "promoted")
@@ -99,12 +101,14 @@ class Durable:
     def status(self) -> dict[str, Any]:
         """trouble: what is wrong on this side, None if all is well; trouble_since: Unix time
         store_fault: why nothing can be stored, None if it can
+        warm_on_disk: why the warm copy is not in memory, None if it is, or should not be
         """
         is_writing = self.write_trouble is not None
         return {
             "trouble": self.write_trouble if is_writing else self._trouble,
             "trouble_since": self._write_since if is_writing else self._trouble_since,
             "store_fault": self._write_fault or self.checkpoint_fault,
+            "warm_on_disk": self.writer.warm_on_disk,
         }
 
     def note_stored(self) -> None:
@@ -112,6 +116,17 @@ class Durable:
         if self.checkpoint_fault is not None:
             log("store takes checkpoints again", name=self.name, epoch=self.epoch)
         self.trouble, self.checkpoint_fault, self._is_short = None, None, False
+        self._tell_warm()
+
+    def _tell_warm(self) -> None:
+        """Report where the warm copy is, if that has changed."""
+        reason = self.writer.warm_on_disk
+        if reason != self._warm_told:
+            self._warm_told = reason
+            if reason is None:
+                log("warm copy in memory again", name=self.name)
+            else:
+                log("warm copy on disk", level=logging.WARNING, name=self.name, reason=reason)
 
     def check_room(self, attempts: Attempts, base: Base) -> None:
         """Raises Refusal if a full copy cannot fit, or if it was tried in vain a moment ago; StoreError."""

@@ -5,14 +5,18 @@ do now; the caller does it, notes it in the situation and calls again. No decisi
 that was killed between any two steps continues after its restart from what is durable (term, role, expects_primary,
 takeover_done), and starts to count the silence anew.
 
-    standby ── lease over ──> RunFence ── succeeded ──> Promote ──> RunTakeover ──> done
-            └─ by hand ───────────────────────────────────┘
+    standby ── lease over ──> (Claim) ──> RunFence ── succeeded ──> Promote ──> RunTakeover ──> done
+            └─ by hand ─────> (Claim) ────────────────────────────────┘
 
 What must hold, whatever is interrupted:
 
-- Automatic failover happens only where the user asked for it and gave a fence command, after a committed checkpoint,
-  when a primary that has not said goodbye was silent for a whole lease, and when a fence that began after that lease
-  has succeeded. A sign of life before the promotion cancels the failover, ends the fence, and voids its result.
+- Automatic failover happens only where the user asked for it and gave a fence command or a commit log, after a
+  committed checkpoint, when a primary that has not said goodbye was silent for a whole lease, and when a fence that
+  began after that lease has succeeded. A sign of life before the promotion cancels the failover, ends the fence, and
+  voids its result.
+- Where there is a commit log, the takeover is in it before anything else is done. From then on nothing cancels it: the
+  primary has lost the right to commit. The log stands in for the fence if the primary was let in as one whose commits
+  go to the same log.
 - The takeover command runs only once the promotion is durable. It is repeated until it has succeeded once: a backup
   that is killed while the command runs, runs it again.
 - A promotion is permanent: only a primary of a higher term makes the store a standby again (`admit`).
@@ -93,6 +97,7 @@ class Situation:
     has_checkpoint: it holds a committed checkpoint
     expects_primary: a primary of this term was let in and has not said goodbye
     takeover_done: the takeover command has succeeded in this term
+    is_logged: the primary that was let in last commits to the log that is used here
 
     Of this run of the backup:
     listening_since: when it started, or when it last resumed after being frozen or starved (`listening_since`)
@@ -100,10 +105,13 @@ class Situation:
     fence: None without a fence command
     takeover: None without a takeover command
     by_hand: a request to take over, None without one
+    claimed: the term of our takeover that is in the commit log, and that the store does not know yet; None if there is
+        none. claimed_at: when that was found out
 
     Chosen by the user:
     lease_s: how long a primary may be silent
     automatic: take over without being told
+    has_log: a takeover is recorded in a commit log first
     """
 
     term: int
@@ -117,7 +125,11 @@ class Situation:
     fence: Command | None = None
     takeover: Command | None = None
     by_hand: ByHand | None = None
+    claimed: int | None = None
+    claimed_at: float = 0.0
     automatic: bool = False
+    has_log: bool = False
+    is_logged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +142,16 @@ class RunFence:
     """
 
     attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """End the primary's session; then append the takeover to the commit log, with this term or a higher one.
+
+    If the log denies it, another side goes on, or would lose less: nothing else may follow.
+    """
+
+    term: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +176,7 @@ class WaitUntil:
     time: float
 
 
-Action = RunFence | Promote | RunTakeover | WaitUntil
+Action = RunFence | Claim | Promote | RunTakeover | WaitUntil
 
 
 def decide(situation: Situation, now: float) -> list[Action]:
@@ -163,15 +185,32 @@ def decide(situation: Situation, now: float) -> list[Action]:
         return _take_over(situation, now)
     if not situation.has_checkpoint:
         return []
-    if (wish := situation.by_hand) is not None:
-        return _fence_and_promote(situation, wish.at, now) if wish.fence else [Promote(situation.term + 1)]
+    wish = situation.by_hand
+    if situation.claimed is not None:
+        # A user who vouches for the old side waits for no fence.
+        needs_no_fence = situation.fence is None or (wish is not None and not wish.fence)
+        return [_promotion(situation)] if needs_no_fence else _fence_and_promote(situation, situation.claimed_at, now)
+    if wish is not None:
+        is_next = situation.has_log or not wish.fence
+        return [_promotion(situation)] if is_next else _fence_and_promote(situation, wish.at, now)
     if not (situation.automatic and situation.expects_primary):
         return []
     since = situation.listening_since
     if situation.last_heard is not None:
         since = max(since, situation.last_heard)
     due = since + situation.lease_s
-    return [WaitUntil(due)] if now < due else _fence_and_promote(situation, due, now)
+    if now < due:
+        return [WaitUntil(due)]
+    if situation.has_log:
+        return [_promotion(situation)] if situation.is_logged or situation.fence is not None else []
+    return _fence_and_promote(situation, due, now)
+
+
+def _promotion(situation: Situation) -> Claim | Promote:
+    """The next step of a takeover that waits for no fence."""
+    if situation.claimed is not None:
+        return Promote(situation.claimed)
+    return Claim(situation.term + 1) if situation.has_log else Promote(situation.term + 1)
 
 
 def _fence_and_promote(situation: Situation, since: float, now: float) -> list[Action]:
@@ -182,7 +221,7 @@ def _fence_and_promote(situation: Situation, since: float, now: float) -> list[A
     if fence.phase is Phase.NOT_RUN or fence.began_at < since:
         return [RunFence(1)]
     if fence.phase is Phase.SUCCEEDED:
-        return [Promote(situation.term + 1)]
+        return [_promotion(situation)]
     return [WaitUntil(fence.retry_at())] if now < fence.retry_at() else [RunFence(fence.attempt + 1)]
 
 

@@ -39,6 +39,7 @@ STATES: dict[str, tuple[Level, str]] = {
     "lagging": (Level.WARNING, "look at the link, and at the backup's disk"),
     "tracking": (Level.WARNING, "name every process that writes to the memory (--pid)"),
     "damaged": (Level.WARNING, "run `remus-ckpt verify` on the store"),
+    "not ready": (Level.WARNING, "do what the reason says, so that the guest can go on here"),
     "certificate ends": (Level.WARNING, "renew it: `remus-ckpt keys issue … --renew`"),
     "disconnected": (Level.WARNING, "wait: a primary that lives reconnects by itself"),
     "ended": (Level.WARNING, "run `remus-ckpt protect` again if the memory is still in use"),
@@ -55,6 +56,7 @@ STATES: dict[str, tuple[Level, str]] = {
     "takeover failed": (Level.CRITICAL, "see the backup's log, and repair the --on-failover command"),
     "certificate ended": (Level.CRITICAL, "renew it: `remus-ckpt keys issue … --renew`"),
     "absent": (Level.CRITICAL, "check the name, and whether `remus-ckpt protect` runs"),
+    "fenced": (Level.CRITICAL, "stop the work here, and release nothing that was held back"),
     "unreachable": (Level.UNKNOWN, "check the address, the keys, and whether the backup runs"),
 }
 """Each state, its level, and what to do next."""
@@ -100,6 +102,33 @@ def judge(found: Mapping[str, Any], lease_s: float, now: float) -> Health:
     if found["role"] == "unknown":
         return _store_fault(found, now)
     return _connected(found, lease_s, now) if found["connected"] else _left_alone(found, now)
+
+
+def judge_primary(status: Mapping[str, Any], ended: str, now: float) -> Health:
+    """The health of what a primary protects, as it sees that itself.
+
+    status: its own (`Primary.status`); ended: why it has ended, empty while it runs
+    now: Unix time
+    """
+    epoch = status["committed_epoch"]
+    at = "nothing is committed yet" if epoch is None else f"epoch {epoch} is committed"
+    since = _ago(status.get("last_commit_at"), now)
+    since = since and f"the last commit {since}"
+    if status.get("fenced"):
+        return _say("fenced", "another side has taken over", at)
+    if ended:
+        return _say("ended", f"this primary has ended ({ended})", at)
+    if not status.get("connected"):
+        return _say("disconnected", "there is no link to the backup", at, since)
+    if epoch is None or status["copy_share"] is not None:
+        share = status["copy_share"]
+        return _say("copying", at, "" if share is None else f"{share:.0%} of memory is sent")
+    if status.get("missed_pages"):
+        return _say("tracking", f"the kernel missed {status['missed_pages']} pages, and all memory is compared since")
+    expires = status.get("certificate_expires")
+    if (certificate := _certificate(expires, "the primary's certificate", now)) is not None:
+        return certificate
+    return _say("protected", at, since)
 
 
 def overall(report: Mapping[str, Any], name: str | None, now: float) -> Health:
@@ -150,7 +179,16 @@ def _promoted(found: Mapping[str, Any]) -> Health:
         return _say("takeover failed", f"taken over {epoch}", found["trouble"], again)
     if found["takeover"] in ("running", "not run"):
         return _say("taking over", epoch, "the takeover command has not ended")
-    return _say("taken over", epoch, "nothing protects the survivor here")
+    where = found.get("vm_protection")
+    if where is not None and where["state"] == "protected":
+        return _say("protected", f"taken over {epoch}", f"the guest runs here, and {where['to']} says: {where['why']}")
+    if where is not None and where["state"] == "copying":
+        return _say("taken over", epoch, f"the guest runs here, and {where['to']} gets a first copy: {where['why']}")
+    survivor = {
+        "running": "the guest runs here, and nothing protects it",
+        "ended": "the guest that went on here has ended",
+    }.get(found.get("vm") or "", "nothing protects the survivor here")
+    return _say("taken over", epoch, survivor, where and f"{where['to']} does not yet: {where['why']}")
 
 
 def _connected(found: Mapping[str, Any], lease_s: float, now: float) -> Health:
@@ -164,7 +202,13 @@ def _connected(found: Mapping[str, Any], lease_s: float, now: float) -> Health:
         return _say(
             "lagging", f"a checkpoint has been arriving for {say_time(found['arriving_s'])}", f"{at} is committed"
         )
+    if found.get("vm") == "refused":
+        return _say("not ready", f"no QEMU waits for the guest: {found['vm_why']}", f"{at} is committed")
     primary = found["primary"]
+    if isinstance(trouble := primary.get("disk_trouble"), str):
+        return _say(
+            "not ready", f"a disk of the guest is not in sync, the primary says: {trouble}", f"{at} is committed"
+        )
     missed = primary.get("missed_pages")
     if isinstance(missed, int) and missed > 0:
         return _say("tracking", f"the kernel missed {missed} pages, the primary says, and it compares all memory since")

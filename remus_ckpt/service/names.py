@@ -42,6 +42,7 @@ _STATUS_OF_REFUSED: dict[str, Any] = {
         ("term", "epoch", "position", "memory_bytes", "peer", "silent_s", "first_copy", "arriving_s"), None
     ),
     **dict.fromkeys(("last_end", "lease_left_s", "refused", "room", "trouble", "trouble_since", "store_fault"), None),
+    "warm_on_disk": None,
     "connected": False,
     **dict.fromkeys(("fence", "fence_retry_s", "takeover", "takeover_retry_s", "image"), None),
     "warnings": [],
@@ -192,6 +193,26 @@ class Names:
         with self._changed:
             standby.guests -= 1
         self._drop_if_empty(standby)
+
+    def let_go(self, name: str) -> bool:
+        """Close the store of a name that another backup has, unless a primary uses it; returns whether it is closed.
+
+        Its files stay, and it is opened again for a primary that comes back. Raises RemusError if it does not close.
+        """
+        with self._changed:
+            standby = self.open_ones.get(name)
+            if standby is None or standby.guests or name in self._in_work or self._is_closed:
+                return False
+            self._in_work.add(name)
+            del self.open_ones[name]
+        try:
+            standby.close()
+            self._metrics.forget(name)
+        finally:
+            with self._changed:
+                self._in_work.discard(name)
+                self._changed.notify_all()
+        return True
 
     def _drop_if_empty(self, standby: Standby) -> None:
         """Free the place of a name under which nothing was ever committed, so that others can have it."""

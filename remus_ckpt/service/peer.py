@@ -11,25 +11,33 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from remus_ckpt.errors import LimitExceeded, LinkError, Malformed, RemusError, StoreError, StreamError, UnknownFormat
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.rights import Action
 from remus_ckpt.observe.log import log
-from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.service.reader import Reader
+from remus_ckpt.service.realtime import Realtime
 from remus_ckpt.service.standby import Refusal, Standby
 from remus_ckpt.session import frames, machine, messages
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import MAX_EPOCH, Role
 from remus_ckpt.store import HistoryWriter, PeerIdentity
 from remus_ckpt.version import __version__
+from remus_ckpt.wire.record import Position
+from remus_ckpt.wire.xen.whole import Whole
 
 _HELLO_S = 5.0
 _FRAME_S = 60.0
 BEAT_S = 0.1
 _END_S = 1.0
 _RECEIVED_EVERY = 8
+_REST_S = 0.02
+"""How long the rest of a short checkpoint may take to come before its first part is looked at."""
 
 
 Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
@@ -48,6 +56,7 @@ class Offer:
         that raises Refusal for a name that this reader may not read
     note_refused: called with the name, the peer and the error when a primary is refused; returns whether that is news
     answer: the answer to a control request
+    realtime: for threads that receive checkpoints, from the first commit on
     """
 
     lease_s: float
@@ -57,6 +66,7 @@ class Offer:
     reader_for: Callable[[str, Callable[[str], None]], AbstractContextManager[Reader]]
     note_refused: Callable[[str, str, Refusal | StoreError], bool]
     answer: Answer
+    realtime: Realtime | None = None
 
 
 def _result(answer: Answer, request: messages.Request) -> dict[str, Any]:
@@ -224,19 +234,35 @@ class Peer:
             raise _Silent(otherwise) from None
         if not size:
             raise LinkError("the other side has closed the connection")
+        incoming = self.session.incoming
+        incoming.buffer_updated(size)
+        if incoming.missing:
+            # The rest of a checkpoint that has begun is about to come: it is cheaper to look at it as a whole.
+            deadline = time.monotonic() + _REST_S
+            while incoming.missing and (left_s := deadline - time.monotonic()) > 0:
+                try:
+                    size = self.connection.recv_into(incoming.get_buffer(), left_s)
+                except TimeoutError:
+                    break
+                if not size:
+                    break  # the next call says so
+                incoming.buffer_updated(size)
         self._is_listening = False
-        self.session.buffer_updated(size)
 
     def say(self, message: messages.Message, timeout_s: float | None = None) -> None:
         """Send one message, within a lease by default. Raises TimeoutError; LinkError, also if the peer has been told
         that the session is over."""
-        timeout_s = self._offer.lease_s if timeout_s is None else timeout_s
+        self._send(message, self._offer.lease_s if timeout_s is None else timeout_s)
+
+    def _send(self, message: messages.Message | list[Buffer], timeout_s: float) -> None:
+        """message: or its bytes"""
         if not self._sending.acquire(timeout=timeout_s):
             raise TimeoutError("the peer takes nothing")
         try:
             if self.session.last_sent is not None:
                 raise LinkError("the session was ended here")
-            self.connection.send(self.session.send(message), timeout_s)
+            buffers = message if isinstance(message, list) else self.session.send(message)
+            self.connection.send(buffers, timeout_s)
         finally:
             self._sending.release()
 
@@ -274,6 +300,10 @@ class Peer:
     def _answer(self, method: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         if method == "failover":
             self._demand("failover", str(arguments.get("name")))
+        elif method.startswith("disk-"):
+            self._demand("protect", str(arguments.get("name")))
+        elif method == "events":
+            self._demand("read", str(arguments.get("name")))
         return self._offer.answer(method, arguments)
 
     def _serve_primary(self, hello: messages.Hello) -> None:
@@ -306,6 +336,7 @@ class Peer:
                     case messages.Begin():
                         standby.begin(hello, event)
                         self.session.lender = writer
+                        self.session.incoming.walk_whole()
                         log(
                             "receiving",
                             level=standby.log_level,
@@ -320,6 +351,10 @@ class Peer:
                         else:
                             writer.feed(data)
                         self._offer.report_phase("receiving", 0)
+                    case machine.CheckpointReceived(whole):
+                        self._offer.report_phase("receiving", 0)
+                        if not self._commit_whole(standby, writer, whole):
+                            self._commit(standby, writer, event.commit)
                     case messages.Commit():
                         self._commit(standby, writer, event)
                     case messages.Heartbeat():
@@ -349,22 +384,83 @@ class Peer:
                 section="session.md §3.5",
                 chunk="COMMIT",
             )
-        wait = self.session.begin.wait if self.session.begin is not None else "durable"
-        # Each acknowledgement costs time here that the disk needs. Where `durable` says the same a little later,
-        # `received` is sent only now and then, for those who measure the link by it.
-        if wait == "received" or commit.position.epoch % _RECEIVED_EVERY == 0:
+        standby.admit(record.device_state)
+        is_base = (arriving := writer.arriving) is not None and arriving.is_base
+        if self._tells_received(commit.position):
             self.say(messages.Ack(level="received", position=commit.position))
         writer.store()
         self.say(messages.Ack(level="durable", position=commit.position))
-        self._offer.report_phase("acknowledged", commit.position.epoch)
+        changed = None if is_base else staged.pfns
+        self._stored(standby, writer, commit.position, begin, commit.pages, commit.stream_bytes, changed)
+
+    def _commit_whole(self, standby: Standby, writer: HistoryWriter, whole: Whole) -> bool:
+        """Commit a checkpoint that has come as a whole; False if it has only been taken in, as all others are.
+
+        The acknowledgement comes before all that can wait.
+        """
+        position, begin, faults = whole.after, time.monotonic(), list[Exception]()
+        if position.epoch > MAX_EPOCH:
+            writer.feed(whole.data)
+            return False
+
+        def try_to(act: Callable[[], Any]) -> Any:
+            try:
+                return None if faults else act()
+            except (LinkError, TimeoutError) as error:
+                faults.append(error)
+            except ValueError as error:  # another thread has just ended the session
+                faults.append(LinkError(str(error)))
+            return None
+
+        def on_staged() -> Callable[[], None]:
+            if self._tells_received(position):
+                try_to(lambda: self.say(messages.Ack(level="received", position=position)))
+            frames = try_to(lambda: self.session.outgoing.send_durable(position))
+            return lambda: try_to(lambda: self._send(frames, self._offer.lease_s))
+
+        standby.admit(whole.device_state)
+        if not writer.store_whole(whole, on_staged):
+            return False
+        if faults:
+            raise faults.pop()  # not by a name: its traceback refers to this frame, which would keep the checkpoint
+        self._stored(standby, writer, position, begin, len(whole.pfns), len(whole.data), whole.pfns)
+        return True
+
+    def _tells_received(self, position: Position) -> bool:
+        # Each acknowledgement costs time here that the disk needs. Where `durable` says the same a little later,
+        # `received` is sent only now and then, for those who measure the link by it.
+        return self._wait == "received" or position.epoch % _RECEIVED_EVERY == 0
+
+    @property
+    def _wait(self) -> messages.Level:
+        """The level at which the primary counts a checkpoint as committed."""
+        return "durable" if self.session.begin is None else self.session.begin.wait
+
+    def _stored(
+        self,
+        standby: Standby,
+        writer: HistoryWriter,
+        position: Position,
+        begin: float,
+        pages: int,
+        stream_bytes: int,
+        changed: NDArray[np.int64] | None,
+    ) -> None:
+        """What comes behind the acknowledgement. changed: its pages; None for a full copy"""
+        self._offer.report_phase("acknowledged", position.epoch)
         before, self._counted = self._counted, self.connection.bytes_received
         standby.stored(
-            commit.position,
+            position,
             time.monotonic() - begin,
-            raw_bytes=commit.pages * PAGE_SIZE,
-            encoded_bytes=commit.stream_bytes,
+            raw_bytes=pages * PAGE_SIZE,
+            encoded_bytes=stream_bytes,
             wire_bytes=self._counted - before,
         )
         writer.apply()
-        if wait == "applied":
-            self.say(messages.Ack(level="applied", position=commit.position))
+        standby.applied()
+        if changed is not None:
+            standby.note_changed(changed)
+        if self._offer.realtime is not None:
+            self._offer.realtime.enter()
+        if self._wait == "applied":
+            self.say(messages.Ack(level="applied", position=position))

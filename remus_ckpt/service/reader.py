@@ -75,6 +75,11 @@ class Readers:
         """The history of a name. Raises StoreError."""
         return self._store.history(name, limits=self._limits)
 
+    def survey_of(self, name: str) -> Survey:
+        """What the history of a name holds durably. Raises StoreError."""
+        history = self.open(name)
+        return self.survey(history, Listing(history.directory, history.limits))
+
     def survey(self, history: History, listing: Listing) -> Survey:
         """What a history holds durably. Raises StoreError."""
         survey = history.survey()

@@ -10,6 +10,7 @@ timeout. So a disk that hangs stops what needs that disk, and nothing else: not 
 from __future__ import annotations
 
 import logging
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt.errors import LinkError, LogError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError
+from remus_ckpt.fleet.claims import Claims
 from remus_ckpt.limits import Limits
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, unflatten
@@ -27,8 +32,9 @@ from remus_ckpt.service.attempts import Attempts, Base
 from remus_ckpt.service.durable import Durable, Refusal, fault_of
 from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
 from remus_ckpt.service.policy import Policy
-from remus_ckpt.service.takeover import Takeover
-from remus_ckpt.session.frames import COMPRESSIONS
+from remus_ckpt.service.takeover import Consent, Takeover
+from remus_ckpt.service.vms import GuestStandby
+from remus_ckpt.session.frames import COMPRESSIONS, choose_digest
 from remus_ckpt.session.messages import Begin, Hello, StreamShape, Welcome
 from remus_ckpt.store import Arriving, HistoryWriter, PeerIdentity, State
 from remus_ckpt.version import __version__
@@ -66,6 +72,8 @@ class Standby:
     """Keeps the history of one name, and takes over.
 
     writer: writes that history; closed with this object
+    guest: the QEMU that goes on with it, if it is a guest; closed with this object. None where guests are not run
+    consent: of others, before a takeover; None if nobody is asked
     wake: called when a decision may have changed
 
     The thread of a session calls `hosting`, `welcome`, `stored` and `said_goodbye`; one thread calls `turn`; any thread
@@ -73,9 +81,21 @@ class Standby:
     """
 
     def __init__(
-        self, name: str, writer: HistoryWriter, policy: Policy, metrics: Metrics, wake: Callable[[], None]
+        self,
+        name: str,
+        writer: HistoryWriter,
+        policy: Policy,
+        metrics: Metrics,
+        wake: Callable[[], None],
+        guest: GuestStandby | None = None,
+        consent: Consent | None = None,
     ) -> None:
         self.name = name
+        self._claims: Claims | None = None
+        if policy.commit_log is not None:
+            self._claims = Claims(policy.commit_log, name, f"{platform.node()}:{writer.directory}")
+        self._guest = guest
+        self._consent = consent
         self.guests = 0
         """Primaries that are connected or waiting to be let in; `Names` counts them, under its own lock."""
         self._writer = writer
@@ -91,6 +111,9 @@ class Standby:
             self._changed,
             situation=self._situation,
             dismiss=self._dismiss_visitor,
+            guest=guest,
+            claims=self._claims,
+            consent=consent,
         )
         self.attempts = Attempts(policy.lease_s)
         """Primaries that were refused; `Names` shares it, since it outlives this object."""
@@ -102,6 +125,10 @@ class Standby:
         self._is_settling = False  # a thread is promoting, or writing what is owed
         self._not_before = 0.0  # when to retry an action that failed because of the disk
         self._is_closed = False
+        with suppress(RemusError):  # told when a primary comes
+            self._follow()
+        if guest is not None:
+            guest.find_survivor(self._durable.state)
 
     @property
     def broken(self) -> str | None:
@@ -128,6 +155,8 @@ class Standby:
             self._metrics.set_term(self.name, term)
             self._metrics.set_connected(self.name, True)
             log("primary connected", level=self.log_level, name=self.name, peer=visitor.identity.text, term=term)
+            if not self._writer.is_handed_out:
+                self._follow()
             yield self._writer
         except (StreamError, LinkError, TimeoutError, Refusal) as error:
             self._end_with(str(error))
@@ -143,12 +172,15 @@ class Standby:
         finally:
             try:
                 self._writer.abandon()
+                if not self._writer.is_handed_out:
+                    self._follow()
             except Exception as error:
                 log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
                 self._durable.note_broken(error)
             with self._changed:
                 self._heard = max(self._heard or 0.0, visitor.heard)
                 self._visitor = None
+                self._takeover.is_in_doubt = self._claims is not None  # the log may have ended that session
                 self._changed.notify_all()
             self._metrics.set_connected(self.name, False)
             self._wake()
@@ -185,6 +217,7 @@ class Standby:
                     other = current.identity.text
                     raise Refusal("busy", f"{self.name!r} is being protected by another primary, {other}")
                 case Accepted(term):
+                    self._check_log(hello)
                     self._await_fence()
                     if (base := self.attempts.base) is not None and base.run == hello.run:
                         # A primary cannot continue from a full copy that it has not ended.
@@ -195,19 +228,45 @@ class Standby:
                         # "fenced" is final: the term must be durable before a primary is told.
                         self._durable.write(term=term)
                         self._dismiss(current, "fenced", f"a primary of term {term} has come", term)
-                    self._seat(visitor, term, state)
+                    self._seat(visitor, term, state, hello.log)
             return term
 
-    def _seat(self, visitor: Visitor, term: int, before: State) -> None:
-        """Make a primary the visitor, durably. before: the state in force until now
+    def _check_log(self, hello: Hello) -> None:
+        """Raises Refusal unless the primary commits to the log that is used here, and the log has no takeover of ours
+        that is not known here."""
+        if self._claims is None:
+            return
+        try:
+            identity = self._claims.identity
+            if self._takeover.is_in_doubt:
+                self._takeover.resolve()
+        except (LogError, Malformed) as error:
+            raise Refusal("busy", f"whether {self.name!r} has been taken over is not known: {error}") from error
+        if hello.log != identity:
+            other = "no commit log" if hello.log is None else "another commit log"
+            raise Refusal("log", f"commits of {self.name!r} go to {other}: start its primary with --log as here")
+        with self._changed:
+            is_taken = self._takeover.claimed is not None
+        if is_taken:
+            self._wake()
+            raise Refusal("busy", f"{self.name!r} is being taken over")
+
+    def _seat(self, visitor: Visitor, term: int, before: State, log_used: str | None) -> None:
+        """Make a primary the visitor, durably. before: the state in force until now; log_used: its commit log
 
         Raises RemusError. If the term is still the same, the primary to fence is then the one before: that is written
         before a fence starts.
         """
         try:
             # The fence must know whom to stop, also after a restart: the identity is durable before the first commit.
+            logged: dict[str, Any] = {"log": log_used} if self._claims is not None or "log" in before.more else {}
             self._durable.write(
-                term=term, role="standby", expects_primary=True, takeover_done=False, peer=asdict(visitor.identity)
+                term=term,
+                role="standby",
+                expects_primary=True,
+                takeover_done=False,
+                peer=asdict(visitor.identity),
+                **logged,
             )
             with self._changed:
                 self._check_open()
@@ -261,7 +320,7 @@ class Standby:
             base = Base(hello.run, self._writer.position, memory_bytes, data_bytes, time.monotonic())
             self.attempts.begin(base)
             self._durable.check_room(self.attempts, base)
-        self._writer.begin(full=begin.mode == "full")
+        self._writer.begin(full=begin.mode == "full", digest=choose_digest(hello))
 
     @property
     def _bound_s(self) -> float:
@@ -291,6 +350,8 @@ class Standby:
             compressions=tuple(name for name in COMPRESSIONS if name in hello.compressions),
             limits={"memory_bytes": limits.memory_bytes, "checkpoint_bytes": limits.checkpoint_bytes},
             lease_s=self._policy.lease_s,
+            digest=choose_digest(hello),
+            log=None if self._claims is None else hello.log,
         )
 
     def said_goodbye(self, reason: str) -> None:
@@ -315,6 +376,24 @@ class Standby:
         self.attempts.stored()
         self._metrics.committed(self.name, position.epoch, seconds, time.time(), position.digest)
         self._metrics.add_bytes(self.name, raw=raw_bytes, encoded=encoded_bytes, wire=wire_bytes)
+
+    def admit(self, device_state: bytes) -> None:
+        """Raise RemusError if a checkpoint must not be stored. device_state: its own, from outside"""
+        if self._guest is not None:
+            self._guest.admit(device_state)
+
+    def applied(self) -> None:
+        """The checkpoint that was stored last is applied. Raises StoreError if the guest's disks do not follow."""
+        self._follow()
+
+    def _follow(self) -> None:
+        if self._guest is not None and self._durable.state.role != "promoted":
+            self._guest.committed(self._writer)
+
+    def note_changed(self, pfns: NDArray[np.int64]) -> None:
+        """Count the pages of a checkpoint that has been applied, by where they lie."""
+        if (memory := self._writer.memory) is not None:
+            self._metrics.changed(self.name, pfns, len(memory))
 
     # Decisions
 
@@ -347,6 +426,9 @@ class Standby:
         if self._durable.is_uncertain:
             self._settle(self._durable.pay)
             return due
+        if self._takeover.is_in_doubt and self._durable.state.role != "promoted":
+            self._settle(self._takeover.look)
+            return due
         situation = self._situation()
         for action in failover.decide(situation, now):
             match action:
@@ -357,6 +439,9 @@ class Standby:
                     begun = Command.begun(attempt, now if self._by_hand is None else max(now, self._by_hand.at))
                     self._start(self._takeover.run_fence, self._takeover.fence, begun)
                     self._takeover.fence = begun  # the new thread first waits for our lock
+                case failover.Claim(term):
+                    self._settle(self._takeover.claim, term)
+                    return due
                 case failover.Promote(term):
                     self._settle(self._takeover.promote, term)
                     return due
@@ -387,7 +472,11 @@ class Standby:
             fence=self._takeover.fence,
             takeover=self._takeover.command,
             by_hand=self._by_hand,
+            claimed=self._takeover.claimed,
+            claimed_at=self._takeover.claimed_at,
             automatic=self._policy.automatic,
+            has_log=self._claims is not None,
+            is_logged=self._claims is not None and state.more.get("log") == self._claims.known_identity is not None,
         )
 
     def _start(self, work: Callable[..., bool], *arguments: Any, settles: bool = False) -> None:
@@ -426,6 +515,8 @@ class Standby:
         Raises NoCheckpoint if nothing is committed, RemusError if the fencing fails or the promotion takes too long.
         The message describes that moment: a promotion that is already being written may still complete later.
         """
+        if self._consent is not None and self._takeover.given is None and self._durable.state.role != "promoted":
+            self._consent.check(self.name, self._durable.state.term)
         with self._changed:
             if (given := self._takeover.given) is not None:
                 return given
@@ -473,7 +564,10 @@ class Standby:
         return f"not promoted within {_PROMOTION_S:g} s{why or ': see the log of the backup'}"
 
     def _has_failed(self, wish: ByHand) -> bool:
-        """Whether the fence that was run for this request has failed; an earlier fence does not count."""
+        """Whether the fence that was run for this request has failed, or the log has denied it; what was before does
+        not count."""
+        if self._takeover.denied_at >= wish.at:
+            return True
         fence = self._takeover.fence if wish.fence else None
         return fence is not None and fence.phase is failover.Phase.FAILED and fence.began_at >= wish.at
 
@@ -563,6 +657,8 @@ class Standby:
             self._is_closed = True
             self._takeover.stop()
             self._changed.notify_all()
+        if self._guest is not None:
+            self._guest.close()
 
     def close(self, deadline: float | None = None) -> None:
         """Stop, and close the store, by this time; if it still hangs then, it is abandoned."""

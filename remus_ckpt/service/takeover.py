@@ -1,4 +1,5 @@
-"""The steps of a takeover: the fence, the promotion, the handing out of memory, and the takeover command.
+"""The steps of a takeover: its record in the commit log, the fence, the promotion, the handing out of memory, and the
+takeover command.
 
 `failover` decides when to take them. Each step checks once more, at the last moment, that it is still due: between the
 decision and the action, the primary may give a sign of life.
@@ -7,12 +8,16 @@ decision and the action, the primary may give a sign of life.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from remus_ckpt.errors import RemusError
+from remus_ckpt.errors import Malformed, NoCheckpoint, RemusError, StoreError
+from remus_ckpt.fleet.claims import Claims, Denied
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service import failover
@@ -20,10 +25,25 @@ from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.service.durable import Durable, Refusal
 from remus_ckpt.service.failover import Command, Situation
 from remus_ckpt.service.policy import Policy
+from remus_ckpt.service.vms import NO_GUEST, GuestStandby
+from remus_ckpt.store.history import History
+from remus_ckpt.vm.part import is_vm
+from remus_ckpt.wire.record import Position
 
 
 class _NotRun(RemusError):
     """One of the user's commands cannot be started."""
+
+
+class Consent(Protocol):
+    """Others who must agree before a name is taken over here: a fleet, in which another backup may have the name."""
+
+    def check(self, name: str, term: int) -> None:
+        """Raise RemusError if a takeover could not follow: then nobody is fenced for it. term: of the store"""
+
+    def claim(self, name: str, term: int) -> None:
+        """Have the others know that the name is taken over here, under this term. Raises RemusError: then nothing is
+        promoted."""
 
 
 class Takeover:
@@ -31,11 +51,15 @@ class Takeover:
 
     lock: the lock of the name; guards all fields
     situation: what a decision rests on now; called with the lock held
+    guest: the QEMU that goes on with a guest; None where guests are not run
+    claims: the commit log, as far as it concerns this name; None without one
     dismiss: ends the open session, if there is one, with this code and message. Raises Refusal if its thread does not
         return from the disk
+    consent: of others; None if nobody is asked
 
-    `run_fence`, `promote` and `run_takeover` each run in a thread of their own, without the lock. They return False if
-    the disk stopped them: then nothing is tried for a while. The other methods need the lock where they say so.
+    `look`, `claim`, `run_fence`, `promote` and `run_takeover` each run in a thread of their own, without the lock. They
+    return False if the disk or the log stopped them: then nothing is tried for a while. The other methods need the lock
+    where they say so.
     """
 
     def __init__(
@@ -47,6 +71,9 @@ class Takeover:
         *,
         situation: Callable[[], Situation],
         dismiss: Callable[[str, str], None],
+        guest: GuestStandby | None = None,
+        claims: Claims | None = None,
+        consent: Consent | None = None,
     ) -> None:
         self.name = durable.name
         self._durable = durable
@@ -55,8 +82,20 @@ class Takeover:
         self._lock = lock
         self._situation = situation
         self._dismiss = dismiss
+        self._guest = guest
+        self._claims = claims
+        self.claimed: int | None = None
+        """The term of our takeover that is in the commit log, while the store is no further."""
+        self.claimed_at = 0.0
+        self.is_in_doubt = claims is not None
+        """Whether the log may have a takeover of ours that is not known here: after a start, after an append without an
+        answer, and after each session, which such a takeover may have ended."""
+        self._look_trouble: str | None = None
+        self.denied_at = -math.inf
+        """When the log last said that this backup must not take over."""
+        self._consent = consent
         self.fence = Command() if policy.fence else None
-        self.command = Command() if policy.on_failover else None
+        self.command = Command() if policy.on_failover or policy.run_vms else None
         """The takeover command. Whoever starts `run_takeover` stores the run that has begun here (`run_fence`: in
         `fence`)."""
         self._fencing: ShellCommand | None = None
@@ -108,7 +147,7 @@ class Takeover:
                 shell.kill()
 
     def status(self, now: float) -> dict[str, Any]:
-        """How far the commands have got, and what was handed out; see `Standby.status`."""
+        """How far the commands have got, and what was handed out; see `Standby.status` and `GuestStandby.status`."""
         state = self._durable.state
         actions = failover.decide(self._situation(), now)
 
@@ -128,14 +167,101 @@ class Takeover:
             "takeover": "succeeded" if is_done else phase(self.command),
             "takeover_retry_s": retry_s(self.command),
             "image": None if self.given is None else self.given["image"],
-        }
+        } | (NO_GUEST if self._guest is None else self._guest.status())
 
     def _needs_fence(self, now: float) -> bool:
         return not self._is_stopped and not self._durable.is_uncertain and failover.needs_fence(self._situation(), now)
 
-    def _is_due(self, term: int) -> bool:
+    def _is_due(self, action: failover.Action) -> bool:
         self._durable.known_state()
-        return not self._is_stopped and failover.Promote(term) in failover.decide(self._situation(), time.monotonic())
+        return not self._is_stopped and action in failover.decide(self._situation(), time.monotonic())
+
+    # The commit log
+
+    def look(self) -> bool:
+        """Find out whether the log has a takeover of ours that the store does not know."""
+        try:
+            self.resolve()
+        except RemusError as error:
+            self._look_trouble = self._durable.trouble = str(error)
+            return False
+        if self._look_trouble is not None and self._durable.trouble == self._look_trouble:
+            self._durable.trouble = self._look_trouble = None
+        return True
+
+    def resolve(self) -> None:
+        """As `look`, for a caller that wants to know. Raises LogError, Malformed, StoreError."""
+        state = self._durable.known_state()
+        store = state.more.get("log_store")
+        found = None
+        if self._claims is not None:
+            _ = self._claims.identity  # so that it is known
+            if isinstance(store, str) and state.role != "promoted":
+                found = self._claims.find(term=state.term, store=store)
+        with self._lock:
+            self.is_in_doubt = False
+            self._note_claimed(found)
+
+    def _note_claimed(self, term: int | None) -> None:
+        if term is not None and self.claimed is None and self._durable.state.role != "promoted":
+            self.claimed, self.claimed_at = term, time.monotonic()
+            log("takeover logged", level=logging.WARNING, name=self.name, term=term)
+        self._lock.notify_all()
+
+    def claim(self, term: int) -> bool:
+        """Append the takeover to the commit log, unless its reason has gone."""
+        try:
+            if self._consent is not None:
+                self._consent.check(self.name, self._durable.state.term)
+            with self._durable.settling():
+                with self._lock:
+                    is_due = self._is_due(failover.Claim(term))
+                if is_due:
+                    self._dismiss("busy", f"{self.name!r} is being taken over")
+                with self._lock:
+                    # The primary may have given a sign of life since the decision.
+                    if not self._is_due(failover.Claim(term)):
+                        return True
+                found = self._append_claim(term)
+            with self._lock:
+                self.is_in_doubt = False
+                self._note_claimed(found)
+        except Denied as error:
+            with self._lock:
+                self._durable.trouble = str(error)
+                self.denied_at = time.monotonic()
+                self._lock.notify_all()
+            log("takeover denied", level=logging.ERROR, name=self.name, reason=str(error))
+            return False
+        except Exception as error:  # it may be in the log, or come into it
+            with self._lock:
+                self.is_in_doubt = True
+                self._durable.trouble = str(error)
+            log("takeover not logged", level=logging.ERROR, name=self.name, reason=str(error))
+            return False
+        return True
+
+    def _append_claim(self, term: int) -> int:
+        """Returns the term that is in the log. Raises Denied, LogError, StoreError."""
+        assert self._claims is not None
+        store = self._durable.known_state().more.get("log_store")
+        if not isinstance(store, str):
+            store = self._claims.new_store()
+            self._durable.write(log_store=store)  # a restart must know its own takeover
+        newest = self._durable.writer.position
+        assert newest is not None  # only a name with a checkpoint is taken over
+        return self._claims.take_over(
+            term=term - 1, store=store, newest=newest, holds=lambda position: self._holds(newest, position)
+        )
+
+    def _holds(self, newest: Position, position: Position) -> bool:
+        """Whether the newest checkpoint is, or was built on, that position."""
+        if position == newest or position.epoch > newest.epoch:
+            return position == newest
+        try:
+            return History(self._durable.writer.directory).find(position.epoch).position == position
+        except (NoCheckpoint, Malformed, StoreError, OSError):
+            return False
 
     # The fence
 
@@ -143,6 +269,8 @@ class Takeover:
         """Run the fence, unless its reason has gone. before: what `fence` is reset to in that case"""
         after, is_done = before, True
         try:
+            if self._consent is not None and self.claimed is None:
+                self._consent.check(self.name, self._durable.state.term)
             shell = self._start_fence(begun)
             if shell is not None:
                 after = self._await_fence(shell, begun)
@@ -226,22 +354,37 @@ class Takeover:
     def _make_promoted(self, term: int) -> bool:
         """Promote the store; returns whether it is promoted. Raises RemusError."""
         with self._lock:
-            is_due = self._is_due(term)
+            is_due = self._is_due(failover.Promote(term))
         if is_due:
             # Not yet "fenced": that is final, and the promotion is not durable yet. The next hello gets it.
             self._dismiss("busy", f"{self.name!r} is being taken over")
         with self._lock:
             # The primary may have given a sign of life since the decision.
-            if not self._is_due(term):
+            if not self._is_due(failover.Promote(term)):
                 return False
             self.is_promoting = True
             self.begin_term()  # an earlier takeover may have left something when the disk failed
         try:
+            self._tell_others(term)
             self._durable.write(term=term, role="promoted", takeover_done=False, expects_primary=False)
         finally:
             with self._lock:
                 self.is_promoting = False
+        with self._lock:
+            self.claimed = None
         return True
+
+    def _tell_others(self, term: int) -> None:
+        """Raises RemusError if the others do not agree, and nothing else says that they must."""
+        if self._consent is None:
+            return
+        try:
+            self._consent.claim(self.name, term)
+        except RemusError as error:
+            if self._claims is None:
+                raise
+            # The takeover is in the commit log: nobody else can go on any more, whatever the others know of it.
+            log("fleet not told", level=logging.WARNING, name=self.name, reason=str(error))
 
     def _hand_out(self) -> dict[str, Any]:
         """Hand out the image and the device state as separate files, which the survivor may write to.
@@ -278,11 +421,11 @@ class Takeover:
         succeeded = False
         reason = "the takeover command failed; it is tried again"
         try:
-            shell = self._start_takeover(begun)
-            if shell is None:
+            is_due, shell = self._start_takeover(begun)
+            if not is_due:
                 return True
-            status = shell.wait(self._policy.takeover_timeout_s)
-            if status is None:
+            status = 0 if shell is None else shell.wait(self._policy.takeover_timeout_s)
+            if shell is not None and status is None:
                 reason = f"the takeover command took more than {self._policy.takeover_timeout_s:g} s: it is killed"
                 self._kill_takeover(shell, reason)
                 status = shell.wait()  # a command that cannot be killed may still act: do not rerun it
@@ -314,14 +457,18 @@ class Takeover:
             self._durable.trouble = reason
         log("command does not end", level=logging.ERROR, name=self.name, command="takeover", reason=reason)
 
-    def _start_takeover(self, begun: Command) -> ShellCommand | None:
-        assert self._policy.on_failover is not None
+    def _start_takeover(self, begun: Command) -> tuple[bool, ShellCommand | None]:
+        """Let a guest go on, and start the command, if there is one. Returns whether that was still due, and the
+        command."""
         with self._durable.settling():
             with self._lock:
                 if self._is_stopped or self.command is not begun:
-                    return None
+                    return False, None
             given = self._hand_out()
             log("taking over", level=logging.WARNING, name=self.name, epoch=given["epoch"])
+            qmp = "" if self._guest is None else self._go_on(self._guest, given)
+            if self._policy.on_failover is None:
+                return True, None
             shell = self._shell(
                 self._policy.on_failover,
                 {
@@ -329,13 +476,31 @@ class Takeover:
                     "REMUS_DEVICE_STATE": given["device_state"],
                     "REMUS_POSITION": given["position"],
                     "REMUS_EPOCH": str(given["epoch"]),
+                    "REMUS_QMP": qmp,
                 },
             )
             with self._lock:
                 self._taking_over = shell
                 if self._is_stopped:
                     shell.kill()
-            return shell
+            return True, shell
+
+    def _go_on(self, guest: GuestStandby, given: dict[str, Any]) -> str:
+        """Let the guest go on, unless it has already, and return its QMP socket; "" if it is no guest.
+
+        Raises RemusError, OSError.
+        """
+        if guest.has_gone_on(given["term"]):
+            return str(guest.socket(given["term"]))
+        if not os.path.exists(given["image"]):  # an earlier try came so far that the guest may have run on it
+            with self._lock:
+                self._handed_out = None
+            given = self._hand_out()
+        device_state = Path(given["device_state"]).read_bytes()
+        if not is_vm(device_state):
+            return ""
+        guest.take_over(given["term"], Path(given["image"]), device_state)
+        return str(guest.socket(given["term"]))
 
     def _shell(self, command: str, environment: dict[str, str]) -> ShellCommand:
         """Start one of the user's commands. Raises _NotRun."""

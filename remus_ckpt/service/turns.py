@@ -113,7 +113,7 @@ class Turns:
         key = object()
         try:
             self._calls[key] = _Call(threading.get_ident(), sys._getframe())
-            if not self._bell.wait(lambda: self._is_first(key), deadline):
+            if not self._is_first(key) and not self._bell.wait(lambda: self._is_first(key), deadline):
                 raise RemusError(f"{self._what} in another thread was not done in {timeout_s:g} s")
             return work()
         finally:

@@ -61,6 +61,8 @@ class Window:
     on_commit: called for each commit, by a `Release`
     most_unreleased: commits that may wait for on_commit; with more, the window counts as full
     bell: rung when something here has changed
+    append: called with each position that the backup holds, where a checkpoint is committed only once `logged` has been
+        called with it too; None where the backup's word is enough
     The sending thread changes the window, and so does the link's thread by `acknowledge`. The fields that both change
     stand below `_changes`, and each change takes a turn of it. Any thread may read the properties at any time.
     """
@@ -75,6 +77,7 @@ class Window:
         most_unreleased: int,
         bell: Bell,
         metrics: Metrics,
+        append: Callable[[Position], None] | None = None,
     ) -> None:
         if not 1 <= size <= MAX_WINDOW:
             raise ValueError(f"a window of {size} checkpoints; it has 1…{MAX_WINDOW}")
@@ -85,15 +88,16 @@ class Window:
         self._most_unreleased = most_unreleased
         self._bell = bell
         self._metrics = metrics
+        self._append = append
         # Owned by the sending thread: the checkpoint being written, until its commit has been sent.
         self._coming: _Flight | None = None
         self._changes = Turns("a change of the window")
         self._flights: deque[_Flight] = deque()  # not acknowledged, the oldest first
         self._anchor: Position | None = None  # this sender's newest committed position
         self.committed: Position | None = None
-        """The newest position that the backup has acknowledged."""
+        """The newest committed position."""
         self.commits = 0
-        """How many checkpoints the backup has acknowledged."""
+        """How many checkpoints have been committed."""
 
     @property
     def lag(self) -> int:
@@ -170,11 +174,15 @@ class Window:
         flight = self._coming
         assert flight is not None
         flight.sent = sent
-        self._changes.take(lambda: self._flights.append(flight))
+        self._flights.append(flight)  # in one step, and behind all that a turn of another thread looks at
 
     def commit_sent(self) -> None:
         """The checkpoint's commit has been sent."""
         self._coming = None
+
+    def knows(self, held: Position) -> bool:
+        """Whether a backup that holds this holds a checkpoint of this sender's that is not acknowledged."""
+        return any(flight.position == held for flight in tuple(self._flights))
 
     def rewind(self, sender: Sender, held: Position) -> bool:
         """Bring a sender back to what the backup holds; False if that is nothing the sender has sent."""
@@ -200,10 +208,24 @@ class Window:
 
     def acknowledge(self, ack: Ack) -> None:
         """Take in an acknowledgement. Raises Malformed if it names a position that was not sent."""
-        if LEVELS.index(ack.level) < LEVELS.index(self._wait) or self._settle(ack.position):
+        if LEVELS.index(ack.level) < LEVELS.index(self._wait):
+            return
+        if self._append is None:
+            if self._settle(ack.position):
+                return
+        elif self.knows(ack.position):
+            self._append(ack.position)
+            return
+        elif ack.position == self._anchor:
             return
         if ack.level == self._wait:
             raise Malformed(f"the backup acknowledges {ack.position}, which was not sent", section="session.md §3")
+
+    # What the log's thread does
+
+    def logged(self, position: Position) -> None:
+        """The backup holds a position, and so does the commit log."""
+        self._settle(position)
 
     def _settle(self, position: Position) -> bool:
         """Record that the backup holds a position; False if it is not a checkpoint of this sender."""
