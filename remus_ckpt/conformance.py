@@ -4,6 +4,11 @@
     conform.py --decoder './my-decoder'                    each vector on its standard input
     conform.py --encoder './my-encoder' --judge 'CMD'      pages on its standard input, its stream judged by a decoder
 
+A reader of memory files (QEMU's streams, what stands around them, Xen's v2 stream), one file or a few at a time
+(specs/conformance.md §6):
+
+    conform.py --reader './my-reader' --vectors specs/vectors/qemu       prints what it has found as JSON
+
 A page coding alone (delta, rle or xbzrle), one page at a time (specs/conformance.md §5):
 
     conform.py --codec delta --decoder './my-decoder'      the old page and the encoded one in, the new page out
@@ -25,6 +30,8 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +39,10 @@ from typing import Any
 MANIFEST_FORMAT = 1
 PAGE_BYTES = 4096
 EXIT_CODES = {"malformed": 20, "limit": 20, "unknown-format": 21}
+READER_EXIT_CODES = {"Malformed": 20, "LimitExceeded": 20, "UnknownFormat": 21}
+READ = ("format", "complete", "trailing_bytes", "page_size", "checkpoints")
+READ_OF_A_STATE = ("whole", "pages", "blocks", "not_in_stream")
+"""What a reader must say of a file, and of its one checkpoint if the row has no list of them."""
 EXIT_NOTHING = 20
 """Counts as 0 for a stream that is cut before its first checkpoint is complete."""
 
@@ -186,6 +197,57 @@ def judge_encoder(command: str, judge: str, folder: Path, vector: dict[str, Any]
     return verdict
 
 
+def judge_reader(command: str, folder: Path, vector: dict[str, Any], timeout_s: float) -> Verdict:
+    """Give files to a reader, and compare what it says of them."""
+    verdict = Verdict(vector["id"], vector["sections"])
+    with tempfile.TemporaryDirectory() as name:
+        paths = []
+        for one in vector["files"]:
+            path = Path(name) / one["file"].removesuffix(".xz")
+            path.write_bytes(load_vector(folder, one))
+            paths.append(str(path))
+        asked = shlex.join([*shlex.split(command), *paths, *vector.get("arguments", [])])
+        compare_reading(verdict, vector, *run(asked, b"", dict(os.environ), timeout_s))
+    return verdict
+
+
+def compare_reading(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, complaint: str) -> None:
+    """Compare a reader's output and exit code with what the vector expects."""
+    fault = vector.get("error")
+    expected_code = READER_EXIT_CODES[fault["kind"]] if fault else 0 if vector.get("whole", True) else EXIT_NOTHING
+    if code != expected_code:
+        last = complaint.strip().splitlines()[-1:] or [""]
+        verdict.problems.append(f"exit code {code}, not {expected_code} {last[0]}".rstrip())
+    try:
+        said = json.loads(output)
+    except ValueError:
+        verdict.problems.append(f"the output is not JSON: {output[:60]!r}")
+        return
+    expected: dict[str, Any] = {name: vector[name] for name in READ if name in vector}
+    state = {name: vector[name] for name in READ_OF_A_STATE if name in vector and "blocks" in vector}
+    if state:
+        expected["checkpoints"] = [state]
+    if fault:
+        expected["error"] = {"kind": fault["kind"]}
+        stated = said.get("error") or {}
+        if fault["offset"] is not None and stated.get("offset") != fault["offset"]:
+            # Good implementations differ in where exactly they notice a fault.
+            verdict.notes.append(f"error at byte {stated.get('offset')}, here at {fault['offset']}")
+    verdict.problems += _lacks("", expected, said)
+
+
+def _lacks(where: str, expected: Any, said: Any) -> Iterator[str]:
+    """Where something that is expected is not said, or something else is; what is said besides is ignored."""
+    if isinstance(expected, dict) and isinstance(said, dict):
+        for name, value in expected.items():
+            yield from _lacks(f"{where} {name}".strip(), value, said.get(name))
+    elif isinstance(expected, list) and isinstance(said, list) and len(expected) == len(said):
+        for number, value in enumerate(expected):
+            yield from _lacks(f"{where} {number}", value, said[number])
+    elif expected != said:
+        yield f"{where}: {_cut(said)} in place of {_cut(expected)}"
+
+
 def spelled(text: str) -> bytes:
     """The bytes of a vector's text: hex digits or HEX*COUNT, separated by commas (specs/conformance.md §5.1)."""
     parts = [part.partition("*") for part in text.split(",") if part]
@@ -283,6 +345,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decoder", metavar="CMD", help="a decoder: a stream in, one line of JSON for each event out")
     parser.add_argument("--encoder", metavar="CMD", help="an encoder: pages as JSON in, a stream out")
     parser.add_argument(
+        "--reader", metavar="CMD", help="a reader of memory files: files as its last arguments, one JSON object out"
+    )
+    parser.add_argument(
         "--codec", metavar="NAME", help="test a page coding alone, one page at a time: delta, rle or xbzrle"
     )
     parser.add_argument(
@@ -298,8 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    if not (options.decoder or options.encoder):
-        parser.error("name a --decoder or an --encoder")
+    if not (options.decoder or options.encoder or options.reader):
+        parser.error("name a --decoder, an --encoder or a --reader")
     try:
         folder, codec, timeout_s = options.vectors, options.codec, options.timeout
         manifest = load_codec(folder, codec) if codec else load_manifest(folder)
@@ -315,6 +380,9 @@ def main(arguments: list[str] | None = None) -> int:
                     verdicts.append(judge_page_decoder(options.decoder, codec, vector, timeout_s))
                 if options.encoder and vector.get("written"):
                     verdicts.append(judge_page_encoder(options.encoder, options.judge, codec, vector, timeout_s))
+            elif "files" in vector:
+                if options.reader:
+                    verdicts.append(judge_reader(options.reader, folder, vector, timeout_s))
             elif vector["kind"] == "decode" and options.decoder:
                 verdicts.append(judge_decoder(options.decoder, folder, vector, timeout_s))
             elif vector["kind"] == "encode" and options.encoder:

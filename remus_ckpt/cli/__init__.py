@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -22,33 +23,85 @@ class _Entry(NamedTuple):
 
 COMMANDS = {
     "protect": _Entry("service", "Protect live shared memory on a backup."),
+    "run": _Entry("vm", "Run a virtual machine under protection."),
+    "qemu-args": _Entry("vm", "Print a QEMU command line whose guest can be protected."),
     "backup": _Entry("service", "Keep checkpoints from primaries and take over when they fail."),
     "status": _Entry("status", "Show the status of a backup and its primaries."),
+    "dashboard": _Entry("dashboard", "Serve a live page about several backups."),
     "failover": _Entry("status", "Promote a backup by hand."),
+    "drill": _Entry("drill", "Prove that a name can be restored, without touching it."),
+    "fleet": _Entry("fleet", "Many names on many hosts, and the commit log that they share."),
+    "vm": _Entry("vm", "Start copies of protected guests, and bring their disks back."),
+    "config": _Entry("config", "Check configuration files."),
     "keys": _Entry("keys", "Make, show, replace and revoke TLS keys."),
-    "demo": _Entry("service", "Protect a worker, kill it, and watch the backup take over."),
+    "demo": _Entry("demo", "Protect a worker, kill it, and watch the backup take over."),
     "record": _Entry("live", "Record checkpoints of live shared memory."),
+    "plan": _Entry("plan", "Work out how much link and disk a recorded memory needs."),
     "list": _Entry("listing", "List what a store holds."),
     "prune": _Entry("store", "Remove old checkpoints from a store."),
     "compact": _Entry("store", "Start a new segment in a store with a full copy of memory."),
+    "archive": _Entry("archive", "Keep checkpoints in an object store, and get them back."),
     "export": _Entry("store", "Export a checkpoint from a store as a stream."),
     "restore": _Entry("streams", "Restore a checkpoint's memory to an image."),
+    "mount": _Entry("mount", "Mount a store's checkpoints as read-only files."),
     "verify": _Entry("streams", "Read and check an entire stream or store."),
     "inspect": _Entry("streams", "Describe a stream and its checkpoints."),
     "diff": _Entry("streams", "Show where two checkpoints differ."),
     "extract": _Entry("streams", "Print pages from a checkpoint."),
-    "encode": _Entry("streams", "Make a stream from memory images."),
-    "events": _Entry("streams", "Print a stream's events as JSON lines."),
-    "conformance": _Entry("streams", "Test an implementation of the format."),
-    "check": _Entry("streams", "Show which codec kernel is in use and why."),
+    "convert": _Entry("convert", "Write memory in another format."),
+    "encode": _Entry("images", "Make a stream from memory images."),
+    "events": _Entry("conform", "Print a stream's events as JSON lines."),
+    "conformance": _Entry("conform", "Test an implementation of the format."),
+    "check": _Entry("conform", "Show which codec kernel is in use and why."),
 }
 
 
 @functools.cache
-def _command(name: str) -> Any:
+def command_named(name: str) -> Any:
+    """The command as the parser sees it."""
     # Cached: building all of a module's commands takes longer than many of them run.
     module = importlib.import_module(f"remus_ckpt.cli.{COMMANDS[name].module}")
-    return typer.main.get_group(module.app).commands[name]
+    return _legible(typer.main.get_group(module.app).commands[name])
+
+
+def examples(paragraph: str) -> list[str]:
+    """The commands of a paragraph of help that has the examples; none otherwise."""
+    words = " ".join(paragraph.split())
+    return (
+        re.split(r";\s+(?=remus-ckpt|REMUS_CKPT)", words.partition(": ")[2]) if re.match(r"Examples?: ", words) else []
+    )
+
+
+def _legible(command: Any) -> Any:
+    """The same command, with a help in which an example can be copied, and without the types of Python."""
+    paragraphs = re.split(r"\n\s*\n", command.help or "")
+    prose = [one for one in paragraphs if not examples(one)]
+    if found := [example for one in paragraphs for example in examples(one)]:
+        # \b keeps the lines as they are.
+        prose.append("\n".join(["\b", f"Example{'s' * (len(found) > 1)}:", *(f"  {_folded(one)}" for one in found)]))
+    command.help = "\n\n".join(prose)
+    for param in command.params:
+        if param.param_type_name == "argument":
+            param.get_help_record = functools.partial(_argument_record, param.get_help_record)
+    for inner in getattr(command, "commands", {}).values():
+        _legible(inner)
+    return command
+
+
+def _folded(example: str, width: int = 76) -> str:
+    """An example in lines that a shell takes as one, broken before options."""
+    lines = [""]
+    for part in re.split(r" (?=--?[a-z]|-- |\| )", example):
+        if lines[-1] and len(lines[-1]) + len(part) > width - 2:
+            lines.append(part)
+        else:
+            lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n      ".join(lines)
+
+
+def _argument_record(record: Any, ctx: Any) -> tuple[str, str] | None:
+    found = record(ctx)
+    return found and (re.sub(r" <\S+>$", "", found[0]), found[1])
 
 
 class _Commands(TyperGroup):
@@ -58,7 +111,15 @@ class _Commands(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx, cmd_name):  # type: ignore[no-untyped-def]
-        return _command(cmd_name) if cmd_name in COMMANDS else None
+        return command_named(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"there is no command {args[0]!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx, formatter):  # type: ignore[no-untyped-def]
         with formatter.section("Commands"):
@@ -69,7 +130,7 @@ app = typer.Typer(
     name="remus-ckpt",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="""Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
@@ -83,6 +144,8 @@ def main() -> NoReturn:
     """Run the command; each of our own errors becomes one line and an exit code."""
     if sys.stdout is None or sys.stderr is None:
         sys.exit(1)  # closed: there is nowhere to print
+    if "_REMUS_CKPT_COMPLETE" in os.environ:
+        os.environ["COLUMNS"] = "10000"  # what is offered takes a line each, which typer would wrap
     try:
         app()
         sys.exit(0)

@@ -22,18 +22,18 @@ keys_app = typer.Typer(no_args_is_help=True, help="Make, show, replace and revok
 app.add_typer(keys_app, name="keys")
 
 MAX_DAYS = 36_500
-Authority = Annotated[Path, typer.Argument(help="Folder of the authority.")]
+Authority = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the authority.")]
 Folders = Annotated[
     list[Path] | None,
-    typer.Option("--to", metavar="DIR", help="A folder made by `keys issue` outside DIRECTORY. Repeatable."),
+    typer.Option("--to", metavar="DIR", help="A folder made by `keys issue` outside DIR. Repeatable."),
 ]
 
 
 @keys_app.command(short_help="Make a certificate authority.")
 def init(
-    directory: Annotated[Path, typer.Argument(help="Folder for the authority. Keep it to yourself.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the authority. Keep it to yourself.")],
     days: Annotated[
-        int | None, typer.Option(min=1, max=MAX_DAYS, help="Days until it expires. [default: 3650]")
+        int | None, typer.Option(metavar="DAYS", min=1, max=MAX_DAYS, help="Days until it expires. [default: 3650]")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +50,7 @@ def init(
 @keys_app.command(short_help="Issue a certificate for one machine.")
 def issue(
     directory: Authority,
-    name: Annotated[str, typer.Argument(help="Name of the machine or service.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the machine or service.")],
     hosts: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,9 +76,11 @@ def issue(
             help="Name of the protected memory that this is for. Repeatable. [default: any, or as before with --renew]",
         ),
     ] = None,
-    days: Annotated[int | None, typer.Option(min=1, max=MAX_DAYS, help="Days until it expires. [default: 825]")] = None,
+    days: Annotated[
+        int | None, typer.Option(metavar="DAYS", min=1, max=MAX_DAYS, help="Days until it expires. [default: 825]")
+    ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the certificate. [default: DIRECTORY/NAME]")
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the certificate. [default: DIR/NAME]")
     ] = None,
     renew: Annotated[
         bool, typer.Option("--renew", help="Replace the existing certificate and key; services may keep running.")
@@ -116,7 +118,7 @@ def issue(
 
 @keys_app.command(short_help="List certificates and when they expire.")
 def show(
-    directory: Annotated[Path, typer.Argument(help="Folder of an authority, or of one machine.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an authority, or of one machine.")],
     as_json: AsJson = False,
 ) -> None:
     """List the certificates in a folder, what they may do, and when they expire. Exits with 1 if one in use has expired
@@ -172,7 +174,7 @@ def revoke(
     to: Folders = None,
     as_json: AsJson = False,
 ) -> None:
-    """Revoke certificates: write them into crl.pem of DIRECTORY, of each folder in it, and of each --to.
+    """Revoke certificates: write them into crl.pem of DIR, of each folder in it, and of each --to.
 
     Backups and primaries that run from these folders refuse the certificates at once, and end open sessions within
     seconds. Copy crl.pem into the --tls-dir folder of every other machine; no restart is needed there either. If the
@@ -220,6 +222,7 @@ def rotate(
     days: Annotated[
         int | None,
         typer.Option(
+            metavar="DAYS",
             min=1,
             max=MAX_DAYS,
             help="Days until what the stage makes expires. [default: 3650 for the authority, 825 for certificates]",

@@ -15,11 +15,18 @@ from rich.text import Text
 from remus_ckpt.cli.options import (
     AsJson,
     Audit,
+    ForXen,
+    HowDigested,
     HowTracked,
+    HvmContext,
+    MaxPause,
     app,
+    codec_for,
+    is_time,
     keep_apart,
     keep_what_is_there,
     parse_duration,
+    start_of,
     stop_on_signals,
 )
 from remus_ckpt.cli.terminal import complain, errors
@@ -50,33 +57,52 @@ class Stillness:
 @app.command(short_help="Record checkpoints of live shared memory.")
 def record(
     file: Annotated[
-        Path, typer.Argument(help="The memory: a file in /dev/shm, or any other file that the processes have mapped.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="The memory: a file in /dev/shm, or any other file that the processes have mapped."
+        ),
     ],
-    pid: Annotated[list[int], typer.Option(min=1, help="A process that writes to the memory. Repeatable.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
-    interval: Annotated[str, typer.Option(help="Time between pauses.")] = "25ms",
-    duration: Annotated[str | None, typer.Option(help="Stop after this long. [default: until Ctrl-C]")] = None,
-    codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
+    pid: Annotated[
+        list[int], typer.Option(metavar="PID", min=1, help="A process that writes to the memory. Repeatable.")
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where to write the stream; - for standard output.")
+    ],
+    interval: Annotated[str, typer.Option(metavar="TIME", callback=is_time, help="Time between pauses.")] = "25ms",
+    duration: Annotated[
+        str | None, typer.Option(metavar="TIME", callback=is_time, help="Stop after this long. [default: until Ctrl-C]")
+    ] = None,
+    codec: Annotated[
+        StreamCodec | None, typer.Option(help="How to encode changed pages. [default: delta; rle with --for xen]")
+    ] = None,
+    digest: HowDigested = "blake3",
     bounded: Annotated[
         bool,
         typer.Option(
-            "--bounded", help="Use less memory: encode and write during the pause, one page buffer at a time."
+            "--bounded",
+            help="Use less memory: encode and write during the pause, one page buffer at a time, whatever --max-pause "
+            "says.",
         ),
     ] = False,
     tracking: HowTracked = "auto",
     audit: Audit = 1000,
+    max_pause: MaxPause = "25ms",
+    for_: ForXen = None,
+    hvm_context: HvmContext = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing stream.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Record checkpoints of shared memory until Ctrl-C, until the processes end, or for --duration.
 
-    Each pause stops every thread of every --pid, copies the dirty pages, and resumes the threads. If this command dies
-    during a pause, a guard process resumes them. Only memory is recorded: not registers, files or sockets.
+    Each pause stops every thread of every --pid, encodes or copies the dirty pages, and resumes the threads. If this
+    command dies during a pause, a guard process resumes them. Only memory is recorded: not registers, files or sockets.
 
     Example: remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms
     """
     interval_s = parse_duration(interval)
     duration_s = None if duration is None else parse_duration(duration)
+    max_pause_s = parse_duration(max_pause)
+    codec = codec_for(for_, codec)
     keep_apart(output, file)
     keep_what_is_there(overwrite, output)
     from remus_ckpt.files import StreamWriter
@@ -93,9 +119,19 @@ def record(
         stack.callback(source.close)
         stream = StreamWriter(output)
         stack.callback(stream.close)
-        sender = Sender(source.memory.pages, codec=codec, reference=source.tracker.restart())
+        start = start_of(for_, hvm_context, output, is_only=False)
+        sender = Sender(
+            source.memory.pages, codec=codec, digest=digest, reference=source.tracker.restart(), shape=start
+        )
         loop = CheckpointLoop(
-            source, sender, stream, interval_s=interval_s, duration_s=duration_s, bounded=bounded, stop=stop
+            source,
+            sender,
+            stream,
+            interval_s=interval_s,
+            duration_s=duration_s,
+            max_pause_s=max_pause_s,
+            bounded=bounded,
+            stop=stop,
         )
         stillness = Stillness()
         show = None
@@ -121,6 +157,7 @@ def record(
         "tracking": tracker.way,
         "tracking_why": tracker.why,
         "missed_pages": tracker.missed_pages,
+        "encoded_in_pause": totals.encoded_in_pause,
         "ended": "failed" if failure else loop.ended,
     }
     if as_json:

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from remus_ckpt.errors import LinkError, RemusError
-from remus_ckpt.limits import GIB, KIB, MIB
+from remus_ckpt.errors import LinkError, LogError, RemusError
+from remus_ckpt.limits import GIB, KIB, MIB, Limits
+from remus_ckpt.observe.log import LogFormat
+from remus_ckpt.wire.qemu.sections import PAGE_SIZES
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
 if TYPE_CHECKING:
+    from remus_ckpt.fleet.engine import Log
     from remus_ckpt.link.address import Address
+    from remus_ckpt.link.connection import Connection
     from remus_ckpt.link.tls import TlsFiles
     from remus_ckpt.loop import StopSignal
     from remus_ckpt.store import Retention
+    from remus_ckpt.xen_start import StartsInXen
 
 app = typer.Typer(rich_markup_mode=None)
 """Every command registers here; `remus_ckpt.cli` lists them for the help."""
 
 
+def is_time(value: Any) -> Any:
+    """For options that take a time: what is no time is refused under the option's name."""
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if one is not None:
+            parse_duration(one)
+    return value
+
+
+def is_size(value: str | None) -> str | None:
+    """The same for options that take a size."""
+    if value is not None:
+        parse_bytes(value)
+    return value
+
+
 Stream = Annotated[
-    str, typer.Argument(help="A stream, or - for standard input. May be compressed with xz, zstd, lz4, gzip or bzip2.")
+    str,
+    typer.Argument(
+        metavar="STREAM", help="A stream, or - for standard input. May be compressed with xz, zstd, lz4, gzip or bzip2."
+    ),
 ]
 HowTracked = Annotated[
     Literal["auto", "kernel", "compare"],
@@ -49,6 +75,20 @@ Audit = Annotated[
         "on. 0: never audit.",
     ),
 ]
+HowDigested = Annotated[
+    Literal["blake3", "sha256"],
+    typer.Option("--digest", help="The digest of each checkpoint; sha256 is for readers older than version 2 records."),
+]
+MaxPause = Annotated[
+    str,
+    typer.Option(
+        "--max-pause",
+        metavar="TIME",
+        callback=is_time,
+        help="Encode pages in the pause, unless that is expected to make it longer than this; then only copy them, and "
+        "encode them after it: a shorter pause, and a later commit. 0s: always copy.",
+    ),
+]
 KeepTiers = Annotated[
     str | None,
     typer.Option(
@@ -58,15 +98,74 @@ KeepTiers = Annotated[
         "that have any, in UTC. Also minutely, weekly, monthly, yearly.",
     ),
 ]
+ArchiveAt = Annotated[
+    str | None,
+    typer.Option(
+        "--archive",
+        metavar="URL",
+        help="Put closed segments there too: s3://BUCKET/PREFIX, gs://…, az://…, or file:///DIRECTORY. Needs the extra "
+        "remus_ckpt[archive]; credentials are read from the environment.",
+    ),
+]
+Recipients = Annotated[
+    Path | None,
+    typer.Option(
+        "--archive-recipients", metavar="FILE", help="Encrypt them for the age recipients in this file (age1…)."
+    ),
+]
 KeepFree = Annotated[
     str | None,
-    typer.Option("--keep-free", metavar="SIZE", help="Remove the oldest until this much of the disk is free."),
+    typer.Option(
+        "--keep-free", metavar="SIZE", callback=is_size, help="Remove the oldest until this much of the disk is free."
+    ),
+]
+MetricsAt = Annotated[
+    str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics at this address.")
+]
+Realtime = Annotated[
+    bool,
+    typer.Option(
+        "--realtime",
+        help="Run the threads that a commit passes through before all else on this machine (SCHED_FIFO), so that "
+        "commits take as long on a busy one.",
+    ),
+]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="Format of the log on standard error.")]
+DashboardAt = Annotated[
+    str | None,
+    typer.Option(
+        "--dashboard",
+        metavar="HOST:PORT",
+        help="Serve a live page at this address, or at a port of this machine alone.",
+    ),
+]
+DashboardToken = Annotated[
+    Path | None,
+    typer.Option(
+        "--dashboard-token",
+        metavar="FILE",
+        help="File with the page's password, for any user name. Needed where other machines can reach the page.",
+    ),
+]
+LogAt = Annotated[
+    str | None,
+    typer.Option(
+        "--log",
+        metavar="URL",
+        help="The commit log that the group shares, on NATS servers: nats://HOST[:PORT][,HOST…], or tls://… with "
+        "--tls-dir. Made by `fleet init`. Needs the extra remus_ckpt[fleet].",
+    ),
+]
+AllowFailover = Annotated[
+    bool,
+    typer.Option("--allow-failover", help="Let the page fail over by hand. Needs a token."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the deviations listed in specs/permissive.md.")]
 WordOption = Annotated[
-    int | None, typer.Option("--word", help="Word size of the toolstack: 8 or 4 bytes. [default: detected]")
+    int | None,
+    typer.Option("--word", metavar="BYTES", help="Word size of the toolstack: 8 or 4 bytes. [default: detected]"),
 ]
 GuestOption = Annotated[Guest | None, typer.Option("--guest", help="Kind of guest. [default: detected]")]
 CodecOption = Annotated[StreamCodec | None, typer.Option("--codec", help="Page codec. [default: detected]")]
@@ -81,7 +180,98 @@ Insecure = Annotated[
         help="Allow tcp:// between machines. Anyone on the network can then read and change the data.",
     ),
 ]
+More = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONNECTION", help="The further connections of a QEMU multifd migration.", show_default=False
+    ),
+]
+SnapshotOption = Annotated[
+    str | None, typer.Option("--snapshot", metavar="NAME", help="Which internal snapshot of a qcow2 image.")
+]
+PageSize = Annotated[
+    int | None,
+    typer.Option("--page-size", metavar="BYTES", help="Page size of a QEMU stream that does not say it."),
+]
+BlockOption = Annotated[
+    str | None,
+    typer.Option("--block", metavar="NAME", help="Which block of a QEMU guest's memory. [default: its memory, if one]"),
+]
+ForXen = Annotated[
+    Literal["xen"] | None,
+    typer.Option(
+        "--for",
+        help="Write a stream that a real Xen starts: every page, magic PFNs, and a record of QEMU. The page codec is "
+        "rle.",
+    ),
+]
+HvmContext = Annotated[
+    Path | None,
+    typer.Option("--hvm-context", metavar="FILE", help="The guest's HVM context, for --for xen and --to xen*."),
+]
 MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="Refuse memory larger than this.")]
+
+
+def takes(group: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that has each field of a dataclass as an option, and is called with all of them as its `options`.
+
+    So options that commands share are written once. A field without a default is a required option.
+    """
+    hints = get_type_hints(group, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own if one.name != "options"]
+
+        @functools.wraps(command)
+        def flat(**given: Any) -> None:
+            options = group(**{one.name: given.pop(one.name) for one in shared})
+            command(**given, options=options)
+
+        # typer reads the signature for the order and the annotations for the types.
+        parameters = [*kept, *shared]
+        flat.__dict__["__signature__"] = inspect.Signature(parameters)
+        flat.__annotations__ = {one.name: one.annotation for one in parameters}
+        return flat
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class MachineOptions:
+    """The options that only machines in files have, most of them QEMU's.
+
+    more: further connections of a multifd migration
+    """
+
+    more: Sequence[str] = ()
+    snapshot: str | None = None
+    page_size: int | None = None
+    block: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.page_size not in (None, *PAGE_SIZES):
+            raise typer.BadParameter(f"--page-size is one of {', '.join(map(str, PAGE_SIZES))}")
+
+    def refuse(self, name: str) -> None:
+        """Refuse those that were given, since the file is no such machine. Raises typer.BadParameter."""
+        given = {"--snapshot": self.snapshot, "--page-size": self.page_size, "--block": self.block}
+        if self.more:
+            raise typer.BadParameter(
+                f"{name} is no QEMU migration stream: it has no further connections, give one file"
+            )
+        for option, value in given.items():
+            if value is not None:
+                raise typer.BadParameter(f"{option} is for virtual machines of QEMU, and {name} is none")
 
 
 def address_of(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
@@ -99,12 +289,59 @@ def address_of(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address
     return address, tls
 
 
+def log_of(url: str | None, tls_dir: Path | None, insecure: bool) -> Log | None:
+    """The commit log that --log names, opened when it is first used. A URL that cannot be meant is a usage error."""
+    if url is None:
+        return None
+    from remus_ckpt.fleet.opening import OpenedLog
+    from remus_ckpt.link.tls import TlsFiles
+
+    tls = TlsFiles(tls_dir) if tls_dir else None
+    try:
+        return OpenedLog(url, tls=tls, insecure=insecure)
+    except LogError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def target_of(to: str, tls_dir: Path | None, insecure: bool) -> tuple[Address | str, TlsFiles | None]:
+    """The backup to connect to, or the fleet in which one is found, and our certificate."""
+    from remus_ckpt.fleet.group import is_fleet, split_fleet
+
+    return fleet_of(split_fleet(to)[0], tls_dir, insecure) if is_fleet(to) else address_of(to, tls_dir, insecure)
+
+
+def fleet_of(url: str, tls_dir: Path | None, insecure: bool) -> tuple[str, TlsFiles | None]:
+    """The brokers of a fleet, and our certificate."""
+    from remus_ckpt.fleet.group import check_url
+    from remus_ckpt.link.tls import TlsFiles
+
+    with usage():
+        check_url(url, insecure)
+    return url, TlsFiles(tls_dir) if tls_dir else None
+
+
+def name_of(text: str) -> str:
+    """A name as it may be protected. A usage error otherwise."""
+    from remus_ckpt.session.messages import check_name
+
+    with usage():
+        return check_name(text)
+
+
+def dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
+    """Connect to a backup. Raises LinkError."""
+    from remus_ckpt.link.dial import connect
+
+    address, tls = address_of(to, tls_dir, insecure)
+    return connect(address, tls=tls, insecure=insecure)
+
+
 @contextmanager
 def usage() -> Iterator[None]:
     """An address or a name that cannot be meant is a usage error."""
     try:
         yield
-    except (LinkError, ValueError) as error:
+    except (LinkError, LogError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
 
 
@@ -123,6 +360,38 @@ def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
     for path in map(str, outputs):
         if path != "-" and not overwrite and os.path.isfile(path) and os.path.getsize(path):
             raise RemusError(f"{path} already exists: name another file, or pass --overwrite")
+
+
+def read_hvm_context(path: Path | None) -> bytes | None:
+    """The HVM context in a file. Raises RemusError if it cannot be one."""
+    if path is None:
+        return None
+    ceiling = Limits().hvm_context_bytes
+    if not 0 < path.stat().st_size <= ceiling:
+        raise RemusError(f"{path}: an HVM context has a HEADER and an END at least, and at most {ceiling:,} bytes")
+    return path.read_bytes()
+
+
+def start_of(for_: str | None, hvm_context: Path | None, output: str, *, is_only: bool) -> StartsInXen | None:
+    """The shape of a sender's stream that `--for xen` asks for, None without it; says what the stream lacks."""
+    if for_ is None:
+        if hvm_context is not None:
+            raise typer.BadParameter("--hvm-context is for --for xen: our own streams hold no HVM context")
+        return None
+    from remus_ckpt.cli.terminal import complain
+    from remus_ckpt.xen_start import NO_CONTEXT, NO_DEVICE_STATE, StartsInXen
+
+    context = read_hvm_context(hvm_context)
+    for text in (*([] if context else [NO_CONTEXT]), NO_DEVICE_STATE):
+        complain(f"{output}: {text}")
+    return StartsInXen(context, is_only=is_only)
+
+
+def codec_for(for_: str | None, codec: StreamCodec | None) -> StreamCodec:
+    """The page codec: the one given, or the default, which is the only one for a stream that Xen starts."""
+    if for_ is not None and codec == "delta":
+        raise typer.BadParameter("no Xen reads the codec delta: --for xen has --codec rle")
+    return codec or ("delta" if for_ is None else "rle")
 
 
 def print_json(value: Any) -> None:
@@ -209,3 +478,13 @@ def stop_on_signals(stack: ExitStack) -> StopSignal:
             continue
         stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
     return stop
+
+
+@contextmanager
+def tidying_up() -> Iterator[None]:
+    """After SIGTERM and SIGHUP too, an unfinished image is removed, as after Ctrl-C."""
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
+        yield

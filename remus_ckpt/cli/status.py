@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from remus_ckpt.cli.options import AsJson, Insecure, TlsDir, app, print_json
-from remus_ckpt.cli.service import dial, name_of
+from remus_ckpt.cli.options import (
+    AsJson,
+    Insecure,
+    TlsDir,
+    app,
+    dial,
+    fleet_of,
+    is_time,
+    name_of,
+    parse_duration,
+    print_json,
+    stop_on_signals,
+)
 from remus_ckpt.cli.terminal import out
 from remus_ckpt.errors import NoCheckpoint, RemusError
 from remus_ckpt.observe.log import on_one_line
 
 _STATUS_S = 10.0
 """A backup answers a question about its status at once, even if its disks hang."""
+
+_PROTECTION = {
+    "waiting": "unprotected until there is a backup at",
+    "copying": "about to be protected on",
+    "protected": "protected on",
+}
 
 Source = Annotated[
     str, typer.Option("--from", metavar="ADDRESS", help="The backup: tls://HOST:PORT, unix:PATH, tcp://HOST:PORT.")
@@ -35,6 +53,10 @@ def status(
             "if the backup cannot be asked.",
         ),
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it as a table that is drawn anew, until Ctrl-C. With --json: lines.")
+    ] = False,
+    every: Annotated[str, typer.Option(metavar="TIME", callback=is_time, help="How often --watch asks.")] = "1s",
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -43,17 +65,25 @@ def status(
 
     Example: remus-ckpt status --from tls://backup:7411 --tls-dir keys/me
 
+    Example: remus-ckpt status --watch --from tls://backup:7411 --tls-dir keys/me
+
     Example: remus-ckpt status --check --name orders --from tls://backup:7411 --tls-dir keys/me
     """
     if name is not None:
         name_of(name)
+    if check and watch:
+        raise typer.BadParameter("--check asks once: leave --watch out")
     if check:
         _check(source, name, tls_dir, insecure, as_json)
-    report = _ask(source, tls_dir, insecure)
-    if name is not None:
-        if name not in report["names"]:
-            raise NoCheckpoint(f"{source} knows nothing under the name {name!r}")
-        report["names"] = {name: report["names"][name]}
+    if watch:
+        from remus_ckpt.cli.watch import watch as watch_it
+
+        every_s = parse_duration(every)
+        with ExitStack() as stack:
+            stop = stop_on_signals(stack)
+            watch_it(lambda: _report(source, name, tls_dir, insecure), every_s, stop, as_json=as_json)
+        return
+    report = _report(source, name, tls_dir, insecure)
     if as_json:
         print_json(report)
         return
@@ -61,6 +91,16 @@ def status(
         _print([_headline("backup", report["health"])])  # what concerns no name, such as its certificate
     for key, found in report["names"].items():
         _print(_tell(key, found))
+
+
+def _report(source: str, name: str | None, tls_dir: Path | None, insecure: bool) -> dict[str, Any]:
+    """The backup's report, of one name if one is wanted. Raises LinkError, NoCheckpoint."""
+    report = _ask(source, tls_dir, insecure)
+    if name is not None:
+        if name not in report["names"]:
+            raise NoCheckpoint(f"{source} knows nothing under the name {name!r}")
+        report["names"] = {name: report["names"][name]}
+    return report
 
 
 def _ask(source: str, tls_dir: Path | None, insecure: bool) -> dict[str, Any]:
@@ -120,10 +160,30 @@ def _tell(name: str, found: dict[str, Any]) -> list[str]:
             lines.append(f"  taken over at epoch {found['epoch']}: memory {found['image']}")
         if found.get("takeover") == "succeeded":
             lines.append("  takeover succeeded: the work continues here")
+    if found.get("vm") == "waiting":
+        lines.append(f"  a QEMU waits for the guest: process {found['vm_pid']}")
+    elif found.get("vm") == "running":
+        again = found.get("vm_protection")
+        how = "unprotected" if again is None else f"{_PROTECTION.get(again['state'], '')} {again['to']}"
+        lines.append(f"  the guest runs here, {how}: QEMU process {found['vm_pid']}")
+    if found.get("vm_why"):
+        lines.append(f"  no QEMU waits for the guest: {found['vm_why']}")
     if found.get("trouble"):
         lines.append(f"  trouble: {found['trouble']}")
+    if found.get("warm_on_disk"):
+        lines.append(f"  warm copy on disk, where commits may wait for it: {found['warm_on_disk']}")
+    if lag := found.get("archive"):
+        lines.append(f"  {_tell_lag(lag)}")
     lines += [f"  warning: {warning}" for warning in found["warnings"]]
     return lines
+
+
+def _tell_lag(lag: dict[str, Any]) -> str:
+    """What the archive has, and what it waits for."""
+    has = "nothing is archived yet" if lag["newest"] is None else f"archived up to {lag['newest']}"
+    if lag["waiting"]:
+        has += f"; {lag['waiting']:,} closed segments wait ({lag['waiting_bytes']:,} bytes)"
+    return f"{has}: {lag['error']}" if lag["error"] else has
 
 
 def _tell_primary(primary: dict[str, Any]) -> list[str]:
@@ -141,7 +201,7 @@ def _tell_primary(primary: dict[str, Any]) -> list[str]:
         if key == "pause_ms":
             medians = {
                 step: value.get("p50")
-                for step in ("stop", "find", "copy", "resume")
+                for step in ("stop", "drain", "find", "copy", "encode", "state", "resume")
                 if isinstance(value := primary.get(f"{step}_ms"), dict)
             }
             if medians and all(isinstance(value, float) for value in medians.values()):
@@ -150,9 +210,38 @@ def _tell_primary(primary: dict[str, Any]) -> list[str]:
         parts.append("pages found by the kernel")
     elif primary.get("tracking_why"):
         parts.append(f"pages found by comparison: {primary['tracking_why']}")
+    if primary.get("capture") == "encode":
+        parts.append("pages encoded in the pause")
+    elif primary.get("capture_why"):
+        parts.append(f"pages copied: {primary['capture_why']}")
+    if primary.get("compression") in ("lz4", "zstd") and isinstance(why := primary.get("compression_why"), str):
+        parts.append(f"compressed by {primary['compression']} ({why})")
+    frames = [primary.get(f"{what}_frames") for what in ("held", "released")]
+    if all(isinstance(count, int) for count in frames):
+        parts.append(f"{frames[0]} frames held, {frames[1]} released")
+        latency = primary.get("output_latency_ms")
+        times = [latency.get(part) for part in ("p50", "p99")] if isinstance(latency, dict) else [None]
+        if all(isinstance(value, float) for value in times):
+            parts.append(f"output up to {times[0]:.0f} ms late, p99 {times[1]:.0f} ms")
     if primary.get("missed_pages"):
         parts.append(f"missed {primary['missed_pages']} pages")
     return parts
+
+
+def _holder(url: str, name: str, tls_dir: Path | None, insecure: bool) -> str:
+    """The address of the backup of a fleet that has a name. Raises LogError, NoCheckpoint."""
+    from remus_ckpt.fleet.group import Fleet
+
+    brokers, tls = fleet_of(url, tls_dir, insecure)
+    fleet = Fleet(brokers, tls=tls, insecure=insecure)
+    try:
+        place, _ = fleet.place(name)
+        if place is None:
+            raise NoCheckpoint(f"no backup of the fleet has {name!r}")
+        backup = fleet.backup(place.backup)
+    finally:
+        fleet.close()
+    return place.address if backup is None else backup.addresses[0]
 
 
 @app.command(short_help="Promote a backup by hand.")
@@ -173,10 +262,15 @@ def failover(
     """Promote a backup now. From then on it refuses the old primary; it also runs its --on-failover command.
 
     Example: remus-ckpt failover --name orders --from tls://backup:7411 --tls-dir keys/me
+
+    Example: remus-ckpt failover --name orders --from nats://broker-1 --tls-dir keys/me
     """
     arguments = {"name": name_of(name), "fence": fence}
+    from remus_ckpt.fleet.group import is_fleet
     from remus_ckpt.link.control import ask
 
+    if is_fleet(source):
+        source = _holder(source, name, tls_dir, insecure)
     report = ask(dial(source, tls_dir, insecure), "failover", arguments)
     if as_json:
         print_json(report)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.text import Text
 
+from remus_ckpt.cli.convert import write_for_xen
 from remus_ckpt.cli.options import (
     AsJson,
+    ForXen,
+    HvmContext,
     Insecure,
     KeepFree,
     KeepTiers,
@@ -21,6 +26,8 @@ from remus_ckpt.cli.options import (
     TlsDir,
     address_of,
     app,
+    is_size,
+    is_time,
     keep_what_is_there,
     print_json,
     retention_of,
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from remus_ckpt.store.history import Progress
     from remus_ckpt.store.remote import Remote
     from remus_ckpt.store.segments import Contents
+    from remus_ckpt.walk import Pairs
 
 T = TypeVar("T")
 PREFIX = "store:"
@@ -113,14 +121,20 @@ def parse_at(text: str | None) -> int | datetime | None:
 
 
 def restore_from_store(
-    text: str, history: History, output: str, at: int | datetime | None, device_state: Path | None, as_json: bool
+    text: str,
+    history: History,
+    output: str,
+    at: int | datetime | None,
+    device_state: Path | None,
+    verify: bool,
+    as_json: bool,
 ) -> None:
     """The command `restore`. If the newest checkpoint is bad, restores the last good one before it; exit code 20."""
 
     def read(entry: Entry, advance: Progress) -> Checkpoint:
         if output == "-" or (Path(output).exists() and not Path(output).is_file()):
-            return history.restore(entry.epoch, progress=advance)
-        return history.restore_image(output, entry.epoch, progress=advance)
+            return history.restore(entry.epoch, progress=advance, verify=verify)
+        return history.restore_image(output, entry.epoch, progress=advance, verify=verify)
 
     entry, found, fault = _read_good(text, history, at, as_json, read)
     if output == "-":
@@ -138,6 +152,19 @@ def restore_from_store(
         out.print(Text(f"{output}: checkpoint {found.epoch}, {len(found.memory):,} pages"))
     if fault is not None:
         raise typer.Exit(fault.exit_code)
+
+
+def restore_image_of(
+    text: str, history: History, path: Path, at: int | datetime | None, as_json: bool
+) -> tuple[Entry, Checkpoint, BadCheckpoint | None]:
+    """A checkpoint as an image file; if the newest is asked for and bad: the newest good one, and what is wrong."""
+    return _read_good(
+        text,
+        history,
+        at,
+        as_json,
+        lambda entry, advance: history.restore_image(path, entry.epoch, progress=advance, sync=False),
+    )
 
 
 def _read_good(
@@ -164,15 +191,44 @@ def _read_good(
                     raise typer.Exit(error.exit_code) from None
 
 
-def read_checkpoint(
-    text: str, history: History, at: int | datetime | None, as_json: bool
-) -> tuple[Checkpoint, BadCheckpoint | None]:
-    """A checkpoint in the memory of this process; if the newest is asked for and bad: the newest good one, and what is
-    wrong."""
-    _, found, fault = _read_good(
-        text, history, at, as_json, lambda entry, advance: history.restore(entry.epoch, progress=advance)
-    )
-    return found, fault
+def pages_in_store(
+    text: str, history: History, at: int | datetime | None, numbers_of: Callable[[int], list[int]], as_json: bool
+) -> tuple[int, list[int], list[bytes], BadCheckpoint | None]:
+    """Some pages of a checkpoint: its epoch, their numbers and bytes; if the newest is asked for and bad: those of the
+    newest good one, and what is wrong.
+
+    numbers_of: which pages of so many
+    """
+    from remus_ckpt.pages import PAGE_SIZE
+
+    def read(entry: Entry, advance: Progress) -> tuple[int, list[int], list[bytes]]:
+        if is_address(text):
+            found = history.restore(entry.epoch, progress=advance)
+            numbers, image = numbers_of(len(found.memory)), found.image
+            return found.epoch, numbers, [image[at * PAGE_SIZE : (at + 1) * PAGE_SIZE].tobytes() for at in numbers]
+        with history.moment(entry.epoch) as moment:
+            numbers = numbers_of(moment.pages)
+            return entry.epoch, numbers, [moment.read_bytes(at * PAGE_SIZE, PAGE_SIZE) for at in numbers]
+
+    _, found, fault = _read_good(text, history, at, as_json, read)
+    return *found, fault
+
+
+def differing_in_store(
+    text: str, history: History, one: int, other: int, stack: ExitStack
+) -> tuple[Iterator[Pairs], list[int]]:
+    """The pages that differ between two checkpoints, ascending, and the sizes of both in bytes.
+
+    stack: closes what is read from
+    """
+    from remus_ckpt.walk import differing
+
+    if is_address(text):
+        with history.reading():
+            both = [history.restore(epoch) for epoch in (one, other)]
+        return differing(*both), [checkpoint.memory_bytes for checkpoint in both]
+    moments = [stack.enter_context(history.moment(epoch)) for epoch in (one, other)]
+    return moments[0].differing(moments[1]), [moment.memory_bytes for moment in moments]
 
 
 def verify_store(text: str, history: History, as_json: bool) -> None:
@@ -211,11 +267,19 @@ def verify_store(text: str, history: History, as_json: bool) -> None:
 def prune(
     store: HistoryName,
     keep: KeepTiers = None,
-    keep_count: Annotated[int | None, typer.Option(min=1, help="Keep this many checkpoints.")] = None,
+    keep_count: Annotated[int | None, typer.Option(metavar="COUNT", min=1, help="Keep this many checkpoints.")] = None,
     keep_age: Annotated[
-        str | None, typer.Option(help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.")
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            callback=is_time,
+            help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.",
+        ),
     ] = None,
-    keep_size: Annotated[str | None, typer.Option(help="Keep at most this many bytes, such as 500M or 20G.")] = None,
+    keep_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", callback=is_size, help="Keep at most this many bytes, such as 500M or 20G."),
+    ] = None,
     keep_free: KeepFree = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and why.")] = False,
     as_json: AsJson = False,
@@ -297,8 +361,12 @@ def compact(store: HistoryName, as_json: AsJson = False) -> None:
 @app.command(short_help="Export a checkpoint from a store as a stream.")
 def export(
     store: Annotated[str, typer.Argument(metavar="store:DIR/NAME", help=_HELP)],
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where to write the stream; - for standard output.")
+    ],
     at: At = None,
+    for_: ForXen = None,
+    hvm_context: HvmContext = None,
     overwrite: Overwrite = False,
     max_memory: Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, help="As in restore.")] = 64,
     tls_dir: TlsDir = None,
@@ -309,7 +377,8 @@ def export(
 
     The stream is the checkpoint's segment up to that point, checked on the way. If the newest checkpoint is bad or
     lost, the stream ends with the newest good one before it, and the exit code is 20. What comes from a backup and goes
-    to standard output is kept in a temporary file until it is checked.
+    to standard output is kept in a temporary file until it is checked. With --for xen, the stream holds that checkpoint
+    alone, in a form that a real Xen starts.
 
     Examples: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711;
     remus-ckpt export tls://backup:7411/orders -o orders.remus --tls-dir keys/me
@@ -317,10 +386,21 @@ def export(
     keep_what_is_there(overwrite, output)
     history = open_history(store, tls_dir, insecure, max_memory)
 
-    def read(entry: Entry, advance: Progress) -> Entry:
-        return history.export(output, entry.epoch, progress=advance)
+    with ExitStack() as stack:
+        target = output
+        if for_ is not None:
+            folder = None if output == "-" else Path(output).absolute().parent
+            target = str(Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix=".remus-export."))) / "stream")
+        elif hvm_context is not None:
+            raise typer.BadParameter("--hvm-context is for --for xen: our own streams hold no HVM context")
 
-    _, entry, fault = _read_good(store, history, parse_at(at), as_json, read)
+        def read(entry: Entry, advance: Progress) -> Entry:
+            return history.export(target, entry.epoch, progress=advance)
+
+        _, entry, fault = _read_good(store, history, parse_at(at), as_json, read)
+        if for_ is not None:
+            write_for_xen(target, output, hvm_context, max_memory, as_json)
+            as_json, output = False, "-"  # it has reported
     if as_json and output != "-":
         print_json({"store": store, "stream": output} | row_of(entry))
     elif output != "-":

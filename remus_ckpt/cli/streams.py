@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-import signal
+import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,11 +15,16 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
+    BlockOption,
     CodecOption,
     GuestOption,
     Insecure,
+    MachineOptions,
     MaxMemory,
+    More,
     Overwrite,
+    PageSize,
+    SnapshotOption,
     Stream,
     Strict,
     TlsDir,
@@ -31,132 +34,65 @@ from remus_ckpt.cli.options import (
     keep_apart,
     keep_what_is_there,
     print_json,
+    tidying_up,
     write_out,
 )
 from remus_ckpt.cli.store import (
     At,
+    differing_in_store,
     is_store,
     open_history,
+    pages_in_store,
     parse_at,
-    read_checkpoint,
     restore_from_store,
     verify_store,
 )
-from remus_ckpt.cli.terminal import complain, out, progress
-from remus_ckpt.errors import LimitExceeded, NoCheckpoint, RemusError, UnknownFormat
-from remus_ckpt.limits import MAX_BUFFER_PAGES
-from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE
-from remus_ckpt.wire.xen.dialect import Guest, StreamCodec
+from remus_ckpt.cli.terminal import out
+from remus_ckpt.errors import NoCheckpoint
+from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
 if TYPE_CHECKING:
-    from remus_ckpt.codec.reference import Reference
+    from remus_ckpt.files import StreamFile
+    from remus_ckpt.image_file import ImageFile, SparseDiff
     from remus_ckpt.restorer import Checkpoint
     from remus_ckpt.walk import Pairs, Walk
-
-
-@app.command(short_help="Make a stream from memory images.")
-def encode(
-    images: Annotated[list[Path], typer.Argument(help="Memory images, one per checkpoint.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the stream; - for standard output.")],
-    codec: Annotated[StreamCodec, typer.Option(help="How to encode changed pages.")] = "delta",
-    buffer_pages: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_BUFFER_PAGES, help="Pages to compress at a time. [default: 8196; 8192 for rle]"),
-    ] = None,
-    reference_pages: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=MAX_P2M_SIZE, help="Keep only the N most recently used pages as reference. [default: all]"
-        ),
-    ] = None,
-    word: Annotated[int, typer.Option(help="Word size of the toolstack: 8 or 4 bytes.")] = 8,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a stream from a series of memory images. Each image is compared with the one before to find dirty pages.
-
-    The images are read piece by piece and their holes are skipped: about 150 MB of memory suffice for images of any
-    size. The images must not change meanwhile.
-
-    Example: remus-ckpt encode monday.img tuesday.img -o week.remus
-    """
-    from remus_ckpt.codec.reference import Lru
-    from remus_ckpt.files import StreamWriter
-    from remus_ckpt.image import Image, ImageReference, differences, full_batches
-    from remus_ckpt.pages import PAGE_SIZE, pages_for
-    from remus_ckpt.sender import Sender
-    from remus_ckpt.walk import print_checkpoints
-
-    dialect_of(word, None, None)
-    keep_apart(output, *images)
-    keep_what_is_there(overwrite, output)
-    sizes = [path.stat().st_size for path in images]
-    pages = max(pages_for(size) for size in sizes)
-    if not pages:
-        raise typer.BadParameter("the images are empty")
-    padded = [size if pages_for(size) == pages else max(sizes) for size in sizes]
-    for path, size, whole in zip(images, sizes, padded, strict=True):
-        if whole != size:
-            complain(f"{path}: {size} bytes; padded with zeros to {whole}")
-    held = ImageReference()
-    reference: Reference = Lru(reference_pages) if reference_pages else held
-    sender = Sender(pages, codec=codec, word=word, buffer_pages=buffer_pages, reference=reference)  # type: ignore[arg-type]
-    listed = []
-    with ExitStack() as stack:
-        stream = StreamWriter(output)
-        stack.callback(stream.close)
-        advance = stack.enter_context(progress(stream.name, pages * PAGE_SIZE * len(images), as_json))
-        for number, path in enumerate(images):
-            image = Image(path)
-            stack.callback(image.close)
-            start = stream.written
-
-            def done(page: int, base: int = number * pages) -> None:
-                advance((base + page) * PAGE_SIZE)
-
-            scan = full_batches(differences(image, held.before, pages, done))
-            for group in sender.checkpoint(scan, memory_bytes=padded[number]):
-                sender.carried.clear()  # nothing is sent again here, and the list would grow with the image
-                stream.write(group)
-            sent = sender.sent
-            assert sent is not None
-            image.check(sizes[number])
-            if held.before is not None:
-                held.before.check()
-                held.before.close()
-            held.before = image
-            stream.commit(sent)
-            listed.append(
-                {"image": str(path), "epoch": sent.epoch, "start": start, "end": stream.written}
-                | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}
-                | {"compressed_chunks": sent.compressed_chunks, "compressed_bytes": sent.compressed_bytes}
-            )
-            done(pages)
-    report = {"stream": output, "codec": codec, "p2m_size": pages, "checkpoints": listed}
-    if output == "-":
-        return
-    if as_json:
-        print_json(report)
-    else:
-        print_checkpoints(listed, False)
 
 
 @app.command(short_help="Restore a checkpoint's memory to an image.")
 def restore(
     stream: Stream,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the image; - for standard output.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where to write the image; - for standard output.")
+    ],
+    more: More = None,
     checkpoint: Annotated[
-        int | None, typer.Option(min=0, help="Number of the checkpoint. [default: the last complete one]")
+        int | None, typer.Option(metavar="K", min=0, help="Number of the checkpoint. [default: the last complete one]")
     ] = None,
     at: At = None,
     device_state: Annotated[
-        Path | None, typer.Option(help="Also write the checkpoint's device state to this file.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the checkpoint's device state to this file.")
     ] = None,
+    sparse_diff_from: Annotated[
+        int | None,
+        typer.Option(
+            "--sparse-diff-from",
+            metavar="K",
+            min=0,
+            help="Write only the pages that came after checkpoint K of a stream; the others are holes.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check all bytes up to the checkpoint, not only those that are needed.")
+    ] = False,
     overwrite: Overwrite = False,
     strict: Strict = False,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
+    block: BlockOption = None,
+    snapshot: SnapshotOption = None,
+    page_size: PageSize = None,
     max_memory: MaxMemory = 64,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
@@ -170,6 +106,9 @@ def restore(
     From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it; and from
     another machine through its backup, `tls://HOST:PORT/NAME`: all is checked here, and a broken connection is resumed.
 
+    With --sparse-diff-from K, the image is a diff over checkpoint K: it has data for the pages that came since, and
+    holes elsewhere, as `encode --sparse-diffs` takes them.
+
     Examples: remus-ckpt restore orders.remus -o orders.img;
     remus-ckpt restore store:/var/lib/remus/orders --at 2026-01-31T12:00 -o orders.img;
     remus-ckpt restore tls://backup:7411/orders --tls-dir keys/me -o orders.img
@@ -177,27 +116,55 @@ def restore(
     keep_apart(output, stream)
     if device_state is not None:
         keep_apart(str(device_state), stream, output)
+    options = MachineOptions(more or (), snapshot, page_size, block)
     if is_store(stream):
         _refuse_for_stores(strict, word, guest, codec)
+        options.refuse(stream)
     which = _which(stream, checkpoint, at)
+    if sparse_diff_from is not None:
+        if is_store(stream):
+            raise typer.BadParameter("--sparse-diff-from is for streams; `export` turns a store into one")
+        if output == "-" or (os.path.exists(output) and not os.path.isfile(output)):
+            raise typer.BadParameter("--sparse-diff-from needs a file: only a file has holes")
     keep_what_is_there(overwrite, output, *([] if device_state is None else [device_state]))
     if is_store(stream):
         history = open_history(stream, tls_dir, insecure, max_memory)
-        with _tidying_up():
-            restore_from_store(stream, history, output, which, device_state, as_json)
+        with tidying_up():
+            restore_from_store(stream, history, output, which, device_state, verify, as_json)
         return
-    from remus_ckpt.image_file import image_appearing
+    file, is_machine = _open(stream, options, checkpoint, strict=strict, word=word, guest=guest, codec=codec)
+    if is_machine:
+        from remus_ckpt.cli.machines import restore_machine
+
+        if sparse_diff_from is not None:
+            file.close()
+            raise NoCheckpoint(f"{stream}: it has one checkpoint, and no pages that came after it")
+
+        with tidying_up():
+            restore_machine(
+                file, options, output=output, device_state=device_state, max_memory=max_memory, as_json=as_json
+            )
+        return
+    from remus_ckpt.image_file import image_appearing, sparse_diff
     from remus_ckpt.memory import save_image
     from remus_ckpt.walk import list_checkpoint, walk_stream
 
     is_file = output != "-" and (not Path(output).exists() or Path(output).is_file())
     with ExitStack() as stack:
-        stack.enter_context(_tidying_up())
-        home = stack.enter_context(image_appearing(output)) if is_file else None
+        stack.enter_context(tidying_up())
+        stack.callback(file.close)
+        diff: SparseDiff | None = None
+        home: ImageFile | None = None
+        if sparse_diff_from is not None:
+            diff = home = stack.enter_context(sparse_diff(output, sparse_diff_from))
+        elif is_file:
+            home = stack.enter_context(image_appearing(output))
         dialect = dialect_of(word, guest, codec)
-        walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, home=home)
-        found = _seek(walk, checkpoint)
-        if home is not None:
+        walk = walk_stream(file, dialect, max_memory, strict=strict, quiet=as_json, home=home)
+        found = seek(walk, checkpoint, None if diff is None else diff.note)
+        if diff is not None:
+            diff.write_diff(output, found)
+        elif home is not None:
             home.cut(found.memory_bytes)
         elif output == "-":
             sys.stdout.buffer.write(found.image.data)
@@ -213,14 +180,34 @@ def restore(
     walk.fail_unless_good()
 
 
-@contextmanager
-def _tidying_up() -> Iterator[None]:
-    """After SIGTERM and SIGHUP too, an unfinished image is removed, as after Ctrl-C."""
-    with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                stack.callback(signal.signal, number, signal.signal(number, lambda got, _: sys.exit(128 + got)))
-        yield
+def _open(
+    stream: str,
+    options: MachineOptions,
+    checkpoint: int | None = None,
+    *,
+    strict: bool = False,
+    word: int | None = None,
+    guest: Guest | None = None,
+    codec: StreamCodec | None = None,
+) -> tuple[StreamFile, bool]:
+    """Open a file, and say whether it is one state of a machine. Options that it has no use for are refused."""
+    from remus_ckpt.files import StreamFile
+
+    file = StreamFile(stream)
+    try:
+        is_machine = file.holds_machine
+        if not is_machine:
+            options.refuse(file.name)
+        if is_machine and checkpoint:
+            raise NoCheckpoint(f"{file.name}: no checkpoint {checkpoint}; it holds one state, number 0")
+        given = {"--strict": strict, "--word": word, "--guest": guest, "--codec": codec}
+        for name, value in given.items():
+            if is_machine and value:
+                raise typer.BadParameter(f"{name} is for Xen save streams, and {file.name} is none")
+    except BaseException:
+        file.close()
+        raise
+    return file, is_machine
 
 
 def _which(stream: str, checkpoint: int | None, at: str | None) -> int | datetime | None:
@@ -242,11 +229,16 @@ def _refuse_for_stores(
             raise typer.BadParameter(f"{name} is for streams, not stores; `export` turns a store into a stream")
 
 
-def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
-    """Put a checkpoint in force (None: the last good one), and report what is wrong with the stream on the way."""
+def seek(walk: Walk, epoch: int | None, note: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
+    """Put a checkpoint in force (None: the last good one), and report what is wrong with the stream on the way.
+
+    note: called with every checkpoint up to it
+    """
     epochs = []
     for checkpoint in walk.checkpoints():
         epochs.append(checkpoint.epoch)
+        if note is not None:
+            note(checkpoint)
         if checkpoint.epoch == epoch:
             return checkpoint
     walk.say_how_it_ended()
@@ -260,18 +252,44 @@ def _seek(walk: Walk, epoch: int | None) -> Checkpoint:
 @app.command(short_help="Describe a stream and its checkpoints.")
 def inspect(
     stream: Stream,
+    more: More = None,
     chunks: Annotated[bool, typer.Option("--chunks", help="Also print every chunk and its offset.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a report as one HTML file instead: time lines, ratio, where memory changes, and what each page "
+            "codec would have made of it.",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     strict: Strict = False,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
+    snapshot: SnapshotOption = None,
+    page_size: PageSize = None,
     max_memory: MaxMemory = 64,
     as_json: AsJson = False,
 ) -> None:
     """Print a stream's dialect and, for each checkpoint, its offsets, counts, ratio, parameters and tail.
 
     Example: remus-ckpt inspect guest.save.xz --chunks
+
+    Example: remus-ckpt inspect orders.remus --html orders.html
     """
+    options = MachineOptions(more or (), snapshot, page_size)
+    dialect = dialect_of(word, guest, codec)
+    if html is not None:
+        _write_report(stream, html, dialect, max_memory, overwrite)
+        return
+    file, is_machine = _open(stream, options, strict=strict, word=word, guest=guest, codec=codec)
+    if is_machine:
+        from remus_ckpt.cli.machines import inspect_machine
+
+        inspect_machine(file, options, chunks=chunks, max_memory=max_memory, as_json=as_json)
+        return
     from remus_ckpt.walk import (
         detail_checkpoint,
         list_checkpoint,
@@ -284,7 +302,7 @@ def inspect(
     )
     from remus_ckpt.wire.xen.describe import describe
 
-    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=as_json, is_read=False)
+    walk = walk_stream(file, dialect, max_memory, strict=strict, quiet=as_json, is_read=False)
     listed, seen = [], []
     for event in walk.events():
         if chunks:
@@ -306,69 +324,30 @@ def inspect(
     walk.fail_unless_good()
 
 
-@app.command("events", short_help="Print a stream's events as JSON lines.")
-def print_events(
-    stream: Stream,
-    strict: Annotated[bool, typer.Option("--strict", envvar="REMUS_STRICT", help="As in verify.")] = False,
-    word: Annotated[int | None, typer.Option("--word", envvar="REMUS_WORD", help="As in verify.")] = None,
-    guest: Annotated[Guest | None, typer.Option("--guest", envvar="REMUS_GUEST", help="As in verify.")] = None,
-    codec: Annotated[StreamCodec | None, typer.Option("--codec", envvar="REMUS_CODEC", help="As in verify.")] = None,
-    max_memory: MaxMemory = 64,
-) -> None:
-    """Print one JSON line per event, and the SHA-256 of memory after each checkpoint.
+def _write_report(stream: str, path: Path, dialect: Dialect, max_memory: int, overwrite: bool) -> None:
+    from remus_ckpt.recording import read_recording
+    from remus_ckpt.report import report
 
-    This is the decoder output that the conformance suite expects (specs/conformance.md).
-
-    Example: remus-ckpt events guest.save.xz | jq .event
-    """
-    from remus_ckpt.memory import memory_sha256
-    from remus_ckpt.walk import walk_stream
-    from remus_ckpt.wire.xen import events
-    from remus_ckpt.wire.xen.describe import describe
-
-    walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, strict=strict, quiet=True)
-
-    def held() -> str | None:
-        return None if walk.restorer.in_force is None else memory_sha256(walk.restorer.in_force.image)
-
-    for event in walk.events():
-        line = describe(event)
-        if isinstance(event, events.EndOfStream):
-            line["memory_sha256"] = held()
-        print(json.dumps(line))
-        if walk.restorer.staged is not None:
-            done = walk.restorer.commit()
-            line = {"offset": done.end, "event": "checkpoint", "epoch": done.epoch}
-            print(json.dumps(line | {"memory_sha256": memory_sha256(done.image)}))
-    if walk.error is not None:
-        kind = {UnknownFormat: "unknown-format", LimitExceeded: "limit"}.get(type(walk.error), "malformed")
-        where = {"offset": walk.error.offset, "event": "error", "kind": kind, "section": walk.error.section}
-        print(json.dumps(where | {"message": str(walk.error), "memory_sha256": held()}))
-    sys.stdout.flush()
-    walk.say_how_it_ended()
-    walk.fail_unless_good()
-
-
-@app.command(
-    "conformance",
-    short_help="Test an implementation of the format.",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def run_conformance(context: typer.Context) -> None:
-    """Test your decoder or encoder, of streams or of a page codec alone, against the vectors (specs/conformance.md)."""
-    from remus_ckpt import conformance
-
-    raise typer.Exit(conformance.main(context.args))
+    if path.exists() and not overwrite:
+        raise typer.BadParameter(f"{path} is there already: choose another file, or say --overwrite")
+    found = read_recording(stream, dialect=dialect, limits=Limits(memory_bytes=max_memory * GIB))
+    if not found.checkpoints:
+        raise NoCheckpoint(f"{stream}: no checkpoint is complete")
+    path.write_text(report(stream, found), encoding="utf-8")
+    out.print(Text(f"{path}: a report of {found.checkpoints:,} checkpoints"))
 
 
 @app.command(short_help="Read and check an entire stream or store.")
 def verify(
     stream: Stream,
+    more: More = None,
     hashes: Annotated[bool, typer.Option("--hash", help="Print the SHA-256 of memory after each checkpoint.")] = False,
     strict: Strict = False,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
+    snapshot: SnapshotOption = None,
+    page_size: PageSize = None,
     max_memory: MaxMemory = 64,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
@@ -381,20 +360,29 @@ def verify(
 
     Example: remus-ckpt verify orders.remus --hash --json
     """
+    options = MachineOptions(more or (), snapshot, page_size)
     if is_store(stream):
         _refuse_for_stores(strict, word, guest, codec, hashes)
+        options.refuse(stream)
         verify_store(stream, open_history(stream, tls_dir, insecure, max_memory), as_json)
+        return
+    dialect = dialect_of(word, guest, codec)
+    file, is_machine = _open(stream, options, strict=strict, word=word, guest=guest, codec=codec)
+    if is_machine:
+        from remus_ckpt.cli.machines import verify_machine
+
+        verify_machine(file, options, hashes=hashes, max_memory=max_memory, as_json=as_json)
         return
     from remus_ckpt.memory import memory_sha256
     from remus_ckpt.walk import list_checkpoint, print_checkpoints, print_deviations, print_head, walk_stream
 
-    dialect = dialect_of(word, guest, codec)
-    walk = walk_stream(stream, dialect, max_memory, strict=strict, quiet=as_json, is_read=hashes)
+    walk = walk_stream(file, dialect, max_memory, strict=strict, quiet=as_json, is_read=hashes)
     listed = []
     for checkpoint in walk.checkpoints():
         row = list_checkpoint(checkpoint)
         if hashes:
             row["memory_sha256"] = memory_sha256(checkpoint.image)
+            row["blocks"] = {"memory": {"bytes": checkpoint.memory_bytes, "sha256": row["memory_sha256"]}}
         listed.append(row)
     summary = walk.summary(listed)
     if as_json:
@@ -412,13 +400,25 @@ def verify(
 @app.command(short_help="Show where two checkpoints differ.")
 def diff(
     first: Annotated[
-        str, typer.Argument(metavar="STREAM|IMAGE", help="A stream or store:DIR/NAME, or the first of two images.")
+        str,
+        typer.Argument(
+            metavar="STREAM|IMAGE", help="A stream or store:DIR/NAME, or the first of two images or machines."
+        ),
     ],
-    second: Annotated[str, typer.Argument(metavar="K1|IMAGE", help="Number of a checkpoint, or the second image.")],
-    third: Annotated[int | None, typer.Argument(metavar="K2", help="Number of the other checkpoint.", min=0)] = None,
+    second: Annotated[
+        str, typer.Argument(metavar="K1|IMAGE", help="Number of a checkpoint, or the second image or machine.")
+    ],
+    third: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="K2", help="Number of the other checkpoint. In a qcow2 image, K1 and K2 name snapshots."
+        ),
+    ] = None,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
+    block: BlockOption = None,
+    page_size: PageSize = None,
     max_memory: MaxMemory = 64,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
@@ -426,18 +426,27 @@ def diff(
 ) -> None:
     """Print the pages and byte ranges that differ between two checkpoints of a stream or store, or between two images.
 
+    A virtual machine of QEMU, an ELF core or a LiME file can stand in the place of an image, and two snapshots of a
+    qcow2 image can be compared.
+
     Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img;
     remus-ckpt diff tls://backup:7411/orders 4710 4711 --tls-dir keys/me
     """
-    if third is not None and not second.isdecimal():
-        raise typer.BadParameter(f"{second!r} is not a checkpoint number")
     import numpy as np
 
     from remus_ckpt.image import Image, differences
     from remus_ckpt.memory import differing_ranges, joined
     from remus_ckpt.pages import PAGE_SIZE, pages_for
-    from remus_ckpt.walk import differing, differing_pages, walk_stream
+    from remus_ckpt.walk import differing_pages, walk_stream
 
+    options = MachineOptions((), None, page_size, block)
+    machines = None if is_store(first) else _machines_of(first, second if third is None else None)
+    if third is not None and not machines:
+        for number in (second, third):
+            if not number.isdecimal():
+                raise typer.BadParameter(f"{number!r} is not a checkpoint number")
+    if not machines:
+        options.refuse(first)
     pages = count = 0
 
     def ranges() -> Iterator[tuple[int, int]]:
@@ -449,7 +458,12 @@ def diff(
 
     with ExitStack() as stack:
         pairs: Iterable[Pairs]
-        if third is None:
+        if machines:
+            from remus_ckpt.cli.machines import differing_machines
+
+            snapshots = (None, None) if third is None else (second, third)
+            pairs, sizes = differing_machines(machines, snapshots, options, max_memory, as_json)
+        elif third is None:
             one, other = (stack.enter_context(Image(path)) for path in (first, second))
             sizes = [one.size, other.size]
             found = differences(other, one, pages_for(max(sizes)))
@@ -457,12 +471,10 @@ def diff(
         elif is_store(first):
             _refuse_for_stores(False, word, guest, codec)
             history = open_history(first, tls_dir, insecure, max_memory)
-            with history.reading():
-                both = [read_checkpoint(first, history, epoch, as_json)[0] for epoch in (int(second), third)]
-            pairs, sizes = differing(*both), [checkpoint.memory_bytes for checkpoint in both]
+            pairs, sizes = differing_in_store(first, history, int(second), int(third), stack)
         else:
             walk = walk_stream(first, dialect_of(word, guest, codec), max_memory, quiet=as_json)
-            pairs, sizes = differing_pages(walk, int(second), third)
+            pairs, sizes = differing_pages(walk, int(second), int(third))
         if as_json:
             listed = list(joined(ranges()))
             print_json({"pages": pages, "bytes": count, "ranges": listed, "memory_bytes": sizes})
@@ -476,20 +488,42 @@ def diff(
         out.print(f"the first is {sizes[0]:,} bytes long, the second {sizes[1]:,}")
 
 
+def _machines_of(first: str, second: str | None) -> tuple[str, str] | None:
+    """Both files if one of them is one state of a machine, the first twice if there is but one; else None."""
+    from remus_ckpt.files import StreamFile
+
+    names = (first, first if second is None else second)
+    for name in dict.fromkeys(names):
+        if name == "-" or not os.path.isfile(name):
+            continue
+        with StreamFile(name) as file:
+            if file.holds_machine:
+                return names
+    return None
+
+
 @app.command(short_help="Print pages from a checkpoint.")
 def extract(
     stream: Stream,
-    pfn: Annotated[str, typer.Option(help="Pages to print: 5, 0x10-0x1f (inclusive), or a comma-separated list.")],
+    pfn: Annotated[
+        str, typer.Option(metavar="PAGES", help="Pages to print: 5, 0x10-0x1f (inclusive), or a comma-separated list.")
+    ],
+    more: More = None,
     checkpoint: Annotated[
-        int | None, typer.Option(min=0, help="Number of the checkpoint. [default: the last complete one]")
+        int | None, typer.Option(metavar="K", min=0, help="Number of the checkpoint. [default: the last complete one]")
     ] = None,
     at: At = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write them; - for standard output.")] = "-",
-    hexdump: Annotated[bool, typer.Option("--hex", help="Print a hexdump; the default on a terminal.")] = False,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where to write them; - for standard output.")
+    ] = "-",
+    hexdump_wanted: Annotated[bool, typer.Option("--hex", help="Print a hexdump; the default on a terminal.")] = False,
     overwrite: Overwrite = False,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
+    block: BlockOption = None,
+    snapshot: SnapshotOption = None,
+    page_size: PageSize = None,
     max_memory: MaxMemory = 64,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
@@ -503,90 +537,42 @@ def extract(
     keep_apart(output, stream)
     which = _which(stream, checkpoint, at)
     keep_what_is_there(overwrite, output)
+    from remus_ckpt.cli.pages import hexdump, page_range
     from remus_ckpt.pages import PAGE_SIZE
     from remus_ckpt.walk import walk_stream
 
-    walk = fault = None
+    options = MachineOptions(more or (), snapshot, page_size, block)
+    epoch, leave = 0, None
     if is_store(stream):
         _refuse_for_stores(False, word, guest, codec)
-        found, fault = read_checkpoint(stream, open_history(stream, tls_dir, insecure, max_memory), which, as_json)
+        options.refuse(stream)
+        history = open_history(stream, tls_dir, insecure, max_memory)
+        epoch, numbers, pieces, fault = pages_in_store(
+            stream, history, which, lambda pages: page_range(pfn, pages), as_json
+        )
+        leave = None if fault is None else fault.exit_code
     else:
-        walk = walk_stream(stream, dialect_of(word, guest, codec), max_memory, quiet=as_json)
-        found = _seek(walk, checkpoint)
-    numbers = _page_range(pfn, len(found.memory))
-    # The last page may be shorter than 4,096 bytes.
-    pieces = [found.image[number * PAGE_SIZE : (number + 1) * PAGE_SIZE].tobytes() for number in numbers]
+        dialect = dialect_of(word, guest, codec)
+        file, is_machine = _open(stream, options, checkpoint, word=word, guest=guest, codec=codec)
+        if is_machine:
+            from remus_ckpt.cli.machines import exit_code_of, machine_pages
+
+            machine, memory = machine_pages(file, options, max_memory, as_json)
+            image, pages, leave = memory.image, len(memory.memory), exit_code_of(machine)
+        else:
+            walk = walk_stream(file, dialect, max_memory, quiet=as_json)
+            found = seek(walk, checkpoint)
+            epoch, image, pages, leave = found.epoch, found.image, len(found.memory), walk.exit_code
+        numbers = page_range(pfn, pages)
+        # The last page may be shorter than 4,096 bytes.
+        pieces = [image[number * PAGE_SIZE : (number + 1) * PAGE_SIZE].tobytes() for number in numbers]
     if as_json:
-        pages = [{"pfn": number, "hex": piece.hex()} for number, piece in zip(numbers, pieces, strict=True)]
-        print_json({"epoch": found.epoch, "pages": pages})
-    elif hexdump or (output == "-" and sys.stdout.isatty()):
-        lines = (line for number, piece in zip(numbers, pieces, strict=True) for line in _hexdump(number, piece))
+        listed = [{"pfn": number, "hex": piece.hex()} for number, piece in zip(numbers, pieces, strict=True)]
+        print_json({"epoch": epoch, "pages": listed})
+    elif hexdump_wanted or (output == "-" and sys.stdout.isatty()):
+        lines = (line for number, piece in zip(numbers, pieces, strict=True) for line in hexdump(number, piece))
         write_out(output, ("\n".join(lines) + "\n").encode())
     else:
         write_out(output, b"".join(pieces))
-    if walk is not None:
-        walk.fail_unless_good()
-    elif fault is not None:
-        raise typer.Exit(fault.exit_code)
-
-
-def _page_range(text: str, pages: int) -> list[int]:
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(0x[0-9a-fA-F]+|\d+)(?:-(0x[0-9a-fA-F]+|\d+))?\s*", part)
-        if not match:
-            raise typer.BadParameter(f"--pfn {part!r}: write 5, 0x10-0x1f, or a comma-separated list")
-        first = int(match[1], 0)
-        last = int(match[2], 0) if match[2] else first
-        if not first <= last < pages:
-            raise typer.BadParameter(f"--pfn {part}: memory has pages 0x0-{pages - 1:#x}")
-        numbers += range(first, last + 1)
-    return numbers
-
-
-def _hexdump(number: int, page: bytes) -> Iterator[str]:
-    from remus_ckpt.pages import PAGE_SIZE
-
-    repeated = False
-    for start in range(0, len(page), 16):
-        row = page[start : start + 16]
-        if start and row == page[start - 16 : start] and start < len(page) - 16:
-            if not repeated:
-                yield "*"
-            repeated = True
-            continue
-        repeated = False
-        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
-        yield f"{number * PAGE_SIZE + start:012x}  {row[:8].hex(' '):23}  {row[8:].hex(' '):23}  |{text}|"
-
-
-@app.command(short_help="Show which codec kernel is in use and why.")
-def check(
-    require_native: Annotated[
-        bool, typer.Option("--require-native", help="Fail if the C extension is missing.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show which kernel runs the codecs and why, which others are available, and which CPU features were found.
-
-    Set REMUS_CKPT_KERNEL to require one. Example: REMUS_CKPT_KERNEL=avx2 remus-ckpt check
-    """
-    from remus_ckpt.codec import kernels
-    from remus_ckpt.source.track.written import why_not
-
-    no_tracking = why_not()
-    report = kernels.report() | {"tracking": "compare" if no_tracking else "kernel", "no_tracking": no_tracking}
-    if as_json:
-        print_json(report)
-    else:
-        out.print(Text(f"kernel: {report['kernel']} ({report['why']})"))
-        out.print(Text(f"available: {', '.join(report['available'])}"))
-        for name, reason in report["missing"].items():
-            out.print(Text(f"missing: {name}: {reason}"))
-        seen = [name for name, is_seen in report["features"].items() if is_seen]
-        out.print(Text(f"changed pages: found by {f'comparison ({no_tracking})' if no_tracking else 'the kernel'}"))
-        out.print(Text(f"machine: {report['machine']}, CPU features {', '.join(seen) or 'not checked'}"))
-    if report["kernel"] is None:
-        raise RemusError(report["why"])
-    if require_native and not report["built"]:
-        raise RemusError(report["not_built"])
+    if leave is not None:
+        raise typer.Exit(leave)

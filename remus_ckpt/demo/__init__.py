@@ -77,6 +77,7 @@ class _Scene:
     """Where things lie.
 
     folder: keys, and the process numbers that the fence and the takeover go by
+    log: what the backup says, once it runs
     """
 
     def __init__(self, folder: Path, store: Path, memory_folder: Path) -> None:
@@ -84,6 +85,7 @@ class _Scene:
         self.fenced = folder / "primary-side.pids"
         self.survivor = folder / "survivor.pid"
         self.image: Path | None = None
+        self.log: _Lines | None = None
         self._memory_folder = memory_folder
         keys.init(folder / "keys")
         for name in ("backup", "primary"):
@@ -100,12 +102,12 @@ class _Scene:
         takeover = f'{start} & echo $! "$REMUS_IMAGE" > {number}.new && mv {number}.new {number}'
         command = [sys.executable, "-m", "remus_ckpt", "backup", "--listen", "tls://127.0.0.1:0"]
         command += ["--store", str(self.store), "--tls-dir", str(self.keys / "backup"), "--lease", _LEASE]
-        command += ["--warm-dir", str(self._memory_folder / "warm"), "--auto-failover", "--fence", fence]
+        command += ["--warm", str(self._memory_folder / "warm"), "--auto-failover", "--fence", fence]
         command += ["--on-failover", takeover]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stderr is not None
-        log = _Lines(process.stderr)
+        self.log = log = _Lines(process.stderr)
         try:
             line = process.stdout.readline()
             if not line.startswith("listening on "):
@@ -190,7 +192,8 @@ def _await_takeover(scene: _Scene, stack: ExitStack, say: Callable[[str], None])
     begin = time.monotonic()
     while not scene.survivor.exists():
         if time.monotonic() - begin > _PATIENCE_S:
-            raise RemusError("the backup did not take over")
+            said = scene.log.lines[-3:] if scene.log is not None else []
+            raise RemusError(f"the backup did not take over within {_PATIENCE_S:g} s: {' / '.join(said)}")
         time.sleep(0.01)
     pid, image = scene.survivor.read_text().split(" ", 1)
     scene.image = Path(image.rstrip("\n"))
