@@ -903,7 +903,7 @@ types:
         doc-ref: specs/stream.md §9.2
       - id: digest
         size: 32
-        doc: SHA-256 of the checkpoint's bytes before it.
+        doc: SHA-256 or BLAKE3 of the checkpoint's bytes before it.
         doc-ref: specs/stream.md §9.4
 
   tail_pv:
