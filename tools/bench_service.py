@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import mmap
 import os
 import shutil
@@ -32,6 +33,7 @@ from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import keys
 from remus_ckpt.service.protect import primary_of
+from remus_ckpt.service.realtime import Realtime
 from remus_ckpt.service.release import Committed
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
@@ -120,7 +122,16 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, interval_s: float, seconds: float) -> None:
+def protect(
+    path: str,
+    worker: int,
+    backup: int,
+    address: str,
+    tls_dir: str,
+    interval_s: float,
+    seconds: float,
+    realtime: int,
+) -> None:
     """Protect until enough has been seen, and print what was."""
     configure_logs(level="error")
     commits: list[Committed] = []
@@ -146,6 +157,7 @@ def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, int
         interval_s=interval_s,
         on_commit=commits.append,
         on_phase=phase,
+        realtime=Realtime() if realtime else None,
     )
 
     def now() -> dict[str, float]:
@@ -188,13 +200,40 @@ def protect(path: str, worker: int, backup: int, address: str, tls_dir: str, int
     print(json.dumps(report), flush=True)
 
 
+def first(path: str, worker: int, backup: int, address: str) -> None:
+    """Take a first checkpoint, and print what it took until it was durable."""
+    configure_logs(level="error")
+    source = SharedFile(path, Processes([worker]))
+    primary = primary_of(source, NAME, address)
+    primary_cpu_s, backup_cpu_s, begin = cpu_s(os.getpid()), cpu_s(backup), time.monotonic()
+    try:
+        epoch = primary.checkpoint(math.inf, wait=True)
+        seconds = time.monotonic() - begin
+        status = primary.status()
+    finally:
+        primary.close()
+        source.close()
+    report = {
+        "epoch": epoch,
+        "seconds": seconds,
+        "primary_cpu_s": cpu_s(os.getpid()) - primary_cpu_s,
+        "backup_cpu_s": cpu_s(backup) - backup_cpu_s,
+        "pause_ms": status["pause_ms"]["max"],
+        "dirty_pages": status["dirty_pages"],
+        "stream_mib": status["encoded_bytes"] / MIB,
+    }
+    print(json.dumps(report), flush=True)
+
+
 @contextmanager
-def backup_service(store: Path, tls_dir: Path | None) -> Iterator[tuple[int, str]]:
+def backup_service(store: Path, tls_dir: Path | None, realtime: bool) -> Iterator[tuple[int, str]]:
     """`remus-ckpt backup`, as a user starts it: its process number and its address."""
     command = [sys.executable, "-m", "remus_ckpt", "backup", "--store", str(store)]
     command += ["--listen", "tls://127.0.0.1:0" if tls_dir else "tcp://127.0.0.1:0"]
     if tls_dir:
         command += ["--tls-dir", str(tls_dir)]
+    if realtime:
+        command.append("--realtime")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -207,8 +246,10 @@ def backup_service(store: Path, tls_dir: Path | None) -> Iterator[tuple[int, str
 # What there is to compare it with
 
 
-def bare(path: str) -> None:
+def bare(path: str, realtime: int) -> None:
     """Receive a length and so many bytes, write them, sync, answer; until the peer hangs up."""
+    if realtime:
+        Realtime().enter()
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
     peer, _ = listener.accept()
@@ -228,13 +269,15 @@ def bare(path: str) -> None:
         peer.send(b"\0" * 8)
 
 
-def bare_latencies(file: Path, size: int, interval_s: float, seconds: float) -> list[float]:
+def bare_latencies(file: Path, size: int, interval_s: float, seconds: float, realtime: Realtime | None) -> list[float]:
     """Seconds from sending so many bytes to the word that they are durable, at that interval."""
-    process = _start("bare", file)
+    process = _start("bare", file, int(realtime is not None))
     data = os.urandom(size)
     latencies = []
     with socket.create_connection(("127.0.0.1", int(process.stdout.readline()))) as peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if realtime is not None:
+            realtime.enter()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             begin = time.monotonic()
@@ -243,6 +286,8 @@ def bare_latencies(file: Path, size: int, interval_s: float, seconds: float) -> 
             peer.recv(8, socket.MSG_WAITALL)
             latencies.append(time.monotonic() - begin)
             time.sleep(interval_s)
+        if realtime is not None:
+            realtime.leave()
     process.wait()
     file.unlink()
     return latencies
@@ -273,13 +318,15 @@ class Bench:
 
     disk: a folder where stores and files lie; shared: one in memory
     seconds: how long each case is looked at, in each of the rounds
+    realtime: both sides and the bare peer run under SCHED_FIFO; the worker does not
     """
 
-    def __init__(self, disk: Path, shared: Path, seconds: float, rounds: int) -> None:
+    def __init__(self, disk: Path, shared: Path, seconds: float, rounds: int, realtime: bool) -> None:
         self._disk = disk
         self._shared = shared
         self._seconds = seconds
         self._rounds = rounds
+        self._realtime = Realtime() if realtime else None
 
     def commits(self, mib: int, interval_s: float, share: float, tls_dir: Path | None = None) -> dict[str, Any]:
         """One case: everything that is measured of it."""
@@ -296,12 +343,14 @@ class Bench:
                 begin, steps = time.monotonic(), worker.steps()
                 time.sleep(self._seconds / 3)
                 alone.append((worker.steps() - steps) / (time.monotonic() - begin))
-                with backup_service(store, tls_dir) as (pid, address):
+                is_realtime = self._realtime is not None
+                with backup_service(store, tls_dir, is_realtime) as (pid, address):
                     given = (worker.path, worker.process.pid, pid, address, tls_dir or "", interval_s, self._seconds)
+                    given += (int(is_realtime),)
                     with _start("protect", *given) as process:
                         found.append(json.loads(process.communicate()[0]))
                 size = int(found[-1]["stream_bytes"] / found[-1]["checkpoints"])
-                bare_s += bare_latencies(self._disk / "bare", size, interval_s, self._seconds / 2)
+                bare_s += bare_latencies(self._disk / "bare", size, interval_s, self._seconds / 2, self._realtime)
                 file_s += file_latencies(self._disk / "file", size, interval_s, self._seconds / 4)
         finally:
             worker.close()
@@ -334,6 +383,32 @@ class Bench:
             "primary_cpu_ms": total["primary_cpu_s"] / total["checkpoints"] * 1e3,
             "backup_cpu_ms": total["backup_cpu_s"] / total["checkpoints"] * 1e3,
         }
+
+    def first(self, mib: int, interval_s: float, share: float) -> list[dict[str, Any]]:
+        """A first durable copy in each round, beside as many bytes written to a file and synced."""
+        pages = mib * MIB // PAGE_SIZE
+        found = []
+        store = self._disk / "store"
+        worker = Worker(self._shared, pages, max(int(pages * share), 1), interval_s)
+        try:
+            for _ in range(self._rounds):
+                shutil.rmtree(store, ignore_errors=True)
+                with (
+                    backup_service(store, None) as (pid, address),
+                    _start("first", worker.path, worker.process.pid, pid, address) as process,
+                ):
+                    one = json.loads(process.communicate()[0])
+                data, begin = memoryview(bytes(MIB)), time.monotonic()
+                with open(self._disk / "file", "wb", buffering=0) as file:
+                    for _ in range(mib):
+                        file.write(data)
+                    os.fdatasync(file.fileno())
+                found.append(one | {"mib": mib, "share": share, "file_s": time.monotonic() - begin})
+                (self._disk / "file").unlink()
+        finally:
+            worker.close()
+            shutil.rmtree(store, ignore_errors=True)
+        return found
 
     def restores(self) -> dict[str, Any]:
         """GB/s of image, of what the last case left in the store; from the page cache, as all the others."""
@@ -401,7 +476,8 @@ def show(results: dict[str, Any]) -> str:
     m = results["machine"]
     parts = [
         f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['system']}, Python {m['python']}, "
-        f"numpy {m['numpy']}; load {m['load']:.1f} at the start."
+        f"numpy {m['numpy']}; load {m['load']:.1f} at the start. Both sides and the bare peer: "
+        f"{'SCHED_FIFO' if results.get('realtime') else 'normal scheduling'}."
     ]
     cases = results["commits"]
 
@@ -418,31 +494,33 @@ def show(results: dict[str, Any]) -> str:
         "until sent",
         "bare peer",
         "file alone",
-        "÷ bare",
+        "÷ bare, p50 / p99",
         "behind it ÷ bare",
     ]
     rows = []
     for one in cases:
         commit, sent, base = (one[key]["p50"] for key in ("commit_ms", "sent_ms", "bare_ms"))
         cells = [pair(one[key]) for key in ("commit_ms", "sent_ms", "bare_ms", "file_ms")]
-        ratios = [f"{commit / base:.1f}", f"{(commit - sent) / base:.1f}"]
+        late = one["commit_ms"]["p99"] / one["bare_ms"]["p99"]
+        ratios = [f"{commit / base:.2f} / {late:.2f}", f"{(commit - sent) / base:.2f}"]
         rows.append([label(one), f"{one['stream_kib']:.0f}", *cells, *ratios])
-    parts += ["### Durable commits, beside a bare round trip with fdatasync", table(head, rows)]
+    if rows:
+        parts += ["### Durable commits, beside a bare round trip with fdatasync", table(head, rows)]
     head = ["", "dirty pages/s", "pause p50 / p99 ms", "period ms", "paused", "worker's rate", "first commit s"]
     rows = [
         [label(one), f"{one['pages_per_s']:,.0f}", pair(one["pause_ms"]), f"{one['period_ms']:.1f}",
          f"{one['duty']:.0%}", f"{one['worker']:.0%}", f"{one['first_commit_s']:.1f}"] for one in cases
     ]  # fmt: skip
-    parts += ["### What is sustained, and what the worker feels of it", table(head, rows)]
+    if rows:
+        parts += ["### What is sustained, and what the worker feels of it", table(head, rows)]
     head = ["CPU", "primary ms/ckpt", "s/GB dirty", "s/GB stream", "backup ms/ckpt", "s/GB dirty", "s/GB stream"]
     rows = [
         [label(one), f"{one['primary_cpu_ms']:.2f}", *(f"{value:.2f}" for value in one["primary_cpu"]),
          f"{one['backup_cpu_ms']:.2f}", *(f"{value:.2f}" for value in one["backup_cpu"])] for one in cases
     ]  # fmt: skip
-    parts += [
-        "### CPU of each side: for a checkpoint, for a GB of dirty pages, for a GB of the stream",
-        table(head, rows),
-    ]
+    if rows:
+        text = "### CPU of each side: for a checkpoint, for a GB of dirty pages, for a GB of the stream"
+        parts += [text, table(head, rows)]
     if restores := results["restores"]:
         head = ["GB/s of the image", *(f"{one['mib']} MiB" for one in restores)]
         names = list(restores[0]["gb_per_s"])
@@ -454,13 +532,24 @@ def show(results: dict[str, Any]) -> str:
             for one in restores
         )
         parts += ["### Restore", table(head, rows), "; ".join(behind) + "."]
+    if found := results.get("first"):
+        parts += ["### First durable copy, under a busy worker", show_first(found)]
     return "\n\n".join(parts)
+
+
+def show_first(found: list[dict[str, Any]]) -> str:
+    """The table of first copies: medians of the rounds."""
+    keys = ["seconds", "file_s", "primary_cpu_s", "backup_cpu_s", "pause_ms", "dirty_pages", "stream_mib"]
+    head = ["first durable copy", "s", "file alone s", "primary CPU s", "backup CPU s", "pause ms", "pages", "MiB"]
+    cells = [f"{float(np.median([one[key] for one in found])):,.2f}" for key in keys]
+    return table(head, [[f"{found[0]['mib']} MiB, {found[0]['share']:.1%}, {len(found)} rounds", *cells]])
 
 
 ROLES: dict[str, tuple[Callable[..., None], tuple[Callable[[str], Any], ...]]] = {
     "work": (work, (str, int, int, float)),
-    "protect": (protect, (str, int, int, str, str, float, float)),
-    "bare": (bare, (str,)),
+    "protect": (protect, (str, int, int, str, str, float, float, int)),
+    "first": (first, (str, int, int, str)),
+    "bare": (bare, (str, int)),
 }
 """What this file is when it is started by itself, and its arguments."""
 
@@ -472,9 +561,10 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and short: to see that it runs, not to quote")
-    parser.add_argument("--only", help="such as 128:0.01,tls: the cases to run (MiB:share)")
+    parser.add_argument("--only", help="such as 128:0.01,tls,first: the cases to run (MiB:share)")
     parser.add_argument("--seconds", type=float, help="how long each case is looked at, in each round")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each case is set up anew")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each case is set up anew, with its bare peer")
+    parser.add_argument("--realtime", action="store_true", help="both sides and the bare peer under SCHED_FIFO")
     parser.add_argument("--directory", type=Path, help="a folder on the disk to be measured; by default tmp's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing; show these figures")
@@ -485,15 +575,19 @@ def main() -> None:
     seconds = options.seconds or (1.0 if options.quick else 4.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing may stay behind
     sizes = ((16, 0.025), (64, 0.1)) if options.quick else ((128, 0.025), (1024, 0.1))
-    results: dict[str, Any] = {"machine": machine(), "commits": [], "restores": []}
+    results: dict[str, Any] = {"machine": machine(), "realtime": options.realtime, "commits": [], "restores": []}
     with ExitStack() as stack:
         disk = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-bench-", dir=options.directory)))
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-bench-", dir="/dev/shm")))
         keys.init(disk / "keys")
         keys.issue(disk / "keys", "both", hosts=["127.0.0.1"])
-        run = Bench(disk, shared, seconds, options.rounds)
+        run = Bench(disk, shared, seconds, options.rounds, options.realtime)
         cases = [(mib, interval_s, share, None) for mib, interval_s in sizes for share in (0.001, 0.01, 0.1)]
         cases.insert(3, (*sizes[0], 0.01, disk / "keys" / "both"))  # type: ignore[arg-type]
+        if options.only is None or "first" in options.only.split(","):
+            mib, interval_s = sizes[-1]
+            results["first"] = run.first(mib, interval_s, 0.01)
+            progress(f"first copies: {[round(one['seconds'], 2) for one in results['first']]} s")
         for mib, interval_s, share, tls_dir in cases:
             key = "tls" if tls_dir else f"{mib}:{share}"
             if options.only and key not in options.only.split(","):

@@ -2,6 +2,7 @@
 """A plain decoder of the save stream, written from specs/ alone and in its order: the stream on standard input, one
 line of JSON for each event on standard output (conformance.md §2, §3). "§" without a name is of stream.md."""
 import bisect, hashlib, json, os, struct, sys
+from plain_blake3 import blake3
 PAGE, ONES, MIB, OWN = 4096, 0xFFFFFFFF, 1 << 20, b"\x89REMUSck"
 LIMITS = dict(memory_bytes=65536 * MIB, checkpoint_bytes=16384 * MIB, checkpoint_entries=64 * MIB, vcpus=4096,  # §1.4
               compressed_chunk_bytes=64 * MIB, extended_info_bytes=MIB, xsave_bytes=65536, toolstack_bytes=16 * MIB,
@@ -13,6 +14,7 @@ CHUNKS = {-1: ("enable_verify_mode", "<", ""), -9: ("last_checkpoint", "<", ""),
           -7: ("tsc_info", "<IQII", "mode nsec khz incarnation")}  # §4.7, §4.5
 CHUNKS |= {-id: ("parameter", "<IQ", "pad value") for id in (3, 4, 8, 10, 11, 14, 15, 16, 17, 19, 20, 21)}  # §4.3
 KEYS = dict(version=int, epoch=int, time_ns=int | None, codec=str, before=list | None, after=list, device_state=bytes)
+DIGESTS = {"sha256": lambda data: hashlib.sha256(data).digest(), "blake3": blake3}  # §9.4
 SKIPPED = {0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17}  # msgpack: bytes behind
 class Refused(Exception):
     """offset, section, text, kind (conformance.md §3.3). A cut (§8.2) is an EOFError."""
@@ -20,18 +22,16 @@ class Refused(Exception):
 def need(true, offset, section, text, kind="malformed"):
     if not true:
         raise Refused(offset, section, text, kind)
-def limit(name, value, offset):
-    need(value <= LIMITS[name], offset, "§1.4", f"{value} exceeds {name}", "limit")
+def limit(name, value, offset): need(value <= LIMITS[name], offset, "§1.4", f"{value} exceeds {name}", "limit")
 
 class Decoder:
     def __init__(self, data, word=None, guest=None, codec=None, strict="0"):
         self.data, self.at, self.begun = memoryview(data), 0, 0  # begun: where the checkpoint begins
         self.word, self.guest, self.codec, self.strict = word, guest, codec, strict == "1"
         self.memory, self.vcpus, self.ours, self.position, self.codecs = {}, [0], None, None, set()
-        self.round, self.armed, self.verify, self.last, self.encoded = 0, False, False, False, False
+        self.round, self.armed, self.verify, self.last, self.encoded, self.digests = 0, *[False] * 4, DIGESTS
     def take(self, size):
-        if size > len(self.data) - self.at:
-            raise EOFError
+        if size > len(self.data) - self.at: raise EOFError
         self.at += size
         return self.data[self.at - size : self.at]
     def number(self, size=4, signed=False, order="little"):  # §1.1
@@ -96,9 +96,8 @@ class Decoder:
             at, chunk = self.at, self.number(4, True)
             late = chunk == -13 if self.round else chunk and self.armed
             self.deviation(late, at, "enable-compression-out-of-place", "§6.1")
-            if chunk == 0:
-                return self.say(at, "end_of_body")
-            elif chunk > 0:
+            if chunk == 0: return self.say(at, "end_of_body")
+            if chunk > 0:
                 self.batch(at, chunk)
             elif chunk in CHUNKS:
                 event, layout, names = CHUNKS[chunk]
@@ -210,15 +209,18 @@ class Decoder:
         if data and self.entries[page][1]:  # §8.5
             self.memory.setdefault(self.entries[page][0], bytearray(PAGE))[offset : offset + len(data)] = data
     def record(self, state):  # §9.2 to §9.4; returns the epoch and the size of memory
-        at, digest = self.at - len(state), hashlib.sha256(self.data[self.begun : self.at - 32]).digest()
-        need(len(state) > 40 and digest == state[-32:], at, "§9.4", "not the digest of the checkpoint")
+        at, covered = self.at - len(state), self.data[self.begun : self.at - 32]
+        self.digests = [name for name in self.digests if len(state) > 40 and DIGESTS[name](covered) == state[-32:]]
+        need(self.digests, at, "§9.4", "not the digest of the checkpoint")
         inner = Decoder(state[8:-32])
         try:
             fields = inner.msgpack()
         except (EOFError, ValueError, RecursionError):
             fields = None
         need(type(fields) is dict and inner.at == len(inner.data), at, "§9.2", "not just one msgpack map")
-        need(type(fields.get("version")) is not int or fields["version"] == 1, at, "§9.2", "version", "unknown-format")
+        need(type(version := fields.get("version")) is not int or version in (1, 2), at, "§9.2", "", "unknown-format")
+        named = fields.get("digest") if version == 2 else "sha256"
+        need([named] == self.digests, at, "§9.4" if named in (*DIGESTS,) else "§9.2", "not the digest that it names")
         for key, types in KEYS.items(): need(isinstance(fields.get(key, ()), types), at, "§9.2", f"{key} is missing")
         epoch, before, after = fields["epoch"], fields["before"], fields["after"]
         size = fields.get("memory_bytes", self.p2m_size * PAGE)
@@ -239,8 +241,7 @@ class Decoder:
         if 0xCC <= tag <= 0xD3: return self.number(1 << (tag & 3), tag > 0xCF, "big")
         if 0xA0 <= tag <= 0xDB: return str(self.take(tag & 31 if tag < 0xC0 else sized(0xD9)), "utf-8")
         count = tag & 15 if tag < 0xA0 else sized(tag & 0xFE, 2)
-        if tag in range(0x90, 0xA0) or tag in (0xDC, 0xDD):
-            return [self.msgpack() for _ in range(count)]
+        if tag in range(0x90, 0xA0) or tag in (0xDC, 0xDD): return [self.msgpack() for _ in range(count)]
         pairs = [(self.msgpack(), self.msgpack()) for _ in range(count)]
         return {key: value for key, value in pairs if type(key) is str}
 
@@ -251,8 +252,7 @@ def walk_delta(data, count, write):  # delta.md §2, §4
         offset, value = struct.unpack_from("<hI", data, at)
         if offset in (-100, -101):
             need(value == 0, at, "delta.md §2.2", "a marker with a value")
-            if len(ends) == count:
-                break
+            if len(ends) == count: break
             size = PAGE if offset == -101 else 0
             need(len(data) - at - 6 >= size, at, "delta.md §4.1", "a cut page")
             write(len(ends), 0, data[at + 6 : at + 6 + size])

@@ -306,6 +306,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="where its directory lies")
     options = parser.parse_args()
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="remus-soak-", dir=options.keep))
     faults: list[str] = []
     with ExitStack() as stack:

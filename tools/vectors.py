@@ -29,6 +29,7 @@ Then bytes and expectations. `word` is as wide as the dialect says; numbers are 
     file NAME          a file beside the source
     label NAME         a name for this offset
     sha256 NAME        SHA-256 of the bytes from that label up to here
+    blake3 NAME        BLAKE3 of them
     repeat COUNT STATEMENT
     include NAME ARGUMENT …                   the statements of NAME.inc; $1, $2 … are the arguments
 
@@ -76,6 +77,8 @@ import struct
 import sys
 from pathlib import Path
 from typing import Any
+
+from plain_blake3 import blake3
 
 FOLDER = Path(__file__).resolve().parent.parent / "specs" / "vectors"
 PAGE_BYTES = 4096
@@ -210,6 +213,8 @@ class Source:
             self.labels[rest] = len(self.data)
         elif verb == "sha256":
             self.data += hashlib.sha256(self.data[self.labels[rest] :]).digest()
+        elif verb == "blake3":
+            self.data += blake3(bytes(self.data[self.labels[rest] :]))
         elif verb == "repeat":
             count, inner = rest.split(maxsplit=1)
             for _ in range(int(count, 0)):

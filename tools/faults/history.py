@@ -18,7 +18,7 @@ from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import Pages, batches
 from remus_ckpt.sender import Sender
-from remus_ckpt.store import HistoryWriter, Retention, Store
+from remus_ckpt.store import HistoryWriter, Retention, Store, ahead
 from remus_ckpt.store.state import load_state
 from remus_ckpt.wire.record import Position
 
@@ -116,7 +116,7 @@ class Life:
     def writer(self) -> HistoryWriter:
         """Open. Raises StoreError."""
         if self._writer is None:
-            self._writer = self._store.writer(NAME, compact_bytes=None)
+            self._writer = self._store.writer(NAME, compact_bytes=None, ahead_bytes=ahead.LEAST_BYTES)
             self._must_begin = True
         return self._writer
 

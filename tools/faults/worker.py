@@ -5,6 +5,7 @@ python worker.py BELOW CONTROL        lines of JSON, a task each, answered by a 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faults.history import Life, Story, judge
 from faults.shim import LOST_CUT, LOST_ZEROS, Shim
 from remus_ckpt import Store
+from remus_ckpt.store import ahead
 
 _TIMEOUT_S = 60
 
@@ -28,6 +30,10 @@ _TIMEOUT_S = 60
 def main() -> None:
     """Serve until the end of the input."""
     below, shim = Path(sys.argv[1]), Shim(Path(sys.argv[2]))
+    # Space is written ahead from the first checkpoint on, here too, and by no thread: calls must come in one order.
+    ahead.WINDOW_S = 0.0
+    ahead.overwrites_in_place = lambda fd: True
+    ahead.start = lambda run: run()
     for line in sys.stdin:
         print(json.dumps(play(json.loads(line), below, shim)), flush=True)
 
@@ -78,6 +84,7 @@ def _in_child(what: Callable[[], Any]) -> tuple[Any, list[str]]:
     pid = os.fork()
     if pid == 0:
         signal.alarm(_TIMEOUT_S)
+        gc.disable()  # a descriptor that only the garbage collector would close is left open
         os.close(reader)
         try:
             answer = [what(), []]

@@ -222,7 +222,7 @@ def run_backup(args: dict[str, Any], board: Board, channel: socket.socket) -> in
         ["tls://127.0.0.1:0" if args["tls_dir"] else "tcp://127.0.0.1:0"],
         tls_dir=args["tls_dir"],
         policy=Policy(lease_s=args["lease_s"], retention=Retention(count=args["retain"])),
-        warm_dir=args["warm"],
+        warm=args["warm"],
         on_phase=board.report,
         stop=stop,
     )

@@ -20,7 +20,7 @@ from remus_ckpt.loop import StopSignal
 from remus_ckpt.observe.log import configure_logs
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.standby import Policy
-from remus_ckpt.store import HistoryWriter, Retention, Store
+from remus_ckpt.store import HistoryWriter, Retention, Store, ahead
 
 PHASES = (
     *("opening", "listening", "receiving", "staged", "stored", "acknowledged", "applying", "applied"),
@@ -30,8 +30,12 @@ WISH = 1
 """The word behind the disk's counter: one above the number of the phase in which to die; 0 for none."""
 
 
+AHEAD_BYTES = 1 << 20
+"""Enough for many checkpoints, and several times in a disk of ours."""
+
+
 class EagerStore(Store):
-    """Compacts after a few checkpoints already."""
+    """Compacts after a few checkpoints already, and has space written ahead from the first on."""
 
     def __init__(self, directory: str | Path, checkpoints: int) -> None:
         super().__init__(directory)
@@ -39,12 +43,14 @@ class EagerStore(Store):
 
     def writer(self, name: str, **options: Any) -> HistoryWriter:
         """As of `Store`."""
-        return super().writer(name, compact_checkpoints=self._checkpoints, **options)
+        options |= {"compact_checkpoints": self._checkpoints, "ahead_bytes": AHEAD_BYTES}
+        return super().writer(name, **options)
 
 
 def main() -> None:
     """Serve until SIGTERM, or the phase in which to die."""
     die_with_parent()
+    ahead.WINDOW_S = 0.0
     given = json.loads(sys.argv[1])
     configure_logs("text")
     with open(given["counter"], "r+b") as file:
@@ -68,6 +74,7 @@ def main() -> None:
         EagerStore(given["store"], given["compact_checkpoints"]),
         [given["address"]],
         policy=Policy(lease_s=1.0, retention=Retention(count=given["retain"]), on_failover=given["on_failover"]),
+        warm="disk",  # which loses its power too
         on_phase=on_phase,
         stop=stop,
     )

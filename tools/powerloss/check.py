@@ -19,6 +19,7 @@ from remus_ckpt.image import Image
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, pages_for
 from remus_ckpt.restorer import Checkpoint
+from remus_ckpt.store.segments import scan
 from remus_ckpt.wire.parts import Parts
 
 PROMOTED = 1
@@ -110,7 +111,7 @@ class Check:
                 self._wrong(name, f"a reader finds {newest and newest.epoch}; {max(told.committed)} was committed")
             else:
                 self._compare(name, "a reader", self._newest_good(name, max(told.committed)))
-        with Backup(self._store, [self._address]) as backup:
+        with Backup(self._store, [self._address], warm="disk") as backup:
             status = backup.status()["names"]
             for name, told in self._told.items():
                 self._look_at_status(name, told, status.get(name))
@@ -131,13 +132,9 @@ class Check:
     def _look_for_a_torn_end(self, name: str, told: Told) -> None:
         """Whether the newest segment has all that was committed, and behind it what was never acknowledged, torn."""
         segment = max((self._store.directory / name / "segments").glob("*.remus"), key=lambda path: path.name[21:])
-        held = -1
-        try:
-            for one in read_checkpoints(segment, strict=True):
-                held = one.epoch
-        except StreamError:
-            if held >= max(told.committed):
-                self._torn[name] = segment
+        held = scan(segment)
+        if held.fault is not None and held.last is not None and held.last.epoch >= max(told.committed):
+            self._torn[name] = segment
 
     def _newest_good(self, name: str, committed: int) -> Checkpoint:
         """What a reader gets; a torn tail that nobody was told of may be taken for one that was (store.md §9.2)."""

@@ -70,6 +70,7 @@ class Client:
             term=self.term,
             wait=draw.choice(["durable", "applied"]),
             device_state=lambda: self.version.to_bytes(8, "little"),
+            connect_timeout_s=_START_S,
             on_commit=lambda committed: self.run.tell("committed", self.name, epoch=committed.epoch),
         )
 
@@ -88,7 +89,7 @@ class Client:
     def checkpoint(self, *, wait: bool) -> None:
         """Change, and send that."""
         self.change()
-        epoch = self.protection.checkpoint(wait=wait, timeout_s=30)
+        epoch = self.protection.checkpoint(wait=wait, timeout_s=_START_S)
         if wait:
             self.run.tell("committed", self.name, epoch=epoch, version=self.version, term=self.term or 0)
 
