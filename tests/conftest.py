@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+if TYPE_CHECKING:
+    from remus_ckpt.demo.brokers import Brokers
+
 MARKERS = {
     "kill": ("ends real processes at random instants", "--all"),
     "hostile": ("peers that lie, stall or flood a real backup", "--all"),
+    "brokers": ("starts NATS servers, some of which it kills", "--all"),
     "slow": ("tries very many cases, or commands on two hosts with a slow link", "--all"),
+    "browser": ("drives Chromium; needs that of Debian, or is skipped", "--all"),
     "root": ("mounts file systems, makes cgroups and namespaces", "root"),
+    "qemu": ("boots virtual machines", "qemu"),
     "node": ("compiles the grammar; tools/grammar.py names what that needs", "node"),
 }
 """What the tests of each suite do, and what it takes to run them.
 
 --all: they run too by -m, and where a file or test is named.
-root, node: they are skipped where the machine lacks it.
+root, qemu, node: they are skipped where the machine lacks it.
 """
 LONG = [name for name, (_, needs) in MARKERS.items() if needs == "--all"]
 _left_out = pytest.StashKey[Counter[str]]()
@@ -85,6 +93,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         if os.geteuid() != 0 and item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root"))
+        if item.get_closest_marker("qemu") and shutil.which("qemu-system-x86_64") is None:
+            item.add_marker(pytest.mark.skip(reason="needs qemu-system-x86_64"))
         runs.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -113,6 +123,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"not run: {suites} (run with --all)")
     if not _is_all:
         terminalreporter.write_line("not run: most of the random cases (run with --all)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_memory_is_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Images that backups have handed out in memory stay there as long as the machine runs: those of the tests go."""
+    yield
+    from remus_ckpt.store.warm import MemoryPlace
+
+    for folder, _, names in os.walk(tmp_path_factory.getbasetemp()):
+        if "store.json" in names:
+            place = MemoryPlace(Path(folder), os.path.basename(folder))
+            shutil.rmtree(place.directory, ignore_errors=True)
+            place.remove()
+
+
+@pytest.fixture(scope="session")
+def brokers() -> Iterator[Brokers]:
+    """Three NATS servers with a commit log. A test that ends one starts it again."""
+    from remus_ckpt.demo.brokers import Brokers
+
+    with Brokers() as them:
+        them.make_log()
+        yield them
 
 
 @pytest.fixture(scope="session")

@@ -160,6 +160,7 @@ def _tail_hvm(tail: Any, begin: int, end: int) -> events.TailHvm:
         fields = msgpack.unpackb(tail.record.body.own.map)
         before, after = fields["before"], fields["after"]
         record = CheckpointRecord(
+            digest=fields.get("digest", "sha256"),
             epoch=fields["epoch"],
             time_ns=fields["time_ns"],
             codec=fields["codec"],

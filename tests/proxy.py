@@ -7,6 +7,12 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
+
+
+def in_last_byte(data: bytes) -> int:
+    """The bit to change, for `Proxy.flips`."""
+    return 8 * len(data) - 4
 
 
 class Proxy:
@@ -17,7 +23,8 @@ class Proxy:
     cut: end all connections, at once; those to come are served
     silent: take bytes and forward none, as a black hole does
     refusing: end connections as they come
-    flips: change a bit of the next piece that comes from there, "near" (who connects) or "far", and take it from here
+    flips: the bit to change of a piece that comes from there, "near" (who connects) or "far"; None: of none, ask again
+        at the next piece. Taken from here once it is done
     """
 
     def __init__(self, target: str, *, rate: float | None = None) -> None:
@@ -25,7 +32,7 @@ class Proxy:
         self.rate = rate
         self.silent = threading.Event()
         self.refusing = threading.Event()
-        self.flips: set[str] = set()
+        self.flips: dict[str, Callable[[bytes], int | None]] = {}
         self.connections = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
@@ -89,9 +96,10 @@ class Proxy:
                         if not data:
                             return
                         side = "near" if source is near else "far"
-                        if side in self.flips:
-                            self.flips.remove(side)
-                            data = data[:-1] + bytes([data[-1] ^ 0x10])
+                        if side in self.flips and (bit := self.flips[side](data)) is not None:
+                            del self.flips[side]
+                            at = bit // 8
+                            data = data[:at] + bytes([data[at] ^ 1 << bit % 8]) + data[at + 1 :]
                         if self.rate is not None and source is near:
                             time.sleep(len(data) / self.rate)
                         if not self.silent.is_set():

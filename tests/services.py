@@ -127,11 +127,13 @@ class Service:
 
 
 @contextmanager
-def command(*arguments: object, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """`remus-ckpt` in a process of its own, ended with the block."""
+def command(
+    *arguments: object, log: Path, inside: tuple[str, ...] = (), **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """`remus-ckpt` in a process of its own, ended with the block. inside: the command that starts it"""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "remus_ckpt", *map(str, arguments)],
+            [*inside, sys.executable, "-m", "remus_ckpt", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -59,15 +59,16 @@ class Source:
         assert self.sender.position is not None
         return self.sender.position
 
-    def checkpoint(self, time_ns: int | None = None) -> bytes:
-        """The bytes of the next one; its device state and, by default, its time follow from the epoch too."""
+    def checkpoint(self, time_ns: int | None = None, device_state: bytes | None = None) -> bytes:
+        """The bytes of the next one; by default, its device state and its time follow from the epoch too."""
         before = self.sender.position
         epoch = 0 if before is None else before.epoch + 1
         memory = memory_at(epoch, self.pages)
         pfns = np.arange(self.pages) if self.sender.sent is None else dirty(epoch, self.pages)
         scan = batches(pfns, memory[pfns])
         taken_ns = epoch * 10**9 if time_ns is None else time_ns
-        groups = self.sender.checkpoint(scan, device_state=b"dev%d" % epoch, time_ns=taken_ns)
+        device_state = b"dev%d" % epoch if device_state is None else device_state
+        groups = self.sender.checkpoint(scan, device_state=device_state, time_ns=taken_ns)
         return b"".join(bytes(buffer) for group in groups for buffer in group)
 
 

@@ -8,10 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from remus_ckpt import demo
-from remus_ckpt.demo import ledger
+from remus_ckpt.demo import fleet, ledger
+from remus_ckpt.demo.fleet import run_fleet_demo
 from remus_ckpt.demo.ledger import Ledger
 from remus_ckpt.errors import RemusError
 from remus_ckpt.store import Store
@@ -104,3 +106,26 @@ def test_an_intent_finishes_a_transfer_from_any_store_on() -> None:
         assert found.recover()
         assert found.faults() == []
         assert found.transfers == 31
+
+
+@pytest.mark.brokers
+def test_the_demo_of_a_fleet() -> None:
+    lines: list[str] = []
+    report = run_fleet_demo(seconds=1.0, interval="100ms", names=3, seed=7, say=lines.append)
+    assert report["moved_s"] and report["all_protected_s"] == max(report["moved_s"].values())
+    assert report["all_protected_s"] < 60
+    assert report["commits"] > 30
+    assert len(lines) >= 8
+
+
+def test_the_demo_of_a_fleet_would_notice() -> None:
+    cells = np.zeros(fleet.CELLS, dtype=np.int64)
+    assert fleet.fault_of(cells) is None
+    for rounds in (1, 5, fleet.CELLS, 3):
+        fleet.count_on(cells, rounds)
+        assert fleet.fault_of(cells) is None
+    cells[7] -= 1
+    assert fleet.fault_of(cells) is not None
+    cells[:] = 0
+    cells[1], cells[9] = 1, 3
+    assert fleet.fault_of(cells) is not None

@@ -77,3 +77,33 @@ def test_check_says_what_is_missing(lack: str) -> None:
     done = command_without(lack, "check")
     assert done.returncode == 0, done.stderr
     assert LACKS[lack][3] in " ".join(done.stdout.split())
+
+
+OWN = """
+import sys, tempfile, tracking
+import numpy as np
+from remus_ckpt import Backup, protect
+
+tracking.put_filter(tracking.filter_of(*map(eval, sys.argv[1:3]), argument=eval(sys.argv[3])))
+array = np.zeros(4096)
+with tempfile.TemporaryDirectory() as folder, Backup(f"{folder}/store", [f"unix:{folder}/sock"]) as backup:
+    with protect({"array": array}, to=backup.addresses[0], name="own") as protection:
+        array[0] = 1
+        protection.checkpoint(wait=True)
+        print(protection.status()["tracking"])
+"""
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_arrays_of_our_own_are_compared(lack: str) -> None:
+    number, argument, answer, _ = LACKS[lack]
+    done = subprocess.run(
+        [sys.executable, "-c", OWN, str(number), str(tracking.ERRNO | answer), str(argument)],
+        env=os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "compare\n"), done.stderr
+    assert "Traceback" not in done.stderr

@@ -71,7 +71,9 @@ def is_whole(stream: Path) -> int:
     return len(epochs)
 
 
-@pytest.mark.parametrize("options", [[], ["--codec", "rle"], ["--bounded"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--codec", "rle"], ["--bounded"], ["--max-pause", "0s"], ["--digest", "sha256"]]
+)
 def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path, options: list[str]) -> None:
     stream = tmp_path / "stream"
     with record(memory, worker.pid, stream, "--duration", "400ms", "--interval", "10ms", *options) as recorder:
@@ -80,6 +82,13 @@ def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path,
     report = json.loads(out)
     assert report["ended"] == "duration"
     assert report["checkpoints"] == is_whole(stream) > 0
+    digests = {one.record.digest for one in read_checkpoints(stream) if one.record is not None}
+    assert digests == {"sha256" if "--digest" in options else "blake3"}
+    assert report["encoded_in_pause"] <= report["checkpoints"] - 1
+    if "--max-pause" in options:
+        assert not report["encoded_in_pause"]
+    if "--bounded" in options:
+        assert report["encoded_in_pause"] == report["checkpoints"] - 1
     assert stream.stat().st_mode & 0o777 == 0o600
     assert process_state(worker.pid) != "T"
 

@@ -185,7 +185,7 @@ def test_a_disk_that_is_full_before_the_first_commit(
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", disk], check=True)
     try:
         with (
-            backup_of(b, disk / "store", keys, "--warm-dir", tmp_path / "warm"),
+            backup_of(b, disk / "store", keys, "--warm", tmp_path / "warm"),
             worker(a, memory) as work,
             protect_of(a, memory, work.pid, keys),
         ):

@@ -108,6 +108,26 @@ def test_size_limits_are_met_exactly(kernel: str) -> None:
         assert encode("xbzrle", kernel, old[None], new[None])[0][0] == kind
 
 
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("codec", ["xbzrle", "xbzrle-fold"])
+def test_pages_that_nearly_overflow(codec: str, kernel: str) -> None:
+    """Nearly every byte has changed, and the gaps between decide: some of these pages just fit."""
+    random = np.random.default_rng(7)
+    old, new = np.zeros((2, 200, PAGE_SIZE), dtype=np.uint8)
+    new[:] = random.integers(1, 256, new.shape, dtype=np.uint8)
+    for number, page in enumerate(new):
+        # 40 gaps, and lengths of a byte each: with 82 bytes of gaps, what is left and its lengths take all of a page.
+        for i in range(40):
+            at = 97 + i * 100
+            page[at : at + 2 + (i < number % 5)] = 0
+        if number >= 5:
+            at = random.integers(0, PAGE_SIZE - 8)
+            page[at : at + random.integers(1, 7)] = 0
+    encoded = agree(codec, kernel, old, new)
+    sizes = [len(encode(codec, kernel, old[i : i + 1], new[i : i + 1])[0]) for i in range(len(new))]
+    assert {3 + PAGE_SIZE - 1, 3 + PAGE_SIZE} <= set(sizes) and sum(sizes) == len(encoded)
+
+
 @BOTH
 @settings(max_examples=many(8, 25), deadline=None)
 @given(pages=page_pairs())
@@ -285,6 +305,18 @@ def test_scan(kernel: str, pages: tuple[Pages, Pages], data: st.DataObject) -> N
     scan.scatter(guarded_pages(new[index]), memory, index, kernel=kernel)
     scan.scatter(new[index], by_numpy, index, kernel="numpy")
     assert np.array_equal(memory, by_numpy)
+
+
+@pytest.mark.parametrize("kernel", FAST)
+def test_filled_pages(kernel: str) -> None:
+    """Any one byte fills a page, wherever it is."""
+    pages = np.zeros((PAGE_SIZE // 16 * 2, PAGE_SIZE), dtype=np.uint8)
+    at = np.arange(PAGE_SIZE // 16)
+    pages[2 * at + 1, at * 16 + at % 16] = 1 << at % 8
+    found = scan.filled_pages(guarded_pages(pages), kernel=kernel)
+    assert found.dtype == np.int64
+    assert np.array_equal(found, 2 * at + 1)
+    assert not len(scan.filled_pages(guarded_pages(pages[:0]), kernel=kernel))
 
 
 @pytest.mark.parametrize("kernel", NATIVE)

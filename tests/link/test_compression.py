@@ -93,6 +93,20 @@ def test_the_time_that_any_answer_takes_is_not_the_links() -> None:
     assert chosen.choose() == "none"
 
 
+def test_the_time_that_the_bytes_take_here_and_there_is_not_the_links() -> None:
+    gains = {"lz4": (0.7e9, 0.3)}
+    for size, seconds in ((2 * MIB, 0.01), (1024 * MIB, 50.0)):
+        chosen = chooser(offered=("lz4",), gains=gains)
+        chosen.look([TEXT])
+        chosen.received(size, seconds)  # hashing, checking, storing; and fresh memory for a first copy
+        assert chosen.choose() == "none"
+    for size, seconds in ((2 * MIB, 0.02), (1024 * MIB, 90.0)):
+        chosen = chooser(offered=("lz4",), gains=gains)
+        chosen.look([TEXT])
+        chosen.received(size, seconds)  # 1 Gbit/s, and 100 Mbit/s
+        assert chosen.choose() == "lz4"
+
+
 def test_what_was_asked_for() -> None:
     assert chooser("lz4").choose() == "lz4"
     assert chooser("zstd").choose() == "zstd"

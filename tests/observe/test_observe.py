@@ -23,11 +23,14 @@ import msgpack
 import numpy as np
 import pytest
 import typer
+from prometheus_client import make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
+from services import make_keys
 
 from remus_ckpt.cli import app
 from remus_ckpt.errors import LinkError
-from remus_ckpt.observe.http import MetricsServer
+from remus_ckpt.observe import disks
+from remus_ckpt.observe.http import HttpServer
 from remus_ckpt.observe.log import LogFormat, configure_logs, log
 from remus_ckpt.observe.metrics import Metrics, flatten, summarize, unflatten
 from remus_ckpt.observe.systemd import notify, watchdog_interval_s
@@ -255,15 +258,20 @@ def test_pages_that_tracking_missed_are_counted_once() -> None:
         scraped = scrape(server.address)
         assert scraped["remus_missed_pages_total", "orders"] == 2
         assert scraped["remus_tracking_kernel", "orders"] == 0
+        metrics.captured("orders", "copy", "too many")
+        assert scrape(server.address)["remus_capture_encode", "orders"] == 0
+        metrics.captured("orders", "encode", "")
+        assert scrape(server.address)["remus_capture_encode", "orders"] == 1
     status = metrics.status("orders")
     assert (status["tracking"], status["missed_pages"]) == ("compare", 2)
 
 
 def test_a_status_goes_through_a_heartbeat_and_comes_back() -> None:
     metrics = Metrics()
-    steps = {"stop": 0.1, "find": 0.2, "copy": 0.15, "resume": 0.05}
+    steps = {"stop": 0.1, "find": 0.2, "copy": 0.1, "encode": 0.05, "resume": 0.05}
     metrics.checkpoint("orders", pause_s=0.5, dirty_pages=3, steps_s=steps)
     assert not metrics.found("orders", "kernel", "", 0)
+    metrics.captured("orders", "copy", "too many")
     metrics.committed("orders", 1, 0.25, 1e9, bytes(32))
     status = metrics.status("orders")
     flat = flatten(status)
@@ -271,12 +279,48 @@ def test_a_status_goes_through_a_heartbeat_and_comes_back() -> None:
     assert unflatten(flat) == status
     assert status["find_ms"] == {"p50": 200, "p99": 200, "max": 200}
     assert (status["tracking"], status["tracking_why"]) == ("kernel", "")
+    assert (status["capture"], status["capture_why"], status["encode_ms"]["max"]) == ("copy", "too many", 50)
     # What another program says.
     assert unflatten({"pause_ms": 1, "pause_p99_ms": 2.0, "x_p50_ms": 3}) == {
         "pause_ms": {"p50": None, "p99": 2.0, "max": None},
         "x_p50_ms": 3,
     }
     assert unflatten({"pause_ms": 1}) == {"pause_ms": 1}
+
+
+def test_a_disk_that_hangs_holds_up_no_scrape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies on another disk is shown, and that disk is asked again once it has answered."""
+    answers = threading.Event()
+    looks: list[Path] = []
+
+    def free_bytes(path: Path) -> int:
+        looks.append(path)
+        if "slow" in path.parts:
+            answers.wait()
+        return 77
+
+    devices = {"slow": 1, "slow too": 1, "quick": 2}
+    monkeypatch.setattr(disks, "free_bytes", free_bytes)
+    monkeypatch.setattr(disks, "device_of", lambda path: devices[path.parent.name])
+    metrics = Metrics()
+    for name in devices:
+        (tmp_path / name / "segments").mkdir(parents=True)
+        metrics.watch_store(name, tmp_path / name)
+    with metrics.serve("0") as server:
+        for _ in range(2):
+            begin = time.monotonic()
+            seen = scrape(server.address)
+            assert disks.LOOK_S <= time.monotonic() - begin < disks.LOOK_S + 2.0
+            assert (seen["remus_store_free_bytes", "quick"], seen["remus_store_bytes", "quick"]) == (77, 0)
+            for name in ("slow", "slow too"):
+                assert math.isnan(seen["remus_store_free_bytes", name])
+        assert [path.parent.name for path in looks].count("slow") == 1
+        answers.set()
+        deadline = time.monotonic() + 10.0
+        while scrape(server.address)["remus_store_free_bytes", "slow too"] != 77:
+            assert time.monotonic() < deadline
+        metrics.forget("slow")
+        assert ("remus_store_free_bytes", "slow") not in scrape(server.address)
 
 
 def test_a_backup_shows_nothing_that_only_a_primary_counts(tmp_path: Path) -> None:
@@ -365,7 +409,7 @@ def test_an_address_that_is_taken() -> None:
         Metrics().serve(server.address)
 
 
-def dial(server: MetricsServer) -> socket.socket:
+def dial(server: HttpServer) -> socket.socket:
     host, port = server.address.rsplit(":", 1)
     return socket.create_connection((host, int(port)), timeout=20)
 
@@ -400,7 +444,7 @@ def test_those_who_ask_and_do_not_listen_are_bounded() -> None:
 
 
 def test_a_byte_now_and_then_renews_nothing() -> None:
-    with MetricsServer("0", Metrics().registry, request_s=0.2) as server, dial(server) as sock:
+    with HttpServer("0", make_wsgi_app(Metrics().registry), "metrics", request_s=0.2) as server, dial(server) as sock:
         with pytest.raises(OSError):
             for _ in range(2000):
                 sock.sendall(b"G")
@@ -486,6 +530,28 @@ def test_units_start_commands_that_exist(path: Path) -> None:
     command = group.get_command(typer.Context(group), name)  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {argument for argument in arguments if argument.startswith("--")} <= known
+
+
+def test_the_files_of_the_units_are_good(tmp_path: Path) -> None:
+    """Each unit reads a file, and there is one to begin with."""
+    read = {
+        match[1]
+        for path in UNITS.glob("*.service")
+        for match in re.finditer(r"install .* (\S+\.toml) ", path.read_text())
+    }
+    assert read == {path.name for path in UNITS.glob("*.toml")}
+    keys = make_keys(tmp_path) / "ca" / "primary"
+    paths = []
+    for name in sorted(read):
+        text = (UNITS / name).read_text()
+        assert '"/etc/remus-ckpt/keys"' in text
+        paths.append(tmp_path / name)
+        paths[-1].write_text(text.replace("/etc/remus-ckpt/keys", str(keys)))
+    done = subprocess.run(
+        [sys.executable, "-m", "remus_ckpt", "config", "check", *paths], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.count(": good") == len(paths) == 3
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="asks systemd-analyze")

@@ -13,13 +13,13 @@ import remus_ckpt
 PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "forks", "pages", "limits", "version", "flag"},
+    {"errors", "forks", "pages", "limits", "version", "flag", "stages", "extensions"},
     {"codec", "wire", "disk"},
-    {"session", "sender", "restorer", "memory", "image"},
+    {"session", "sender", "restorer", "record_restorer", "xen_start", "memory", "image", "blocks", "qemu_sender"},
     {"source", "link", "compressed"},
-    {"store", "observe", "files", "image_file", "loop"},
-    {"service"},
-    {"cli", "walk", "demo", "conformance", "__main__"},
+    {"store", "observe", "files", "machines", "image_file", "relay", "pause", "loop", "vm"},
+    {"service", "fleet"},
+    {"cli", "walk", "convert", "demo", "conformance", "plan", "recording", "report", "dashboard", "__main__"},
 ]
 APART = {frozenset({"codec", "wire"})}
 """These share a floor and know nothing of each other."""

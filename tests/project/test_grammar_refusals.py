@@ -34,7 +34,8 @@ from grammar_trees import (
 
 from remus_ckpt.errors import StreamError
 from remus_ckpt.pages import PageType
-from remus_ckpt.wire.record import DIGEST_BYTES, RECORD_MAGIC
+from remus_ckpt.wire.digest import DIGEST_BYTES
+from remus_ckpt.wire.record import RECORD_MAGIC
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import MAX_P2M_SIZE, ChunkId
 from remus_ckpt.wire.xen.dialect import Dialect, detect_header

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3 as blake3_of
 
 from remus_ckpt import Limits, PageBatch, Position, Restorer, Sender, batches, errors
 from remus_ckpt.codec import get_codec
 from remus_ckpt.codec.kernels import KERNELS
 from remus_ckpt.errors import Malformed
 from remus_ckpt.pages import PAGE_SIZE, PageType
+from remus_ckpt.wire.formats import FORMATS
+from remus_ckpt.wire.qemu import sections as qemu
+from remus_ckpt.wire.xen import v2
 from remus_ckpt.wire.xen.chunks import CHUNKS
 from remus_ckpt.wire.xen.reader import Reader
 from remus_ckpt.wire.xen.states import TRANSITIONS
@@ -225,33 +229,40 @@ def test_every_deviation_has_its_section_and_example():
 
 @pytest.mark.parametrize("block", _with("position"), ids=str)
 def test_positions(block: Block):
-    """specs/stream.md §9.3 in plain SHA-256, and what the code makes of it."""
+    """specs/stream.md §9.3 in plain digests, and what the code makes of it."""
+    name = block.attributes.get("digest", "sha256")
+    number, plain = {"sha256": (1, hashlib.sha256), "blake3": (2, blake3_of)}[name]
     before, epoch = block.attributes["before"], int(block.attributes["epoch"])
     body = bytes.fromhex(block.attributes["body"])
     previous = bytes(32) if before == "none" else bytes.fromhex(before)
     device_state = block.attributes["device-state"].encode()
-    parts = [b"remus position 1\0", previous, epoch.to_bytes(8, "little"), body, hashlib.sha256(device_state).digest()]
-    chain = hashlib.sha256(b"".join(parts)).digest()
+    front = b"remus position %d\0" % number
+    chain = plain(b"".join([front, previous, epoch.to_bytes(8, "little"), body, plain(device_state).digest()])).digest()
     assert chain == block.bytes()
     follows = None if before == "none" else Position(epoch - 1, previous)
-    assert Position.after(follows, body, device_state) == Position(epoch, chain)
+    assert Position.after(follows, body, device_state, digest=name) == Position(epoch, chain)
 
 
-def test_the_example_stream_carries_those_positions_and_its_digests():
-    block = next(block for block in _with("stream") if block.attributes["name"] == "own-stream")
+@pytest.mark.parametrize("example", ["own-stream", "own-stream-2"])
+def test_the_example_streams_carry_those_positions_and_their_digests(example: str):
+    block = next(block for block in _with("stream") if block.attributes["name"] == example)
     data = block.bytes()
+    name = "blake3" if example == "own-stream-2" else "sha256"
+    plain = {"sha256": hashlib.sha256, "blake3": blake3_of}[name]
+    positions = [block for block in _with("position") if block.attributes.get("digest", "sha256") == name]
     restorer = Restorer()
     restorer.feed(data)
-    for checkpoint, stated in zip(restorer.checkpoints(), _with("position"), strict=True):
+    for checkpoint, stated in zip(restorer.checkpoints(), positions, strict=True):
         record = checkpoint.record
         assert record.after.digest == stated.bytes()
         assert str(record.epoch) == stated.attributes["epoch"]
         assert (record.before is None) == (stated.attributes["before"] == "none")
         assert record.device_state.decode() == stated.attributes["device-state"]
         body = data[checkpoint.start : checkpoint.tail.offset]
-        assert hashlib.sha256(body).hexdigest() == stated.attributes["body"]
-        digest = hashlib.sha256(data[checkpoint.start : checkpoint.end - 32]).digest()
-        assert data[checkpoint.end - 32 : checkpoint.end] == digest
+        assert plain(body).hexdigest() == stated.attributes["body"]
+        covered, carried = data[checkpoint.start : checkpoint.end - 32], data[checkpoint.end - 32 : checkpoint.end]
+        assert carried == plain(covered).digest()
+        assert record.digest == name
 
 
 def _nine_thousand() -> bytes:
@@ -306,13 +317,41 @@ def test_the_table_of_chunks():
 
 
 def test_the_table_of_limits():
-    rows = {row[0].strip("`"): row[1] for row in _rows("stream.md", "1.4")}
+    places = (("stream.md", "1.4"), ("qemu-ram.md", "9"), ("formats.md", "5"))
+    rows = {row[0].strip("`"): row[1] for place in places for row in _rows(*place)}
     units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
     stated = {}
     for name, value in rows.items():
         number, _, unit = value.replace(",", "").partition(" ")
         stated[name] = int(number) * units.get(unit, 1)
     assert stated == dataclasses.asdict(Limits())
+
+
+def test_the_tables_of_qemus_stream():
+    flags = {int(row[0], 16): row[1] for row in _rows("qemu-ram.md", "4") if row[0].startswith("0x")}
+    assert flags == {int(flag): flag.name for flag in qemu.RamFlag}
+    types = {int(row[0], 16): row[1] for row in _rows("qemu-ram.md", "2.2")}
+    assert {number: name.upper() for number, name in types.items()} == {int(one): one.name for one in qemu.SectionType}
+    numbers = [int(number) for row in _rows("qemu-ram.md", "2.5") for number in row[0].split(", ")]
+    assert sorted(numbers) == sorted(qemu.Command)
+    refused = [row[0].split(", ") for row in _rows("qemu-ram.md", "2.5") if row[2].startswith("refused")]
+    assert {int(number) for row in refused for number in row} == set(qemu.REFUSED_COMMANDS)
+
+
+def test_the_table_of_formats():
+    words = {row[0].strip("`") for row in _rows("formats.md", "1")}
+    assert words == {"xen", "remus", "mapped-ram", *(row.word for row in FORMATS if row.word)} - {"multifd"}
+
+
+def test_the_tables_of_xens_v2_stream():
+    for section, layer in (("5", v2.Layer.LIBXC), ("6", v2.Layer.LIBXL)):
+        rows = {int(row[0], 16): (row[1], f"xen-v2.md §{row[2]}") for row in _rows("xen-v2.md", section)}
+        table = {
+            number: (row.kind.name.removeprefix("LIBXL_"), row.section)
+            for (owner, number), row in v2.RECORDS.items()
+            if owner is layer
+        }
+        assert rows == table
 
 
 def test_the_table_of_states():
@@ -341,7 +380,7 @@ SOURCES = sorted(path for path in (ROOT / "remus_ckpt").rglob("*") if path.suffi
 def _citations(text: str):
     """(spec, section): a bare § belongs to the spec that was named last; `§3–§6` and `§3 to §6` cite both ends."""
     current = None
-    for name, section in re.findall(r"\b([a-z]+\.md)\b|§(\d+(?:\.\d+)*)", text):
+    for name, section in re.findall(r"\b([a-z][a-z0-9-]*\.md)\b|§(\d+(?:\.\d+)*)", text):
         if name in NUMBERED:
             current = name
         elif section:
@@ -351,7 +390,7 @@ def _citations(text: str):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_every_section_that_the_code_cites_exists(path: Path):
     text = path.read_text()
-    for file in re.findall(r"specs/([a-z]+\.md)", text):
+    for file in re.findall(r"specs/([a-z][a-z0-9-]*\.md)", text):
         assert (SPECS / file).is_file(), file
     missing = {(file, section) for file, section in _citations(text) if file is None or section not in _headings(file)}
     assert not missing
@@ -365,10 +404,17 @@ def test_every_section_that_the_specification_cites_exists(path: Path):
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         if "://" not in link and not (path.parent / link).exists():
             missing.add(link)
-    pattern = r"(?:`?\b([a-z]+\.md)`? )?(§\d+(?:\.\d+)*(?:(?:, | and | to |–)§\d+(?:\.\d+)*)*)"
+    pattern = r"(?:`?\b([a-z][a-z0-9-]*\.md)`? )?(§\d+(?:\.\d+)*(?:(?:, | and | to |–)§\d+(?:\.\d+)*)*)"
     for name, sections in re.findall(pattern, text):
         # With no spec named right before it, a § is of this file.
         file = name or path.name
         known = _headings(file) if file in NUMBERED else set()
         missing |= {(file, section) for section in re.findall(r"§(\d+(?:\.\d+)*)", sections) if section not in known}
     assert not missing
+
+
+def test_each_decision_has_a_number_of_its_own():
+    pages = sorted((SPECS / "decisions").glob("*.md"))
+    assert len({page.name[:4] for page in pages}) == len(pages) > 0
+    for page in pages:
+        assert page.read_text().startswith(f"# {int(page.name[:4])}: "), page.name

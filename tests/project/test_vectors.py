@@ -55,6 +55,7 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
+sys.modules.setdefault("plain_blake3", _tool("plain_blake3"))
 tool = _tool("vectors")
 encoder = _tool("encoder")
 sys.modules.setdefault("plain_decoder", _tool("plain_decoder"))

@@ -10,6 +10,7 @@ import pytest
 from liars import Liar, Peer
 from services import until
 from store_support import Source
+from support import Command
 from test_service import Memory, backup_in, greet, hear
 
 from remus_ckpt.loop import StopSignal
@@ -17,6 +18,7 @@ from remus_ckpt.observe.metrics import Metrics
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.release import Committed, ReleaseCommand
 from remus_ckpt.session import messages
+from remus_ckpt.store import Store
 from remus_ckpt.wire.record import Position
 
 
@@ -30,6 +32,33 @@ def test_checkpoints_by_hand_are_counted_and_the_first_link_is_no_reconnection(t
         memory.step(4)
         status = memory.protection.status()
         assert (status["checkpoints"], status["reconnects"]) == (4, 1)
+
+
+@pytest.mark.parametrize(("max_pause_s", "way"), [(0.0, "copy"), (10.0, "encode")])
+def test_what_is_done_in_the_pause_is_shown_to_both_sides(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    max_pause_s: float,
+    way: str,
+) -> None:
+    remus = Command(monkeypatch, capfdbinary)
+    array = np.zeros((8, 4096), dtype=np.uint8)
+    with (
+        backup_in(tmp_path / "store") as backup,
+        protect({"a": array}, to=backup.addresses[0], name="orders", max_pause_s=max_pause_s) as protection,
+    ):
+        assert protection.status()["capture"] is None
+        protection.checkpoint(wait=True)
+        assert protection.status()["capture"] == "copy", "a first checkpoint carries its pages in full"
+        array[3] = 7
+        protection.checkpoint(wait=True)
+        status = protection.status()
+        assert (status["capture"], bool(status["capture_why"])) == (way, way == "copy")
+        assert (status["encode_ms"]["max"] > 0) == (way == "encode")
+        said = {"copy": "pages copied: to encode", "encode": "pages encoded in the pause"}[way]
+        until(lambda: said in remus("status", "--from", backup.addresses[0]).out)
+    assert np.array_equal(Store(tmp_path / "store").history("orders").restore().memory.reshape(array.shape), array)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])

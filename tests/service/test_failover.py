@@ -13,6 +13,7 @@ from remus_ckpt.service.failover import (
     Action,
     Busy,
     ByHand,
+    Claim,
     Command,
     FencedOff,
     Phase,
@@ -48,6 +49,7 @@ FENCED = RUNNING.ended(True, 112.0)
 FAILED = RUNNING.ended(False, 112.0)
 FAILED_TWICE = Command.begun(2, 113.0).ended(False, 114.0)
 PROMOTED = replace(QUIET, term=6, role=Role.PROMOTED)
+LOGGED = replace(QUIET, fence=None, has_log=True, is_logged=True)
 HAND = ByHand(200.0)
 HAND_FENCED = ByHand(200.0, fence=True)
 
@@ -87,6 +89,24 @@ HAND_FENCED = ByHand(200.0, fence=True)
         (replace(QUIET, by_hand=HAND_FENCED, fence=Command.begun(1, 200.0).ended(False, 203.0)), 204.0, [RunFence(2)]),
         (replace(QUIET, by_hand=HAND_FENCED, fence=Command.begun(1, 200.0).ended(True, 203.0)), 204.0, [Promote(6)]),
         (replace(QUIET, by_hand=HAND_FENCED, fence=None), 204.0, []),
+        # with a commit log, the takeover is in it first; the log stands in for a fence where the primary uses it too
+        (LOGGED, 105.0, [WaitUntil(110.0)]),
+        (LOGGED, 110.0, [Claim(6)]),
+        (replace(LOGGED, is_logged=False), 110.0, []),
+        (replace(LOGGED, fence=NOT_RUN), 110.0, [Claim(6)]),
+        (replace(LOGGED, fence=NOT_RUN, is_logged=False), 110.0, [Claim(6)]),
+        (replace(LOGGED, automatic=False), 1e9, []),
+        (replace(LOGGED, by_hand=HAND, is_logged=False), 200.0, [Claim(6)]),
+        (replace(LOGGED, by_hand=HAND_FENCED, fence=NOT_RUN), 200.0, [Claim(6)]),
+        # once it is there, nothing cancels it
+        (replace(LOGGED, claimed=9, claimed_at=111.0, last_heard=112.0), 112.0, [Promote(9)]),
+        (replace(LOGGED, claimed=9, claimed_at=111.0, expects_primary=False, automatic=False), 112.0, [Promote(9)]),
+        (replace(LOGGED, claimed=9, claimed_at=111.0, fence=NOT_RUN, last_heard=112.0), 112.0, [RunFence(1)]),
+        (replace(LOGGED, claimed=9, claimed_at=111.0, fence=FENCED), 112.0, [Promote(9)]),
+        (replace(LOGGED, claimed=9, claimed_at=112.5, fence=FENCED), 113.0, [RunFence(1)]),
+        (replace(LOGGED, claimed=9, claimed_at=111.0, fence=FAILED), 112.5, [WaitUntil(113.0)]),
+        (replace(LOGGED, claimed=9, claimed_at=111.0, fence=NOT_RUN, by_hand=HAND), 200.0, [Promote(9)]),
+        (replace(LOGGED, claimed=9, claimed_at=111.0, fence=NOT_RUN, by_hand=HAND_FENCED), 200.0, [RunFence(1)]),
         # promoted
         (PROMOTED, 112.0, [RunTakeover(6, 1)]),
         (replace(PROMOTED, has_checkpoint=False, automatic=False), 112.0, [RunTakeover(6, 1)]),

@@ -30,7 +30,7 @@ folder = Path(sys.argv[1])
 metrics = Metrics()
 server = metrics.serve("127.0.0.1:0")
 policy = Policy(on_failover=f"echo $$ > {folder}/new; mv {folder}/new {folder}/command; sleep 60")
-backup = Backup(folder / "store", ["tcp://127.0.0.1:0"], policy=policy, metrics=metrics, warm_dir=folder / "warm")
+backup = Backup(folder / "store", ["tcp://127.0.0.1:0"], policy=policy, metrics=metrics, warm=folder / "warm")
 with backup:
     for name in ("orders", "other"):
         with protect({"a": np.ones(512)}, to=backup.addresses[0], name=name) as protection:
@@ -61,7 +61,7 @@ def test_a_backup_that_dies_and_leaves_a_fork(tmp_path: Path) -> None:
     try:
         until(lambda: not is_alive(started(tmp_path / "command")))
         Listener(Address.parse(f"tcp://{metrics}")).close()
-        with Backup(tmp_path / "store", [address], warm_dir=tmp_path / "warm") as backup:
+        with Backup(tmp_path / "store", [address], warm=tmp_path / "warm") as backup:
             names = backup.status()["names"]
             assert [(name, found["epoch"]) for name, found in names.items()] == [("orders", 0), ("other", 0)]
         assert is_alive(int(child))

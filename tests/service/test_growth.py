@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxy import Proxy
+from proxy import Proxy, in_last_byte
 from services import make_keys
 from test_service import Memory, backup_in, until
 
@@ -87,7 +87,7 @@ def test_a_link_that_broke_leaves_nothing(
             case "cut":
                 proxy.cut()
             case "changed near" | "changed far":
-                proxy.flips.add(fault.removeprefix("changed "))
+                proxy.flips[fault.removeprefix("changed ")] = in_last_byte
             case "refused":
                 proxy.refusing.set()
                 proxy.cut()

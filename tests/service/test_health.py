@@ -24,7 +24,7 @@ from remus_ckpt.errors import Refused
 from remus_ckpt.service import keys
 from remus_ckpt.service.attempts import Base
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.service.health import STATES, Level, judge, overall
+from remus_ckpt.service.health import STATES, Level, judge, judge_primary, overall
 from remus_ckpt.service.protect import protect
 from remus_ckpt.service.standby import Policy
 
@@ -94,27 +94,37 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
 # The states of a name
 
 
-def test_a_first_copy_and_what_follows(tmp_path: Path, remus: Command) -> None:
-    """The pause waits for a lock, so the first copy cannot be committed."""
-    lock = threading.Lock()
+def test_a_first_copy_and_what_follows(tmp_path: Path, remus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk hangs, so the first copy cannot be committed."""
     array = np.arange(1 << 20, dtype=np.int64)
+    may_go_on = threading.Event()
+    real = os.fdatasync
+
+    def hang(fd: int) -> None:
+        may_go_on.wait(LONG_S)
+        real(fd)
+
     with (
         backup_in(tmp_path / "store", lease_s=LEASE_S) as backup,
-        protect({"array": array}, to=backup.addresses[0], name="orders", lock=lock) as protection,
+        protect({"array": array}, to=backup.addresses[0], name="orders") as protection,
     ):
-        with lock:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", hang)
             working = threading.Thread(target=protection.checkpoint, kwargs={"wait": True, "timeout_s": LONG_S})
             working.start()
-            until(lambda: (of(backup).get("first_copy") or {"received_bytes": 0})["received_bytes"] > array.nbytes)
-            found = expect(backup, remus, "copying", "nothing is committed yet", "100% of 8.0 MiB at")
-            assert found["first_copy"]["memory_bytes"] == found["first_copy"]["data_bytes"] == array.nbytes
-            samples = [one for family in backup.metrics.registry.collect() for one in family.samples]
-            received = [one.value for one in samples if one.name == "remus_base_received_bytes"]
-            assert received[0] >= array.nbytes
+            try:
+                until(lambda: (of(backup).get("first_copy") or {"received_bytes": 0})["received_bytes"] > array.nbytes)
+                found = expect(backup, remus, "copying", "nothing is committed yet", "100% of 8.0 MiB at")
+                assert found["first_copy"]["memory_bytes"] == found["first_copy"]["data_bytes"] == array.nbytes
+                samples = [one for family in backup.metrics.registry.collect() for one in family.samples]
+                received = [one.value for one in samples if one.name == "remus_base_received_bytes"]
+                assert received[0] >= array.nbytes
+            finally:
+                may_go_on.set()
         working.join()
         found = expect(backup, remus, "protected", "epoch 0 is committed")
         assert found["first_copy"] is None
-        protection._primary._metrics.found("orders", "compare", "it had missed 2 pages", 2)
+        protection._primary.metrics.found("orders", "compare", "it had missed 2 pages", 2)
         expect(backup, remus, "tracking", "missed 2 pages", "the primary says")
 
 
@@ -333,6 +343,8 @@ COPY = Base(bytes(16), None, 1 << 22, None, 0.0).status(1 << 20, 2.0)
             {"first_copy": COPY, "store_fault": "failing", "trouble": "I/O error", "trouble_since": 90.0},
         ),
         ("lagging", {"arriving_s": 5.1}),
+        ("not ready", {"primary": {"disk_trouble": "web.raw is being copied"}}),
+        ("protected", {"primary": {"disk_trouble": None}}),
         ("protected", {"arriving_s": 4.9}),
         ("protected", {"primary": {"missed_pages": "many"}}),
         ("tracking", {"primary": {"missed_pages": 3}}),
@@ -383,3 +395,37 @@ def test_every_state_is_documented() -> None:
 
 def test_nothing_that_is_not_good_leaves_the_user_alone() -> None:
     assert [state for state, (level, what_next) in STATES.items() if bool(what_next) != (level > Level.OK)] == []
+
+
+MINE = {
+    "committed_epoch": 7,
+    "connected": True,
+    "copy_share": None,
+    "last_commit_at": 99.0,
+    "missed_pages": 0,
+    "fenced": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ended", "state", "words"),
+    [
+        ({}, "", "protected", "epoch 7 is committed, the last commit 1.0 s ago"),
+        (
+            {"copy_share": 0.25, "committed_epoch": None},
+            "",
+            "copying",
+            "nothing is committed yet, 25% of memory is sent",
+        ),
+        ({"committed_epoch": None}, "", "copying", "nothing is committed yet"),
+        ({"connected": False}, "", "disconnected", "there is no link to the backup, epoch 7 is committed"),
+        ({"connected": False, "fenced": 1}, "fenced", "fenced", "another side has taken over, epoch 7 is committed"),
+        ({"connected": False}, "source gone", "ended", "this primary has ended (source gone)"),
+        ({"missed_pages": 3}, "", "tracking", "the kernel missed 3 pages"),
+        ({"certificate_expires": 100.0 + 86400.0}, "", "certificate ends", "the primary's certificate expires in 24 h"),
+        ({"certificate_expires": 40.0}, "", "certificate ended", "the primary's certificate expired 1 min ago"),
+    ],
+)
+def test_a_primary_judges_itself(changes: dict[str, Any], ended: str, state: str, words: str) -> None:
+    health = judge_primary(MINE | changes, ended, 100.0)
+    assert (health.state, health.words[: len(state) + 2 + len(words)]) == (state, f"{state}: {words}")

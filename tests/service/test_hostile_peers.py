@@ -303,6 +303,10 @@ def deleted_files(pid: int) -> list[str]:
     return [path for path in found if path.endswith("(deleted)")]
 
 
+INDEXING = 1
+"""The thread that looks after the page indexes, from the first checkpoint on."""
+
+
 def test_each_bad_peer_leaves_one_line_and_nothing_else(served: Service) -> None:
     """All of them at once, and a good primary among them."""
     array, protection = served.protecting("good")
@@ -318,8 +322,10 @@ def test_each_bad_peer_leaves_one_line_and_nothing_else(served: Service) -> None
                 now = served.figures()
                 most = Figures(max(most.rss, now.rss), max(most.fds, now.fds), max(most.threads, now.threads))
         ports = {name: attack.result() for name, attack in attacks.items()}
-        until(lambda: served.figures().threads <= before.threads)
-        assert deleted_files(served.process.pid) == []
+        until(lambda: served.figures().threads <= before.threads + INDEXING)
+        until(lambda: [path for path in deleted_files(served.process.pid) if not path.startswith("/dev/shm/")] == [])
+        # The good one's copy in memory is such a file; no other name has one.
+        until(lambda: len(set(deleted_files(served.process.pid))) <= 1)
         wanted = Counter(ports.values())
         found = served.complaints()
         assert {name: found[port] for name, port in ports.items() if found[port] != 1} == {}
@@ -384,7 +390,7 @@ def crowd(served: Service) -> None:
         assert most.rss - before.rss < 80 << 20
         assert most.threads <= 270
         assert most.fds <= before.fds + 280
-        until(lambda: served.figures().threads <= before.threads)
+        until(lambda: served.figures().threads <= before.threads + INDEXING)
         ports = {peer.getsockname()[1] for peer in sockets}
         until(lambda: ports <= served.complaints().keys())
         # The good one may have lost its place too before it could say who it is; it came again.

@@ -176,7 +176,7 @@ def warm_copy(store: Path) -> Path:
 
 def test_a_warm_copy_that_somebody_has_cut(tmp_path: Path) -> None:
     """To apply a checkpoint to what is not there would end the backup for all."""
-    with backup_in(tmp_path / "store") as backup, Memory(backup.addresses[0], wait="applied") as memory:
+    with backup_in(tmp_path / "store", warm="disk") as backup, Memory(backup.addresses[0], wait="applied") as memory:
         memory.step(1)
         memory.step(2)
         os.truncate(warm_copy(tmp_path / "store"), 0)
@@ -189,7 +189,7 @@ def test_a_warm_copy_that_somebody_has_cut(tmp_path: Path) -> None:
 
 
 def test_a_warm_copy_that_was_cut_is_not_handed_out(tmp_path: Path) -> None:
-    with backup_in(tmp_path / "store") as backup:
+    with backup_in(tmp_path / "store", warm="disk") as backup:
         with Memory(backup.addresses[0], wait="applied") as memory:
             memory.step(1)
         os.truncate(warm_copy(tmp_path / "store"), 4096)

@@ -348,7 +348,7 @@ def test_a_broken_connection_is_resumed(backup: Backup, remote: Remote, tmp_path
     def progress(done: int) -> None:
         if breaks and done > breaks[0]:
             del breaks[0]
-            for peer in backup._living_peers():
+            for peer in backup.living_peers():
                 peers.append(peer.connection.peer)
                 peer.connection.close()
                 peer.thread.join()
@@ -360,7 +360,7 @@ def test_a_broken_connection_is_resumed(backup: Backup, remote: Remote, tmp_path
 
 def test_one_connection_serves_a_block(backup: Backup, remote: Remote) -> None:
     def peers() -> list[str]:
-        return [peer.connection.peer for peer in backup._living_peers()]
+        return [peer.connection.peer for peer in backup.living_peers()]
 
     with remote:
         remote["orders"].restore()
@@ -385,7 +385,7 @@ def test_too_many_readers_are_told(store: Store, tmp_path: Path) -> None:
         assert ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]
         assert remote.names()
         stack.close()
-        until(lambda: not backup._living_peers())
+        until(lambda: not backup.living_peers())
         assert Remote(backup.addresses[0]).names()
 
 
@@ -401,8 +401,8 @@ def test_readers_make_room_first(store: Store, tmp_path: Path) -> None:
         stack.callback(control.close)
         for _ in range(2):
             stack.enter_context(Remote(address)).names()
-        until(lambda: len(backup._living_peers()) == 4)
-        before = {peer.role for peer in backup._living_peers()}
+        until(lambda: len(backup.living_peers()) == 4)
+        before = {peer.role for peer in backup.living_peers()}
         assert before == {"primary", "control", "reader"}
         assert ask(connect(Address.parse(address)), "status", {})["names"]["desk"]["connected"]
         control.post("status", {}, 10.0)

@@ -18,7 +18,7 @@ from proxy import Proxy
 from test_service import LONG_S, backup_in, greet, hear, until
 
 from remus_ckpt.service.attempts import Attempts, Base
-from remus_ckpt.service.backoff import LONGEST_S, Backoff
+from remus_ckpt.service.backoff import LONGEST_S, STRANGER, Backoff
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.protect import Protection, protect
@@ -282,6 +282,31 @@ def test_the_wait_of_a_primary() -> None:
     assert backoff.seconds == 0.5
     backoff.lost(2, "store")
     assert backoff.seconds == 0.0
+
+
+def test_what_a_changed_bit_can_look_like_ends_a_primary_when_it_comes_twice() -> None:
+    for code in ("version", "name", "forbidden", "fenced"):
+        assert Backoff().is_final(code)
+    for code in ("limit", STRANGER):
+        backoff = Backoff()
+        backoff.failed(code)
+        assert not backoff.is_final(code)
+        backoff.failed(None)
+        backoff.failed(code)
+        assert not backoff.is_final(code), "something else came in between"
+        backoff.failed(code)
+        assert backoff.is_final(code)
+        backoff.linked(2.0, 1)
+        backoff.lost(2, code)
+        assert not backoff.is_final(code), "that link has carried a commit"
+        backoff.linked(2.0, 2)
+        backoff.lost(2, code)
+        assert backoff.is_final(code)
+    backoff = Backoff()
+    for code in ("malformed", "stream", "busy", "store", None):
+        for _ in range(3):
+            backoff.failed(code)
+            assert not backoff.is_final(code)
 
 
 def test_the_room_of_two_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from proxy import Proxy
+from proxy import Proxy, in_last_byte
 from store_support import Source
 
 from remus_ckpt.errors import Fenced, LinkError, NoCheckpoint, Refused, RemusError
@@ -32,6 +32,7 @@ from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.service.protect import Protection, primary_of, protect
 from remus_ckpt.service.release import Committed
+from remus_ckpt.service.rollback import Between
 from remus_ckpt.service.standby import Policy
 from remus_ckpt.session import machine, messages
 from remus_ckpt.source.manifest import arrays_of
@@ -52,10 +53,15 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def backup_in(store: Path, listen: str = ANY, **policy: Any) -> Iterator[Backup]:
+def backup_in(store: Path, listen: str = ANY, *, warm: str = "memory", **policy: Any) -> Iterator[Backup]:
     policy.setdefault("lease_s", 2.0)
-    with Backup(store, [listen], policy=Policy(**policy)) as backup:
+    with Backup(store, [listen], policy=Policy(**policy), warm=warm) as backup:
         yield backup
+
+
+def no_reader() -> Any:
+    """Nothing is read through the backup here."""
+    raise AssertionError("it is asked for a history")
 
 
 class Memory:
@@ -100,7 +106,8 @@ class Memory:
                 source.close()
                 self.stop.close()
                 raise
-        self.protection = Protection(self.primary, source, self.stop, None, in_thread=interval_s is not None)
+        between = None if interval_s is None else Between()
+        self.protection = Protection(self.primary, source, self.stop, None, no_reader, between)
 
     def __enter__(self) -> Memory:
         return self
@@ -285,7 +292,7 @@ def test_a_bit_that_changes_on_its_way_costs_a_link_and_no_more(tmp_path: Path, 
     with backup_in(tmp_path / "store") as backup, Proxy(backup.addresses[0]) as proxy:
         with Memory(proxy.address) as memory:
             memory.step(0)
-            proxy.flips.add(side)
+            proxy.flips[side] = in_last_byte
             memory.step(1)
             until(lambda: not proxy.flips)
             memory.step(2)
@@ -400,8 +407,8 @@ def command(tmp_path: Path, code: str) -> str:
     script.write_text(
         "import os, sys\n"
         f"def write(name):\n    with open({str(tmp_path)!r} + '/' + name, 'a') as file:\n"
-        "        file.write(' '.join(f'{k}={v}' for k, v in sorted(os.environ.items()) if k[:6] == 'REMUS_') + '\\n')\n"
-        + code
+        "        mine = {k: v for k, v in os.environ.items() if k[:6] == 'REMUS_' and k[:11] != 'REMUS_CKPT_'}\n"
+        "        file.write(' '.join(f'{k}={v}' for k, v in sorted(mine.items())) + '\\n')\n" + code
     )
     return f"{sys.executable} {script}"
 
@@ -437,7 +444,7 @@ def test_what_ended_a_session_is_said_to_who_is_sending(tmp_path: Path) -> None:
         timer = threading.Timer(0.1, link.may_tell.set)
         timer.start()
         with pytest.raises(Fenced):
-            link.commit(messages.Commit(position=Position(0, bytes(32)), before=None, stream_bytes=16, pages=0))
+            link.commit(Position(0, bytes(32)), None, 16, 0)
         timer.join()
         link.close()
         other.close()

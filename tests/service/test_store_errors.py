@@ -212,7 +212,7 @@ def test_a_backup_that_gets_no_threads(tmp_path: Path, monkeypatch: pytest.Monke
         fill(writer, 1)
         good = (writer.directory / "store.json").read_bytes()
     (tmp_path / "orders" / "store.json").write_bytes(b"{")
-    with Backup(tmp_path, [ANY], policy=Policy(lease_s=2.0)) as backup, ExitStack() as stack:
+    with Backup(tmp_path, [ANY], policy=Policy(lease_s=2.0), warm="disk") as backup, ExitStack() as stack:
 
         def is_served() -> bool:
             return "orders" in ask(connect(Address.parse(backup.addresses[0])), "status", {})["names"]

@@ -16,8 +16,8 @@ from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen import events
+from remus_ckpt.wire.xen.boundary import Boundary
 from remus_ckpt.wire.xen.dialect import Dialect
-from remus_ckpt.wire.xen.reader import Boundary
 
 both_words = pytest.mark.parametrize("word", [8, 4])
 BEGIN = struct.pack("<hI", -100, 0)

@@ -390,6 +390,7 @@ def test_the_examples():
         codec="delta",
         word=8,
         compressions=("lz4",),
+        digests=("blake3", "sha256"),
     )
     client, server = Session("client"), Session("server")
     server.lender = Heap()
@@ -404,7 +405,9 @@ def test_the_examples():
     assert joined(client.send(commit)) == example("commit")
     assert push(server, example("commit")) == [commit]
     ack = Ack(level="durable", position=after)
-    assert joined(server.send(ack)) == example("ack")
+    assert joined(server.send(ack)) == example("ack") == joined(server.outgoing.send_durable(after))
+    with pytest.raises(ValueError):
+        server.outgoing.send_durable(Position(8, b"\x22" * 32))
     assert push(client, example("ack")) == [ack]
 
 

@@ -544,22 +544,28 @@ def test_the_example_of_the_specification() -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "copies"),
+    ("every", "rounds", "found"),
     [
-        (None, 1.0),  # nothing changes: one copy, and nothing in the pause
-        (4, 1.5),  # every fourth page does: gone over again, although the pause then finds as much
-        (1, 2.0),  # all of them do: another round would be of no use, so one copy, and all again in the pause
+        (None, 1, 0),  # nothing changes: one copy, and nothing in the pause
+        (4, 1, 1 / 4),  # every fourth page does: a pause is short enough for those
+        (1, 2, 1),  # all of them do: gone over again, and once more would be of no use
     ],
 )
-def test_a_first_copy_is_gone_over_again_where_that_may_help(tmp_path: Path, every: int | None, copies: float) -> None:
+def test_a_first_copy_is_gone_over_again_where_that_may_help_and_sent_once(
+    tmp_path: Path, every: int | None, rounds: int, found: float
+) -> None:
     pages = 4 * MAX_BATCH_ENTRIES
     array = np.ones((pages, PAGE_SIZE // 8), dtype=np.int64)
+
+    ended = []
 
     class Busy(Buffers):
         def sample(self, first: int, stop: int) -> Pages:
             copy = super().sample(first, stop)
-            if every and stop == pages:  # the end of a round
-                array[::every] += 1
+            if stop == pages:  # the end of a round
+                ended.append(first)
+                if every:
+                    array[::every] += 1
             return copy
 
     memory = Busy({"array": array})
@@ -568,6 +574,6 @@ def test_a_first_copy_is_gone_over_again_where_that_may_help(tmp_path: Path, eve
     taken = CheckpointLoop(source, Sender(pages, reference=source.tracker.reference), output).take()
     output.close()
     source.close()
-    assert taken.sent.pages == copies * pages
+    assert (len(ended), taken.dirty_pages, taken.sent.pages) == (rounds, found * pages, pages)
     (checkpoint,) = read_checkpoints(tmp_path / "stream", strict=True)
     assert checkpoint.memory.tobytes() == array.tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import mmap
 import os
 import select
@@ -243,7 +244,8 @@ def test_what_is_copied_live_and_what_is_written_then_are_all(subject: Subject) 
     stopper.resume()
 
 
-def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["copy", "encode", "bounded"])
+def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, way: str, tmp_path: Path) -> None:
     seen: dict[int, str] = {}
     source = subject.source
     output = StreamWriter(tmp_path / "stream")
@@ -254,9 +256,12 @@ def test_a_loop_over_it_gives_each_pause_as_it_was(subject: Subject, tmp_path: P
         output,
         interval_s=0.003,
         on_paused=lambda epoch: seen.update({epoch: hashlib.sha256(subject.image()).hexdigest()}),
+        max_pause_s=0.0 if way == "copy" else math.inf,
+        bounded=way == "bounded",
         stop=stop,
     )
     for taken in loop.run():
+        assert taken.capture == ("copy" if way == "copy" or not taken.sent.epoch else "encode")
         if taken.sent.epoch == 5:
             stop.set()
     output.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -10,9 +11,10 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from remus_ckpt.errors import PauseBroken, SourceError
 from remus_ckpt.files import StreamWriter, read_checkpoints
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.pause import Capture
 from remus_ckpt.sender import Sender
 from remus_ckpt.source.cgroup import CgroupFreezer
 from remus_ckpt.source.processes import Processes
@@ -771,32 +774,41 @@ def test_a_process_whose_mappings_cannot_be_read_is_refused(memory: Path) -> Non
 
 
 @pytest.mark.parametrize("times", [1, 1000])
+@pytest.mark.parametrize("way", ["copy", "encode"])
 def test_a_broken_pause_is_taken_again_and_never_recorded(
-    memory: Path, tmp_path: Path, times: int, monkeypatch: pytest.MonkeyPatch
+    memory: Path, tmp_path: Path, times: int, way: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody lets the worker run and stops it again while its pages are copied."""
+    """Somebody lets the worker run and stops it again once its pages have been copied, or encoded."""
     with python(BUSY, memory) as worker:
         source = SharedFile(memory, Processes([worker.pid]))
-        read = source.memory.read
+        sender = Sender(source.memory.pages, reference=source.tracker.reference)
         broken = []
         seen: dict[int, bytes] = {}
 
-        def break_in(pfns: np.ndarray, out: np.ndarray) -> np.ndarray:
-            pages = read(pfns, out)
-            if seen and len(pages) and len(broken) < times:
-                broken.append(pages.tobytes())
-                os.kill(worker.pid, signal.SIGCONT)
-                wait_until(lambda: not memory.read_bytes().startswith(broken[-1][:8]))
-                os.kill(worker.pid, signal.SIGSTOP)
-                wait_until(lambda: process_state(worker.pid) == "T")
-            return pages
+        def breaking(take: Callable[..., Any]) -> Callable[..., Any]:
+            def taken(pfns: np.ndarray, *rest: Any) -> Any:
+                before = memory.read_bytes()
+                pages = take(pfns, *rest)
+                if seen and len(pfns) and len(broken) < times:
+                    broken.append(before)
+                    os.kill(worker.pid, signal.SIGCONT)
+                    wait_until(lambda: not memory.read_bytes().startswith(before[:8]))
+                    os.kill(worker.pid, signal.SIGSTOP)
+                    wait_until(lambda: process_state(worker.pid) == "T")
+                return pages
 
-        monkeypatch.setattr(source.memory, "read", break_in)
+            return taken
+
+        if way == "copy":
+            monkeypatch.setattr(source.memory, "read", breaking(source.memory.read))
+        else:
+            monkeypatch.setattr(sender, "encode", breaking(sender.encode))
         loop = CheckpointLoop(
             source,
-            Sender(source.memory.pages, reference=source.tracker.reference),
+            sender,
             output := StreamWriter(tmp_path / "stream"),
             interval_s=0.002,
+            max_pause_s=0 if way == "copy" else math.inf,
             on_paused=lambda epoch: seen.update({epoch: memory.read_bytes()}),
         )
         if times == 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from remus_ckpt.loop import STEPS, CheckpointLoop, Totals
+from remus_ckpt.loop import CheckpointLoop, Totals
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import Buffer
+from remus_ckpt.pause import STEPS
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.source.own_memory import OwnMemory
 

@@ -17,6 +17,7 @@ from conftest import many
 from tracking import in_fork, needs_compiler, needs_tracking, running, target_program  # noqa: F401
 
 from remus_ckpt.errors import Untracked
+from remus_ckpt.flag import Descriptor
 from remus_ckpt.source.track import foreign, linux, seccomp
 from remus_ckpt.source.track.written import Scanner, Userfault
 
@@ -29,7 +30,7 @@ THREADS = ["", "s", "r", "w", "srwt"]
 
 
 def fetch(target: tracking.Target) -> Userfault:
-    return Userfault(foreign.userfaultfd_of(target.pid, target.pidfd))
+    return Userfault(Descriptor(foreign.userfaultfd_of(target.pid, target.pidfd), "r+"))
 
 
 @pytest.mark.parametrize("threads", THREADS)

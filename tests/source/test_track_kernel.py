@@ -154,7 +154,8 @@ def test_a_first_copy_that_breaks_off_leads_to_a_comparison() -> None:
     copied = subject.tracker.copy_live()
     next(copied)
     copied.close()
-    assert subject.take() == [1]
+    subject.write(2, is_seen=False)
+    assert subject.take() == [2], "the copy has the other"
     assert subject.tracker.way == "compare"
     assert subject.is_right()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from tracking import needs_compiler, needs_tracking, racing_writers  # noqa: F40
 
 from remus_ckpt.errors import Untracked
 from remus_ckpt.pages import PAGE_SIZE
-from remus_ckpt.source.track.mapped import FileWatch
+from remus_ckpt.source.track import linux
+from remus_ckpt.source.track.mapped import FileWatch, rows_in
 
 pytestmark = [needs_tracking, pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")]
 PAGES = 32
@@ -265,3 +267,33 @@ def test_closing_leaves_no_trace(path: Path, worker: Mapper) -> None:
     with watch_of(path, [worker]) as watch:
         worker.touch(1)
         assert watch.written([worker]).tolist() == [1]
+
+
+def test_the_kernel_names_the_same_mappings_as_its_text(tmp_path: Path) -> None:
+    """Shared ones of the file, through whatever descriptor; not private ones, nor those of other files."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(4 * PAGE_SIZE))
+    (tmp_path / "g").write_bytes(bytes(PAGE_SIZE))
+    status = path.stat()
+    device, inode = (os.major(status.st_dev), os.minor(status.st_dev)), status.st_ino
+    with ExitStack() as stack:
+
+        def mapped(name: str, size: int, offset: int, flags: int, prot: int) -> None:
+            with open(tmp_path / name, "rb" if prot == mmap.PROT_READ else "r+b") as file:
+                area = mmap.mmap(file.fileno(), size, flags=flags, prot=prot, offset=offset)
+            stack.callback(area.close)
+
+        both = mmap.PROT_READ | mmap.PROT_WRITE
+        mapped("f", 2 * PAGE_SIZE, 0, mmap.MAP_SHARED, both)
+        mapped("f", PAGE_SIZE, 3 * PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+        mapped("f", PAGE_SIZE, 0, mmap.MAP_PRIVATE, both)
+        mapped("g", PAGE_SIZE, 0, mmap.MAP_SHARED, both)
+        with open("/proc/self/maps", "rb", buffering=0) as maps:
+            found = linux.shared_mappings(maps.fileno())
+            if found is None:
+                pytest.skip("needs Linux 6.11")
+            told = rows_in(maps.readall(), device, inode)
+        if not told:
+            pytest.skip("the file system shows its files under another device in /proc/PID/maps")
+        assert {one[:3] for one in found if (one.device, one.inode) == (device, inode)} == set(told)
+        assert sorted(row.offset for row in told) == [0, 3 * PAGE_SIZE]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from store_support import Source, commit, sha
+from store_support import Source, commit, fill, sha
 
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.store import Store
@@ -45,6 +46,32 @@ def test_what_contradicts_itself_is_not_believed(tmp_path: Path, statement: str)
         writer.begin(full=False)
         commit(writer, source.checkpoint(), source.position)
     assert [entry.epoch for entry in store.history("orders").checkpoints()] == list(range(9))
+
+
+ALTERED = ("epoch = epoch - 1", "epoch = epoch + 1", "epoch = epoch + 8", "epoch = 2", "start = start + 8")
+
+
+@pytest.mark.parametrize("altered", ALTERED)
+def test_no_question_is_answered_from_an_altered_row(tmp_path: Path, altered: str) -> None:
+    """Of two segments, epochs 0 to 4 and 4 to 9, any row: the first and the last ones too."""
+    store = Store(tmp_path / "store")
+    with store.writer("orders") as writer:
+        source = fill(writer, 5)
+        writer.compact(wait=True)
+        fill(writer, 5, source)
+    expected = [entry.position for entry in store.history("orders").entries()]
+    path = store.directory / "orders" / "index.sqlite"
+    index = path.read_bytes()
+    for number in range(10):
+        path.write_bytes(index)
+        with closing(sqlite3.connect(path)) as database, database:
+            rows = database.execute("SELECT segment, start FROM checkpoints ORDER BY segment, start").fetchall()
+            database.execute(f"UPDATE checkpoints SET {altered} WHERE segment = ? AND start = ?", rows[number])
+        history = store.history("orders")
+        assert [history.find(epoch).position for epoch in range(10)] == expected
+        assert [history.find(datetime.fromtimestamp(epoch, UTC)).position for epoch in range(10)] == expected
+        assert (history.find().position, history.lost()) == (expected[-1], [])
+        assert [entry.position for entry in history.checkpoints()] == expected
 
 
 @pytest.mark.parametrize("newest_first", [False, True])

@@ -21,12 +21,15 @@ from store_support import Source, sha
 import remus_ckpt
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.memory import memory_sha256
-from remus_ckpt.store import HistoryWriter, Retention, Store
+from remus_ckpt.store import HistoryWriter, Retention, Store, ahead
 from remus_ckpt.store.state import load_state
 from remus_ckpt.wire.record import Position
 
 PACKAGE = Path(remus_ckpt.__file__).parent
-ROOMS = ("chain", "compaction", "directory", "hand_over", "pruning", "recovery", "state", "warm", "writer")
+ROOMS = (
+    *("ahead", "chain", "compaction", "directory", "hand_over", "pruning", "recovery", "state", "unwritten", "warm"),
+    "writer",
+)
 FOLLOWED = {str(PACKAGE / "store" / f"{name}.py") for name in ROOMS} | {
     str(PACKAGE / f"{name}.py") for name in ("disk", "restorer")
 }
@@ -159,6 +162,14 @@ WORK: dict[str, Callable[[HistoryWriter, list[int]], Act]] = {
     "close": lambda writer, told: lambda writer, told: writer.close(),
     "close in the middle": lambda writer, told: (abandon(writer, told), lambda writer, told: writer.close())[1],
 }
+
+
+@pytest.fixture(autouse=True)
+def ahead_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Space is written ahead from the first checkpoint on, in the thread that is interrupted."""
+    monkeypatch.setattr(ahead, "WINDOW_S", 0.0)
+    monkeypatch.setattr(ahead, "overwrites_in_place", lambda fd: True)
+    monkeypatch.setattr(ahead, "start", lambda run: run())
 
 
 @pytest.fixture

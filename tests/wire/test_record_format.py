@@ -10,24 +10,30 @@ import msgpack
 import numpy as np
 import pytest
 import streams as s
+from blake3 import blake3
 from conftest import many
 from pairs import noise
 from streams import ENABLE_COMPRESSION, END, entry, page, restore
 
-from remus_ckpt.errors import Malformed, UnknownFormat
+from remus_ckpt.errors import Malformed, StreamError, UnknownFormat
 from remus_ckpt.limits import GIB, Limits
 from remus_ckpt.pages import batches
+from remus_ckpt.restorer import Restorer
 from remus_ckpt.sender import Sender
+from remus_ckpt.wire.digest import new_digest
 from remus_ckpt.wire.record import CheckpointRecord, Position
 from remus_ckpt.wire.xen.dialect import Dialect
 
 MAGIC = b"\x89REMUSck"
+HASHES: dict[Any, Any] = {1: hashlib.sha256, 2: blake3}
+"""What makes the digest, by the version of the record."""
+both_versions = pytest.mark.parametrize("version", HASHES)
 both_words = pytest.mark.parametrize("word", [8, 4])
 
 
-def small_stream(word: Any, codec: Any = "delta", salt: int = 0) -> tuple[bytes, list[int]]:
+def small_stream(word: Any, codec: Any = "delta", salt: int = 0, digest: Any = "blake3") -> tuple[bytes, list[int]]:
     """Three checkpoints of four pages, and where each ends; no full page, so that most bytes are structure."""
-    sender = Sender(4, codec=codec, word=word)
+    sender = Sender(4, codec=codec, word=word, digest=digest)
     memory = np.zeros((4, 4096), dtype=np.uint8)
     data = b""
     ends = []
@@ -42,10 +48,12 @@ def small_stream(word: Any, codec: Any = "delta", salt: int = 0) -> tuple[bytes,
 
 
 @pytest.mark.parametrize(
-    ("word", "detect"), [(8, True), (4, True), (8, False)], ids=["8, detected", "4, detected", "8, given"]
+    ("word", "detect", "digest"),
+    [(8, True, "blake3"), (4, True, "sha256"), (8, False, "sha256"), (4, True, "blake3")],
+    ids=["8, detected", "4, detected, sha256", "8, given, sha256", "4, detected"],
 )
-def test_any_flipped_bit_is_found(word: Any, detect: bool) -> None:
-    data, ends = small_stream(word)
+def test_any_flipped_bit_is_found(word: Any, detect: bool, digest: str) -> None:
+    data, ends = small_stream(word, digest=digest)
     dialect = None if detect else Dialect(word=word, guest="hvm", codec="delta")
     good, error, restorer = restore(data, dialect=dialect)
     assert error is None and len(good) == 3 and restorer.end is not None and restorer.end.complete
@@ -120,12 +128,14 @@ def test_checkpoints_of_two_streams_do_not_mix() -> None:
 # Records by hand
 
 
-def position(before: tuple[int, bytes] | None, body: bytes, device_state: bytes = b"") -> tuple[int, bytes]:
-    """The position behind `before`, from the format: SHA-256 of a name, the one before, the number and two digests."""
+def position(
+    before: tuple[int, bytes] | None, body: bytes, device_state: bytes = b"", version: int = 1
+) -> tuple[int, bytes]:
+    """The position behind `before`, from the format: a digest of a name, the one before, the number and two digests."""
     epoch = 0 if before is None else before[0] + 1
-    chain = b"remus position 1\0" + (bytes(32) if before is None else before[1]) + epoch.to_bytes(8, "little")
-    chain += hashlib.sha256(body).digest() + hashlib.sha256(device_state).digest()
-    return epoch, hashlib.sha256(chain).digest()
+    chain = b"remus position %d\0" % version + (bytes(32) if before is None else before[1])
+    chain += epoch.to_bytes(8, "little") + HASHES[version](body).digest() + HASHES[version](device_state).digest()
+    return epoch, HASHES[version](chain).digest()
 
 
 def fields(before: tuple[int, bytes] | None, after: tuple[int, bytes], /, **changes: Any) -> dict[str, Any]:
@@ -138,15 +148,17 @@ def fields(before: tuple[int, bytes] | None, after: tuple[int, bytes], /, **chan
         "after": list(after),
         "device_state": b"",
     }
+    if changes.get("version") == 2:
+        made["digest"] = "blake3"
     made |= changes
     return {name: value for name, value in made.items() if value is not ...}
 
 
-def closed(body: bytes, packed: bytes, *, magic: bytes = MAGIC, context: bytes = b"") -> bytes:
-    """A checkpoint of ours: its body, and a tail with this record and the right checksum."""
+def closed(body: bytes, packed: bytes, *, magic: bytes = MAGIC, context: bytes = b"", version: int = 1) -> bytes:
+    """A checkpoint of ours: its body, and a tail with this record and the right digest."""
     head = struct.pack("<3QI", 0, 0, 0, len(context)) + context + s.REMUS
     head += struct.pack("<I", len(magic) + len(packed) + 32) + magic + packed
-    return body + head + hashlib.sha256(body + head).digest()
+    return body + head + bytes(HASHES[version](body + head).digest())
 
 
 FIRST_BODY = s.hvm_header(8, 4) + s.batch(8, [entry(2)], page(7)) + ENABLE_COMPRESSION + END
@@ -164,7 +176,7 @@ def test_a_record_made_by_hand_is_read() -> None:
     assert error is None and len(memories) == 2
     assert memories[1] == bytes(8192) + b"\7\7\7\7\t\0\0\0" + page(7)[8:] + bytes(4096)
     assert restorer.in_force is not None and restorer.in_force.record == CheckpointRecord(
-        epoch=1, time_ns=None, codec="delta", before=Position(*FIRST), after=Position(*second)
+        epoch=1, time_ns=None, codec="delta", before=Position(*FIRST), after=Position(*second), digest="sha256"
     )
     _, _, restorer = restore(first)
     assert restorer.in_force is not None
@@ -172,9 +184,10 @@ def test_a_record_made_by_hand_is_read() -> None:
     assert restorer.in_force.record is not None and restorer.in_force.record.time_ns == 5
 
 
-def test_the_sender_writes_what_the_format_says() -> None:
+@both_versions
+def test_the_sender_writes_what_the_format_says(version: int) -> None:
     """The bytes of a whole small stream, put together here from the format."""
-    sender = Sender(4)
+    sender = Sender(4, digest="sha256") if version == 1 else Sender(4)
     memory = np.zeros((4, 4096), dtype=np.uint8)
     memory[2] = 7
     data = b"".join(
@@ -182,20 +195,22 @@ def test_the_sender_writes_what_the_format_says() -> None:
         for buffers in sender.checkpoint(batches(np.array([2]), memory[[2]]), time_ns=5, device_state=b"own")
         for buffer in buffers
     )
-    first = position(None, FIRST_BODY, b"own")
-    expected = closed(FIRST_BODY, msgpack.packb(fields(None, first, time_ns=5, device_state=b"own")))
+    first = position(None, FIRST_BODY, b"own", version)
+    packed = msgpack.packb(fields(None, first, version=version, time_ns=5, device_state=b"own"))
+    expected = closed(FIRST_BODY, packed, version=version)
     assert data == expected
     memory[2, 4:8] = (9, 0, 0, 0)
     data = b"".join(
         bytes(buffer) for buffers in sender.checkpoint(batches(np.array([2]), memory[[2]])) for buffer in buffers
     )
     body = s.batch(8, [entry(2)]) + s.compressed(8, struct.pack("<hIhI", -100, 0, 4, 9)) + END
-    assert data == closed(body, msgpack.packb(fields(first, position(first, body))))
-    assert sender.position == Position(*position(first, body))
+    second = position(first, body, version=version)
+    assert data == closed(body, msgpack.packb(fields(first, second, version=version)), version=version)
+    assert sender.position == Position(*second)
 
 
 def test_a_later_version_is_named_and_refused() -> None:
-    for version in (2, 0, "1", None):
+    for version in (3, 0, "1", None, True, 2.0):
         data = closed(FIRST_BODY, msgpack.packb(fields(None, FIRST, version=version)))
         _, error, restorer = restore(data)
         assert type(error) is UnknownFormat
@@ -347,13 +362,92 @@ def test_memory_may_end_within_its_last_page(size: int) -> None:
 # Positions
 
 
-def test_a_position_is_the_chain_that_the_format_describes() -> None:
-    body = hashlib.sha256(b"body")
-    first = Position.after(None, body.digest(), b"state")
-    assert (first.epoch, first.digest) == position(None, b"body", b"state")
-    second = Position.after(first, body.digest(), b"")
-    assert (second.epoch, second.digest) == position((first.epoch, first.digest), b"body")
-    assert len({first.digest, second.digest, Position.after(None, body.digest(), b"").digest}) == 3
+@pytest.mark.parametrize(("version", "digest"), [(1, "sha256"), (2, "blake3")])
+def test_a_position_is_the_chain_that_the_format_describes(version: int, digest: Any) -> None:
+    body = HASHES[version](b"body")
+    first = Position.after(None, body.digest(), b"state", digest=digest)
+    assert (first.epoch, first.digest) == position(None, b"body", b"state", version)
+    second = Position.after(first, body.digest(), b"", digest=digest)
+    assert (second.epoch, second.digest) == position((first.epoch, first.digest), b"body", version=version)
+    assert len({first.digest, second.digest, Position.after(None, body.digest(), b"", digest=digest).digest}) == 3
+
+
+# Which digest a stream has
+
+
+class Counted:
+    """Makes digests, and counts the bytes that each kind was given."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {"sha256": 0, "blake3": 0}
+
+    def __call__(self, name: Any) -> Any:
+        outer, inner = self, new_digest(name)
+
+        class One:
+            def update(self, data: Any) -> None:
+                outer.bytes[name] += len(data)
+                inner.update(data)
+
+            def digest(self) -> bytes:
+                return inner.digest()
+
+        return One()
+
+
+def read(data: bytes, **how: Any) -> tuple[int, Any]:
+    """How many checkpoints come into force, and the error."""
+    restorer, count = Restorer(**how), 0
+    restorer.feed(data)
+    restorer.feed_eof()
+    try:
+        for _ in restorer.checkpoints():
+            count += 1
+    except StreamError as error:
+        return count, error
+    return count, None
+
+
+@pytest.mark.parametrize("digest", ["sha256", "blake3"])
+def test_only_the_first_checkpoint_of_a_stream_is_hashed_twice(digest: Any) -> None:
+    data, ends = small_stream(8, digest=digest)
+    other = "sha256" if digest == "blake3" else "blake3"
+    counted = Counted()
+    assert read(data, new_digest=counted) == (3, None)
+    assert counted.bytes == {digest: len(data), other: ends[0]}
+    told = Counted()
+    assert read(data, new_digest=told, digest=digest) == (3, None)
+    assert told.bytes == {digest: len(data), other: 0}
+    count, error = read(data, digest=other)
+    assert count == 0 and type(error) is Malformed and error.section == "stream.md §9.4"
+
+
+def test_a_stream_keeps_its_digest_over_a_rewind_and_a_boundary() -> None:
+    data, ends = small_stream(8)
+    restorer = Restorer(new_digest=(counted := Counted()))
+    restorer.feed(data[: ends[0]])
+    restorer.feed_eof()
+    assert len(list(restorer.checkpoints())) == 1 and restorer.boundary.digest == "blake3"
+    counted.bytes["sha256"] = 0
+    restorer.rewind()
+    restorer.feed(data[ends[0] : ends[1]])
+    assert restorer.next_checkpoint() is not None
+    assert counted.bytes["sha256"] == 0
+
+
+def test_a_stream_may_follow_one_of_the_other_version() -> None:
+    """The positions chain across: a new program goes on from what an old one left."""
+    old = Sender(4, digest="sha256")
+    pages = np.full((1, 4096), 7, dtype=np.uint8)
+    first = b"".join(bytes(part) for group in old.checkpoint(batches(np.array([2]), pages)) for part in group)
+    new = Sender(4, position=old.position)
+    second = b"".join(bytes(part) for group in new.checkpoint(batches(np.array([2]), pages)) for part in group)
+    assert read(first) == read(second) == (1, None)
+    restorer = Restorer()
+    restorer.feed(second)
+    staged = restorer.next_checkpoint()
+    assert staged is not None and staged.record is not None
+    assert (staged.record.before, staged.record.digest, staged.epoch) == (old.position, "blake3", 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,259 @@
+"""Archives: a history comes back from them byte for byte, and what is wrong with an object is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import many
+from store_support import fill, memory_at
+
+from remus_ckpt.errors import NothingToRestore, RemusError, StoreError
+from remus_ckpt.store import History, Store, archiver
+from remus_ckpt.store.archive import Archive, Archived, fetch, line_of
+from remus_ckpt.store.segments import list_segments
+
+pytest.importorskip("obstore", reason="needs the extra [archive]")
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    """Four segments, with checkpoints 0 to 19."""
+    with Store(tmp_path / "store").writer("orders") as writer:
+        source = None
+        for number in range(4):
+            source = fill(writer, 5, source)
+            if number < 3:
+                writer.compact(wait=True)
+    return Store(tmp_path / "store")["orders"]
+
+
+def archive_in(tmp_path: Path, **options: Path) -> Archive:
+    return Archive(f"file://{tmp_path}/archive", create=True, **options)
+
+
+def archived(history: History, archive: Archive) -> list[Archived]:
+    return [one for one in archiver.push(archive, history, "orders", archive.segments("orders")) if one is not None]
+
+
+def test_all_comes_back_but_what_still_grows(history: History, tmp_path: Path) -> None:
+    archive = archive_in(tmp_path)
+    put = archived(history, archive)
+    assert len(put) == 3
+    assert archived(history, archive) == []  # they are there
+    assert archive.names() == ["orders"]
+    found = fetch(archive, "orders", tmp_path / "other" / "orders")
+    assert [one.epochs for one in found] == [one.epochs for one in put]
+    rebuilt = Store(tmp_path / "other")["orders"]
+    assert not rebuilt.verify().bad
+    last = put[-1].epochs[-1]
+    assert rebuilt.newest().epoch == last  # type: ignore[union-attr]
+    for epoch in range(last + 1):
+        assert np.array_equal(rebuilt.memory(epoch), history.memory(epoch))
+    # A backup continues it.
+    with Store(tmp_path / "other").writer("orders") as writer:
+        assert writer.history.newest().position == history.find(last).position  # type: ignore[union-attr]
+
+
+def test_one_checkpoint_by_epoch_or_time(history: History, tmp_path: Path) -> None:
+    archive = archive_in(tmp_path)
+    put = archived(history, archive)
+    for epoch in (0, 7, put[-1].epochs[-1]):
+        found = fetch(archive, "orders", tmp_path / f"at-{epoch}" / "orders", at=epoch)
+        assert len(found) == 1
+        assert np.array_equal(Store(tmp_path / f"at-{epoch}")["orders"].memory(epoch), history.memory(epoch))
+    with pytest.raises(NothingToRestore, match="checkpoint 1000 is not archived"):
+        fetch(archive, "orders", tmp_path / "at" / "orders", at=1000)
+    with pytest.raises(StoreError, match="there is no such directory"):
+        Archive(f"file://{tmp_path}/nowhere")
+    with pytest.raises(NothingToRestore, match="nothing is archived"):
+        fetch(archive, "others", tmp_path / "at" / "others")
+    with pytest.raises(StoreError, match="exists already"):
+        fetch(archive, "orders", tmp_path / "at-0" / "orders")
+
+
+def test_what_is_encrypted_needs_the_identity(history: History, tmp_path: Path) -> None:
+    pyrage = pytest.importorskip("pyrage")
+    key = pyrage.x25519.Identity.generate()
+    (tmp_path / "key").write_text(f"# made for a test\n{key}\n")
+    (tmp_path / "recipients").write_text(f"{key.to_public()}\n")
+    (tmp_path / "wrong").write_text(f"{pyrage.x25519.Identity.generate()}\n")
+    url = f"file://{tmp_path}/archive"
+    put = archived(history, archive_in(tmp_path, recipients=tmp_path / "recipients"))
+    assert all(one.key.endswith(".age") for one in put)
+    secret = (tmp_path / "archive" / "orders" / put[0].key).read_bytes()
+    assert secret.startswith(b"age-encryption.org/v1")
+    assert b"LinuxGuestRecord" not in secret
+    with pytest.raises(StoreError, match="--identity"):
+        fetch(Archive(url), "orders", tmp_path / "other" / "orders")
+    with pytest.raises(StoreError, match="cannot be decrypted"):
+        fetch(Archive(url, identity=tmp_path / "wrong"), "orders", tmp_path / "other" / "orders")
+    fetch(Archive(url, identity=tmp_path / "key"), "orders", tmp_path / "other" / "orders")
+    assert np.array_equal(Store(tmp_path / "other")["orders"].memory(3), memory_at(3).reshape(-1))
+    with pytest.raises(StoreError, match="age1"):
+        Archive(url, recipients=tmp_path / "key")
+
+
+def test_whatever_changes_in_an_object_is_found_and_named(history: History, tmp_path: Path) -> None:
+    archive = archive_in(tmp_path)
+    put = archived(history, archive)
+    path = tmp_path / "archive" / "orders" / put[1].key
+    good = path.read_bytes()
+    dice = random.Random(7)
+    for _ in range(many(20, 400)):
+        bad = bytearray(good)
+        kind = dice.randrange(3)
+        if kind == 0:
+            bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
+        elif kind == 1:
+            del bad[dice.randrange(len(bad)) :]
+        else:
+            bad += dice.randbytes(dice.randrange(1, 5000))
+        path.write_bytes(bad)
+        with pytest.raises(StoreError, match=put[1].digest):
+            fetch(archive, "orders", tmp_path / "other" / "orders")
+        assert not (tmp_path / "other" / "orders").exists()
+    path.write_bytes((tmp_path / "archive" / "orders" / put[0].key).read_bytes())
+    with pytest.raises(StoreError, match="other checkpoints than its key says"):
+        fetch(archive, "orders", tmp_path / "other" / "orders")
+    path.write_bytes(good)
+    fetch(archive, "orders", tmp_path / "other" / "orders")  # continues with what has come
+    assert not Store(tmp_path / "other")["orders"].verify().bad
+    path.unlink()
+    fetch(archive, "orders", tmp_path / "gap" / "orders")
+    with_gap = Store(tmp_path / "gap")["orders"]
+    assert not with_gap.survey().lost
+    with pytest.raises(RemusError):
+        with_gap.memory(put[1].epochs[2])
+
+
+MOTO = os.environ.get("REMUS_CKPT_MOTO")
+
+
+@pytest.mark.skipif(not MOTO, reason="no S3 server: REMUS_CKPT_MOTO names moto_server")
+def test_an_s3_server(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto speaks S3: what is there, what is missing, and a server that is gone."""
+    import obstore
+    import obstore.store
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with subprocess.Popen([str(MOTO), "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/checkpoints", method="PUT")
+            urllib.request.urlopen(request, timeout=30).close()
+            archive = Archive("s3://checkpoints/site-a")
+            assert archive.names() == []
+            put = archived(history, archive)
+            assert archive.names() == ["orders"]
+            assert [one.key for one in archive.segments("orders")] == [one.key for one in put]
+            fetch(archive, "orders", tmp_path / "other" / "orders")
+            assert not Store(tmp_path / "other")["orders"].verify().bad
+            obstore.put(obstore.store.from_url(archive.url), f"orders/{put[0].key}", b"something else")
+            with pytest.raises(StoreError, match=put[0].digest):
+                fetch(archive, "orders", tmp_path / "bad" / "orders")
+            archive.remove("orders", [put[0]])
+            with pytest.raises(StoreError, match="no such object"):
+                archive.get("orders", put[0], tmp_path / "gone")
+        finally:
+            server.kill()
+    with pytest.raises(StoreError, match="s3://checkpoints/site-a"):
+        monkeypatch.setenv("AWS_MAX_RETRIES", "0")
+        archive.segments("orders")
+
+
+def test_of_two_lines_the_last_one_is_taken() -> None:
+    """What a later backup replaced is left out; what it continued is not."""
+
+    def segment(first: int, last: int) -> Archived:
+        return Archived(range(first, last + 1), None, f"{first:032}{last:032}", False)
+
+    one = [segment(0, 9), segment(9, 20), segment(20, 31)]
+    assert line_of(one) == one
+    other = segment(15, 18)
+    assert line_of([*one, other]) == [one[0], other]
+    assert line_of([*one, segment(0, 3)]) == [segment(0, 3)]
+    assert line_of([]) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "0-1-no-time-00.remus",
+        f"{5:020}-{4:020}-no-time-{'0' * 64}.remus",
+        f"{0:020}-{10**20 - 1:020}-no-time-{'0' * 64}.remus",
+        f"{0:020}-{4:020}-20261341T000000Z-{'0' * 64}.remus",
+        f"{0:020}-{4:020}-no-time-{'0' * 64}.remus#1",
+    ],
+)
+def test_other_keys_are_none_of_ours(key: str) -> None:
+    assert Archived.parse(key, 1, None) is None
+
+
+@contextmanager
+def archiving(store: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "remus_ckpt.store.archiver", str(store), url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_process_says_how_far_it_is(history: History, tmp_path: Path) -> None:
+    with archiving(tmp_path / "store", f"file://{tmp_path}/archive") as process:
+        assert process.stdin is not None and process.stdout is not None
+        lag = json.loads(process.stdout.readline())
+        put = archive_in(tmp_path).segments("orders")
+        assert lag == {
+            "name": "orders",
+            "newest": put[-1].epochs[-1],
+            "waiting": 0,
+            "waiting_bytes": 0,
+            "error": None,
+        }
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.kill
+def test_killed_at_any_instant_nothing_half_is_there(history: History, tmp_path: Path) -> None:
+    dice = random.Random(3)
+    archive = archive_in(tmp_path)
+    kills = 0
+    while len(archive.segments("orders")) < len(list_segments(history.directory)) - 1 or kills < 5:
+        with archiving(tmp_path / "store", archive.url) as process:
+            time.sleep(dice.uniform(0.2, 1 + kills))  # it takes a second or more to start
+            os.kill(process.pid, signal.SIGKILL)
+        kills += 1
+        for one in archive.segments("orders"):
+            archive.get("orders", one, tmp_path / "got")
+            (tmp_path / "got").unlink()
+    fetch(archive, "orders", tmp_path / "other" / "orders")
+    assert not Store(tmp_path / "other")["orders"].verify().bad

@@ -1,0 +1,84 @@
+"""Reading a disk through NBD: a real server of QEMU's, and what is none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from remus_ckpt.errors import VmError
+from remus_ckpt.vm.mirror import DiskReader
+
+SIZE = 1 << 20
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+@contextmanager
+def serving(disk: Path, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    words = ["qemu-nbd", "-r", "-t", "-f", "raw", "-e", "3", "-x", "remus-copy", "-k", str(path), str(disk)]
+    with subprocess.Popen(words) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while not listens(path):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="there is no qemu-nbd (qemu-utils)")
+def test_a_disk_is_read_through_qemu(tmp_path: Path) -> None:
+    disk, path = tmp_path / "disk", tmp_path / "nbd"
+    disk.write_bytes(os.urandom(SIZE))
+    with serving(disk, path) as process, closing(DiskReader(path, "remus-copy")) as reader:
+        assert reader.read(0, SIZE) == disk.read_bytes()
+        assert reader.read(4096, 512) == disk.read_bytes()[4096:4608]
+        with pytest.raises(VmError, match="NBD error"):
+            reader.read(SIZE, 512)
+        assert reader.read(0, 512) == disk.read_bytes()[:512]
+        process.kill()
+        with pytest.raises(VmError, match="cannot be read"):
+            reader.read(0, 512)
+    with pytest.raises(VmError):
+        DiskReader(path, "remus-copy")
+
+
+@pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="there is no qemu-nbd (qemu-utils)")
+def test_an_export_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    with serving(tmp_path / "disk", tmp_path / "nbd"), pytest.raises(VmError, match="another"):
+        DiskReader(tmp_path / "nbd", "another")
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad\r\n\r\n", b"NBDMAGIC", b"NBDMAGICIHAVEOPT\0\3" + b"\xff" * 20])
+def test_what_is_no_nbd_server_is_refused(tmp_path: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "nbd"))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as client, contextlib.suppress(ConnectionError):
+                client.sendall(said)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(1000):
+                    pass
+
+        server = threading.Thread(target=serve)
+        server.start()
+        with pytest.raises(VmError):
+            DiskReader(tmp_path / "nbd", "remus-copy")
+        server.join()
