@@ -81,8 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _begin_elsewhere(config: pytest.Config) -> None:
-    """Have each worker of pytest-xdist begin to collect in another folder: in a fresh checkout, what one has compiled the
-    others then find in the cache. `pytest_collection_modifyitems` puts the tests in the same order again."""
+    """Have each worker of pytest-xdist begin to collect in another folder: in a fresh checkout, what one has compiled
+    the others then find in the cache. `pytest_collection_modifyitems` puts the tests in the same order again."""
     here = Path(__file__).parent
     if [config.invocation_params.dir / one for one in config.args] != [here]:
         return
