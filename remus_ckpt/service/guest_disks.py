@@ -26,6 +26,7 @@ from remus_ckpt.limits import KIB, MIB
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.control import Requests, ask
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.memory import keep_freed
 from remus_ckpt.observe.log import log
 from remus_ckpt.pages import Buffer
 from remus_ckpt.service.primary import Primary
@@ -89,6 +90,7 @@ class GuestDisks:
         self._epoch = 0
         self._trouble = "not copied yet"
         self._copied_bytes = self._sent_bytes = self._copies = self._held_bytes = 0
+        keep_freed()  # what the guest writes goes through this process
 
     # Checkpoints
 

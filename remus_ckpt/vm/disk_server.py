@@ -13,7 +13,6 @@ failed, `mark` fails for good: another server and another mirror are needed, and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -33,6 +32,7 @@ import numpy as np
 from remus_ckpt.errors import Malformed, VmError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import MIB
+from remus_ckpt.memory import keep_freed
 from remus_ckpt.pages import Buffer
 from remus_ckpt.vm.disk_log import ENTRY, WriteLog
 from remus_ckpt.vm.nbd import Command, Request, Server
@@ -48,9 +48,6 @@ _SLOW_S = 30.0
 _START_S = 60.0
 _MOMENT_S = 0.1
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_MALLOPT = {"M_MMAP_THRESHOLD": (-3, 32 * MIB), "M_TRIM_THRESHOLD": (-1, HELD_BYTES), "M_ARENA_MAX": (-8, 1)}
-"""What malloc is told (mallopt(3)): memory that is freed is used again. To write into fresh memory, of which the kernel
-clears each page first, takes four times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,9 +285,7 @@ def _obey(owner: socket.socket, data: socket.socket, answer: Callable[[dict[str,
 
 def main() -> None:
     """Serve what the command line names, until the owner is gone."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # musl has none
-        for option, value in _MALLOPT.values():
-            mallopt(option, value)
+    keep_freed()
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)  # the guest needs its disk until the owner has ended
     settings = json.loads(sys.argv[1])
