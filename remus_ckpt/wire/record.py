@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from remus_ckpt.errors import Malformed, UnknownFormat
-from remus_ckpt.pages import Buffer
 from remus_ckpt.wire.digest import DEFAULT_DIGEST, DIGEST_BYTES, DIGESTS, DigestName, digest_of
 from remus_ckpt.wire.xen.dialect import STREAM_CODECS
+
+if TYPE_CHECKING:
+    from remus_ckpt.pages import Buffer
 
 RECORD_MAGIC = b"\x89REMUSck"
 VERSIONS: dict[DigestName, int] = {"sha256": 1, "blake3": 2}
