@@ -66,7 +66,10 @@ class _Mirrored:
     ends: dict[int, int] = field(default_factory=dict)
 
     def close(self) -> None:
-        self.server.close()  # first: QEMU may be waiting for it
+        with suppress(VmError):  # QEMU has ended, or the server has: no command may wait for one that hangs
+            if not self.server.status().trouble:
+                self.mirror.end()
+        self.server.close()
         with suppress(VmError):  # QEMU has ended
             self.mirror.end()
 
