@@ -107,7 +107,7 @@ class Member:
         """Before the primary of a name is fenced: may it be taken over here? term: of the store. Raises RemusError."""
         self._check(self._place(name)[0], term)
 
-    def claim(self, name: str, term: int, *, is_certain: bool) -> None:
+    def claim(self, name: str, term: int, *, is_certain: bool = False) -> None:
         """Before a name is promoted under this term: have the fleet know, so that its primary cannot go elsewhere.
 
         is_certain: it is in the commit log that this backup has taken over, whoever the fleet believes to have the name

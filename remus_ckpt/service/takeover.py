@@ -41,7 +41,7 @@ class Consent(Protocol):
     def check(self, name: str, term: int) -> None:
         """Raise RemusError if a takeover could not follow: then nobody is fenced for it. term: of the store"""
 
-    def claim(self, name: str, term: int, *, is_certain: bool) -> None:
+    def claim(self, name: str, term: int, *, is_certain: bool = False) -> None:
         """Have the others know that the name is taken over here, under this term. Raises RemusError: then nothing is
         promoted, unless is_certain: it has happened, and the others have no say."""
 
