@@ -230,7 +230,7 @@ def be_the_primary(name: str, addresses: list[str], log: str | None, out: str) -
             return error.exit_code
         except RemusError as error:
             print(error, file=sys.stderr)
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 class Run:
