@@ -2,12 +2,16 @@
 """Runs a worker, `protect` and `backup` for long, breaks their link, restarts the backup, and looks for what grows.
 
     soak.py [--minutes N] [--pace N] [--tls] [--mib N] [--seed N] [--keep DIR]
+    sudo soak.py --vm [--minutes N] …              # a virtual machine with a disk, and all that protects it
 
 The processes are started as users start them. The link is cut now and then all the time; the backup is stopped or
 killed and started again in the first third only, so that what it leaks later adds up. It compacts and prunes unasked,
 and a reader verifies the store beside it. Figures are taken six times a minute; each minute prints a line of them. At
 the end a straight line is fitted to those of the last two thirds, over commits and over cuts: its slope is the growth,
 and the verdict. What is restored is compared with the worker's memory.
+
+With --vm the guest of the demo runs under `run` on a host of its own, with a pause every 50 ms, and a client checks
+every byte of its answers; nothing is cut or restarted. It writes and reads back pages and blocks all the time.
 
 Exit codes: 0 nothing grows and nothing is lost, 1 otherwise (the directory is kept then).
 """
@@ -27,14 +31,16 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import StatisticsError, fmean, linear_regression
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from remus_ckpt.demo import guest, vm
+from remus_ckpt.demo.lan import Host
 from remus_ckpt.errors import RemusError
 from remus_ckpt.link.address import Address
 from remus_ckpt.link.control import ask
@@ -42,7 +48,7 @@ from remus_ckpt.link.dial import connect
 from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service import keys
 
-NAME = "soak"
+NAME = vm.NAME
 PATIENCE_S = 60.0
 WORKER = """
 import mmap, random, signal, sys, time
@@ -61,23 +67,14 @@ while True:
 """
 
 
-@dataclass
-class Figures:
-    """Of one instant. rss and disk: MiB; cuts: of the link, so far"""
-
-    protect_fds: float
-    protect_threads: float
-    protect_rss: float
-    backup_fds: float
-    backup_threads: float
-    backup_rss: float
-    disk: float
-    commits: float
-    cuts: float
-
+Figures = dict[str, float]
+"""Of one instant: WHO_fds, WHO_threads, WHO_rss of each process, disk, commits, cuts. rss and disk: MiB; cuts: of the
+link, so far"""
 
 LOOKS = 6
 """Per minute."""
+SHOWN = "commits", "cuts", "fds", "threads", "rss", "disk"
+"""Each minute, as totals."""
 GROWTH = {"fds": 4.0, "threads": 4.0, "rss": 8.0, "disk": 64.0}
 """How much a line through the last two thirds may rise, beyond what chance can make it rise."""
 SURE = 3.0
@@ -136,14 +133,15 @@ class Relay:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-class Soak:
-    """All that runs."""
+class Worker:
+    """A process with its memory, protected through a link that breaks."""
 
     def __init__(self, options: argparse.Namespace, directory: Path, stack: ExitStack) -> None:
         self.draw = random.Random(options.seed)
         self.directory = directory
         self.store = directory / "store"
         self.cuts = 0
+        self.pace = options.pace
         self.relay = Relay()
         self.scheme = "tls" if options.tls else "tcp"
         self.tls_dir: dict[str, list[object]] = {"primary": [], "backup": []}
@@ -198,6 +196,23 @@ class Soak:
         self.relay.target = Address.parse(self._read_line(backup).removeprefix("listening on "))
         return backup
 
+    def processes(self) -> dict[str, int]:
+        """The pids of what must not grow."""
+        return {"protect": self.protect.pid, "backup": self.backup.pid}
+
+    def has_ended(self) -> bool:
+        """Whether one of them has ended by itself."""
+        return self.protect.poll() is not None or self.backup.poll() is not None
+
+    def disturb(self, *, may_restart: bool) -> float:
+        """Cut the link, or restart the backup. Returns in how many seconds it wants to be called again."""
+        if may_restart and self.draw.random() < 0.3:
+            self.restart_backup()
+        else:
+            self.relay.cut()
+            self.cuts += 1
+        return self.draw.uniform(2.0, 20.0) / self.pace
+
     def restart_backup(self) -> None:
         """Stop or kill it, and start it again on another port."""
         self.backup.send_signal(self.draw.choice([signal.SIGTERM, signal.SIGKILL]))
@@ -205,27 +220,12 @@ class Soak:
         time.sleep(self.draw.uniform(0.0, 2.0))
         self.backup = self._start_backup()
 
-    def verify(self) -> str:
-        """What a reader beside the backup says: "" where all is well."""
-        command = [*map(str, [*self._command("verify"), f"store:{self.store}/{NAME}"])]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        return "" if ran.returncode == 0 else f"verify ends with {ran.returncode}: {(ran.stdout + ran.stderr)[-300:]}"
-
     def committed(self) -> int:
         """The newest epoch that the backup has; −1 for none."""
         assert self.relay.target is not None
         status = ask(connect(self.relay.target, tls=self.tls), "status", {}, timeout_s=PATIENCE_S)
         found = status["names"].get(NAME)
         return -1 if found is None or found["epoch"] is None else int(found["epoch"])
-
-    def look(self) -> Figures:
-        """The figures of now."""
-        sizes = []
-        for path in self.store.rglob("*"):
-            with suppress(OSError):
-                sizes.append(path.stat().st_blocks * 512)
-        disk = sum(sizes) / (1 << 20)
-        return Figures(*figures(self.protect.pid), *figures(self.backup.pid), disk, self.committed(), self.cuts)
 
     def finish(self) -> str:
         """Let the worker rest, end all, and hold what is restored against its memory: "" where they are the same."""
@@ -244,14 +244,111 @@ class Soak:
         if hashlib.sha256(restored.read_bytes()).hexdigest() != truth:
             return "what is restored is not the worker's memory"
         restored.unlink()
-        return self.verify()
+        return verify(f"{self.store}/{NAME}")
 
 
-def figures(pid: int) -> tuple[int, int, float]:
+class KeptShort(vm.Scene):
+    """Hosts whose backups keep few checkpoints, so that what is kept reaches its full size at once."""
+
+    def backup_words(self, host: Host) -> list[str]:
+        return [*super().backup_words(host), "--keep-count", "200"]
+
+
+class Guest:
+    """A virtual machine with a disk, and a client that checks what it answers."""
+
+    cuts = 0
+
+    def __init__(self, options: argparse.Namespace, directory: Path, stack: ExitStack) -> None:
+        if lacks := vm.missing():
+            raise SystemExit("a virtual machine needs " + "; ".join(lacks))
+        disk = directory / "disk.raw"
+        with disk.open("wb") as file:
+            file.truncate(4 << 20)
+        append = f"guest.pages=1000 guest.mib=16 guest.blocks={BLOCKS} guest.pause_us=10000"
+        image = guest.build(guest.cache())
+        # The backup does not take over by itself unless the machine stands still for long.
+        self.scene = KeptShort(directory, image, interval="50ms", append=append, memory="96M", lease="60s")
+        stack.callback(self.scene.close)
+        self.here, self.there = self.scene.lan.a, self.scene.lan.b
+        self.store = directory / "store-b"
+        self._backup = self.scene.backup(self.there)
+        words = [*self.scene.run_words(self.here), "-drive", f"file={disk},if=virtio,format=raw"]
+        self._run = self.scene.start(self.here, "run", words)
+        self._client = stack.enter_context(closing(vm.Client(self.scene.lan.client.inside(), seed=options.seed)))
+        self.scene.until("the guest answers", lambda: self._client.is_ready(0.1) or self.has_ended(), 300.0)
+        self.scene.until("the guest is protected", lambda: self.scene.is_protected(self.there))
+        self._pids = {role: found[0] for role in ROLES if (found := self.scene.find(self.here, role))}
+        self._pids |= {f"other_{role}": found[0] for role in ROLES if (found := self.scene.find(self.there, role))}
+        print(f"processes: {self._pids}", flush=True)
+
+    def processes(self) -> dict[str, int]:
+        """The pids of what must not grow."""
+        return self._pids
+
+    def has_ended(self) -> bool:
+        """Whether one of them has ended by itself."""
+        return self._run.poll() is not None or self._backup.poll() is not None
+
+    def disturb(self, *, may_restart: bool) -> float:
+        """Nothing is. Looks at what the client has seen; returns in how many seconds it wants to be called again.
+
+        Raises RemusError if an answer was wrong.
+        """
+        told = self._client.status()
+        if told["wrong"] or told["faults"]:
+            raise RemusError(f"the guest is not as it was: {told['wrong'] or told['faults']}")
+        return 10.0
+
+    def committed(self) -> int:
+        """The newest epoch that the backup has."""
+        return int(self.scene.status(self.there)["epoch"])
+
+    def finish(self) -> str:
+        """Kill the guest's host, have it go on elsewhere, and ask its client: "" where all is well."""
+        before = self._client.status()["answers"]
+        self.here.kill()
+        command = self.scene.command(
+            self.there, "failover", "--from", f"unix:{self.scene.folder / 'b.sock'}", "--name", NAME
+        )
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            return f"failover ends with {ran.returncode}: {ran.stderr[-300:]}"
+        told = self._client.until_answers(100, PATIENCE_S)
+        if told["wrong"] or told["faults"] or told["answers"] < before + 100:
+            return f"the client has heard something wrong, or too little: {told}"
+        return verify(f"{self.store}/{NAME}")
+
+
+ROLES = ("primary", "backup", "qemu", "bridge", "disk server")
+BLOCKS = 128
+
+
+def verify(name: str) -> str:
+    """What a reader beside the backup says: "" where all is well. name: its directory in the store"""
+    command = [sys.executable, "-m", "remus_ckpt", "verify", f"store:{name}"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if ran.returncode == 0 else f"verify ends with {ran.returncode}: {(ran.stdout + ran.stderr)[-300:]}"
+
+
+def look(soak: Worker | Guest) -> Figures:
+    """The figures of now."""
+    sizes = []
+    for path in soak.store.rglob("*"):
+        with suppress(OSError):
+            sizes.append(path.stat().st_blocks * 512)
+    found: Figures = {}
+    for who, pid in soak.processes().items():
+        found |= {f"{who.replace(' ', '_')}_{what}": value for what, value in figures(pid).items()}
+    return found | {"disk": sum(sizes) / (1 << 20), "commits": soak.committed(), "cuts": soak.cuts}
+
+
+def figures(pid: int) -> Figures:
     """Descriptors, threads, and resident MiB of a process."""
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-    return len(os.listdir(proc / "fd")), int(status["Threads"]), int(status["VmRSS"].split()[0]) / 1024
+    rss = int(status["VmRSS"].split()[0]) / 1024
+    return {"fds": len(os.listdir(proc / "fd")), "threads": int(status["Threads"]), "rss": rss}
 
 
 @dataclass
@@ -275,13 +372,13 @@ def judge(seen: list[Figures]) -> list[str]:
     tail = seen[len(seen) // 3 :]
     faults = []
     print(f"{'the last two thirds:':24}{'first':>10}{'last':>10}{'per 1,000 commits':>24}{'per cut':>24}")
-    for name in (field.name for field in fields(Figures)):
+    for name in seen[-1] if seen else ():
         most = GROWTH.get(name.rpartition("_")[2])
         if most is None or len(tail) < 3:
             continue
-        y = [getattr(one, name) for one in tail]
+        y = [one[name] for one in tail]
         row, grows = f"  {name:22}{y[0]:10.1f}{y[-1]:10.1f}", 0.0
-        for x in ([one.commits / 1000 for one in tail], [one.cuts for one in tail]):
+        for x in ([one["commits"] / 1000 for one in tail], [one["cuts"] for one in tail]):
             try:
                 line = Line.through(x, y)
             except StatisticsError:
@@ -293,7 +390,9 @@ def judge(seen: list[Figures]) -> list[str]:
         if grows > most:
             faults.append(f"{name} grows by {grows:.1f} or more; {most:g} is allowed")
     minutes = seen[::LOOKS]
-    still = [number for number in range(1, len(minutes)) if minutes[number].commits <= minutes[number - 1].commits]
+    still = [
+        number for number in range(1, len(minutes)) if minutes[number]["commits"] <= minutes[number - 1]["commits"]
+    ]
     return faults + [f"no commit in minute {number + 1}" for number in still]
 
 
@@ -304,6 +403,7 @@ def main() -> int:
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--mib", type=int, default=16, help="of the worker's memory")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vm", action="store_true", help="of a virtual machine")
     parser.add_argument("--keep", type=Path, help="where its directory lies")
     options = parser.parse_args()
     if options.keep is not None:
@@ -311,43 +411,37 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="remus-soak-", dir=options.keep))
     faults: list[str] = []
     with ExitStack() as stack:
-        soak = Soak(options, directory, stack)
+        soak = (Guest if options.vm else Worker)(options, directory, stack)
         seen: list[Figures] = []
         begin = time.monotonic()
         end, next_look, next_fault = begin + 60 * options.minutes, begin + 60 / LOOKS, begin + 2
-        restarts = looks = 0
-        print("minute  " + "  ".join(field.name for field in fields(Figures)) + "  restarts", flush=True)
+        looks = 0
         while time.monotonic() < end:
             time.sleep(max(0.0, min(next_look, next_fault) - time.monotonic()))
-            if soak.protect.poll() is not None or soak.backup.poll() is not None:
-                faults.append(f"protect or backup ended by itself: see {directory}")
+            if soak.has_ended():
+                faults.append(f"a process ended by itself: see {directory}")
                 break
-            if time.monotonic() < next_look:
-                if time.monotonic() < begin + 20 * options.minutes and soak.draw.random() < 0.3:
-                    soak.restart_backup()
-                    restarts += 1
-                else:
-                    soak.relay.cut()
-                    soak.cuts += 1
-                next_fault = time.monotonic() + soak.draw.uniform(2.0, 20.0) / options.pace
-                continue
-            next_look += 60 / LOOKS
-            looks += 1
             try:
-                seen.append(soak.look())
+                if time.monotonic() < next_look:
+                    may_restart = time.monotonic() < begin + 20 * options.minutes
+                    next_fault = time.monotonic() + soak.disturb(may_restart=may_restart)
+                    continue
+                next_look += 60 / LOOKS
+                looks += 1
+                seen.append(look(soak))
             except (RemusError, OSError) as error:
                 faults.append(f"minute {looks / LOOKS:.1f}: {error}")
                 continue
             if looks % LOOKS == 0:
-                row = "  ".join(f"{getattr(seen[-1], field.name):{len(field.name)}.0f}" for field in fields(Figures))
-                print(f"{looks // LOOKS:6}  {row}  {restarts:8}", flush=True)
-            if looks % (5 * LOOKS) == 0 and (said := soak.verify()):
+                row = {what: sum(value for name, value in seen[-1].items() if name.endswith(what)) for what in SHOWN}
+                print(f"minute {looks // LOOKS}: " + ", ".join(f"{row[what]:.0f} {what}" for what in SHOWN), flush=True)
+            if looks % (5 * LOOKS) == 0 and (said := verify(f"{soak.store}/{NAME}")):
                 faults.append(said)
         else:
             if said := soak.finish():
                 faults.append(said)
         faults += judge(seen)
-    print(*faults or ["all is well: nothing grows, and what is restored is the worker's memory"], sep="\n")
+    print(*faults or ["all is well: nothing grows, and what goes on is what was protected"], sep="\n")
     if faults:
         print(f"kept: {directory}")
         return 1

@@ -245,23 +245,6 @@ class Traced(Scene):
             return (PRIMARY if role == "primary" else BACKUP)[number]
         return "not there"
 
-    def find(self, host: Host, what: str) -> list[int]:
-        """The processes of a kind on a host."""
-        found = []
-        for pid in host.pids():
-            with suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                is_ours = words[1:3] == [b"-m", b"remus_ckpt"]
-                if {
-                    "qemu": words[0].startswith(b"qemu-system"),
-                    "bridge": any(word.endswith(b"bridge_process.py") for word in words[:5]),
-                    "disk server": words[1:3] == [b"-m", b"remus_ckpt.vm.disk_server"],
-                    "backup": is_ours and words[3] == b"backup",
-                    "primary": is_ours and words[3] in (b"run", b"protect"),
-                }[what]:
-                    found.append(pid)
-        return found
-
 
 def newest_write(disk: Path) -> int:
     """The number of the newest block on a disk of the guest, which counts its writes."""

@@ -229,6 +229,23 @@ class Scene:
         found: dict[str, Any] = ((self.report(host) or {}).get("names") or {}).get(NAME) or {}
         return found
 
+    def find(self, host: Host, what: str) -> list[int]:
+        """The pids there of a kind: qemu, bridge, disk server, backup; primary, which is `run` or `protect`."""
+        found = []
+        for pid in host.pids():
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                is_ours = words[1:3] == [b"-m", b"remus_ckpt"]
+                if {
+                    "qemu": words[0].startswith(b"qemu-system"),
+                    "bridge": any(word.endswith(b"bridge_process.py") for word in words[:5]),
+                    "disk server": words[1:3] == [b"-m", b"remus_ckpt.vm.disk_server"],
+                    "backup": is_ours and words[3] == b"backup",
+                    "primary": is_ours and words[3] in (b"run", b"protect"),
+                }[what]:
+                    found.append(pid)
+        return found
+
     def is_protected(self, by: Host) -> bool:
         """Whether a host's backup has committed checkpoints, and a QEMU ready for the guest."""
         found = self.status(by)

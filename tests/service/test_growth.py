@@ -147,6 +147,10 @@ def soak() -> Any:
     return module
 
 
+def _figures(rss: float, commits: float, cuts: float) -> dict[str, float]:
+    return {"protect_fds": 20, "protect_rss": rss, "backup_rss": 99, "disk": 300, "commits": commits, "cuts": cuts}
+
+
 @pytest.mark.parametrize(
     ("per_commit", "per_cut", "noise", "grows"),
     [
@@ -165,11 +169,11 @@ def test_what_a_long_run_calls_growth(soak: Any, per_commit: float, per_cut: flo
     for look in range(180):
         commits, cuts = 130.0 * look, float(look * 2 // 3)
         rss = 120 + per_commit * commits + per_cut * cuts + draw.uniform(-noise, noise)
-        seen.append(soak.Figures(20, 4, rss, 20, 4, 99, 300, commits, cuts))
+        seen.append(_figures(rss, commits, cuts))
     faults = soak.judge(seen)
     assert [fault.split()[0] for fault in faults] == (["protect_rss"] if grows else [])
 
 
 def test_a_long_run_tells_when_commits_stand_still(soak: Any) -> None:
-    seen = [soak.Figures(20, 4, 120, 20, 4, 99, 300, min(look, 12), look) for look in range(24)]
+    seen = [_figures(120, min(look, 12), look) for look in range(24)]
     assert soak.judge(seen) == ["no commit in minute 4"]
