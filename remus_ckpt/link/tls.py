@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
@@ -133,11 +134,20 @@ class TlsFiles:
                         # Copying it anew may remove it for a moment; nobody revoked may come in then.
                         raise LinkError(f"{self._lists_path} is gone: a restart goes on without it")
                     self._loaded = self._load()
-                except LinkError as error:
+                except (LinkError, OSError) as error:
                     _logger.warning("tls files unusable", extra={"fields": {"reason": str(error)}})
             return self._loaded
 
     def _load(self) -> _Loaded:
+        try:
+            return self._read()
+        except OSError as error:  # the folder may not be read, or its file system is gone
+            raise LinkError(f"{error.filename or self.directory}: {error.strerror}") from error
+        except UnsupportedAlgorithm as error:
+            raise LinkError(f"{self.directory} holds a key of a kind that is not known here: {_COPY}") from error
+
+    def _read(self) -> _Loaded:
+        """Raises LinkError, OSError, UnsupportedAlgorithm."""
         for path in self.paths:
             if not path.is_file():
                 if (self.directory / "ca-key.pem").exists():
@@ -152,8 +162,6 @@ class TlsFiles:
         authorities, chain = load_certificates(authority_path), load_certificates(certificate_path)
         try:
             key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
-        except OSError as error:
-            raise LinkError(f"{key_path}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
             raise LinkError(f"{key_path} holds no key in PEM, or a damaged or encrypted one: {_COPY}") from error
         if key.public_key() != chain[0].public_key():

@@ -11,15 +11,25 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from remus_ckpt.disk import guarding, make_directory, sync_directory, sync_file
-from remus_ckpt.errors import NothingToRestore, StoreError
+from remus_ckpt.disk import (
+    appearing,
+    guarding,
+    make_directory,
+    open_to_read,
+    remove_unfinished,
+    sync_directory,
+    sync_file,
+    told,
+    write_all,
+)
+from remus_ckpt.errors import NoCheckpoint, NothingToRestore, StoreError
 from remus_ckpt.limits import Limits
 from remus_ckpt.store.segments import DIRECTORY, Contents, Entry, scan, segment_name
 from remus_ckpt.store.state import State, save_state
@@ -148,8 +158,9 @@ class Archive:
         return sorted(name for one in found if _NAME.fullmatch(name := str(one).rstrip("/")))
 
     def segments(self, name: str) -> list[Archived]:
-        """The segments of a name, in the order in which they were put there."""
+        """The segments of a name, in the order in which they were put there: all of them are durable."""
         _check(name)
+        self._settle(name)
         found: list[Archived] = []
         with self._reaching("list"):
             for block in self._obstore.list(self._store, prefix=f"{name}/"):
@@ -163,27 +174,45 @@ class Archive:
 
     def put(self, name: str, path: Path) -> Archived:
         """Put a closed segment there, once all its bytes have been checked. Nothing appears under its key before it is
-        whole."""
+        whole. Raises NoCheckpoint if it has been pruned."""
         _check(name)
-        with guarding(path):
+        try:
             contents = scan(path)
-            size = path.stat().st_size
-        if contents.fault is not None or contents.last is None or contents.end != size:
-            raise StoreError(f"{path} is not archived: {contents.fault or 'its bytes do not end with a checkpoint'}")
-        archived = Archived.of(contents, is_encrypted=self.is_encrypted)
-        key = f"{name}/{archived.key}"
-        with self._reaching(f"put {key} into"), guarding(path), open(path, "rb") as plain:
-            if self._recipients is None:
-                self._obstore.put(self._store, key, _pieces(plain), chunk_size=_PIECE_BYTES)
-            else:
-                with _encrypted(plain, self._recipients) as pieces:
-                    self._obstore.put(self._store, key, pieces, chunk_size=_PIECE_BYTES)
-        if self._directory is not None:  # an object store answers once it is durable
-            with guarding(self._directory):
-                sync_file(self._directory / key)
-                sync_directory(self._directory / name)
-                sync_directory(self._directory)
+            descriptor = open_to_read(path)
+        except FileNotFoundError:
+            raise NoCheckpoint(f"{path} is gone: it has been pruned") from None
+        except OSError as error:
+            raise told(error, path) from error
+        with open(descriptor, "rb") as plain:
+            size = os.fstat(descriptor).st_size
+            if contents.fault is not None or contents.last is None or contents.end != size:
+                raise StoreError(
+                    f"{path} is not archived: {contents.fault or 'its bytes do not end with a checkpoint'}"
+                )
+            archived = Archived.of(contents, is_encrypted=self.is_encrypted)
+            key = f"{name}/{archived.key}"
+            sealed = self._recipients is not None and _encrypted(plain, self._recipients)
+            with self._reaching(f"put {key} into"), sealed or nullcontext(_pieces(plain)) as pieces:
+                self._put(key, pieces)
         return archived
+
+    def _put(self, key: str, pieces: Iterator[bytes]) -> None:
+        if self._directory is None:  # an object store answers once it is durable
+            self._obstore.put(self._store, key, pieces, chunk_size=_PIECE_BYTES)
+            return
+        path = self._directory / key
+        with guarding(path):
+            make_directory(path.parent)
+            remove_unfinished(path)
+            with appearing(path) as descriptor:
+                for piece in pieces:
+                    write_all(descriptor, [piece])
+
+    def _settle(self, name: str) -> None:
+        """In a directory: whoever put something there may have died before its name was durable."""
+        if self._directory is not None and (folder := self._directory / name).is_dir():
+            with guarding(folder):
+                sync_directory(folder)
 
     def get(self, name: str, archived: Archived, path: Path, *, limits: Limits | None = None) -> Contents:
         """Fetch a segment into a new file, and check every byte.
@@ -295,6 +324,7 @@ def _fetch_one(archive: Archive, name: str, one: Archived, path: Path, limits: L
             found = scan(path, limits=limits)
             is_whole = found.fault is None and found.last and found.end == path.stat().st_size
             if is_whole and Archived.of(found).identity == one.identity:
+                sync_file(path)
                 return found
             path.unlink()
     return archive.get(name, one, path, limits=limits)

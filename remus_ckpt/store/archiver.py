@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from remus_ckpt.errors import RemusError
+from remus_ckpt.errors import NoCheckpoint, RemusError
 from remus_ckpt.store import Store
 from remus_ckpt.store.archive import Archive, Archived
 from remus_ckpt.store.history import History
@@ -53,7 +53,7 @@ def push(archive: Archive, history: History, name: str, known: list[Archived]) -
     """
     for one in waiting(history, known):
         yield None
-        with suppress(FileNotFoundError):  # retention was faster
+        with suppress(NoCheckpoint):  # retention was faster
             archived = archive.put(name, history.path_of(one.name))
             known.append(archived)
             yield archived

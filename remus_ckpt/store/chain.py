@@ -154,6 +154,11 @@ class Chain:
 
     # A checkpoint
 
+    def check_open(self) -> None:
+        """Raises StoreError if nothing may be appended."""
+        if self.is_sealed:
+            raise StoreError(f"{self.path}: nothing can follow in this segment any more; a full copy is needed")
+
     def expect_more(self) -> None:
         """Raises Malformed if a complete checkpoint is waiting to be checked."""
         if self.restorer.staged is not None:

@@ -292,6 +292,7 @@ class HistoryWriter:
                 raise self._torn()
             if self._coming is None or self._failed or self._stored is not None:
                 raise StoreError(f"{self.directory}: nothing can be received now")
+            self._coming.check_open()
             self._failed = True
             self._coming.expect_more()
             yield self._coming
@@ -351,6 +352,7 @@ class HistoryWriter:
             chain = self._coming
             if chain is None or self._failed or self._stored is not None or chain.restorer.staged is None:
                 raise StoreError(f"{self.directory}: no checkpoint has been checked")
+            chain.check_open()
             staged = chain.restorer.staged
             self._failed = True
             self._state.settle()
@@ -401,6 +403,7 @@ class HistoryWriter:
             or self._stored is not None
             or self._failed
             or chain.restorer.staged is not None
+            or chain.is_sealed
             or chain.written != chain.end
             or epoch <= self._highest
         ):

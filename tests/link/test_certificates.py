@@ -58,6 +58,43 @@ def test_a_folder_that_is_not_right(folder: Path, tmp_path: Path, name: str, fau
         TlsFiles(tmp_path)
 
 
+UNKNOWN_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MD4CAQEEDg+Q4JBVsPivBDaoli37oAcGBSuBBAAGoSADHgAEFkIlbv8FSf9Bk6iE
+wzOF5wwHw9wZcvZJrOA9lg==
+-----END EC PRIVATE KEY-----
+"""
+"""Of the curve secp112r1, which nobody supports any more."""
+
+
+def test_a_key_of_a_kind_that_is_not_known(folder: Path, tmp_path: Path) -> None:
+    for file in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / file).write_bytes((folder / "ca" / "backup" / file).read_bytes())
+    files = TlsFiles(tmp_path)
+    good = files.server_context()
+    (tmp_path / "key.pem").write_text(UNKNOWN_KEY)
+    assert files.server_context() is good
+    with pytest.raises(LinkError):
+        TlsFiles(tmp_path)
+
+
+@pytest.mark.root
+def test_a_folder_that_cannot_be_read_any_longer(folder: Path, tmp_path: Path) -> None:
+    """A service goes on with what it has read: its clock must not stop for that."""
+    tmp_path.chmod(0o700)
+    for file in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / file).write_bytes((folder / "ca" / "backup" / file).read_bytes())
+    files = TlsFiles(tmp_path)
+    good = files.server_context()
+    os.seteuid(65534)
+    try:
+        assert files.server_context() is good
+        with pytest.raises(LinkError):
+            TlsFiles(tmp_path)
+    finally:
+        os.seteuid(0)
+
+
 def test_a_folder_with_an_expired_certificate(folder: Path) -> None:
     with pytest.raises(LinkError):
         TlsFiles(folder / "old" / "expired")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import many
+from power import Power
 from store_support import fill, memory_at
 
 from remus_ckpt.errors import NothingToRestore, RemusError, StoreError
@@ -224,6 +226,71 @@ def archiving(store: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+class _Killed(BaseException):
+    """As by SIGKILL: it is nobody's error."""
+
+
+def killed_at_sync(patch: pytest.MonkeyPatch, below: Path, number: int) -> None:
+    """The sync of that number, of something below a directory, is never made."""
+    real, count = os.fsync, itertools.count()
+
+    def sync(fd: int) -> None:
+        if below in Path(os.readlink(f"/proc/self/fd/{fd}")).parents and next(count) == number:
+            raise _Killed
+        real(fd)
+
+    patch.setattr(os, "fsync", sync)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_what_counts_as_archived_is_there_after_a_loss_of_power(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Also if who put it there was killed: the next one does not put it there again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    Archive(f"file://{disk}/archive", create=True)
+    power = Power(monkeypatch, disk)
+    with monkeypatch.context() as patch:
+        killed_at_sync(patch, disk, number)
+        with suppress(_Killed):
+            archived(history, Archive(f"file://{disk}/archive"))
+    counts = Archive(f"file://{disk}/archive").segments("orders")
+    left = Archive(f"file://{power.lose(tmp_path / 'after')}/archive")
+    assert [one.key for one in left.segments("orders")] == [one.key for one in counts]
+    for one in counts:
+        left.get("orders", one, tmp_path / one.key)
+    assert len(archived(history, Archive(f"file://{disk}/archive"))) == 3 - len(counts)
+    assert not [path for path in (disk / "archive" / "orders").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_history_that_was_fetched_is_there_after_a_loss_of_power(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Also if the first try was killed with all of a segment written, and none of it synced."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    archive = archive_in(tmp_path)
+    archived(history, archive)
+    power = Power(monkeypatch, disk)
+    with monkeypatch.context() as patch:
+        killed_at_sync(patch, disk, number)
+        with suppress(_Killed):
+            fetch(archive, "orders", disk / "orders")
+    if not (disk / "orders").exists():
+        fetch(archive, "orders", disk / "orders")
+    assert not Store(power.lose(tmp_path / "after"))["orders"].verify().bad
+
+
+def test_what_is_pruned_meanwhile_is_no_fault(history: History, tmp_path: Path) -> None:
+    archive = archive_in(tmp_path)
+    steps = archiver.push(archive, history, "orders", [])
+    next(steps)
+    history.path_of(list_segments(history.directory)[0]).unlink()
+    assert len([one for one in steps if one is not None]) == 2
 
 
 def test_the_process_says_how_far_it_is(history: History, tmp_path: Path) -> None:

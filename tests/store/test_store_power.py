@@ -254,6 +254,35 @@ def test_a_new_segment_that_may_come_back(disk: Path, power: Power, after: After
         holds(after(), source.position)
 
 
+def test_a_stream_does_not_go_on_beside_a_segment_that_may_come_back(disk: Path, power: Power, after: After) -> None:
+    """Its primary is connected, and sends on: what it sends would be older than that segment."""
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 3)
+        held = writer.position
+        with power.failing(lambda path: path.name == "segments", late=1):
+            writer.compact(wait=True)
+        assert len(writer.warnings) == 1
+        with pytest.raises(StoreError):
+            writer.feed(source.checkpoint())
+        holds(after(), held)
+        source = fill(writer, 1)
+        holds(after(), source.position)
+
+
+def test_a_memory_that_was_handed_out_takes_no_more(disk: Path) -> None:
+    """Not even what had come before."""
+    with Store(disk / STORE).writer("orders") as writer:
+        source = fill(writer, 3)
+        held = writer.position
+        writer.feed(source.checkpoint())
+        writer.check(source.position)
+        writer.hand_out()
+        with pytest.raises(StoreError):
+            writer.store()
+        writer.abandon()
+        assert writer.position == writer.handed_out == held
+
+
 def test_a_new_segment_that_does_not_come_back(disk: Path, power: Power, after: After) -> None:
     """Its removal is durable: the stream goes on."""
     with Store(disk / STORE).writer("orders") as writer:

@@ -125,6 +125,18 @@ def test_what_does_not_fit_is_not_stored(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_nothing_follows_what_was_handed_out(tmp_path: Path) -> None:
+    of = talk("delta")
+    writer = opened(tmp_path / "store", of)
+    held = writer.position
+    writer.hand_out()
+    calls: list[str] = []
+    with pytest.raises(StoreError):
+        writer.store_whole(walked(of, 1).whole, told(calls))
+    assert calls == [] and writer.position == held
+    writer.close()
+
+
 def test_a_fed_checkpoint_may_follow_and_be_broken_off(tmp_path: Path) -> None:
     of = talk("delta")
     writer = opened(tmp_path / "store", of)
