@@ -15,7 +15,8 @@ any that was released, also by a primary that woke up later; nothing was release
 brokers; and something goes on: the primary commits again, or a backup has taken over. At the end of all runs the
 first three must still hold of each.
 
-A run is invalid if its primary committed nothing before anything was broken. It is counted, with the reason.
+A run is invalid if its primary committed nothing before anything was broken, or if no broker was the leader that was to
+be broken. It is counted, with the reason.
 
 With --control the backups have a fence that always succeeds and stops nobody, in place of the log.
 
@@ -47,6 +48,8 @@ from typing import Any
 
 from remus_ckpt.demo.brokers import Brokers
 from remus_ckpt.demo.lan import Host, Network
+from remus_ckpt.errors import LogError
+from remus_ckpt.fleet.jetstream import STREAM, Nats
 from remus_ckpt.link.address import INSECURE_OPTION
 
 LEASE_S = 1.0
@@ -261,6 +264,8 @@ class Run:
             else:
                 said = error_file.read_text().splitlines()[-1:]
                 outcome.invalid = f"nothing committed in {PATIENCE_S:g} s: {''.join(said)[:200]}"
+        except LogError as error:
+            outcome.invalid = str(error)
         finally:
             with suppress(ProcessLookupError):
                 primary.kill()
@@ -389,15 +394,20 @@ class Scene:
             stack.callback(backup.kill)
 
     def leader(self) -> int:
-        """The broker that leads the stream of the log."""
-        from remus_ckpt.fleet.jetstream import STREAM, Nats
-
+        """The broker that leads the stream of the log. Raises LogError if nobody says so for a while."""
+        deadline = time.monotonic() + PATIENCE_S
         nats = Nats(self.brokers.url, insecure=True)
         try:
-            info: Any = nats.run(nats.jetstream().stream_info(STREAM))
+            while True:
+                try:
+                    info: Any = nats.run(nats.jetstream().stream_info(STREAM))
+                    return int(str(info.cluster.leader).rpartition("-")[2])
+                except (*nats.failures, ValueError) as error:  # there is none now, or it does not answer
+                    if time.monotonic() > deadline:
+                        raise LogError(f"no broker leads the log: {error}") from None
+                time.sleep(0.2)
         finally:
             nats.close()
-        return int(str(info.cluster.leader).rpartition("-")[2])
 
 
 def work(options: argparse.Namespace, following: Any, done: Any) -> None:
