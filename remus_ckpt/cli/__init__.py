@@ -160,8 +160,10 @@ def main() -> NoReturn:
         _complain("out of memory: let this process have more (`ulimit -v` shows its limit), or use a larger machine")
         sys.exit(1)
     except OSError as error:
+        from remus_ckpt.disk import what_next
+
         named = f"{error.filename}: " if error.filename else ""
-        _complain(f"{named}{error.strerror or error}")
+        _complain(f"{named}{error.strerror or error}{what_next(error, 'output')}")
         sys.exit(1)
 
 

@@ -20,6 +20,7 @@ import typer
 from remus_ckpt.errors import LinkError, LogError, RemusError
 from remus_ckpt.limits import GIB, KIB, MIB, Limits
 from remus_ckpt.observe.log import LogFormat
+from remus_ckpt.pages import Buffer
 from remus_ckpt.wire.qemu.sections import PAGE_SIZES
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
@@ -406,15 +407,18 @@ def dialect_of(word: int | None, guest: Guest | None, codec: StreamCodec | None)
     return Dialect(word=word, guest=guest, codec=codec)  # type: ignore[arg-type]
 
 
-def write_out(output: str, data: bytes) -> None:
+def write_out(output: str, data: Buffer) -> None:
     """Write to a file of mode 0600, or to standard output ("-")."""
+    from remus_ckpt.disk import naming, write_all
+
     if output == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        sys.stdout.flush()
+        with naming("standard output"):  # itself: with PYTHONUNBUFFERED, its buffer would write a part and say nothing
+            write_all(sys.stdout.fileno(), [data])
         return
     from remus_ckpt.files import create_private
 
-    with open(create_private(output), "wb") as file:
+    with naming(output), open(create_private(output), "wb") as file:
         file.write(data)
 
 

@@ -167,8 +167,7 @@ def restore(
         elif home is not None:
             home.cut(found.memory_bytes)
         elif output == "-":
-            sys.stdout.buffer.write(found.image.data)
-            sys.stdout.buffer.flush()
+            write_out("-", found.image.data)
         else:
             save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
@@ -325,6 +324,7 @@ def inspect(
 
 
 def _write_report(stream: str, path: Path, dialect: Dialect, max_memory: int, overwrite: bool) -> None:
+    from remus_ckpt.disk import naming
     from remus_ckpt.recording import read_recording
     from remus_ckpt.report import report
 
@@ -333,7 +333,8 @@ def _write_report(stream: str, path: Path, dialect: Dialect, max_memory: int, ov
     found = read_recording(stream, dialect=dialect, limits=Limits(memory_bytes=max_memory * GIB))
     if not found.checkpoints:
         raise NoCheckpoint(f"{stream}: no checkpoint is complete")
-    path.write_text(report(stream, found), encoding="utf-8")
+    with naming(path):
+        path.write_text(report(stream, found), encoding="utf-8")
     out.print(Text(f"{path}: a report of {found.checkpoints:,} checkpoints"))
 
 

@@ -49,7 +49,7 @@ def bring_back(
         raise RemusError(f"{requests.peer}: the guest runs there, on that disk: switch it off first")
     disk = {"disk": ident, "seed": there["seed"], "size": there["size"]}
     copied = 0
-    with guarding(path), open(path, "r+b", buffering=0) as file:
+    with guarding(path, "output"), open(path, "r+b", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) == _QCOW2:
             raise StoreError(f"{path} is no raw disk: copy the image from there with qemu-img convert instead")

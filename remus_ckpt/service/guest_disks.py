@@ -274,7 +274,7 @@ def mark_own(disks: Sequence[Disk], name: str, to: str) -> list[Disk]:
         path = _mark_of(disk.path)
         if os.path.exists(disk.path) and not os.path.isfile(disk.path):
             raise VmError(f"{disk.path} is no file: nothing can be noted beside it that would outlive a loss of power")
-        with guarding(path):
+        with guarding(path, "output"):
             replace_file(path, json.dumps({"name": name, "to": to, "disk": disk.ident}).encode())
     return fresh
 
