@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from remus_ckpt.disk import guarding, sync_directory
+from remus_ckpt.disk import free_bytes, guarding, sync_directory
 from remus_ckpt.errors import StoreError
 from remus_ckpt.store.index import Index
 from remus_ckpt.store.retention import Removal, Retention, find_removals, times_taken
@@ -172,12 +171,6 @@ def _with_gaps(state: State, gaps: Iterable[range], oldest: str) -> State:
     """The state with those of the gaps that are behind the beginning of the oldest segment."""
     gaps = [gap for gap in gaps if gap.start > first_epoch_of(oldest)]
     return state if gaps == state.pruned else state.with_pruned(gaps)
-
-
-def free_bytes(directory: Path) -> int:
-    """How many bytes of a directory's file system are free for us. Raises OSError."""
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
 
 
 def find_over(
