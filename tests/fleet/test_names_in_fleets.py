@@ -49,14 +49,20 @@ def name() -> str:
 
 @pytest.fixture
 def fleet(brokers: Brokers) -> Iterator[Fleet]:
+    """One without names, though tests of other files share its brokers."""
     found = Fleet(brokers.url)
     until(lambda: _works(found))  # a test before may have killed some
+    _empty(found)
     yield found
-    for name in found.places():
-        found.forget(name)
-    for id in found.leaving():
-        found.set_leaving(id, False)
+    _empty(found)
     found.close()
+
+
+def _empty(fleet: Fleet) -> None:
+    for name in fleet.places():
+        fleet.forget(name)
+    for id in fleet.leaving():
+        fleet.set_leaving(id, False)
 
 
 def _is_alive(fleet: Fleet, id: str) -> bool:

@@ -80,11 +80,15 @@ def test_one_that_fails_leaves_nothing_and_one_that_succeeds_may(tmp_path: Path,
 def test_one_that_is_let_be_outlives_us(tmp_path: Path) -> None:
     code = (
         "import sys; from remus_ckpt.service.commands import ShellCommand\n"
-        "shell = ShellCommand(sys.argv[1]); shell.let_be(); shell.kill(); sys.stdin.read()"
+        "shell = ShellCommand(sys.argv[1]); shell.let_be(); shell.kill(); print('let be', flush=True); sys.stdin.read()"
     )
     command = script(tmp_path, "a pipe")
-    with subprocess.Popen([sys.executable, "-c", code, command], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         pid = started(tmp_path / "pid")
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"let be\n"
         process.kill()
     time.sleep(0.3)
     assert is_alive(pid)
