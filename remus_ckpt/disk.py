@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import Buffer
@@ -33,25 +34,50 @@ _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _STATFS_BYTES = 256
 _IN_PLACE = (0xEF53, 0x58465342)
 """ext2 to ext4, and XFS, by `f_type`. Others may write a block that is overwritten to a new place, as btrfs does."""
-_WHAT_NEXT = {
-    errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and a backup then goes on by itself",
-    errno.EDQUOT: ": raise the quota, or keep less; what was committed is intact, and a backup then goes on by itself",
-    errno.EROFS: ": mount it writable; reading works as it is",
+Written = Literal["store", "warm copy", "output"]
+"""What a file is: the user's own output, or a backup's, whose work goes on."""
+_GOES_ON = "what was committed is intact, and work then continues by itself"
+_INSTEAD: dict[Written, tuple[str, str]] = {
+    "store": ("keep less", _GOES_ON),
+    "warm copy": ("have warm copies elsewhere (--warm)", _GOES_ON),
+    "output": ("write to another file system", "then run the command again"),
 }
 
 
 @contextmanager
-def guarding(path: str | Path | None) -> Iterator[None]:
+def guarding(path: str | Path | None, written: Written = "store") -> Iterator[None]:
     """Turn OSError into StoreError."""
     try:
         yield
     except OSError as error:
-        raise told(error, path) from error
+        raise told(error, path, written) from error
 
 
-def told(error: OSError, path: str | Path | None) -> StoreError:
+def told(error: OSError, path: str | Path | None, written: Written = "store") -> StoreError:
     """An OSError as a StoreError that names the file."""
-    return StoreError(f"{path}: {error.strerror or error}{_WHAT_NEXT.get(error.errno or 0, '')}")
+    return StoreError(f"{path}: {error.strerror or error}{what_next(error, written)}")
+
+
+def what_next(error: OSError, written: Written) -> str:
+    """What to do about a disk that takes nothing more, as the end of a sentence; empty for other errors."""
+    instead, then = _INSTEAD[written]
+    match error.errno:
+        case errno.ENOSPC:
+            return f": make room there, or {instead}; {then}"
+        case errno.EDQUOT:
+            return f": raise the quota, or {instead}; {then}"
+        case errno.EROFS:
+            return ": mount it writable; reading works as it is" if written == "store" else f": {instead}"
+    return ""
+
+
+@contextmanager
+def naming(name: str | Path) -> Iterator[None]:
+    """Have an OSError name its file, as one that comes from a descriptor does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(name)) from error
 
 
 def is_full(error: BaseException | None) -> bool:

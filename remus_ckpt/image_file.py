@@ -23,6 +23,9 @@ from remus_ckpt.store.warm import MappedFile
 class ImageFile(MappedFile):
     """A restorer's home that becomes an image; zero pages are holes in it."""
 
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, "output")
+
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
         """Write pages; zero pages only where something else was written before. Raises StoreError."""
         keep = self.has_room[pfns]
@@ -49,11 +52,16 @@ def image_appearing(path: str | Path) -> Iterator[ImageFile]:
         try:
             yield home
         except StoreError as error:
-            if isinstance(error.__cause__, OSError):  # worded for the operator of a store
+            if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             raise
         finally:
             home.close()
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a file that has no other name than its descriptor's, for what is said of it."""
+    return Path(os.readlink(path)).parent
 
 
 class SparseDiff(ImageFile):
@@ -66,6 +74,7 @@ class SparseDiff(ImageFile):
 
     def __init__(self, since: int, path: str | Path) -> None:
         super().__init__(path)
+        self.path = folder_of(path)
         self._since = since
         self._came: NDArray[np.bool_] | None = None
         """bool[pages]: which came after it; None: it has not come."""

@@ -61,7 +61,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         sys.dont_write_bytecode = False
         _begin_elsewhere(config)
-        _begin_elsewhere(config)
     # Children inherit which signals are ignored, and behind nohup and `&` tests send some of those. What is caught is
     # not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -163,11 +163,14 @@ def main() -> NoReturn:
         _complain("out of memory: let this process have more (`ulimit -v` shows its limit), or use a larger machine")
         sys.exit(1)
     except OSError as error:
+        from remus_ckpt.disk import what_next
+
         named = error.filename
         if named is None and error.errno == errno.ENOSPC:
             named = "standard output"  # all others have names
             _drop_output()
-        _complain(f"{named}: {error.strerror}" if named else str(error.strerror or error))
+        text = f"{named}: {error.strerror}" if named else str(error.strerror or error)
+        _complain(f"{text}{what_next(error, 'output')}")
         sys.exit(1)
 
 

@@ -20,6 +20,7 @@ import typer
 from remus_ckpt.errors import LinkError, LogError, RemusError, StreamError
 from remus_ckpt.limits import GIB, KIB, MIB, Limits
 from remus_ckpt.observe.log import LogFormat
+from remus_ckpt.pages import Buffer
 from remus_ckpt.wire.qemu.sections import PAGE_SIZES
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
@@ -368,7 +369,7 @@ def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
 
 
 @contextmanager
-def naming(stream: str | Path) -> Iterator[None]:
+def naming_stream(stream: str | Path) -> Iterator[None]:
     """What is wrong with the bytes of a file is told with its name. Raises typer.Exit."""
     try:
         yield

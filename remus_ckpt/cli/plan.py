@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from remus_ckpt.cli.options import AsJson, CodecOption, MaxMemory, app, is_time, naming, parse_duration, print_json
+from remus_ckpt.cli.options import (
+    AsJson,
+    CodecOption,
+    MaxMemory,
+    app,
+    is_time,
+    naming_stream,
+    parse_duration,
+    print_json,
+)
 from remus_ckpt.cli.terminal import out
 from remus_ckpt.limits import GIB, Limits
 
@@ -74,7 +83,7 @@ def plan_command(
         raise typer.BadParameter(
             f"{recording} is a pipe or a device, and a recording is read several times: save it first"
         )
-    with naming(recording):
+    with naming_stream(recording):
         found, needs = plan(recording, intervals, codec=codec, limits=Limits(memory_bytes=max_memory * GIB))
     rows = [_row(need, found, speed, age_s) for need in needs]
     if as_json:

@@ -33,7 +33,7 @@ from remus_ckpt.cli.options import (
     dialect_of,
     keep_apart,
     keep_what_is_there,
-    naming,
+    naming_stream,
     print_json,
     tidying_up,
     write_out,
@@ -330,7 +330,7 @@ def _write_report(stream: str, path: Path, dialect: Dialect, max_memory: int, ov
 
     keep_apart(str(path), stream)
     keep_what_is_there(overwrite, path)
-    with naming(stream):
+    with naming_stream(stream):
         found = read_recording(stream, dialect=dialect, limits=Limits(memory_bytes=max_memory * GIB))
     if not found.checkpoints:
         raise NoCheckpoint(f"{stream}: no checkpoint is complete")

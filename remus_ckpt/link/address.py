@@ -98,7 +98,10 @@ def resolve(address: Address, deadline: float, *, passive: bool = False) -> list
 
     # A resolver waits as long as it likes, and cannot be interrupted.
     thread = threading.Thread(target=look, name="resolve", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # no more threads are allowed
+        raise LinkError(f"{address}: {error}") from error
     thread.join(max(0.0, deadline - time.monotonic()))
     if thread.is_alive():
         raise Late

@@ -13,6 +13,7 @@ from remus_ckpt.session.messages import Error, Goodbye, Hello, Message, Reply, R
 from remus_ckpt.version import __version__
 
 _M = TypeVar("_M", bound=Message)
+_T = TypeVar("_T")
 _GOODBYE_S = 1.0
 _ERRORS: dict[str, type[RemusError]] = {"gone": NoCheckpoint, "store": StoreError}
 """What the `code` of a failed request means here (specs/session.md §3.13)."""
@@ -65,6 +66,13 @@ class Requests:
             kind = _ERRORS.get(str(reply.result.get("code")), RemusError)
             raise kind(f"{self.peer}: {reply.result['error']!s:.4096}")
         return reply.result
+
+    def field(self, result: object, key: str, kind: type[_T]) -> _T:
+        """A field of a result, or of a row in one. Raises LinkError where it is not there, or of another kind."""
+        value = result.get(key) if isinstance(result, dict) else None
+        if type(value) is not kind:
+            raise LinkError(f"{self.peer} has sent what it must not: {key} is {value!r:.40}")
+        return value
 
     def _send(self, message: Message, timeout_s: float) -> None:
         self._connection.send(self._session.send(message), timeout_s)

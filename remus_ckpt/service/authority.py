@@ -342,7 +342,7 @@ def write_all(files: Mapping[Path, bytes]) -> None:
     except OSError as error:
         for done in written:
             done.unlink(missing_ok=True)
-        raise LinkError(f"{path}: {error.strerror}") from error
+        raise LinkError(f"{path}: {error.strerror}{disk.what_next(error, 'output')}") from error
 
 
 def replace_all(files: Mapping[Path, bytes]) -> None:
@@ -365,7 +365,7 @@ def replace_all(files: Mapping[Path, bytes]) -> None:
                         os.fchown(descriptor, old.st_uid, old.st_gid)
                 os.fchmod(descriptor, mode)
     except OSError as error:
-        raise LinkError(f"{error.filename or path}: {error.strerror}") from error
+        raise LinkError(f"{error.filename or path}: {error.strerror}{disk.what_next(error, 'output')}") from error
 
 
 def _mode(path: Path) -> int:

@@ -42,32 +42,34 @@ def bring_back(
         requests.post(method, {"name": name} | arguments, _ANSWER_S)
         return requests.answer(_ANSWER_S)
 
-    there = next((one for one in ask("disk-survivor")["disks"] if one["disk"] == ident), None)
+    field = requests.field
+    disks = field(ask("disk-survivor"), "disks", list)
+    there = next((one for one in disks if field(one, "disk", str) == ident), None)
     if there is None:
         raise RemusError(f"{requests.peer}: no guest has run there on a disk {ident} of {name!r}")
-    if there["is_used"]:
+    if field(there, "is_used", bool):
         raise RemusError(f"{requests.peer}: the guest runs there, on that disk: switch it off first")
-    disk = {"disk": ident, "seed": there["seed"], "size": there["size"]}
+    disk = {"disk": ident, "seed": field(there, "seed", bytes), "size": field(there, "size", int)}
     copied = 0
-    with guarding(path), open(path, "r+b", buffering=0) as file:
+    with guarding(path, "output"), open(path, "r+b", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) == _QCOW2:
             raise StoreError(f"{path} is no raw disk: copy the image from there with qemu-img convert instead")
-        if size != there["size"]:
-            raise StoreError(f"{path} has {size:,} bytes, and the survivor's disk {there['size']:,}: is it the same?")
+        if size != disk["size"]:
+            raise StoreError(f"{path} has {size:,} bytes, and the survivor's disk {disk['size']:,}: is it the same?")
         if is_used(path):
             raise StoreError(f"{path}: a QEMU uses it; end that one first")
         for start in range(0, size, _SPAN_BYTES):
             here = os.pread(file.fileno(), min(_SPAN_BYTES, size - start), start)
             count = -(-len(here) // BLOCK_BYTES)
-            found = ask("disk-digests", **disk, offset=start, count=count)["digests"]
+            found = field(ask("disk-digests", **disk, offset=start, count=count), "digests", bytes)
             for number, digest in enumerate(digests(here)):
                 if digest == found[number * DIGEST_BYTES :][:DIGEST_BYTES]:
                     continue
                 at = start + number * BLOCK_BYTES
                 length = min(BLOCK_BYTES, size - at)
-                data = ask("disk-read", **disk, offset=at, length=length)["data"]
-                if type(data) is not bytes or len(data) != length:
+                data = field(ask("disk-read", **disk, offset=at, length=length), "data", bytes)
+                if len(data) != length:
                     raise RemusError(f"{requests.peer} has sent something else than {length} bytes at {at}")
                 os.pwrite(file.fileno(), data, at)
                 copied += length

@@ -236,7 +236,7 @@ class GuestDisks:
             one = self._mirrored[disk.ident] = _Mirrored(disk, size, os.urandom(SEED_BYTES), server, mirror)
             log("copying a disk", name=primary.name, disk=disk.path, bytes=size)
             target = _Target(requests, {"name": primary.name} | one.arguments)
-            is_empty = bool(target.ask("disk-begin", {}, _BEGIN_S)["is_empty"])
+            is_empty = requests.field(target.ask("disk-begin", {}, _BEGIN_S), "is_empty", bool)
             with reading(self._monitor, node, self._folder / "copy.nbd") as reader:
                 for start in range(0, size, _SPAN_BYTES):
                     turn()
@@ -280,7 +280,7 @@ def mark_own(disks: Sequence[Disk], name: str, to: str) -> list[Disk]:
         path = _mark_of(disk.path)
         if os.path.exists(disk.path) and not os.path.isfile(disk.path):
             raise VmError(f"{disk.path} is no file: nothing can be noted beside it that would outlive a loss of power")
-        with guarding(path):
+        with guarding(path, "output"):
             replace_file(path, json.dumps({"name": name, "to": to, "disk": disk.ident}).encode())
     return fresh
 
@@ -347,7 +347,7 @@ class _Target:
         if not is_empty:
             count = -(-len(data) // BLOCK_BYTES)
             assert count <= MAX_BLOCKS
-            found = self.ask("disk-digests", {"offset": start, "count": count})["digests"]
+            found = self._requests.field(self.ask("disk-digests", {"offset": start, "count": count}), "digests", bytes)
             there = [found[at : at + DIGEST_BYTES] for at in range(0, len(found), DIGEST_BYTES)]
             if there == digests(data):
                 return

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from remus_ckpt.disk import what_next
 from remus_ckpt.errors import LinkError
 from remus_ckpt.link.revocation import Revoked, is_in, revoked_in
 from remus_ckpt.link.rights import EVERYTHING, Rights
@@ -300,4 +301,4 @@ def _make_private(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise LinkError(f"{directory}: {error.strerror}") from error
+        raise LinkError(f"{directory}: {error.strerror}{what_next(error, 'output')}") from error

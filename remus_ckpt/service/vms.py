@@ -167,13 +167,17 @@ class GuestStandby:
                 if time.monotonic() < self._retry_at:
                     return
             self._key = key
-            self._preparing = threading.Thread(
-                target=self._prepare,
-                args=(os.dup(image), checkpoint.device_state),
-                name=f"QEMU for {self.name}",
-                daemon=True,
+            own = os.dup(image)
+            preparing = threading.Thread(
+                target=self._prepare, args=(own, checkpoint.device_state), name=f"QEMU for {self.name}", daemon=True
             )
-            self._preparing.start()
+            try:
+                preparing.start()
+            except RuntimeError as error:  # no more threads are allowed: the checkpoints count all the same
+                os.close(own)
+                self._why, self._retry_at = str(error), time.monotonic() + _AGAIN_S
+                return
+            self._preparing = preparing
 
     @staticmethod
     def _key_of(image: Path | int, device_state: bytes) -> tuple[Any, ...]:

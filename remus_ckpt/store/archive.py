@@ -133,7 +133,7 @@ class Archive:
             self._directory = Path(url.removeprefix("file://"))
             if not self._directory.is_absolute():
                 raise StoreError(f"{url}: write file:///DIRECTORY, with the whole path")
-            with guarding(self._directory):
+            with guarding(self._directory, "output"):
                 if create:
                     make_directory(self._directory)
                 elif not self._directory.is_dir():
@@ -201,7 +201,7 @@ class Archive:
             self._obstore.put(self._store, key, pieces, chunk_size=_PIECE_BYTES)
             return
         path = self._directory / key
-        with guarding(path):
+        with guarding(path, "output"):
             make_directory(path.parent)
             remove_unfinished(path)
             with appearing(path) as descriptor:
@@ -223,7 +223,7 @@ class Archive:
         where = f"{self.url}/{key}"
         with self._reaching(f"get {key} from"):
             stream = self._obstore.get(self._store, key).stream(min_chunk_size=_PIECE_BYTES)
-            with guarding(path), open(path, "xb") as plain:
+            with guarding(path, "output"), open(path, "xb") as plain:
                 if not archived.is_encrypted:
                     for piece in _no_more(stream, archived.bytes, where):
                         plain.write(piece)
@@ -233,7 +233,7 @@ class Archive:
                     _decrypt(_no_more(stream, archived.bytes, where), plain, self._identities, where)
                 plain.flush()
                 os.fsync(plain.fileno())
-        with guarding(path):
+        with guarding(path, "output"):
             contents = scan(path, limits=limits)
             size = path.stat().st_size
         if contents.fault is not None:
@@ -295,7 +295,7 @@ def fetch(
         raise NothingToRestore(f"{archive.url}/{name}: nothing is archived under this name")
     making = history.with_name(f".{history.name}.fetching")  # a history is there as a whole, or not at all
     folder = making / DIRECTORY
-    with guarding(history):
+    with guarding(history, "output"):
         if history.exists():
             raise StoreError(f"{history} exists already: choose another store, or move it away")
         make_directory(folder)
@@ -305,7 +305,7 @@ def fetch(
         found.append(_fetch_one(archive, name, one, path, limits))
         progress(one.bytes)
     wanted = {one.name for one in found}
-    with guarding(history):
+    with guarding(history, "output"):
         for other in folder.iterdir():
             if other.name not in wanted:  # of a fetch that wanted something else
                 other.unlink()
@@ -320,7 +320,7 @@ def fetch(
 def _fetch_one(archive: Archive, name: str, one: Archived, path: Path, limits: Limits | None) -> Contents:
     """Fetch a segment, unless an earlier fetch that was interrupted has."""
     if path.exists():
-        with guarding(path):
+        with guarding(path, "output"):
             found = scan(path, limits=limits)
             is_whole = found.fault is None and found.last and found.end == path.stat().st_size
             if is_whole and Archived.of(found).identity == one.identity:

@@ -44,7 +44,7 @@ class HistoryDirectory:
             make_directory(self.path)
             make_directory(self.segments)
         self._take_lock(self.path / LOCK, os.O_RDWR | os.O_CREAT, self.path)
-        with guarding(self.warm):
+        with guarding(self.warm, "warm copy"):
             make_directory(self.warm)
         # The warm directory may be shared with the histories of another store.
         self._take_lock(self.warm, os.O_RDONLY | os.O_DIRECTORY, self.warm)

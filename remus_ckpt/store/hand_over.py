@@ -72,7 +72,7 @@ class HandOver:
             return image, device_state
         checkpoint = chain.restorer.in_force
         assert checkpoint is not None
-        with guarding(self._directory):
+        with guarding(self._directory, "warm copy"):
             for path in itertools.chain.from_iterable(one.glob("taken-over-*") for one in directories):
                 path.unlink()
             self._spare_bytes = 0  # even if this fails: it may have used up the spare
@@ -88,7 +88,7 @@ class HandOver:
                 if self._memory is not None and not self._memory.why_not(checkpoint.memory_bytes):
                     self._memory.make()
                     image = self._memory.directory / name
-            self._history.restore_image(image, position.epoch)
+            self._history.restore_image(image, position.epoch, written="warm copy")
         self.keep_room(checkpoint.device_state)
         return image, device_state
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import appearing, guarding, open_to_read, write_all
+from remus_ckpt.disk import Written, appearing, guarding, naming, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
@@ -299,17 +299,19 @@ class History:
         *,
         sync: bool = True,
         verify: bool = False,
+        written: Written = "output",
     ) -> Checkpoint:
         """Restore a checkpoint's memory to a file of mode 0600, with zero pages as holes. The file appears once it is
         complete.
 
         sync: make the file durable before returning; verify: as for `restore`
+        written: what the file is, for what is said where there is no room for it
         The memory of the returned checkpoint is that file, mapped. Raises like `restore`.
         """
         target = Path(path)
         self.find(at)
-        with self.reading(), guarding(target), appearing(target, sync=sync) as descriptor:
-            home = MappedFile(f"/proc/self/fd/{descriptor}")  # only `appearing` knows its name
+        with self.reading(), guarding(target, written), appearing(target, sync=sync) as descriptor:
+            home = MappedFile(f"/proc/self/fd/{descriptor}", written)  # only `appearing` knows its name
             home.path = target
             try:
                 checkpoint, _ = self._read(at, home, progress, verify=verify)
@@ -326,7 +328,7 @@ class History:
         """
         if str(path) == "-":
             return self._print(at, progress)
-        with guarding(path), appearing(Path(path)) as descriptor:
+        with guarding(path, "output"), appearing(Path(path)) as descriptor:
             return self._read(at, Nowhere(), progress, descriptor)[1]
 
     def _print(self, at: int | datetime | None, progress: Progress | None) -> Entry:
@@ -582,5 +584,6 @@ def copy_out(read: Read, size: int) -> None:
         count = read(block[: size - at], at)
         if not count:
             raise OSError(0, "the segment has become shorter")
-        write_all(1, [block[:count]])
+        with naming("standard output"):
+            write_all(1, [block[:count]])
         at += count

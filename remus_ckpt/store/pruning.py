@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from remus_ckpt.disk import guarding, sync_directory
+from remus_ckpt.disk import free_bytes, guarding, sync_directory
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.store.index import Index
@@ -184,12 +183,6 @@ def _spared(state: State) -> int:
     """How many of the newest checkpoints stay in any case: a takeover has to find the last one that is in the commit
     log, behind which a primary has at most its window."""
     return MAX_WINDOW + 1 if state.more.get("log") else 0
-
-
-def free_bytes(directory: Path) -> int:
-    """How many bytes of a directory's file system are free for us. Raises OSError."""
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
 
 
 def find_over(

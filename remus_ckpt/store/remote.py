@@ -228,7 +228,7 @@ class Remote(History):
     def _print(self, at: int | datetime | None, progress: Progress | None) -> Entry:
         # What was checked is what is printed: it is not fetched again.
         with tempfile.TemporaryFile() as file:
-            with guarding(tempfile.gettempdir()):
+            with guarding(tempfile.gettempdir(), "output"):
                 _, entry = self._read(at, Nowhere(), progress, file.fileno())
             copy_out(reader_of(file.fileno()), entry.end)
         return entry

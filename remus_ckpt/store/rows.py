@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from remus_ckpt.errors import Malformed
+from remus_ckpt.session.messages import MAX_EPOCH
 from remus_ckpt.store.segments import Contents, Entry, is_segment
 from remus_ckpt.store.state import State
 from remus_ckpt.store.survey import Lost
@@ -26,7 +27,7 @@ def row_of_entry(entry: Entry) -> Row:
 def entry_of(row: Any, segment: str) -> Entry:
     """Raises Malformed."""
     epoch, digest, time_ns, start, end, pages = _fields(row, 6)
-    if not all(_is_whole(number) for number in (epoch, start, end, pages)) or not start < end:
+    if not all(map(_is_whole, (epoch, start, end, pages))) or not start < end or epoch > MAX_EPOCH:
         _refuse(row)
     if type(digest) is not bytes or len(digest) != DIGEST_BYTES or not (time_ns is None or _is_time(time_ns)):
         _refuse(row)
@@ -61,7 +62,9 @@ def lost_of(row: Any) -> Lost:
     segment, byte, reason, start, stop, time_ns = _fields(row, 6)
     if type(segment) is not str or not is_segment(segment) or not _is_text(reason):
         _refuse(row)
-    if not all(map(_is_whole, (byte, start, stop))) or not (time_ns is None or _is_time(time_ns)):
+    if not all(map(_is_whole, (byte, start, stop))) or stop > MAX_EPOCH + 1:
+        _refuse(row)
+    if not (time_ns is None or _is_time(time_ns)):
         _refuse(row)
     return Lost(segment, byte, reason, range(start, stop), time_ns)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import appearing, guarding
+from remus_ckpt.disk import Written, appearing, guarding
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
@@ -37,9 +37,11 @@ class MappedFile:
     for pages first, and can fail. `reserve` also notices if the file has been truncated.
 
     path: created, or emptied
+    written: what the file is
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, written: Written = "warm copy") -> None:
+        self._written: Written = written
         self.path: Path | None = Path(path)
         """None if the file has no name, or has been handed out."""
         self.is_handed_out = False
@@ -50,12 +52,12 @@ class MappedFile:
 
     def _create(self) -> None:
         assert self.path is not None
-        with guarding(self.path):
+        with guarding(self.path, self._written):
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def open(self, pages: int) -> Pages:
         """The file as memory of zeros. Raises StoreError."""
-        with guarding(self.path):
+        with guarding(self.path, self._written):
             os.ftruncate(self.fd, 0)
             os.ftruncate(self.fd, pages * PAGE_SIZE)
             area = mmap.mmap(self.fd, pages * PAGE_SIZE)
@@ -67,7 +69,7 @@ class MappedFile:
         if not len(pfns):
             return
         borders = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
-        with guarding(self.path):
+        with guarding(self.path, self._written):
             for first, stop in itertools.pairwise(borders):
                 left = memoryview(data[first:stop].reshape(-1))
                 at = int(pfns[first]) * PAGE_SIZE
@@ -84,7 +86,7 @@ class MappedFile:
             return
         missing = np.unique(pfns[~has_room])
         borders = [0, *(np.flatnonzero(np.diff(missing) > _GAP_PAGES) + 1).tolist(), len(missing)]
-        with guarding(self.path):
+        with guarding(self.path, self._written):
             for first, stop in itertools.pairwise(borders):
                 start, end = int(missing[first]), int(missing[stop - 1]) + 1
                 os.posix_fallocate(self.fd, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
@@ -101,12 +103,12 @@ class MappedFile:
 
     def sync(self) -> None:
         """Make the file durable. Raises StoreError."""
-        with guarding(self.path):
+        with guarding(self.path, self._written):
             os.fsync(self.fd)
 
     def cut(self, size: int) -> None:
         """Truncate the file within its last page; the rest of that page in memory becomes zeros. Raises StoreError."""
-        with guarding(self.path):
+        with guarding(self.path, self._written):
             os.ftruncate(self.fd, size)
 
     def hand_out(self, path: Path, size: int) -> Path:
@@ -120,7 +122,7 @@ class MappedFile:
         self.cut(size)
         self.is_handed_out = True  # first: once it is handed over, its contents may change
         try:
-            with guarding(path):
+            with guarding(path, self._written):
                 return self._hand_out(path, size)
         except StoreError:
             self.is_handed_out = False

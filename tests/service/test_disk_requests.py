@@ -7,8 +7,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from liars import Liar, Peer
 
 from remus_ckpt.errors import RemusError, StoreError, VmError
 from remus_ckpt.link.address import Address
@@ -22,6 +24,7 @@ from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.disk_back import bring_back
 from remus_ckpt.service.guest_disks import check_own, mark_own, own_mark, unmark_own
 from remus_ckpt.service.policy import Policy
+from remus_ckpt.session.messages import Reply, Request
 from remus_ckpt.vm.command_line import Disk
 from remus_ckpt.vm.disk_image import BLOCK_BYTES
 from remus_ckpt.vm.disk_log import pack_write
@@ -115,6 +118,42 @@ def test_what_cannot_be_brought_back_says_why_and_stays_marked(backup: Backup, i
     unmark_own([Disk("d", str(own))])
     with asking(backup) as requests, pytest.raises(StoreError, match="--name"):
         bring_back(own, requests, None, None, lambda done, size: None)
+
+
+SURVIVOR = {"disk": "d", "seed": b"s" * 16, "size": SIZE, "is_used": False}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"disk-survivor": {}},
+        {"disk-survivor": {"disks": {"d": SURVIVOR}}},
+        {"disk-survivor": {"disks": ["d"]}},
+        *({"disk-survivor": {"disks": [{**SURVIVOR, key: None}]}} for key in SURVIVOR),
+        {"disk-digests": {}},
+        {"disk-digests": {"digests": [b"x" * 32] * 40}},
+        {"disk-read": {"data": "x" * BLOCK_BYTES}},
+        {"disk-read": {"data": b"x"}},
+    ],
+)
+def test_a_backup_that_lies_about_a_disk(tmp_path: Path, answers: dict[str, Any]) -> None:
+    own = tmp_path / "web.raw"
+    own.write_bytes(bytes(SIZE))
+    mark_own([Disk("d", str(own))], "web", "unix:x")
+    answers = {"disk-survivor": {"disks": [SURVIVOR]}, "disk-digests": {"digests": b""}} | answers
+
+    def serve(peer: Peer) -> None:
+        peer.welcome()
+        while isinstance(request := peer.hear(), Request):
+            peer.say(Reply(number=request.number, result=answers[request.method]))
+
+    with (
+        Liar(serve) as there,
+        Requests(connect(Address.parse(there.address)), "control", timeout_s=10) as requests,
+        pytest.raises(RemusError),
+    ):
+        bring_back(own, requests, None, None, lambda done, size: None)
+    assert own.read_bytes() == bytes(SIZE) and own_mark(own)
 
 
 def test_a_disk_is_not_used_while_nobody_knows_whether_it_is_the_newest(backup: Backup, tmp_path: Path) -> None:

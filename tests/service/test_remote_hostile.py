@@ -185,6 +185,23 @@ def test_names_that_are_none(store: Store, lie: Any) -> None:
         Remote(there.address, timeout_s=TIMEOUT_S).names()
 
 
+def spanning(name: str, first: int, last: int) -> list[Any]:
+    """A segment with so many checkpoints that nobody could count two of them."""
+    size = last - first
+    edges = (first, 0, 1), (last, size, size + 1)
+    return [name, *([epoch, bytes(32), None, start, end, 1] for epoch, start, end in edges)]
+
+
+def test_more_checkpoints_than_there_are_numbers(store: Store) -> None:
+    last = (1 << 63) - 1
+    found = [spanning(f"{0:020}-000000.remus", 0, last // 2), spanning(f"{7:020}-000001.remus", last // 2 + 1, last)]
+    with liar(store, changing("survey", lambda _: found, "segments")) as there:
+        history = Remote(f"{there.address}/orders", timeout_s=TIMEOUT_S)
+        for ask in (history.__len__, history.survey, lambda: history.find(1 << 63)):
+            with pytest.raises(LinkError):
+                ask()
+
+
 def test_verify_believes_nobody(store: Store) -> None:
     """A listing that does not fit the bytes is found, wherever it lies."""
     for twist in (changing("survey", row(1, bytes(32)), "segments"), LIES["a changed byte"][0]):

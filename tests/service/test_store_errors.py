@@ -26,8 +26,10 @@ from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import batches
 from remus_ckpt.service.backup import Backup
 from remus_ckpt.service.standby import Policy
+from remus_ckpt.service.vms import Vms
 from remus_ckpt.store import HistoryWriter, Store, Torn
 from remus_ckpt.store.index import read_index
+from remus_ckpt.vm.part import Machine, VmPart
 
 
 def open_files(folder: Path) -> list[str]:
@@ -62,6 +64,14 @@ class Keeping(Store):
     def writer(self, *given: Any, **options: Any) -> HistoryWriter:
         self.made = super().writer(*given, **options)
         return self.made
+
+
+def test_a_resolver_that_gets_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link is tried again, like one that is lost."""
+    refused = no_thread(monkeypatch, "resolve")
+    with pytest.raises(LinkError):
+        connect(Address.parse("tcp://127.0.0.1:1"), timeout_s=LONG_S)
+    assert refused == ["resolve"]
 
 
 def test_an_index_that_gets_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,3 +282,19 @@ def test_a_primary_without_threads_or_descriptors(tmp_path: Path, monkeypatch: p
                 memory.protection.checkpoint(timeout_s=0.3)
         memory.step(0)
         assert (restored(tmp_path / "store") == memory.array).all()
+
+
+def test_a_guest_whose_qemu_gets_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints are committed all the same, and nothing stays open."""
+    machine = Machine("qemu-system-x86_64", (7, 2, 22), ("-m", "1M"), 1 << 20)
+    with Store(tmp_path).writer("web") as writer:
+        source = Source()
+        writer.begin(full=True)
+        commit(writer, source.checkpoint(device_state=VmPart(machine, b"state").pack()), source.position)
+        guest = Vms(tmp_path / "run", {}, tmp_path / "disks").of("web", lambda: None)
+        before = open_files(tmp_path)
+        refused = no_thread(monkeypatch, "QEMU for")
+        guest.committed(writer)
+        assert len(refused) == 1
+        assert guest.status()["vm"] == "refused" and open_files(tmp_path) == before
+        guest.close()
