@@ -34,8 +34,8 @@ _STATFS_BYTES = 256
 _IN_PLACE = (0xEF53, 0x58465342)
 """ext2 to ext4, and XFS, by `f_type`. Others may write a block that is overwritten to a new place, as btrfs does."""
 _WHAT_NEXT = {
-    errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and work then continues by itself",
-    errno.EDQUOT: ": raise the quota, or keep less; what was committed is intact, and work then continues by itself",
+    errno.ENOSPC: ": make room there, or keep less; what was committed is intact, and a backup then goes on by itself",
+    errno.EDQUOT: ": raise the quota, or keep less; what was committed is intact, and a backup then goes on by itself",
     errno.EROFS: ": mount it writable; reading works as it is",
 }
 
@@ -187,6 +187,8 @@ def make_directory(path: Path) -> None:
     """
     there, missing = path.absolute(), []
     while not there.is_dir():
+        if there.exists():
+            raise OSError(errno.ENOTDIR, f"{there} is a file, not a directory")
         missing.append(there)
         there = there.parent
     with suppress(PermissionError):  # it belongs to another user

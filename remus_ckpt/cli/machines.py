@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields
@@ -180,8 +179,7 @@ def restore_machine(
         if is_file:
             home.cut(block.size)  # type: ignore[union-attr]
         elif output == "-":
-            sys.stdout.buffer.write(block.image.data)
-            sys.stdout.buffer.flush()
+            write_out(output, block.image.data)
         else:
             save_image(block.memory, output, block.size)
     if device_state is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -138,8 +137,7 @@ def restore_from_store(
 
     entry, found, fault = _read_good(text, history, at, as_json, read)
     if output == "-":
-        sys.stdout.buffer.write(found.image.data)
-        sys.stdout.buffer.flush()
+        write_out(output, found.image.data)
     elif Path(output).exists() and not Path(output).is_file():
         from remus_ckpt.memory import save_image
 

@@ -187,7 +187,7 @@ class Dashboard:
             wanted = json.loads(environ["wsgi.input"].read(size))
             source, name, fence = wanted["source"], check_name(wanted["name"]), wanted["fence"]
             watched = self._board.sources[source] if type(source) is int and source >= 0 else None
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             watched = None
         if watched is None or type(fence) is not bool:
             return _say_json(start, "400 Bad Request", "what is to be promoted?")
@@ -229,8 +229,10 @@ def read_token(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             token = file.readline(4096).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LinkError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise LinkError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        token = ""
     if len(token) < TOKEN_CHARS:
         raise LinkError(f"{path}: a token has {TOKEN_CHARS} characters or more: openssl rand -hex 16 > {path}")
     return token

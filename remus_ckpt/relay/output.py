@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from remus_ckpt.codec.scan import filled_pages
 from remus_ckpt.disk import appearing, write_all
+from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.image import Image
 from remus_ckpt.pages import PAGE_SIZE, Buffer
 
@@ -147,8 +149,18 @@ def output_to(path: str, advance: Callable[[int], None] | None = None) -> Iterat
 @contextmanager
 def scratch_beside(path: str) -> Iterator[str]:
     """The path of an empty file without a name, on the file system of an output, or in the temporary directory."""
-    import tempfile
-
     folder = os.path.dirname(os.path.abspath(path)) if path != "-" and not path.startswith("/dev/") else None
-    with tempfile.TemporaryFile(dir=folder, prefix=".remus-convert.") as file:
+    with tempfile.TemporaryFile(dir=folder, prefix=".remus-convert.") as file, naming_folder(folder):
         yield f"/proc/self/fd/{file.fileno()}"
+
+
+@contextmanager
+def naming_folder(folder: str | Path | None) -> Iterator[None]:
+    """What is wrong with a temporary file is told with its folder: its own name is nobody's business."""
+    try:
+        yield
+    except StoreError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        place = tempfile.gettempdir() if folder is None else folder
+        raise RemusError(f"{place}: a temporary file for the memory: {error.__cause__.strerror}") from error
