@@ -134,13 +134,13 @@ class PageIndex:
     def open(cls, directory: Path, segment: str, *, writable: bool = False) -> Self | None:
         """The index of a segment; None if there is none that can be used. Raises OSError only for lack of resources."""
         files: dict[str, int] = {}
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not hang it
         found = cls(segment, files)
         try:
             for name in (_META, _RECORDS, _FULL, _HEADS, _ROWS):
                 files[name] = os.open(directory / segment / name, flags)
             found._load()
-        except (OSError, ValueError, KeyError, TypeError, Damaged):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, Damaged):
             found.close()
             return None
         return found

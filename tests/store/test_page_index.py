@@ -162,7 +162,7 @@ def test_it_grows_with_its_segment(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["records", "heads", "checkpoints", "meta.json", "full"])
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "deep", "pipe"])
 def test_a_damaged_index_is_built_anew(history: History, name: str, harm: str) -> None:
     whole(history, COUNT - 2)
     file = index_of(history, 5) / name
@@ -170,6 +170,11 @@ def test_a_damaged_index_is_built_anew(history: History, name: str, harm: str) -
         file.unlink()
     elif harm == "cut":
         os.truncate(file, file.stat().st_size // 2)
+    elif harm == "deep":
+        file.write_bytes(b"[" * file.stat().st_size + b"[" * 3000)
+    elif harm == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     else:
         data = bytearray(file.read_bytes())
         for at in range(0, len(data), 40):
