@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from remus_ckpt.codec.scan import filled_pages
-from remus_ckpt.disk import appearing, naming, write_all
+from remus_ckpt.disk import appearing, naming, what_next, write_all
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.image import Image
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -155,4 +155,7 @@ def naming_folder(folder: str | Path | None) -> Iterator[None]:
         if not isinstance(error.__cause__, OSError):
             raise
         place = tempfile.gettempdir() if folder is None else folder
-        raise RemusError(f"{place}: a temporary file for the memory: {error.__cause__.strerror}") from error
+        cause = error.__cause__
+        raise RemusError(
+            f"{place}: a temporary file for the memory: {cause.strerror}{what_next(cause, 'output')}"
+        ) from error
