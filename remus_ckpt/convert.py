@@ -37,7 +37,7 @@ from remus_ckpt.image_file import ImageFile
 from remus_ckpt.machines import Machine
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages, PageType, pages_for
 from remus_ckpt.relay.guest import Head, Moment, Piece, stored_pages
-from remus_ckpt.relay.output import output_to
+from remus_ckpt.relay.output import naming_folder, output_to
 from remus_ckpt.sender import Sender
 from remus_ckpt.walk import walk_stream
 from remus_ckpt.wire.qemu import events as qemu
@@ -162,7 +162,7 @@ def _held(wanted: Wanted, quiet: bool, file: StreamFile | None) -> Iterator[_Hel
     folder = None if output == "-" or Path(output).is_char_device() else Path(output).absolute().parent
     if folder is not None and not folder.is_dir():
         raise RemusError(f"there is no directory {folder}")
-    with tempfile.TemporaryDirectory(prefix=".remus-ckpt-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".remus-ckpt-", dir=folder) as temporary, naming_folder(folder):
         yield _read(wanted, Path(temporary) / "memory", quiet, file)
 
 

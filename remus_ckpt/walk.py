@@ -12,7 +12,7 @@ from rich.text import Text
 
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
-from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, StreamError
+from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, StreamError, UnknownFormat
 from remus_ckpt.files import AnyRestorer, StreamFile, read_events, restorer_of
 from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, ratio
@@ -23,6 +23,10 @@ from remus_ckpt.wire.xen.dialect import Dialect
 
 Pairs = tuple[NDArray[np.int64], Pages, Pages]
 """(numbers, before, after): pages that differ, int64[n] and twice uint8[n, 4096]."""
+
+
+_FRONT_BYTES = 64
+"""An image may begin like a stream by chance, but not go on like one for long."""
 
 
 class Walk:
@@ -133,6 +137,8 @@ class Walk:
             in_force = f"checkpoint {held.epoch} is the last good one"
         elif self.error is not None:
             in_force = "no checkpoint is complete"
+            if not isinstance(self.error, UnknownFormat) and (self.error.offset or 0) < _FRONT_BYTES:
+                in_force += "; if this is no stream but a memory image, `convert --from raw` reads it"
         elif end is not None and not end.offset:
             in_force = "there is nothing to restore: check the name, and whether what should have written it has failed"
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -59,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # It is a cache as that of pytest: with `-p no:cacheprovider` there is neither.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         sys.dont_write_bytecode = False
+        _begin_elsewhere(config)
+        _begin_elsewhere(config)
     # Children inherit which signals are ignored, and behind nohup and `&` tests send some of those. What is caught is
     # not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,6 +80,19 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("same-every-time")
 
 
+def _begin_elsewhere(config: pytest.Config) -> None:
+    """Have each worker of pytest-xdist begin to collect in another folder: in a fresh checkout, what one has compiled
+    the others then find in the cache. `pytest_collection_modifyitems` puts the tests in the same order again."""
+    here = Path(__file__).parent
+    if [config.invocation_params.dir / one for one in config.args] != [here]:
+        return
+    folders = sorted({str(path.parent) for path in here.glob("*/test_*.py")})
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    begin = number * len(folders) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if begin:
+        config.args[:] = folders[begin:] + folders[:begin]
+
+
 def many(usual: int, full: int) -> int:
     """How many cases a test tries: usually, and with --all."""
     return full if _is_all else usual
@@ -84,6 +100,7 @@ def many(usual: int, full: int) -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_chosen = _is_all or config.option.markexpr or any(".py" in name for name in config.args)
+    items.sort(key=lambda item: item.path.parent)
     runs, left_out, suites = [], [], Counter[str]()
     for item in items:
         suite = None if is_chosen else next(filter(item.get_closest_marker, LONG), None)
@@ -100,6 +117,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = runs
     config.stash[_left_out] = suites
+    gc.collect()
+    gc.freeze()  # ten thousand tests stay until the end: no collection need look at them again
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = dict(suites)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import sys
@@ -91,9 +92,9 @@ def writer_process(path: Path, *, pages: int = 8, threads: int = 1) -> Iterator[
 def is_running(command: str) -> bool:
     """Whether any process has this command line, words apart by single spaces."""
     words = command.encode().replace(b" ", b"\0") + b"\0"
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in glob.glob("/proc/[0-9]*/cmdline"):  # that of pathlib fails at a process that ends meanwhile
         with suppress(OSError):
-            if path.read_bytes() == words:
+            if Path(path).read_bytes() == words:
                 return True
     return False
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tries the vectors: each mutant of plain_decoder.py must fail at least one of them.
 
-    mutants.py [VECTORS] [--mutants FILE] [--only ID] [--all]      --all: every vector that catches it, not the first 3
+    mutants.py [VECTORS] [--mutants FILE] [--only ID] [--most N]      --most: so many that catch it (3), 0 for all
 Exit codes: 0 every mutant is caught, 1 one survives, 2 a mutant does not apply or the unchanged decoder fails.
 """
 import argparse, contextlib, io, json, multiprocessing, os, signal, sys, tempfile, types
@@ -56,7 +56,7 @@ def main():
     parser.add_argument("vectors", type=Path, nargs="?", default=HERE.parent / "specs" / "vectors")
     parser.add_argument("--mutants", type=Path, default=HERE / "mutants.json")
     parser.add_argument("--only", action="append", default=[])
-    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--most", type=int, default=3)
     options = parser.parse_args()
     source = (HERE / "plain_decoder.py").read_text()
     mutants = [one for one in json.loads(options.mutants.read_text()) if not options.only or one["id"] in options.only]
@@ -65,7 +65,7 @@ def main():
         tasks = [(str(HERE / "plain_decoder.py"), options.vectors, 3)]
         for one in mutants:
             (Path(temporary) / f"{one['id']}.py").write_text(source.replace(one["old"], one["new"]))
-            tasks.append((str(Path(temporary) / f"{one['id']}.py"), options.vectors, -1 if options.all else 3))
+            tasks.append((str(Path(temporary) / f"{one['id']}.py"), options.vectors, options.most or -1))
         unchanged, *results = pool.map(catch, tasks, chunksize=1)
     if wrong or unchanged:
         print(f"do not apply: {wrong}; the unchanged decoder fails: {unchanged}")

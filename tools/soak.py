@@ -301,8 +301,10 @@ class Guest:
         return 10.0
 
     def committed(self) -> int:
-        """The newest epoch that the backup has."""
-        return int(self.scene.status(self.there)["epoch"])
+        """The newest epoch that the backup has. Raises RemusError if it does not answer."""
+        if not (found := self.scene.status(self.there)):
+            raise RemusError("the backup does not answer")
+        return int(found["epoch"])
 
     def finish(self) -> str:
         """Kill the guest's host, have it go on elsewhere, and ask its client: "" where all is well."""

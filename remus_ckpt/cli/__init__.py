@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import os
@@ -143,7 +144,9 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run the command; each of our own errors becomes one line and an exit code."""
     if sys.stdout is None or sys.stderr is None:
-        sys.exit(1)  # closed: there is nowhere to print
+        if sys.stderr is not None:
+            _complain("standard output is closed: leave it open, or send it to a file (>/dev/null will do)")
+        sys.exit(1)
     if "_REMUS_CKPT_COMPLETE" in os.environ:
         os.environ["COLUMNS"] = "10000"  # what is offered takes a line each, which typer would wrap
     try:
@@ -154,7 +157,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output has closed the pipe, which is nobody's error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except MemoryError:
         _complain("out of memory: let this process have more (`ulimit -v` shows its limit), or use a larger machine")
@@ -162,9 +165,18 @@ def main() -> NoReturn:
     except OSError as error:
         from remus_ckpt.disk import what_next
 
-        named = f"{error.filename}: " if error.filename else ""
-        _complain(f"{named}{error.strerror or error}{what_next(error, 'output')}")
+        named = error.filename
+        if named is None and error.errno == errno.ENOSPC:
+            named = "standard output"  # all others have names
+            _drop_output()
+        reason = f"{error.strerror or error}{what_next(error, 'output')}"
+        _complain(f"{named}: {reason}" if named else reason)
         sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Throw away what standard output has not taken, or the interpreter tries once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:

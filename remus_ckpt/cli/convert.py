@@ -150,6 +150,8 @@ def convert(
     wanted = Wanted(path, output, to, source, checkpoint, options, strict, max_memory, dialect, xen, live)
     with tidying_up(), ExitStack() as stack:
         file = None if source == "raw" else stack.enter_context(StreamFile(path))
+        if file is not None:
+            _refuse_another_format(file, source)
         if live and (file is None or file.holds_machine):
             raise RemusError(f"{path} has one checkpoint: --live is for streams of Xen's and ours, which have several")
         if file is not None and not file.holds_machine and (live or to in (*_XENS, "remus")):
@@ -167,6 +169,17 @@ def convert(
                 out.print(Text(f"{output}: {to}, {report['bytes']:,} bytes, {report['runs']:,} runs of pages"))
     if leave is not None:
         raise typer.Exit(leave)
+
+
+def _refuse_another_format(file: StreamFile, source: Source | None) -> None:
+    """Refuse, by its first bytes, a file that is not what --from says. Raises RemusError."""
+    from remus_ckpt.wire.formats import MACHINE_WORDS
+
+    wanted = "qemu" if source == "mapped-ram" else source  # they begin alike
+    found = file.format.word if file.format is not None and file.holds_machine else None
+    if source is not None and (wanted if wanted in MACHINE_WORDS else None) != found:
+        is_what = "it does not begin like one" if found is None else f"it is {found}"
+        raise RemusError(f"{file.name} is not {source}: {is_what}; leave --from out to have its format found")
 
 
 def _refuse_what_means_nothing(

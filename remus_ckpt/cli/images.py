@@ -20,6 +20,7 @@ from remus_ckpt.cli.options import (
     keep_what_is_there,
     print_json,
     start_of,
+    tidying_up,
 )
 from remus_ckpt.cli.terminal import complain, progress
 from remus_ckpt.errors import RemusError
@@ -84,9 +85,9 @@ def encode(
     remus-ckpt encode mem diff1 diff2 --sparse-diffs -o vm.remus
     """
     from remus_ckpt.codec.reference import Lru
-    from remus_ckpt.files import StreamWriter
     from remus_ckpt.image import Image, ImageReference, Layers, differences, full_batches, written
     from remus_ckpt.pages import PAGE_SIZE, pages_for
+    from remus_ckpt.relay.output import output_to
     from remus_ckpt.sender import Sender
     from remus_ckpt.walk import print_checkpoints
 
@@ -94,7 +95,10 @@ def encode(
     codec = codec_for(for_, codec)
     keep_apart(output, *images)
     keep_what_is_there(overwrite, output)
-    sizes = [path.stat().st_size for path in images]
+    sizes = []
+    for path in images:
+        with Image(path) as image:
+            sizes.append(image.size)
     pages = max(pages_for(size) for size in sizes)
     if not pages:
         raise typer.BadParameter("the images are empty")
@@ -110,12 +114,11 @@ def encode(
     sender = Sender(pages, codec=codec, word=word, buffer_pages=buffer_pages, reference=reference, shape=start)  # type: ignore[arg-type]
     listed = []
     with ExitStack() as stack:
-        stream = StreamWriter(output)
-        stack.callback(stream.close)
+        stack.enter_context(tidying_up())
+        stream = stack.enter_context(output_to(output))
         advance = stack.enter_context(progress(stream.name, pages * PAGE_SIZE * len(images), as_json))
         for number, path in enumerate(images):
-            image = Image(path)
-            stack.callback(image.close)
+            image = stack.enter_context(Image(path))
             begin = stream.written
 
             def done(page: int, base: int = number * pages) -> None:
@@ -140,7 +143,6 @@ def encode(
                 held.before = Layers(image) if sparse_diffs else image
                 if below is not None:
                     below.close()
-            stream.commit(sent)
             listed.append(
                 {"image": str(path), "epoch": sent.epoch, "start": begin, "end": stream.written}
                 | {"pages": sent.pages, "entries": sent.entries, "batches": sent.batches}

@@ -179,7 +179,7 @@ def restore_machine(
         if is_file:
             home.cut(block.size)  # type: ignore[union-attr]
         elif output == "-":
-            write_out("-", block.image.data)
+            write_out(output, block.image.data)
         else:
             save_image(block.memory, output, block.size)
     if device_state is not None:

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from remus_ckpt.errors import LinkError, LogError, RemusError
+from remus_ckpt.errors import LinkError, LogError, RemusError, StreamError
 from remus_ckpt.limits import GIB, KIB, MIB, Limits
 from remus_ckpt.observe.log import LogFormat
-from remus_ckpt.pages import Buffer
 from remus_ckpt.wire.qemu.sections import PAGE_SIZES
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from remus_ckpt.link.connection import Connection
     from remus_ckpt.link.tls import TlsFiles
     from remus_ckpt.loop import StopSignal
+    from remus_ckpt.pages import Buffer
     from remus_ckpt.store import Retention
     from remus_ckpt.xen_start import StartsInXen
 
@@ -357,10 +357,26 @@ def keep_apart(output: str, *inputs: str | Path) -> None:
 
 
 def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
-    """Refuse to overwrite a file that is not empty. Raises RemusError."""
+    """Refuse to overwrite a file that is not empty, and to write between the files of a store. Raises RemusError."""
+    from remus_ckpt.store.state import is_history
+
     for path in map(str, outputs):
+        if path != "-" and (held := next((one for one in Path(path).resolve().parents if is_history(one)), None)):
+            raise RemusError(f"{path} is in {held}, among the files of a store: name a file elsewhere")
         if path != "-" and not overwrite and os.path.isfile(path) and os.path.getsize(path):
             raise RemusError(f"{path} already exists: name another file, or pass --overwrite")
+
+
+@contextmanager
+def naming(stream: str | Path) -> Iterator[None]:
+    """What is wrong with the bytes of a file is told with its name. Raises typer.Exit."""
+    try:
+        yield
+    except StreamError as error:
+        from remus_ckpt.cli.terminal import complain
+
+        complain(f"{'standard input' if str(stream) == '-' else stream}: {error}")
+        raise typer.Exit(error.exit_code) from None
 
 
 def read_hvm_context(path: Path | None) -> bytes | None:
@@ -408,18 +424,11 @@ def dialect_of(word: int | None, guest: Guest | None, codec: StreamCodec | None)
 
 
 def write_out(output: str, data: Buffer) -> None:
-    """Write to a file of mode 0600, or to standard output ("-")."""
-    from remus_ckpt.disk import naming, write_all
+    """Write to a file of mode 0600, which appears once it is complete, to a device, or to standard output ("-")."""
+    from remus_ckpt.relay.output import output_to
 
-    if output == "-":
-        sys.stdout.flush()
-        with naming("standard output"):  # itself: with PYTHONUNBUFFERED, its buffer would write a part and say nothing
-            write_all(sys.stdout.fileno(), [data])
-        return
-    from remus_ckpt.files import create_private
-
-    with naming(output), open(create_private(output), "wb") as file:
-        file.write(data)
+    with tidying_up(), output_to(output) as file:
+        file.write([data])
 
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

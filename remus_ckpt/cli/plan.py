@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from remus_ckpt.cli.options import AsJson, CodecOption, MaxMemory, app, is_time, parse_duration, print_json
+from remus_ckpt.cli.options import AsJson, CodecOption, MaxMemory, app, is_time, naming, parse_duration, print_json
 from remus_ckpt.cli.terminal import out
 from remus_ckpt.limits import GIB, Limits
 
@@ -70,7 +70,12 @@ def plan_command(
     speed = None if link is None else _link(link)
     age_s = None if keep_age is None else parse_duration(keep_age)
     intervals = None if not interval else [parse_duration(one) for one in interval]
-    found, needs = plan(recording, intervals, codec=codec, limits=Limits(memory_bytes=max_memory * GIB))
+    if not recording.is_file():
+        raise typer.BadParameter(
+            f"{recording} is a pipe or a device, and a recording is read several times: save it first"
+        )
+    with naming(recording):
+        found, needs = plan(recording, intervals, codec=codec, limits=Limits(memory_bytes=max_memory * GIB))
     rows = [_row(need, found, speed, age_s) for need in needs]
     if as_json:
         print_json({"recording": str(recording)} | _head(found, speed) | {"intervals": rows})

@@ -28,6 +28,7 @@ from remus_ckpt.errors import NoCheckpoint, RemusError
 from remus_ckpt.observe.log import on_one_line
 
 _STATUS_S = 10.0
+_LEAST_EVERY_S = 0.1
 """A backup answers a question about its status at once, even if its disks hang."""
 
 _PROTECTION = {
@@ -79,6 +80,8 @@ def status(
         from remus_ckpt.cli.watch import watch as watch_it
 
         every_s = parse_duration(every)
+        if every_s < _LEAST_EVERY_S:
+            raise typer.BadParameter(f"--every {every}: it must be {_LEAST_EVERY_S}s or more")
         with ExitStack() as stack:
             stop = stop_on_signals(stack)
             watch_it(lambda: _report(source, name, tls_dir, insecure), every_s, stop, as_json=as_json)

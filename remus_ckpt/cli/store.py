@@ -137,7 +137,7 @@ def restore_from_store(
 
     entry, found, fault = _read_good(text, history, at, as_json, read)
     if output == "-":
-        write_out("-", found.image.data)
+        write_out(output, found.image.data)
     elif Path(output).exists() and not Path(output).is_file():
         from remus_ckpt.memory import save_image
 

@@ -33,6 +33,7 @@ from remus_ckpt.cli.options import (
     dialect_of,
     keep_apart,
     keep_what_is_there,
+    naming,
     print_json,
     tidying_up,
     write_out,
@@ -167,7 +168,7 @@ def restore(
         elif home is not None:
             home.cut(found.memory_bytes)
         elif output == "-":
-            write_out("-", found.image.data)
+            write_out(output, found.image.data)
         else:
             save_image(found.memory, output, found.memory_bytes)
     if device_state is not None:
@@ -324,17 +325,16 @@ def inspect(
 
 
 def _write_report(stream: str, path: Path, dialect: Dialect, max_memory: int, overwrite: bool) -> None:
-    from remus_ckpt.disk import naming
     from remus_ckpt.recording import read_recording
     from remus_ckpt.report import report
 
-    if path.exists() and not overwrite:
-        raise typer.BadParameter(f"{path} is there already: choose another file, or say --overwrite")
-    found = read_recording(stream, dialect=dialect, limits=Limits(memory_bytes=max_memory * GIB))
+    keep_apart(str(path), stream)
+    keep_what_is_there(overwrite, path)
+    with naming(stream):
+        found = read_recording(stream, dialect=dialect, limits=Limits(memory_bytes=max_memory * GIB))
     if not found.checkpoints:
         raise NoCheckpoint(f"{stream}: no checkpoint is complete")
-    with naming(path):
-        path.write_text(report(stream, found), encoding="utf-8")
+    write_out(str(path), report(stream, found).encode())
     out.print(Text(f"{path}: a report of {found.checkpoints:,} checkpoints"))
 
 
@@ -441,6 +441,8 @@ def diff(
     from remus_ckpt.walk import differing_pages, walk_stream
 
     options = MachineOptions((), None, page_size, block)
+    if third is None and (is_store(first) or (second.isdecimal() and not os.path.exists(second))):
+        raise typer.BadParameter(f"say which two checkpoints of {first}: {second} and another one")
     machines = None if is_store(first) else _machines_of(first, second if third is None else None)
     if third is not None and not machines:
         for number in (second, third):

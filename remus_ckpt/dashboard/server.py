@@ -229,8 +229,10 @@ def read_token(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             token = file.readline(4096).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LinkError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise LinkError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        token = ""
     if len(token) < TOKEN_CHARS:
         raise LinkError(f"{path}: a token has {TOKEN_CHARS} characters or more: openssl rand -hex 16 > {path}")
     return token

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 
+from remus_ckpt.errors import LogError
 from remus_ckpt.fleet.engine import APPEND_S, Entry, Log
 from remus_ckpt.fleet.jetstream import JetStreamLog, Nats, servers_of
 from remus_ckpt.link.tls import TlsFiles
@@ -13,11 +15,14 @@ from remus_ckpt.link.tls import TlsFiles
 class OpenedLog:
     """A `Log` that connects when it is first used, and tries again the next time if that fails.
 
-    url, tls, insecure: as for `Nats`; a URL that cannot be meant raises LogError at once
+    url, tls, insecure: as for `Nats`; a URL that cannot be meant raises LogError at once, and so does
+        a missing nats-py
     Any thread may call any method.
     """
 
     def __init__(self, url: str, *, tls: TlsFiles | None = None, insecure: bool = False) -> None:
+        if find_spec("nats") is None:
+            raise LogError("a commit log needs nats-py: pip install 'remus_ckpt[fleet]'")
         servers_of(url, insecure)
         self._url = url
         self._tls = tls

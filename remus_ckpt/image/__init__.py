@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -32,12 +33,18 @@ class Image:
     """A memory image in a file; memory after the end of the file is zeros.
 
     size: of the file in bytes
-    Raises OSError.
+    Raises OSError, also for a pipe: an image is read at any place, and more than once.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._fd = open_to_read(Path(path))
+        mode = os.fstat(self._fd).st_mode
+        if not stat.S_ISREG(mode):
+            self.close()
+            if stat.S_ISDIR(mode):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), self.path)
+            raise OSError(errno.ESPIPE, "this is a pipe or a device: save it as a file, and name that", self.path)
         self._version = self._look()
         self.size = self._version[0]
         self.knows_holes = True

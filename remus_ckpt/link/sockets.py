@@ -10,7 +10,7 @@ import time
 from remus_ckpt.link.tls import say_tls
 
 _ADVICE = {
-    errno.ECONNREFUSED: "nobody listens there: is the other side running, and the port right?",
+    errno.ECONNREFUSED: "nobody listens there: is the other side running, and the address right?",
     errno.ENOENT: "no socket is there: is the other side running, and the path right?",
     errno.EACCES: "not permitted: run as the same user, or as root",
     errno.EHOSTUNREACH: "no route there",

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import msgpack
 
+from remus_ckpt.disk import guarding, make_directory
 from remus_ckpt.errors import LinkError, RemusError, StoreError
 from remus_ckpt.flag import Flag
 from remus_ckpt.fleet.group import Fleet
@@ -164,6 +165,9 @@ class Backup:
             disown_in_forks(self)
             stack.callback(self._unlock_store)
             self._lock_store()
+            if self._warm not in (MEMORY, DISK):
+                with guarding(self._warm):
+                    make_directory(Path(self._warm))
             stack.callback(lambda: self._names.close(time.monotonic() + _CLOSE_S))
             self._names.open_all()
             self.metrics.watch_health(self._look)

@@ -21,6 +21,8 @@ from remus_ckpt.service.commands import ShellCommand
 from remus_ckpt.wire.record import Position
 
 _MOMENT_S = 0.1
+_KILLED_S = 10.0
+"""What was killed is gone by then, also on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ class ReleaseCommand:
         if status is None:
             self._complain("the --on-commit command does not exit: it is killed")
             self._shell.kill()
-            status = self._shell.wait(self._last_words_s)
+            status = self._shell.wait(_KILLED_S)
         self.has_failed = status != 0 or self.is_gone or self._lost is not None
         if self.has_failed:
             lost = f"; it did not get the commits from epoch {self._lost} on" if self._lost is not None else ""

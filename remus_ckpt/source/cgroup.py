@@ -61,7 +61,7 @@ class CgroupFreezer:
             raise SourceError(f"{self.path}: {error.strerror}") from None
         # Two recorders that freeze the same cgroup would each end the other's pauses.
         if (claimed := claim(lockable)) is None:
-            raise SourceError(f"{self.path} is being recorded by somebody else")
+            raise SourceError(f"{self.path} is protected or recorded already: stop that `remus-ckpt` first")
         self._claim = claimed
         # If we were in it, neither we nor the guard would ever run again.
         if os.getpid() in self._pids():

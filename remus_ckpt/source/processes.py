@@ -70,7 +70,7 @@ class Processes:
         except OSError:
             raise SourceError(closed_to_us(pid)) from None
         if (claimed := claim(fd)) is None:
-            raise SourceError(f"process {pid} is being recorded by somebody else")
+            raise SourceError(f"process {pid} is protected or recorded already: stop that `remus-ckpt` first")
         self._claims.append(claimed)
         # Whoever stopped it wants it stopped; our pauses would leave it running.
         if process.is_stopped_by_job_control():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from services import LONG_S, Service, command, make_keys, service, until
-from support import Command, Ran, process_state, writer_process
+from support import Command, Ran, is_running, process_state, writer_process
 from writers import cgroup_mount, own_cgroup
 
 from remus_ckpt.cli.status import _tell
@@ -232,8 +232,7 @@ def test_a_command_that_does_not_end_is_killed_whole(does: str) -> None:
     stop.close()
     assert command.has_failed
     assert "it is killed" in complaints[0]
-    lines = [path.read_bytes().replace(b"\0", b" ").strip() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert lasting.encode() not in lines
+    assert not is_running(lasting)
 
 
 def test_a_command_that_reads_nothing_holds_nothing_up_at_the_end() -> None:

@@ -355,8 +355,8 @@ def walk(rules: Rules, most: int = 3_000_000) -> Walk:
 @pytest.mark.parametrize(
     "bounds",
     [
-        Bounds(appends=2),
         Bounds(crashes=1, appends=1),
+        pytest.param(Bounds(appends=2), marks=pytest.mark.slow),
         pytest.param(Bounds(epochs=3, crashes=1, appends=1), marks=pytest.mark.slow),
     ],
     ids=str,

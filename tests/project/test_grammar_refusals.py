@@ -225,7 +225,10 @@ def test_table_of_malformed_streams(grammar: Any) -> None:
 
 
 @pytest.mark.node
-@pytest.mark.parametrize("language", ["cpp_stl", "go", "java", "javascript", "rust"])
+@pytest.mark.parametrize(
+    "language",
+    ["rust", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cpp_stl", "go", "java", "javascript"))],
+)
 def test_compiles_to_other_languages(grammar: Any, tmp_path: Path, language: str) -> None:
     ran = subprocess.run([sys.executable, str(TOOL), str(tmp_path), "--language", language], check=False)
     assert ran.returncode == 0

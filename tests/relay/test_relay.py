@@ -271,9 +271,11 @@ def test_a_stream_of_ours_keeps_its_positions(tmp_path: Path, command: Command) 
 @pytest.mark.parametrize(
     ("source", "to"),
     [
-        *(("remus", to) for to in ("elf", "lime", "raw", "remus", "xen", "xen-v2")),
-        *(("qemu", to) for to in ("remus", "xen-v2", "mapped-ram")),
+        *(("remus", to) for to in ("raw", "xen-v2")),
+        ("qemu", "remus"),
         ("raw", "remus"),
+        *(pytest.param("remus", to, marks=pytest.mark.slow) for to in ("elf", "lime", "remus", "xen")),
+        *(pytest.param("qemu", to, marks=pytest.mark.slow) for to in ("xen-v2", "mapped-ram")),
     ],
 )
 def test_memory_is_bounded_and_files_are_sparse(source: str, to: str, tmp_path: Path) -> None:
