@@ -47,9 +47,7 @@ def main() -> None:
                 backup = Backup(folder, f"{number}-{way}", url)
                 try:
                     array = np.zeros(MEMORY_BYTES, dtype=np.uint8)
-                    with protect(
-                        {"array": array}, to=f"tcp://127.0.0.1:{backup.port}", name=f"n{number}", log_url=url
-                    ) as protection:
+                    with protect({"array": array}, to=backup.address, name=f"n{number}", log_url=url) as protection:
                         protection.checkpoint(wait=True)
                         for place in range(options.checkpoints):
                             array[place * 4096 % MEMORY_BYTES] += 1

@@ -1,14 +1,22 @@
 """Kills, freezes and cuts around a commit log, and looks whether anything that was released is lost, or done twice.
 
-    python tools/fleet_kills.py --runs 100 [--seed 1] [--only FAULT] [--frozen 60] [--json FILE]
-    python tools/fleet_kills.py --control         # without the log: the check must find what it looks for
+    sudo python tools/fleet_kills.py --runs 300 [--seed 1] [--only FAULT] [--frozen 60 6] [--jobs 2] [--json FILE]
+    sudo python tools/fleet_kills.py --control         # without the log: the check must find what it looks for
 
-Three brokers, two backups that take over by themselves, and in each run a primary, all real processes. The primary
-counts, and releases each number once its checkpoint is committed; if its backup does not answer, it goes to the other
-one. Then something is killed, frozen or cut off at a random instant, in every other run the primary is killed a little
-later, and at last all is mended. Of each run must hold: no number was released twice; at most one backup went on; it
-went on from a number no lower than any that was released, also by a primary that woke up later; and something goes on:
-the primary commits again, or a backup has taken over.
+Three brokers, two backups that take over by themselves, and in each run a primary, all real processes, each on a host
+of its own: a network namespace with its own address on one switch. The primary counts, and releases each number once
+its checkpoint is committed; if its backup does not answer, it goes to the other one. Then something is killed, frozen
+or cut off at a random instant. A cut lets nothing through between two hosts, either way, and nobody is told; each pair
+of hosts has its turn, and each host is cut off from all others. In every other run the primary is killed a little
+later, and at last all is mended.
+
+Of each run must hold: no number was released twice; at most one backup went on; it went on from a number no lower than
+any that was released, also by a primary that woke up later; nothing was released that could not reach a majority of
+brokers; and something goes on: the primary commits again, or a backup has taken over. At the end of all runs the
+first three must still hold of each.
+
+A run is invalid if its primary committed nothing before anything was broken, or if no broker was the leader that was to
+be broken. It is counted, with the reason.
 
 With --control the backups have a fence that always succeeds and stops nobody, in place of the log.
 
@@ -18,26 +26,31 @@ Exit codes: 0 all is well (with --control: a fault was found), 1 not.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
-import select
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import Empty
 from typing import Any
+
+from remus_ckpt.demo.brokers import Brokers
+from remus_ckpt.demo.lan import Host, Network
+from remus_ckpt.errors import LogError
+from remus_ckpt.fleet.jetstream import STREAM, Nats
+from remus_ckpt.link.address import INSECURE_OPTION
 
 LEASE_S = 1.0
 PATIENCE_S = 45.0
@@ -46,132 +59,115 @@ STOP_S = 15.0
 """A primary that was taken over, and that nothing is cut off from, hears of it within this time."""
 MOVE_S = 2.5
 """A primary that could commit nothing for so long goes to the other backup."""
-FAULTS = (
-    "leader",
-    "broker",
-    "two brokers",
-    "backup",
-    "primary",
-    "cut primary-backup",
-    "cut primary-log",
-    "cut backup-log",
-    "frozen primary",
-)
-
-
-class Wire:
-    """A TCP connection that can be cut as a cable is: what is sent stays away, and nobody is told."""
-
-    def __init__(self, port: int) -> None:
-        self._to = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._whole = threading.Event()
-        self._whole.set()
-        self._is_over = False
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        self._whole.clear()
-
-    def mend(self) -> None:
-        self._whole.set()
-
-    def close(self) -> None:
-        self._is_over = True
-        self._whole.set()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(near,), daemon=True).start()
-
-    def _serve(self, near: socket.socket) -> None:
-        self._whole.wait()
-        with near, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._to), 5.0) as far:
-            for one in (near, far):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while not self._is_over:
-                ready, _, _ = select.select([near, far], [], [], 0.5)
-                self._whole.wait()
-                for one in ready:
-                    if not (data := one.recv(1 << 18)):
-                        return
-                    (far if one is near else near).sendall(data)
+DONE_S = 1.0
+"""What was committed when the log was lost has been released after this time."""
+PRIMARY, A, B = "primary", "backup-a", "backup-b"
+BROKERS = ("broker-0", "broker-1", "broker-2")
+HOSTS = (PRIMARY, A, B, *BROKERS)
+Pair = tuple[str, str]
+CUTS: dict[str, Sequence[Sequence[Pair]]] = {
+    "cut primary-backup": [[(PRIMARY, A)], [(PRIMARY, B)]],
+    "cut primary-broker": [[(PRIMARY, broker)] for broker in BROKERS],
+    "cut backup-broker": [[(backup, broker)] for backup in (A, B) for broker in BROKERS],
+    "cut backup-backup": [[(A, B)]],
+    "cut broker-broker": [[pair] for pair in itertools.combinations(BROKERS, 2)],
+    "cut primary-log": [[(PRIMARY, broker) for broker in BROKERS]],
+    "cut backup-log": [[(A, broker) for broker in BROKERS]],
+    "cut off primary": [[(PRIMARY, other) for other in HOSTS if other != PRIMARY]],
+    "cut off backup": [[(A, other) for other in HOSTS if other != A]],
+    "cut off broker": [[(broker, other) for other in HOSTS if other != broker] for broker in BROKERS],
+}
+"""Between which hosts each kind cuts, by turns."""
+FAULTS = ("leader", "broker", "two brokers", "backup", "primary", *CUTS, "cut off leader", "frozen primary")
+HAS_NO_LOG = ("two brokers", "cut primary-log", "cut off primary", "frozen primary")
+"""Meanwhile the primary can commit nothing."""
+LASTS_S = (0.2, 1.0, 2.5, 5.0)
+BROKERS_NOTICE_S = (1.0, 4.0, 8.0, 12.0)
+"""How long brokers are cut off from each other: they elect a leader after 4 to 9 s."""
 
 
 @dataclass
 class Outcome:
-    """What became of a run. wait_s: from the mending until something went on; gap_s: longest time without a release"""
+    """What became of a run.
+
+    detail: between which hosts it was cut, which brokers died, or for how long the primary was frozen
+    invalid: why it shows nothing, "" if it does
+    wait_s: from the mending until something went on; gap_s: longest time without a release
+    """
 
     number: int
     fault: str
     also_killed: bool
+    detail: str = ""
+    invalid: str = ""
     released: int = 0
     takeovers: int = 0
     denied: bool = False
     fenced: bool = False
     wait_s: float = 0.0
     gap_s: float = 0.0
+    took_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
 
 class Backup:
-    """One of the two backups, in a process of its own, behind a wire to the brokers."""
+    """A backup that takes over by itself, in a process of its own.
 
-    def __init__(self, folder: Path, letter: str, log: str | None) -> None:
-        self.folder = folder / letter
+    log: None: a fence for show takes its place
+    host: where it runs; None: on this machine
+    """
+
+    def __init__(self, folder: Path, name: str, log: str | None, host: Host | None = None) -> None:
+        self.folder = folder / name
         self.folder.mkdir()
-        self.log = log
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.port = server.getsockname()[1]
-        self.promotions = self.folder / "promotions"
-        self.promotions.touch()
-        self.process: subprocess.Popen[bytes] | None = None
+        self._log = log
+        self._host = host
+        self._listens = ("127.0.0.1" if host is None else host.address, _free_port())
+        self.address = "tcp://{}:{}".format(*self._listens)
+        self._promotions = self.folder / "promotions"
+        self._promotions.touch()
+        self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
-        note = f'echo "$REMUS_NAME $REMUS_TERM $(od -An -t d8 -N 8 "$REMUS_IMAGE")" >> {self.promotions}'
-        how = ["--fence", "true"] if self.log is None else ["--log", self.log]
+        note = f'echo "$REMUS_NAME $REMUS_TERM $(od -An -t d8 -N 8 "$REMUS_IMAGE")" >> {self._promotions}'
+        how = ["--fence", "true"] if self._log is None else ["--log", self._log]
+        words = [
+            *(sys.executable, "-m", "remus_ckpt", "backup", "--listen", self.address, INSECURE_OPTION),
+            *("--store", str(self.folder / "store"), "--lease", f"{LEASE_S:g}s", "--auto-failover"),
+            *("--on-failover", note, *how),
+        ]
+        if self._host is not None:
+            words = self._host.inside(*words)
         with open(self.folder / "output", "ab") as output:
-            self.process = subprocess.Popen(
-                [
-                    *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "remus_ckpt", "backup"),
-                    *("--listen", f"tcp://127.0.0.1:{self.port}", "--store", str(self.folder / "store")),
-                    *("--lease", f"{LEASE_S:g}s", "--auto-failover", "--on-failover", note, *how),
-                ],
-                stdout=output,
-                stderr=output,
-            )
-        until(self.is_listening, 30.0)
+            command = ["setpriv", "--pdeathsig", "KILL", *words]
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
+        until(self._is_listening, 30.0)
 
-    def is_listening(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):
+    def _is_listening(self) -> bool:
+        with suppress(OSError), socket.create_connection(self._listens, 1.0):
             return True
         return False
 
     def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     def took_over(self, name: str) -> list[int]:
         """The numbers from which it went on with that name."""
-        found = []
-        for line in self.promotions.read_text().splitlines():
-            who, _, value = line.split()
-            if who == name:
-                found.append(int(value))
-        return found
+        promotions = [line.split() for line in self._promotions.read_text().splitlines()]
+        return [int(value) for who, _, value in promotions if who == name]
 
     def was_denied(self, name: str) -> bool:
-        return any(
-            "takeover denied" in line and name in line for line in (self.folder / "output").read_text().splitlines()
-        )
+        lines = (self.folder / "output").read_text().splitlines()
+        return any("takeover denied" in line and f"name={name} " in f"{line} " for line in lines)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 def until(look: Callable[[], bool], timeout_s: float) -> bool:
@@ -183,7 +179,7 @@ def until(look: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def be_the_primary(name: str, ports: list[int], log: str | None, out: str) -> int:
+def be_the_primary(name: str, addresses: list[str], log: str | None, out: str) -> int:
     """The primary's process: it counts, and writes what it releases into a file."""
     import numpy as np
 
@@ -214,10 +210,10 @@ def be_the_primary(name: str, ports: list[int], log: str | None, out: str) -> in
         nonlocal where, at
         if time.monotonic() - at > MOVE_S:
             where, at = 1 - where, time.monotonic()
-        return connect(Address.parse(f"tcp://127.0.0.1:{ports[where]}"), timeout_s=2.0)
+        return connect(Address.parse(addresses[where]), insecure=True, timeout_s=2.0)
 
     source = OwnMemory({"array": array})
-    commit_log = None if log is None else OpenedLog(log)
+    commit_log = None if log is None else OpenedLog(log, insecure=True)
     primary = Primary(
         name,
         source,
@@ -237,91 +233,115 @@ def be_the_primary(name: str, ports: list[int], log: str | None, out: str) -> in
             return error.exit_code
         except RemusError as error:
             print(error, file=sys.stderr)
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 class Run:
-    """One run, and what it left behind."""
+    """One run, and what it left behind.
 
-    def __init__(self, scene: Scene, number: int, fault: str, rng: random.Random, frozen_s: float) -> None:
-        self.scene, self.rng, self.frozen_s = scene, rng, frozen_s
+    turn: how many of its kind came before
+    """
+
+    def __init__(self, scene: Scene, number: int, fault: str, turn: int, rng: random.Random, frozen_s: float) -> None:
+        self.scene, self.turn, self.rng, self.frozen_s = scene, turn, rng, frozen_s
         self.name = f"r{number}"
         self.out = scene.folder / f"{self.name}.out"
-        self.outcome = Outcome(number, fault, also_killed=fault != "primary" and rng.random() < 0.5)
+        also_killed = fault not in ("primary", "frozen primary") and rng.random() < 0.5
+        self.outcome = Outcome(number, fault, also_killed)
         self.is_killed = False
 
     def go(self) -> Outcome:
+        begin = time.monotonic()
         scene, outcome = self.scene, self.outcome
-        command = [sys.executable, __file__, "--be-primary", self.name]
-        command += [str(wire.port) for wire in scene.to_backups]
-        with open(scene.folder / f"{self.name}.err", "wb") as errors:
-            primary = subprocess.Popen([*command, scene.log_of("primary") or "", str(self.out)], stderr=errors)
+        command = [sys.executable, __file__, "--be-primary", self.name, *(one.address for one in scene.backups)]
+        command = scene.hosts[PRIMARY].inside(*command, scene.log or "", self.out)
+        error_file = scene.folder / f"{self.name}.err"
+        with open(error_file, "wb") as errors:
+            primary = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stderr=errors)
         try:
-            if not until(lambda: len(self.releases()) > 3, PATIENCE_S):
-                outcome.wrong.append("it never began")
-                return outcome
-            time.sleep(self.rng.uniform(0.0, 1.0))
-            mend = self.break_it(primary)
-            if outcome.also_killed:
-                time.sleep(self.rng.uniform(0.0, 1.5))
-                self.kill(primary)
-            time.sleep(self.rng.choice((0.2, 1.0, 2.5, 5.0)))
-            mend()
-            mended = time.monotonic()
-            count = len(self.releases())
-            if not until(lambda: bool(self.survivors()) or len(self.releases()) > count, PATIENCE_S):
-                outcome.wrong.append("nothing goes on")
-            outcome.wait_s = time.monotonic() - mended
-            # Whoever still wants to act has the time to do so.
-            time.sleep(2.5 * LEASE_S)
-            if self.survivors() and not self.is_killed:
-                until(lambda: primary.poll() is not None, STOP_S)
-                outcome.fenced = primary.poll() == 22
-                if primary.poll() is None:
-                    outcome.wrong.append("the primary was taken over, and does not stop")
+            if until(lambda: len(self.releases()) > 3, PATIENCE_S):
+                self.act(primary)
+            else:
+                said = error_file.read_text().splitlines()[-1:]
+                outcome.invalid = f"nothing committed in {PATIENCE_S:g} s: {''.join(said)[:200]}"
+        except LogError as error:
+            outcome.invalid = str(error)
         finally:
             with suppress(ProcessLookupError):
                 primary.kill()
             primary.wait()
         self.judge()
+        outcome.took_s = time.monotonic() - begin
         return outcome
+
+    def act(self, primary: subprocess.Popen[bytes]) -> None:
+        """Break something, mend it, and wait until something goes on."""
+        outcome = self.outcome
+        time.sleep(self.rng.uniform(0.0, 1.0))
+        mend, lasts_s = self.break_it(primary)
+        broken = time.monotonic()
+        if outcome.also_killed:
+            time.sleep(min(self.rng.uniform(0.0, 1.5), lasts_s))
+            self.kill(primary)
+        time.sleep(max(broken + lasts_s - time.monotonic(), 0.0))
+        unbroken = time.monotonic()
+        mend()
+        if outcome.fault in HAS_NO_LOG and any(broken + DONE_S < at < unbroken for _, _, at in self.releases()):
+            outcome.wrong.append("released without the log")
+        mended, count = time.monotonic(), len(self.releases())
+        if not until(lambda: bool(self.survivors()) or len(self.releases()) > count, PATIENCE_S):
+            outcome.wrong.append("nothing goes on")
+        outcome.wait_s = time.monotonic() - mended
+        # Whoever still wants to act has the time to do so.
+        time.sleep(2.5 * LEASE_S)
+        if self.survivors() and not self.is_killed:
+            until(lambda: primary.poll() is not None, STOP_S)
+            outcome.fenced = primary.poll() == 22
+            if primary.poll() is None:
+                outcome.wrong.append("the primary was taken over, and does not stop")
 
     def kill(self, primary: subprocess.Popen[bytes]) -> None:
         primary.kill()
         primary.wait()
         self.is_killed = True
 
-    def break_it(self, primary: subprocess.Popen[bytes]) -> Callable[[], None]:
-        """Break what is to be broken; returns what mends it."""
-        scene, brokers = self.scene, self.scene.brokers
-        match self.outcome.fault:
+    def break_it(self, primary: subprocess.Popen[bytes]) -> tuple[Callable[[], object], float]:
+        """Break what is to be broken; returns what mends it, and after how many seconds that is to be done."""
+        scene, brokers, outcome = self.scene, self.scene.brokers, self.outcome
+        lasts_s = self.rng.choice(LASTS_S)
+        match outcome.fault:
             case "leader" | "broker" | "two brokers":
-                if self.outcome.fault == "leader":
+                if outcome.fault == "leader":
                     which = [scene.leader()]
                 else:
-                    which = self.rng.sample(range(3), 1 + (self.outcome.fault == "two brokers"))
+                    which = self.rng.sample(range(3), 1 + (outcome.fault == "two brokers"))
+                outcome.detail = ", ".join(BROKERS[one] for one in which)
                 for one in which:
                     brokers.kill(one)
-                return lambda: [brokers.start(one) for one in which] and None
+                return lambda: [brokers.start(one) for one in which], lasts_s
             case "backup":
                 scene.backups[0].kill()
-                return scene.backups[0].start
+                return scene.backups[0].start, lasts_s
             case "primary":
                 self.kill(primary)
-                return lambda: None
+                return lambda: None, lasts_s
             case "frozen primary":
+                outcome.detail = f"{self.frozen_s:g} s"
                 primary.send_signal(signal.SIGSTOP)
-                time.sleep(self.frozen_s)
-                return lambda: None if self.is_killed else primary.send_signal(signal.SIGCONT)
+                return lambda: primary.send_signal(signal.SIGCONT), self.frozen_s
+            case "cut off leader":
+                which_ways = CUTS["cut off broker"]
+                pairs = which_ways[scene.leader()]
+                outcome.detail = pairs[0][0]
             case cut:
-                wires = {
-                    "cut primary-backup": scene.to_backups[:1],
-                    "cut primary-log": scene.to_log["primary"],
-                    "cut backup-log": scene.to_log["a"],
-                }[cut]
-                for wire in wires:
-                    wire.cut()
-                return lambda: [wire.mend() for wire in wires] and None
+                pairs = CUTS[cut][self.turn % len(CUTS[cut])]
+                outcome.detail = "-".join(pairs[0]) if len(pairs) == 1 else pairs[0][0]
+        if any(far in BROKERS and (near in BROKERS or len(pairs) > 1) for near, far in pairs):
+            lasts_s = self.rng.choice(BROKERS_NOTICE_S)
+        ends = [(scene.hosts[near], scene.hosts[far]) for near, far in pairs]
+        for near, far in ends:
+            near.cut_from(far)
+        return lambda: [near.mend_to(far) for near, far in ends], lasts_s
 
     def releases(self) -> list[tuple[int, int, float]]:
         """What was released: from and to which number, and when."""
@@ -336,112 +356,168 @@ class Run:
         return [value for backup in self.scene.backups for value in backup.took_over(self.name)]
 
     def judge(self) -> None:
+        """Look for what must not be; once more at the end of all runs."""
         outcome, releases, survivors = self.outcome, self.releases(), self.survivors()
         outcome.takeovers = len(survivors)
         outcome.released = max((last for _, last, _ in releases), default=0)
         outcome.denied = any(backup.was_denied(self.name) for backup in self.scene.backups)
         outcome.gap_s = max((b[2] - a[2] for a, b in itertools.pairwise(releases)), default=0.0)
+        found = []
         if any(b[0] <= a[1] for a, b in itertools.pairwise(releases)):
-            outcome.wrong.append("a number was released twice")
+            found.append("a number was released twice")
         if len(survivors) > 1:
-            outcome.wrong.append(f"two went on, from {survivors}")
-        for value in survivors:
-            if outcome.released > value:
-                outcome.wrong.append(f"{outcome.released} was released, and a survivor goes on from {value}")
+            found.append(f"two went on, from {survivors}")
+        found += [
+            f"{outcome.released} was released, and a survivor goes on from {value}"
+            for value in survivors
+            if outcome.released > value
+        ]
+        outcome.wrong += [one for one in found if one not in outcome.wrong]
 
 
 class Scene:
-    """Brokers and backups, which stay for all runs, and the wires between."""
+    """Hosts, brokers and backups that stay for all runs. The calling thread is on their network until `stack` ends."""
 
     def __init__(self, stack: ExitStack, folder: Path, has_log: bool) -> None:
-        from remus_ckpt.demo.brokers import Brokers
-
         self.folder = folder
-        self.brokers = stack.enter_context(Brokers(folder / "brokers"))
+        addresses = {name: (f"10.83.9.{11 + number}", "") for number, name in enumerate(HOSTS)}
+        network = stack.enter_context(Network({"observer": ("10.83.9.1", ""), **addresses}))
+        self.hosts = network.hosts
+        stack.enter_context(self.hosts["observer"].visit())
+        (folder / "brokers").mkdir()
+        hosts = [self.hosts[name] for name in BROKERS]
+        self.brokers = stack.enter_context(Brokers(folder / "brokers", hosts=hosts))
         self.brokers.make_log()
-        self._has_log = has_log
-        ports = [int(self.brokers.url_of(number).rpartition(":")[2]) for number in range(3)]
-        self.to_log = {who: [Wire(port) for port in ports] for who in ("a", "b", "primary")}
-        self.backups = [Backup(folder, who, self.log_of(who)) for who in ("a", "b")]
+        self.log = self.brokers.url if has_log else None
+        self.backups = [Backup(folder, name, self.log, self.hosts[name]) for name in (A, B)]
         for backup in self.backups:
             stack.callback(backup.kill)
-        self.to_backups = [Wire(backup.port) for backup in self.backups]
-        for wire in (*self.to_backups, *(wire for wires in self.to_log.values() for wire in wires)):
-            stack.callback(wire.close)
-
-    def log_of(self, who: str) -> str | None:
-        if not self._has_log:
-            return None
-        return "nats://" + ",".join(f"127.0.0.1:{wire.port}" for wire in self.to_log[who])
 
     def leader(self) -> int:
-        """The broker that leads the stream of the log."""
-        from remus_ckpt.fleet.jetstream import STREAM, Nats
-
-        nats = Nats(self.brokers.url)
+        """The broker that leads the stream of the log. Raises LogError if nobody says so for a while."""
+        deadline = time.monotonic() + PATIENCE_S
+        nats = Nats(self.brokers.url, insecure=True)
         try:
-            info: Any = nats.run(nats.jetstream().stream_info(STREAM))
+            while True:
+                try:
+                    info: Any = nats.run(nats.jetstream().stream_info(STREAM))
+                    return int(str(info.cluster.leader).rpartition("-")[2])
+                except (*nats.failures, ValueError) as error:  # there is none now, or it does not answer
+                    if time.monotonic() > deadline:
+                        raise LogError(f"no broker leads the log: {error}") from None
+                time.sleep(0.2)
         finally:
             nats.close()
-        return int(str(info.cluster.leader).rpartition("-")[2])
+
+
+def work(options: argparse.Namespace, following: Any, done: Any) -> None:
+    """Runs of one scene, in a process of its own. following: the number of the next run; done: takes outcomes"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    faults = [options.only] if options.only else FAULTS
+    runs = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-fleet-kills-")))
+        scene = Scene(stack, folder, has_log=not options.control)
+        while True:
+            with following.get_lock():
+                number = following.value
+                following.value += 1
+            if number >= options.runs:
+                break
+            turn, which = divmod(number, len(faults))
+            rng = random.Random(f"{options.seed} {number}")
+            runs.append(Run(scene, number, faults[which], turn, rng, options.frozen[turn % len(options.frozen)]))
+            done.put(runs[-1].go())
+        for run in runs:
+            before = list(run.outcome.wrong)
+            run.judge()
+            if run.outcome.wrong != before:
+                done.put(run.outcome)
+    done.put(None)
 
 
 def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=27)
+    parser.add_argument("--runs", type=int, default=2 * len(FAULTS))
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--only", choices=FAULTS)
-    parser.add_argument("--frozen", type=float, default=6.0, help="how long a primary is frozen, in seconds")
+    parser.add_argument("--frozen", type=float, nargs="+", default=[6.0], help="seconds a primary is frozen, by turns")
+    parser.add_argument("--jobs", type=int, default=1, help="scenes side by side")
     parser.add_argument("--control", action="store_true", help="without the log")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--be-primary", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be_primary:
         name, a, b, log, out = options.be_primary
-        return be_the_primary(name, [int(a), int(b)], log or None, out)
+        return be_the_primary(name, [a, b], log or None, out)
+    if os.geteuid() != 0:
+        parser.error("needs root, for network namespaces: run it with sudo")
     print(f"seed {options.seed}", flush=True)
-    outcomes: list[Outcome] = []
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-fleet-kills-")))
-        (folder / "brokers").mkdir()
-        scene = Scene(stack, folder, has_log=not options.control)
-        for number in range(options.runs):
-            fault = options.only or FAULTS[number % len(FAULTS)]
-            outcome = Run(scene, number, fault, random.Random(f"{options.seed} {number}"), options.frozen).go()
-            outcomes.append(outcome)
+    following: Any = multiprocessing.Value("i", 0)
+    done: multiprocessing.Queue[Outcome | None] = multiprocessing.Queue()
+    workers = [multiprocessing.Process(target=work, args=(options, following, done)) for _ in range(options.jobs)]
+    outcomes: dict[int, Outcome] = {}
+    begin = time.monotonic()
+    try:
+        for worker in workers:
+            worker.start()
+        going = len(workers)
+        while going:
+            try:
+                outcome = done.get(timeout=1.0)
+            except Empty:
+                if any(worker.exitcode for worker in workers):
+                    break
+                continue
+            if outcome is None:
+                going -= 1
+                continue
+            outcomes[outcome.number] = outcome
             print(
-                f"{number:4} {fault:20} {'+ kill' if outcome.also_killed else '      '} released {outcome.released:5}"
-                f" takeovers {outcome.takeovers} wait {outcome.wait_s:5.1f} s  {'; '.join(outcome.wrong) or 'ok'}",
+                f"{outcome.number:4} {outcome.fault:20} {'+ kill' if outcome.also_killed else '      '} "
+                f"released {outcome.released:5} takeovers {outcome.takeovers} wait {outcome.wait_s:5.1f} s of "
+                f"{outcome.took_s:5.1f}  {'; '.join(outcome.wrong) or outcome.invalid or 'ok'}  {outcome.detail}",
                 flush=True,
             )
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
         if options.json:
-            options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
-    return report(outcomes, options.control)
+            options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes.values()], indent=1))
+    print(f"\n{time.monotonic() - begin:.0f} s, load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
+    return report(list(outcomes.values()), options)
 
 
-def report(outcomes: list[Outcome], is_control: bool) -> int:
+def report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> int:
     """Print a table; returns the exit code."""
-    heads = f"{'runs':>5} {'takeovers':>9} {'denied':>6} {'fenced':>6} {'wait s, median/most':>20} {'wrong':>6}"
-    print(f"\n{'fault':20} {heads}")
+    heads = f"{'valid':>5} {'+ kill':>6} {'takeovers':>9} {'denied':>6} {'fenced':>6} {'wait s, median/most':>20}"
+    print(f"{'fault':20} {heads} {'invalid':>7} {'wrong':>6}")
     for fault in FAULTS:
         these = [outcome for outcome in outcomes if outcome.fault == fault]
-        if these:
-            waits = [outcome.wait_s for outcome in these]
-            counts = Counter[str]()
-            for outcome in these:
-                counts["takeovers"] += outcome.takeovers
-                counts["denied"] += outcome.denied
-                counts["fenced"] += outcome.fenced
-                counts["wrong"] += bool(outcome.wrong)
-            wait = f"{statistics.median(waits):.1f} / {max(waits):.1f}"
-            print(
-                f"{fault:20} {len(these):5} {counts['takeovers']:9} {counts['denied']:6} {counts['fenced']:6} "
-                f"{wait:>20} {counts['wrong']:6}"
-            )
+        if not these:
+            continue
+        valid = [outcome for outcome in these if not outcome.invalid]
+        waits = [outcome.wait_s for outcome in valid] or [0.0]
+        counts = Counter[str]()
+        for outcome in valid:
+            counts["killed"] += outcome.also_killed
+            counts["takeovers"] += outcome.takeovers
+            counts["denied"] += outcome.denied
+            counts["fenced"] += outcome.fenced
+        wait = f"{statistics.median(waits):.1f} / {max(waits):.1f}"
+        print(
+            f"{fault:20} {len(valid):5} {counts['killed']:6} {counts['takeovers']:9} {counts['denied']:6} "
+            f"{counts['fenced']:6} {wait:>20} {len(these) - len(valid):7} {sum(bool(one.wrong) for one in these):6}"
+        )
+    invalid = [outcome for outcome in outcomes if outcome.invalid]
     wrong = sum(bool(outcome.wrong) for outcome in outcomes)
-    print(f"{len(outcomes)} runs, {wrong} wrong")
-    return int(bool(wrong) != is_control)
+    print(f"{len(outcomes) - len(invalid)} valid runs, {len(invalid)} invalid, {wrong} wrong")
+    if len(outcomes) < options.runs:
+        print(f"{options.runs - len(outcomes)} runs were not made")
+        return 1
+    return int(bool(wrong) != options.control or len(invalid) == len(outcomes))
 
 
 if __name__ == "__main__":

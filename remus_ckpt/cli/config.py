@@ -23,6 +23,7 @@ from remus_ckpt.cli.options import AsJson, app, print_json
 from remus_ckpt.cli.terminal import complain, out
 from remus_ckpt.errors import RemusError
 
+_MOST_BYTES = 1 << 20
 CONFIGURABLE = ("backup", "protect", "run")
 """The commands that read a file."""
 
@@ -80,9 +81,14 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
     """What a file says for each command. Raises typer.BadParameter."""
     try:
         with open(path, "rb") as file:
-            tables = tomllib.load(file)
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise typer.BadParameter(f"{path}: more than {_MOST_BYTES:,} bytes are no file of options")
+        tables = tomllib.loads(data.decode())
     except ValueError as error:  # of TOML, or of UTF-8
         raise typer.BadParameter(f"{path}: {error}") from None
+    except RecursionError:
+        raise typer.BadParameter(f"{path}: lists or tables stand in one another too deep") from None
     faults = []
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -148,7 +154,10 @@ def _value(param: Any, value: Any, ctx: typer.Context) -> Any:
         return value
     is_line = param.nargs == -1
     if is_line and isinstance(value, str):
-        value = shlex.split(value)
+        try:
+            value = shlex.split(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"{error} in {value!r}: a shell would not take it either") from None
     is_several = is_line or getattr(param, "multiple", False)
     given = value if is_several and isinstance(value, list) else [value]
     for one in given:

@@ -187,7 +187,7 @@ class Dashboard:
             wanted = json.loads(environ["wsgi.input"].read(size))
             source, name, fence = wanted["source"], check_name(wanted["name"]), wanted["fence"]
             watched = self._board.sources[source] if type(source) is int and source >= 0 else None
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             watched = None
         if watched is None or type(fence) is not bool:
             return _say_json(start, "400 Bad Request", "what is to be promoted?")

@@ -10,24 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from remus_ckpt.demo.lan import Host
 from remus_ckpt.errors import LogError, RemusError
 
 _READY_S = 30.0
 _CONFIG = """\
 server_name: {name}
-listen: "127.0.0.1:{port}"
-http: "127.0.0.1:{monitor}"
+listen: "{host}:{port}"
+http: "{host}:{monitor}"
 jetstream {{ store_dir: "{store}", sync_interval: {sync}, max_mem: 64M, max_file: 1G }}
 {cluster}
 {tls}
 {rights}
 """
-_CLUSTER = 'cluster {{ name: remus, no_advertise: true, listen: "127.0.0.1:{0}", routes: [{1}] }}'
+_CLUSTER = 'cluster {{ name: remus, no_advertise: true, listen: "{0}", routes: [{1}] }}'
 _TLS = 'tls {{ cert_file: "{0}/cert.pem", key_file: "{0}/key.pem", ca_file: "{0}/ca.pem", {1}: true }}'
 
 
@@ -50,6 +52,7 @@ class Brokers:
     sync: their `sync_interval`
     tls_dir: a folder made by `keys issue` for localhost: clients then need certificates of its CA
     rights: an `authorization` block; a client's certificate then says which user it is
+    hosts: where each runs, in place of this machine's loopback; whoever uses this object is on their network
     Raises RemusError if they do not start.
     """
 
@@ -61,6 +64,7 @@ class Brokers:
         sync: str = "always",
         tls_dir: Path | None = None,
         rights: str = "",
+        hosts: Sequence[Host] = (),
     ) -> None:
         self._stack = ExitStack()
         self._program = program()
@@ -70,20 +74,25 @@ class Brokers:
             directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-brokers-")))
         self.directory = directory
         ports = _free_ports(3 * count)
-        self._ports, self._monitors, routes = ports[:count], ports[count : 2 * count], ports[2 * count :]
-        scheme, host = ("tls", "localhost") if tls_dir else ("nats", "127.0.0.1")
-        self.url = f"{scheme}://" + ",".join(f"{host}:{port}" for port in self._ports)
+        self._ports, monitors, routes = ports[:count], ports[count : 2 * count], ports[2 * count :]
+        self._hosts = hosts
+        self._addresses = [host.address for host in hosts] or ["127.0.0.1"] * count
+        names = ["localhost"] * count if tls_dir else self._addresses
+        named = zip(names, self._ports, strict=True)
+        self.url = f"{'tls' if tls_dir else 'nats'}://" + ",".join(f"{name}:{port}" for name, port in named)
         """To be given as --log."""
-        self.monitors = [f"http://127.0.0.1:{port}" for port in self._monitors]
-        urls = ", ".join(f'"nats://127.0.0.1:{route}"' for route in routes)
+        self.monitors = [f"http://{host}:{port}" for host, port in zip(self._addresses, monitors, strict=True)]
+        ends = [f"{host}:{route}" for host, route in zip(self._addresses, routes, strict=True)]
+        urls = ", ".join(f'"nats://{end}"' for end in ends)
         for number in range(count):
             text = _CONFIG.format(
                 name=f"broker-{number}",
+                host=self._addresses[number],
                 port=self._ports[number],
-                monitor=self._monitors[number],
+                monitor=monitors[number],
                 store=directory / str(number),
                 sync=sync,
-                cluster=_CLUSTER.format(routes[number], urls) if count > 1 else "",
+                cluster=_CLUSTER.format(ends[number], urls) if count > 1 else "",
                 tls=_TLS.format(tls_dir.absolute(), "verify_and_map" if rights else "verify") if tls_dir else "",
                 rights=rights,
             )
@@ -106,9 +115,11 @@ class Brokers:
         """Start one that is not running."""
         with open(self.directory / f"{number}.log", "ab") as out:
             # A cluster that nobody ends would stay for ever.
-            config = str(self.directory / f"{number}.conf")
+            words = [self._program, "-c", str(self.directory / f"{number}.conf")]
+            if self._hosts:
+                words = self._hosts[number].inside(*words)
             self._servers[number] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", self._program, "-c", config],
+                ["setpriv", "--pdeathsig", "KILL", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -119,7 +130,7 @@ class Brokers:
         deadline = time.monotonic() + _READY_S
         while True:
             try:
-                with socket.create_connection(("127.0.0.1", self._ports[number]), 1.0):
+                with socket.create_connection((self._addresses[number], self._ports[number]), 1.0):
                     return
             except OSError:
                 server = self._servers[number]
@@ -175,7 +186,9 @@ class Brokers:
         from remus_ckpt.fleet.jetstream import Nats, make_log
         from remus_ckpt.link.tls import TlsFiles
 
-        nats = Nats(self.url, tls=None if self._tls_dir is None else TlsFiles(self._tls_dir))
+        nats = Nats(
+            self.url, insecure=bool(self._hosts), tls=None if self._tls_dir is None else TlsFiles(self._tls_dir)
+        )
         try:
             make_log(nats, replicas=len(self._servers), monitors=self.monitors)
             make_buckets(nats, replicas=len(self._servers))

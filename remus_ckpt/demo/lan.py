@@ -1,20 +1,21 @@
-"""Two hosts, a client and the wire between them, on one machine: network namespaces with addresses of their own.
+"""Hosts and the wires between them, on one machine: network namespaces with addresses of their own. Of two hosts:
 
     host a: 10.83.9.11, tap0   ─┐
     host b: 10.83.9.12, tap7   ─┼─ switch        a guest at one of the TAP devices has 10.83.9.2
     client: 10.83.9.1          ─┘
 
-Source: ip-netns(8), ip-link(8).
+Source: ip-netns(8), ip-link(8), ip-neighbour(8), setns(2).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,9 @@ from typing import Self
 from remus_ckpt.errors import RemusError
 
 GUEST = "10.83.9.2"
+_NOBODY = "02:00:00:00:00:01"
+"""An Ethernet address that no host has."""
+_CLONE_NEWNET = 0x40000000
 _numbers = count()
 
 
@@ -69,36 +73,49 @@ class Host:
         """Put it back."""
         _ip("-n", self.namespace, "link", "set", "wire", "up")
 
+    def cut_from(self, other: Host) -> None:
+        """Let nothing through between two hosts, either way. Neither is told, and all else goes on."""
+        for here, there in ((self, other), (other, self)):
+            _ip(*f"-n {here.namespace} neigh replace {there.address} lladdr {_NOBODY} dev br0 nud permanent".split())
 
-class Lan:
-    """Two hosts and a client. At the end of a `with` block all that runs on them is killed.
+    def mend_to(self, other: Host) -> None:
+        """Undo `cut_from`."""
+        for here, there in ((self, other), (other, self)):
+            _ip(*f"-n {here.namespace} neigh del {there.address} dev br0".split())
 
-    taps: a TAP device for guests on each host, in the bridge br0 there; "" for none
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """The calling thread is here in the block, and so is what it starts meanwhile. Raises OSError."""
+        with open("/proc/thread-self/ns/net", "rb") as before, open(f"/run/netns/{self.namespace}", "rb") as here:
+            _set_namespace(here.fileno())
+            try:
+                yield
+            finally:
+                _set_namespace(before.fileno())
+
+
+class Network:
+    """Hosts on one switch. At the end of a `with` block all that runs on them is killed.
+
+    names: of the hosts, with the address and the TAP device of each
     Raises RemusError.
     """
 
-    def __init__(self, taps: tuple[str, str] = ("tap0", "tap7")) -> None:
+    def __init__(self, names: Mapping[str, tuple[str, str]]) -> None:
         stem = f"remus-{os.getpid()}-{next(_numbers)}"
         self._switch = f"{stem}-switch"
-        self.a = Host(f"{stem}-a", "10.83.9.11", taps[0])
-        self.b = Host(f"{stem}-b", "10.83.9.12", taps[1])
-        self.client = Host(f"{stem}-client", "10.83.9.1")
+        self.hosts = {name: Host(f"{stem}-{name}", *where) for name, where in names.items()}
         self._made: list[str] = []
         try:
-            for namespace in (self._switch, *(host.namespace for host in self.all)):
+            for namespace in (self._switch, *(host.namespace for host in self.hosts.values())):
                 _ip("netns", "add", namespace)
                 self._made.append(namespace)
             _batch(self._switch, ["link add switch type bridge", "link set switch up", "link set lo up"])
-            for number, host in enumerate(self.all):
+            for number, host in enumerate(self.hosts.values()):
                 self._connect(host, number)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def all(self) -> tuple[Host, ...]:
-        """The hosts and the client."""
-        return self.a, self.b, self.client
 
     def _connect(self, host: Host, number: int) -> None:
         port = f"port{number}"
@@ -124,11 +141,29 @@ class Lan:
 
     def close(self) -> None:
         """Kill what runs there, and take it apart."""
-        for host in self.all:
+        for host in self.hosts.values():
             if host.namespace in self._made:
                 host.kill()
         while self._made:
             _ip("netns", "del", self._made.pop())
+
+
+class Lan(Network):
+    """Two hosts and a client.
+
+    taps: a TAP device for guests on each host, in the bridge br0 there; "" for none
+    """
+
+    def __init__(self, taps: tuple[str, str] = ("tap0", "tap7")) -> None:
+        a, b = taps
+        super().__init__({"a": ("10.83.9.11", a), "b": ("10.83.9.12", b), "client": ("10.83.9.1", "")})
+        self.a, self.b, self.client = self.hosts.values()
+
+
+def _set_namespace(number: int) -> None:
+    # os.setns came with Python 3.12.
+    if ctypes.CDLL(None, use_errno=True).setns(number, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _ip(*words: str) -> str:

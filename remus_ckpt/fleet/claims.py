@@ -49,6 +49,12 @@ class Claims:
         """
         return _mine(last_of(self._log, self._name), term, bytes.fromhex(store))
 
+    def could_take_over(self, *, term: int, store: str, newest: Position, holds: Callable[[Position], bool]) -> bool:
+        """Whether a takeover would be appended now. As for `take_over`. Raises LogError, Malformed."""
+        last = last_of(self._log, self._name)
+        found = take_over(last, term=term, store=bytes.fromhex(store), newest=newest, holds=holds)
+        return not isinstance(found, No)
+
     def take_over(self, *, term: int, store: str, newest: Position, holds: Callable[[Position], bool]) -> int:
         """Append a takeover; returns its term, which is above `term`.
 

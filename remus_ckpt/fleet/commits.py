@@ -34,8 +34,8 @@ class Commits:
     on_logged: called with a position once the log has it, in the thread that appends
     on_ended: called once, in that thread, when the log says that another side acts; `check` then raises Fenced
 
-    The thread that takes checkpoints calls `begin_run`, `begin`, `settle` and `forget`; the listening thread calls
-    `put`; any thread may call the rest. No lock is held that an interrupt could leave held (turns.py).
+    The thread that takes checkpoints calls `begin_run`, `begin`, `look`, `settle` and `forget`; the listening thread
+    calls `put`; any thread may call the rest. No lock is held that an interrupt could leave held (turns.py).
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Commits:
             return
         self._term = term
         self._last = self._read()
-        if isinstance(found := self._decide(), Ended):
+        if isinstance(found := self._decide(self._last), Ended):
             raise self._fenced(found.term)
         thread = threading.Thread(target=self._run, name="commit log", daemon=True)
         try:
@@ -109,6 +109,15 @@ class Commits:
         except RuntimeError as error:  # no more threads are allowed
             raise LinkError(f"no thread for the commit log: {error}") from error
         self._thread = thread
+
+    def look(self) -> None:
+        """Between two sessions: raise Fenced if the log says that another side acts."""
+        try:
+            last = last_of(self._log, self._name)
+        except RemusError:
+            return  # it is asked again, before the next session at the latest
+        if isinstance(found := self._decide(last), Ended):
+            raise self._fenced(found.term)
 
     def put(self, position: Position) -> None:
         """The backup holds this position: append it."""
@@ -143,9 +152,9 @@ class Commits:
             term=term,
         )
 
-    def _decide(self) -> object:
+    def _decide(self, last: Last) -> object:
         assert self._since is not None
-        return commit(self._last, term=self._term, run=self._writer, since=self._since)
+        return commit(last, term=self._term, run=self._writer, since=self._since)
 
     # The thread
 
@@ -176,7 +185,7 @@ class Commits:
     def _append(self, position: Position) -> None:
         """Append a position. Raises Fenced, LogError, Malformed."""
         begin = time.monotonic()
-        if isinstance(found := self._decide(), Ended):
+        if isinstance(found := self._decide(self._last), Ended):
             raise self._fenced(found.term)
         record = Record(Kind.COMMIT, self._term, self._writer, position, self._where, time.time())
         key = secrets.token_hex(16)
@@ -188,7 +197,7 @@ class Commits:
         except Overtaken:
             # By another side, or by a record of ours whose answer was lost.
             self._last = last_of(self._log, self._name)
-            if isinstance(found := self._decide(), Ended):
+            if isinstance(found := self._decide(self._last), Ended):
                 raise self._fenced(found.term) from None
             if self._last.record is None or self._last.record.writer != self._writer:
                 return

@@ -107,22 +107,27 @@ class Member:
         """Before the primary of a name is fenced: may it be taken over here? term: of the store. Raises RemusError."""
         self._check(self._place(name)[0], term)
 
-    def claim(self, name: str, term: int) -> None:
+    def claim(self, name: str, term: int, *, is_certain: bool = False) -> None:
         """Before a name is promoted under this term: have the fleet know, so that its primary cannot go elsewhere.
 
+        is_certain: it is in the commit log that this backup has taken over, whoever the fleet believes to have the name
         May be called again. Raises RemusError if another backup has the name, or the brokers do not answer: nothing may
-        be promoted then.
+        be promoted then, unless is_certain.
         """
         place, revision = self._place(name)
-        self._check(place, term - 1)
+        if not is_certain:
+            self._check(place, term - 1)
         taken = Place(name, self.id, next(iter(self.addresses), ""), term, is_taken_over=True)
         deadline = time.monotonic() + CLAIM_S
-        while place != taken:
+        while place != taken and not (is_certain and place is not None and place.term > term):
             try:
                 self._fleet.put(taken, revision)
                 break
             except Overtaken as error:
-                raise RemusError(f"not promoted: {error}") from None
+                if not is_certain:
+                    raise RemusError(f"not promoted: {error}") from None
+                place, revision = self._place(name)
+                continue
             except LogError as error:
                 # It may have been written, or be on its way: while that is not known, no primary is to be let in.
                 if time.monotonic() > deadline:

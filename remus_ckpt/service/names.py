@@ -195,13 +195,18 @@ class Names:
         self._drop_if_empty(standby)
 
     def let_go(self, name: str) -> bool:
-        """Close the store of a name that another backup has, unless a primary uses it; returns whether it is closed.
+        """Close the store of a name that another backup has, unless a primary uses it, or the commit log has its last
+        commit here; returns whether it is closed.
 
-        Its files stay, and it is opened again for a primary that comes back. Raises RemusError if it does not close.
+        Its files stay, and it is opened again for a primary that comes back. Raises RemusError if it does not close, or
+        if the log does not answer.
         """
         with self._changed:
             standby = self.open_ones.get(name)
-            if standby is None or standby.guests or name in self._in_work or self._is_closed:
+        if standby is None or standby.could_claim():
+            return False
+        with self._changed:
+            if self.open_ones.get(name) is not standby or standby.guests or name in self._in_work or self._is_closed:
                 return False
             self._in_work.add(name)
             del self.open_ones[name]

@@ -516,7 +516,7 @@ class Primary:
         connection: Connection | None = None
         link: Link | None = None
         try:
-            connection = self._connect() if self._placed is None else self._find(self._placed)
+            connection = self._dial()
             hello = replace(hello, term=self.term)
             link = Link(
                 connection,
@@ -548,6 +548,15 @@ class Primary:
         if self._connections > 1:
             self.metrics.reconnected(self.name)
         log("linked", level=self._backoff.log_level, name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
+
+    def _dial(self) -> Connection:
+        try:
+            return self._connect() if self._placed is None else self._find(self._placed)
+        except LinkError:
+            # A backup that has taken over may be gone since, and nobody else tells us.
+            if self._commits is not None and self._connections:
+                self._commits.look()
+            raise
 
     def _agree(self, link: Link) -> Begin:
         """Continue with deltas if our reference can be brought back to what the backup holds; else start over."""

@@ -95,7 +95,6 @@ class Standby:
         if policy.commit_log is not None:
             self._claims = Claims(policy.commit_log, name, f"{platform.node()}:{writer.directory}")
         self._guest = guest
-        self._consent = consent
         self.guests = 0
         """Primaries that are connected or waiting to be let in; `Names` counts them, under its own lock."""
         self._writer = writer
@@ -397,6 +396,10 @@ class Standby:
 
     # Decisions
 
+    def could_claim(self) -> bool:
+        """Whether the commit log has its last commit here. Raises LogError, Malformed, StoreError."""
+        return self._takeover.could_claim()
+
     def make_room(self) -> None:
         """Remove old checkpoints if too little of the disk is free. May wait for the disk."""
         with suppress(StoreError):  # closed meanwhile; the writer notes whatever else is wrong
@@ -515,8 +518,8 @@ class Standby:
         Raises NoCheckpoint if nothing is committed, RemusError if the fencing fails or the promotion takes too long.
         The message describes that moment: a promotion that is already being written may still complete later.
         """
-        if self._consent is not None and self._takeover.given is None and self._durable.state.role != "promoted":
-            self._consent.check(self.name, self._durable.state.term)
+        if self._takeover.given is None and self._durable.state.role != "promoted":
+            self._takeover.ask_others()
         with self._changed:
             if (given := self._takeover.given) is not None:
                 return given

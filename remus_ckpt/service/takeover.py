@@ -41,9 +41,9 @@ class Consent(Protocol):
     def check(self, name: str, term: int) -> None:
         """Raise RemusError if a takeover could not follow: then nobody is fenced for it. term: of the store"""
 
-    def claim(self, name: str, term: int) -> None:
+    def claim(self, name: str, term: int, *, is_certain: bool = False) -> None:
         """Have the others know that the name is taken over here, under this term. Raises RemusError: then nothing is
-        promoted."""
+        promoted, unless is_certain: it has happened, and the others have no say."""
 
 
 class Takeover:
@@ -211,8 +211,7 @@ class Takeover:
     def claim(self, term: int) -> bool:
         """Append the takeover to the commit log, unless its reason has gone."""
         try:
-            if self._consent is not None:
-                self._consent.check(self.name, self._durable.state.term)
+            self.ask_others()
             with self._durable.settling():
                 with self._lock:
                     is_due = self._is_due(failover.Claim(term))
@@ -240,6 +239,33 @@ class Takeover:
             log("takeover not logged", level=logging.ERROR, name=self.name, reason=str(error))
             return False
         return True
+
+    def ask_others(self) -> None:
+        """Raise RemusError if others do not agree to a takeover from here.
+
+        Nobody is asked where the log decides. The others may believe that a name has moved already, while the log has
+        its last commit here: then nobody else may go on.
+        """
+        if self._consent is not None and not self._is_logged():
+            self._consent.check(self.name, self._durable.state.term)
+
+    def _is_logged(self) -> bool:
+        with self._lock:
+            return self._situation().is_logged
+
+    def could_claim(self) -> bool:
+        """Whether the log would take a takeover from here. Raises LogError, Malformed, StoreError."""
+        newest = self._durable.writer.position
+        if self._claims is None or newest is None:
+            return False
+        _ = self._claims.identity  # so that it is known
+        if not self._is_logged():
+            return False
+        state = self._durable.known_state()
+        store = str(state.more.get("log_store") or self._claims.new_store())
+        return self._claims.could_take_over(
+            term=state.term, store=store, newest=newest, holds=lambda position: self._holds(newest, position)
+        )
 
     def _append_claim(self, term: int) -> int:
         """Returns the term that is in the log. Raises Denied, LogError, StoreError."""
@@ -378,12 +404,13 @@ class Takeover:
         """Raises RemusError if the others do not agree, and nothing else says that they must."""
         if self._consent is None:
             return
+        # With the takeover in the log that the primary commits to, nobody else can go on, whatever the others know.
+        is_certain = self.claimed is not None and self._is_logged()
         try:
-            self._consent.claim(self.name, term)
+            self._consent.claim(self.name, term, is_certain=is_certain)
         except RemusError as error:
-            if self._claims is None:
+            if not is_certain:
                 raise
-            # The takeover is in the commit log: nobody else can go on any more, whatever the others know of it.
             log("fleet not told", level=logging.WARNING, name=self.name, reason=str(error))
 
     def _hand_out(self) -> dict[str, Any]:

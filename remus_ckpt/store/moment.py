@@ -401,7 +401,8 @@ def _built(history: History, entry: Entry, fd: int, is_fresh: bool) -> PageIndex
                 pass  # no room: it is a cache
     like = None if is_fresh else PageIndex.open(history.directory / DIRECTORY, entry.segment)
     try:
-        return _extended(None, lambda: PageIndex.unnamed(entry.segment, like), history, entry, fd)
+        copy = None if like is None else PageIndex.unnamed(entry.segment, like)
+        return _extended(copy, lambda: PageIndex.unnamed(entry.segment, None), history, entry, fd)
     finally:
         if like is not None:
             like.close()
@@ -414,6 +415,9 @@ def _extended(
         index = one or create()
         try:
             index.extend(fd, entry, history.limits)
+        except Damaged:
+            index.close()
+            continue
         except StreamError as error:
             index.close()
             # The traceback would keep the index mapped.
@@ -483,8 +487,12 @@ def _index_segment(history: History, directory: Path, one: Contents, until: Call
             index = PageIndex.create(directory, one.name)
         with index:
             before = index.count
-            with suppress(StreamError):  # whoever reads it is told
-                index.extend(fd, one.last, history.limits, until)
+            try:
+                with suppress(StreamError):  # whoever reads it is told
+                    index.extend(fd, one.last, history.limits, until)
+            except Damaged:
+                PageIndex.create(directory, one.name).close()  # the next turn fills it
+                return 0
             return index.count - before
     finally:
         os.close(fd)

@@ -134,13 +134,13 @@ class PageIndex:
     def open(cls, directory: Path, segment: str, *, writable: bool = False) -> Self | None:
         """The index of a segment; None if there is none that can be used. Raises OSError only for lack of resources."""
         files: dict[str, int] = {}
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not hang it
         found = cls(segment, files)
         try:
             for name in (_META, _RECORDS, _FULL, _HEADS, _ROWS):
                 files[name] = os.open(directory / segment / name, flags)
             found._load()
-        except (OSError, ValueError, KeyError, TypeError, Damaged):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, Damaged):
             found.close()
             return None
         return found
@@ -259,11 +259,7 @@ class PageIndex:
         records = self._records(count)
         if checksum(records.view(np.uint8)) != int(row["records_crc"]):
             raise Damaged
-        heads = self._heads(row)
-        later = records[int(row["heads_records"]) :]
-        if len(later) and int(later["pfn"].max()) >= len(heads):
-            raise Damaged
-        heads[later["pfn"]] = np.arange(count - len(later) + 1, count + 1)
+        heads = self._heads_at(row, records)
         before = self._rows[int(row["epoch"]) - int(self._rows[0]["epoch"]) - 1] if row["start"] else None
         carried = records[0 if before is None else int(before["records"]) :]
         full = os.dup(self._files[_FULL])
@@ -273,6 +269,15 @@ class PageIndex:
 
     def _records(self, count: int) -> Records:
         return np.frombuffer(_mapped(self._files[_RECORDS], count * RECORD.itemsize), dtype=RECORD)
+
+    def _heads_at(self, row: np.void, records: Records) -> Heads:
+        """The heads as they are after these records, all up to a row. Raises Damaged."""
+        heads = self._heads(row)
+        later = records[int(row["heads_records"]) :]
+        if len(later) and int(later["pfn"].max()) >= len(heads):
+            raise Damaged
+        heads[later["pfn"]] = np.arange(len(records) - len(later) + 1, len(records) + 1)
+        return heads
 
     def _heads(self, row: np.void) -> Heads:
         assert self.shape is not None
@@ -298,7 +303,7 @@ class PageIndex:
         segment: its descriptor
         until: asked after each checkpoint whether to stop there
         Raises StreamError if the segment is damaged, StoreError or OSError if it cannot be read or the index cannot be
-        written; what has been added stays.
+        written; what has been added stays. Raises Damaged, with nothing added, if the index does not hold together.
         """
         if self.end < last.end:
             _Builder(self, segment, limits).run(last, until or (lambda: False))
@@ -330,9 +335,7 @@ class _Builder:
         for name in (_RECORDS, _FULL, _HEADS):  # what comes behind is from a writer that has died
             os.ftruncate(self._files[name], _bytes_in(row, name, shape))
         os.ftruncate(self._files[_ROWS], len(self._index._rows) * _ROW.itemsize)
-        self._heads = self._index._heads(row)
-        later = self._index._records(int(row["records"]))[self._snapshot[0] :]
-        self._heads[later["pfn"]] = np.arange(self._snapshot[0] + 1, int(row["records"]) + 1)
+        self._heads = self._index._heads_at(row, self._index._records(int(row["records"])))
         self._start = Boundary.of_ours(
             offset=int(row["end"]),
             epoch=len(self._index._rows),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from remus_ckpt.disk import free_bytes, guarding, sync_directory
 from remus_ckpt.errors import StoreError
+from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.store.index import Index
 from remus_ckpt.store.retention import Removal, Retention, find_removals, times_taken
 from remus_ckpt.store.segments import Contents, first_epoch_of, is_segment, sequence_of
@@ -56,9 +57,14 @@ class Pruner:
         return self._pruning is not None
 
     def make_room(self, newest: str) -> None:
-        """`go_on` if too little of the file system is free, or if segments are still to be removed."""
-        if self.is_under_way or self._is_short_of_room():
+        """`go_on` if too little of the file system is free, if segments are still to be removed, or if those before the
+        newest need no longer be spared."""
+        if self.is_under_way or self._is_short_of_room() or self._spares_no_more(newest):
             self.go_on(newest)
+
+    def _spares_no_more(self, newest: str) -> bool:
+        spared = _spared(self._state.state)
+        return spared > 0 and len(self._index.known[newest].epochs) == spared
 
     def _is_short_of_room(self) -> bool:
         """Whether too little of the file system is free; never while what was removed may still be freed."""
@@ -173,6 +179,12 @@ def _with_gaps(state: State, gaps: Iterable[range], oldest: str) -> State:
     return state if gaps == state.pruned else state.with_pruned(gaps)
 
 
+def _spared(state: State) -> int:
+    """How many of the newest checkpoints stay in any case: a takeover has to find the last one that is in the commit
+    log, behind which a primary has at most its window."""
+    return MAX_WINDOW + 1 if state.more.get("log") else 0
+
+
 def find_over(
     directory: Path, contents: Iterable[Contents], newest: str, state: State, retention: Retention, now_ns: int
 ) -> Pruning | None:
@@ -200,7 +212,7 @@ def find_over(
     own_sizes = sizes[: len(older)]
     # Segments newer than that one exist only if they are damaged: they count towards the size.
     sizes[len(older) - 1 :] = [sum(sizes[len(older) - 1 :])]
-    rules = find_removals(older, sizes, retention, times_ns, free)
+    rules = find_removals(older, sizes, retention, times_ns, free, _spared(state))
     if not rules:
         return None
     over = {older[number].name: Removal(older[number], own_sizes[number], rule) for number, rule in rules.items()}

@@ -98,15 +98,17 @@ def find_removals(
     retention: Retention,
     times_ns: Sequence[int | None],
     free_bytes: int = 0,
+    spared: int = 0,
 ) -> dict[int, Rule]:
     """The numbers of the segments to remove, in order, and why; the last always stays.
 
+    spared: how many of the newest checkpoints stay, whatever the rules say
     segments: what they hold, oldest first; sizes: of their files in bytes
     times_ns: as estimated by `times_taken`
     free_bytes: of the file system now
     """
-    numbers = range(len(segments) - 1)
     counts = _counts_from(segments)
+    numbers = [number for number in range(len(segments) - 1) if counts[number + 1] >= spared]
     wanted = _wanted_by_tiers(segments, retention, times_ns)
     has_only_tiers = bool(retention.tiers) and retention.count is None and retention.age_s is None
 

@@ -111,6 +111,9 @@ def test_a_good_file_is_good(remus: Command, file: Path) -> None:
         ('[run]\nname = "web"\nto = "unix:s"', ["QEMU"]),
         ('[run]\nname = "web"\nqemu = "qemu-system-x86_64 -m 64M"', ["--to is missing"]),
         ('[run]\nname = "web"\nto = "unix:s"\nqemu = "qemu-system-x86_64 -m 64M -device vfio-pci"', ["vfio"]),
+        ('[run]\nname = "web"\nto = "unix:s"\nqemu = "qemu-system-x86_64 \\"half"', ["line 4: ", "quotation"]),
+        ("[backup]\nlisten = " + "[" * 5000, ["too deep"]),
+        ("#" * (1 << 21), ["bytes"]),
     ],
 )
 def test_what_is_wrong_is_named(remus: Command, file: Path, text: str, words: list[str]) -> None:

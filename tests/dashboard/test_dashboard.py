@@ -402,7 +402,8 @@ def test_failover_is_for_the_page_alone() -> None:
         assert post(body, **BASIC)[0] == 403
         assert post(body, **BASIC, **ASKED, Origin="http://evil.example")[0] == 403
         assert ask(dashboard, "/failover", **BASIC, **ASKED)[0] == 405
-        for wrong in (b"", b"{}", b"[1]", b"\xff", b"x" * 5000, body.replace(b"0", b"1"), body.replace(b"0", b"-1"),
+        for wrong in (b"", b"{}", b"[1]", b"\xff", b"x" * 5000, b"[" * 4000,
+                      body.replace(b"0", b"1"), body.replace(b"0", b"-1"),
                       body.replace(b"false", b"0"), body.replace(b"odd", b"../odd")):  # fmt: skip
             assert post(wrong, **BASIC, **ASKED)[0] == 400, wrong
         assert odd.promoted == []

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from services import LONG_S, until
 from support import Command
+from watching import shown, watching
 
 from remus_ckpt.demo.brokers import Brokers
 from remus_ckpt.errors import Fenced, LinkError, LogError, NoCheckpoint, Overtaken, RemusError
@@ -379,8 +380,7 @@ def test_a_takeover_that_only_the_fleet_knows_of_is_carried_out(
 def test_status_says_where_every_name_is(
     brokers: Brokers, fleet: Fleet, start: Callable[..., Member], name: str, remus: Command
 ) -> None:
-    ran = remus("fleet", "status", brokers.url)
-    assert (ran.code, "no names yet" in ran.out) == (0, True)
+    until(lambda: "no names yet" in remus("fleet", "status", brokers.url).out)  # once leases of a test before are over
     member = start("a", max_names=3)
     with protected(brokers, name) as (_, protection):
         protection.checkpoint(wait=True)
@@ -405,6 +405,40 @@ def test_status_says_where_every_name_is(
         assert remus("fleet", "forget", brokers.url, "lost").code == 0
         assert remus("fleet", "forget", brokers.url, "lost").code == 1
         assert remus("fleet", "status", brokers.url).code == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_status_that_is_drawn_anew(
+    brokers: Brokers, fleet: Fleet, start: Callable[..., Member], name: str, tmp_path: Path, terminal: bool
+) -> None:
+    member = start("a")
+    with watching(tmp_path / "seen", "fleet", "status", brokers.url, terminal=terminal) as seen:
+        printed = bytearray()
+        until(lambda: shown(seen, printed, b"no names yet", member.id.encode()))
+        with protected(brokers, name) as (_, protection):
+            protection.checkpoint(wait=True)
+            until(lambda: shown(seen, printed, name.encode(), b"1 name protected; 1 backup alive"))
+            fleet.put(Place("lost", "gone", "tcp://127.0.0.1:1", 0), fleet.place("lost")[1])
+            until(lambda: shown(seen, printed, b"1 of 2 names unprotected", b"gone is gone"))
+            fleet.forget("lost")
+    assert (b"\x1b[" in printed) == terminal
+
+
+def test_a_status_goes_on_while_the_brokers_do_not_answer(brokers: Brokers, fleet: Fleet, tmp_path: Path) -> None:
+    def last() -> dict[str, Any]:
+        lines = (tmp_path / "seen").read_bytes().split(b"\n")
+        return json.loads(lines[-2]) if len(lines) > 1 else {}
+
+    with watching(tmp_path / "seen", "fleet", "status", brokers.url, "--json", terminal=False):
+        until(lambda: "names" in last())
+        for number in range(3):
+            brokers.kill(number)
+        try:
+            until(lambda: "error" in last())
+        finally:
+            for number in range(3):
+                brokers.start(number)
+        until(lambda: "names" in last())
 
 
 def test_a_backup_that_nobody_knows_cannot_be_drained(brokers: Brokers, fleet: Fleet, remus: Command) -> None:

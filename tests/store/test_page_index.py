@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_it_grows_with_its_segment(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["records", "heads", "checkpoints", "meta.json", "full"])
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "deep", "pipe"])
 def test_a_damaged_index_is_built_anew(history: History, name: str, harm: str) -> None:
     whole(history, COUNT - 2)
     file = index_of(history, 5) / name
@@ -170,6 +171,11 @@ def test_a_damaged_index_is_built_anew(history: History, name: str, harm: str) -
         file.unlink()
     elif harm == "cut":
         os.truncate(file, file.stat().st_size // 2)
+    elif harm == "deep":
+        file.write_bytes(b"[" * file.stat().st_size + b"[" * 3000)
+    elif harm == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     else:
         data = bytearray(file.read_bytes())
         for at in range(0, len(data), 40):
@@ -178,6 +184,27 @@ def test_a_damaged_index_is_built_anew(history: History, name: str, harm: str) -
     for epoch in (0, 1, 70, COUNT - 2):
         assert np.array_equal(whole(history, epoch), memory_at(epoch)), epoch
         assert np.array_equal(history.restore(epoch).memory, memory_at(epoch))
+
+
+@pytest.mark.parametrize("name", ["records", "heads"])
+@pytest.mark.parametrize("who", ["reader", "reader beside a backup", "backup"])
+def test_a_damaged_index_is_not_extended(history: History, name: str, who: str) -> None:
+    whole(history, COUNT - 2)
+    folder = index_of(history, 5)
+    rows = folder / "checkpoints"
+    index = PageIndex.open(folder.parent, folder.name)
+    assert index is not None
+    os.truncate(rows, rows.stat().st_size // index.count * (index.count - 1))  # it lacks the last checkpoint
+    index.close()
+    (folder / name).write_bytes(b" " * (folder / name).stat().st_size)
+    if who == "backup":
+        for _ in range(2):
+            index_pages(history, lambda: False)
+        index = PageIndex.open(folder.parent, folder.name)
+        assert index is not None and index.covers(history.find(COUNT - 2))
+        index.close()
+    with owning(history.directory) if who == "reader beside a backup" else nullcontext():
+        assert np.array_equal(whole(history, COUNT - 2), memory_at(COUNT - 2))
 
 
 def test_every_byte_of_the_index(tmp_path: Path) -> None:

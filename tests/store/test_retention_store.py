@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import many
 from power import Power
-from store_support import Source, commit, sha
+from store_support import Source, commit, fill, sha
 from test_store_interrupts import Lines, attempts
 
 from remus_ckpt.errors import BadCheckpoint, NoCheckpoint, StoreError
@@ -424,3 +424,29 @@ def test_gaps_that_cannot_be(store: Store, pruned: object) -> None:
             one()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pruned": [[1, 1], [2, 9]]}))
     store.history("orders")
+
+
+@pytest.mark.parametrize("retention", [Retention(count=1), Retention(bytes=1), Retention(free=1 << 60)])
+def test_what_the_commit_log_may_still_name_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch, retention: Retention
+) -> None:
+    """A primary dies behind a compaction, and the last position in the log is one before that."""
+    monkeypatch.setattr(pruning, "MAX_WINDOW", 4)
+    with store.writer("orders", compact_bytes=None, retention=retention) as writer:
+        writer.set_state(log="a commit log")
+        source = fill(writer, 6)
+        logged = writer.position
+        fill(writer, 4, source)
+        writer.compact(wait=True)
+        assert logged is not None
+        assert store.history("orders").find(logged.epoch).position == logged
+        assert len(list_segments(writer.directory)) == 2
+        fill(writer, 4, source)
+        assert len(list_segments(writer.directory)) == 1
+
+
+def test_without_a_commit_log_it_goes(store: Store) -> None:
+    with store.writer("orders", compact_bytes=None, retention=Retention(count=1)) as writer:
+        fill(writer, 6)
+        writer.compact(wait=True)
+        assert len(list_segments(writer.directory)) == 1

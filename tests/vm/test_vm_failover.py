@@ -44,9 +44,10 @@ def test_a_killed_guest_goes_on_by_itself(tmp_path: Path, image: Path, victim: s
         assert not os.path.exists(served.status()["image"]), "the guest's RAM can be taken for a checkpoint's"
 
 
-def test_kills_at_random_instants(tmp_path: Path, image: Path) -> None:
-    """Whatever is interrupted: stop, save, copy, send, commit, apply."""
-    for number in range(many(3, 40)):
+@pytest.mark.parametrize("series", range(many(1, 4)))
+def test_kills_at_random_instants(tmp_path: Path, image: Path, series: int) -> None:
+    """Whatever is interrupted: stop, save, copy, send, commit, apply. In several series, which run side by side."""
+    for number in range(many(3, 10)):
         folder = tmp_path / str(number)
         folder.mkdir()
         with (

@@ -27,5 +27,6 @@ def test_the_walk_keeps_to_its_bytes(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     corpus = sorted((FUZZ / "corpus" / "walk").iterdir())
     assert corpus
-    ran = subprocess.run([program, str(many(5_000, 500_000)), *corpus], capture_output=True, text=True, check=False)
+    # tests/fuzz/run looks for longer, and where there is something new to find.
+    ran = subprocess.run([program, str(many(5_000, 100_000)), *corpus], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
