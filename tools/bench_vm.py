@@ -137,13 +137,18 @@ def disk_rates(interval: str | None, folder: Path) -> dict[str, list[float]]:
     with scene_of(folder, more=drive, **options) as scene:
         (scene.run if interval else scene.run_plain)(scene.lan.a)
         console = scene.folder / "console"
+
+        def said() -> list[str]:
+            """Its whole lines."""
+            return console.read_text(errors="replace").rpartition("\n")[0].splitlines()
+
         scene.until("the guest works", lambda: console.exists() and "begin" in console.read_text(), 300.0)
         if interval:
             until_protected(scene)
-        seen, at = len(console.read_text().splitlines()), 0.0
+        seen, at = len(said()), 0.0
         while any(len(rates) < ROUNDS for rates in found.values()):
             time.sleep(0.001)
-            lines = console.read_text(errors="replace").splitlines()
+            lines = said()
             for line in lines[seen:]:
                 name = re.sub(r"^(begin|end) ", "", line)
                 if line.startswith("begin "):

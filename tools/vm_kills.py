@@ -1,6 +1,8 @@
 """Kills around a protected virtual machine at random instants, and a client that checks every byte throughout.
 
     sudo python tools/vm_kills.py --kills 60 [--seed 1] [--json FILE]
+    sudo PATH=DIR:$PATH python tools/vm_kills.py …    # with the QEMU that is in this folder
+    python tools/vm_kills.py --table FILE …            # of the rows in these files, without a run
     sudo python tools/vm_kills.py --control output     # output is not held
     sudo python tools/vm_kills.py --control disk       # what the guest writes to its disk is not held
     sudo python tools/vm_kills.py --control apart      # memory and disk are committed apart
@@ -13,8 +15,10 @@ memory. With a control, whatever is killed must be noticed by the client or by t
 What is killed, by SIGKILL: everything on the guest's host; QEMU alone; the service that protects the guest; the
 bridge; the disk server; the backup; the QEMU that waits; and the guest's host is cut off, for longer or shorter than
 the lease. All come at a random instant, and half of them then wait for a step of the primary or of the backup; those
-that wait for the loss of a mirror, or for its copy, kill the disk server first. Each process writes its step into a
-file of one byte that is mapped into memory, so that it tells where the process was when it died.
+that wait for the loss of a mirror, or for its copy, kill the disk server first. A backup that is killed has waited for
+a step of its own. Each process writes its step into a small file that is mapped into memory, so that it tells where
+the process was when it died. So that backups compact and prune while they are watched, they do so after a few dozen
+checkpoints.
 """
 
 from __future__ import annotations
@@ -23,15 +27,17 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +45,7 @@ import numpy as np
 
 from remus_ckpt.demo import guest
 from remus_ckpt.demo.lan import Host
-from remus_ckpt.demo.vm import NAME, Client, Scene, missing
+from remus_ckpt.demo.vm import NAME, Client, Scene, missing, protects
 from remus_ckpt.errors import RemusError
 
 PRIMARY = (
@@ -56,28 +62,33 @@ BACKUP = (
     "applying",
     "applied",
     "acknowledged",
-    "compacting",
     "compacted",
     "pruning",
 )
+COMPACTING = "compacting"
+"""Beside any step of the backup: a thread writes a new segment."""
 KINDS = {
-    "host": 12,
-    "qemu": 5,
+    "host": 10,
+    "qemu": 4,
     "primary": 5,
     "cut": 3,
     "short cut": 2,
     "bridge": 3,
     "disk server": 3,
-    "backup": 3,
+    "backup": 6,
     "standby": 2,
     "standby, host": 2,
 }
 """What is killed, and how often of forty times."""
 AIMS = (
     *(("primary", step) for step in PRIMARY if step not in ("between", "first copy")),
-    *(("backup", step) for step in ("receiving", "staged", "stored", "applying", "applied", "acknowledged")),
+    *(("backup", step) for step in (*BACKUP[1:], COMPACTING)),
 )
 """What kills wait for, in turn."""
+BACKUP_AIMS = tuple(aim for aim in AIMS if aim[0] == "backup")
+COMPACT_CHECKPOINTS = 60
+KEPT = 80
+"""Checkpoints; what is older is pruned with the next compaction."""
 UNPROTECTED = ("first copy", "mirror copy")
 """Steps before a survivor is protected again: only what protects it can be killed then."""
 DISK_BYTES = 4 << 20
@@ -97,6 +108,7 @@ MORE_ANSWERS = 100
 PATIENCE_S = 120.0
 STALL_S = 40.0
 """Without held output the connection stands still for good, and nothing is gained by waiting for it longer."""
+LOOK_S = 0.1
 AIM_S = 2.0
 EARLY_S = 20.0
 SHORT_CUT_S = 0.1, 0.4
@@ -115,18 +127,33 @@ if folder and role and words[1:3] == ["-m", "remus_ckpt"]:
 
     path = f"{folder}/{os.environ['REMUS_KILLS_HOST']}.{'backup' if role == 'backup' else 'primary'}"
     with open(path, "wb") as file:
-        file.write(b"\\0")
+        file.write(bytes(2))
     with open(path, "r+b") as file:
-        place = mmap.mmap(file.fileno(), 1)
+        place = mmap.mmap(file.fileno(), 2)
 
     def note(steps, step):
-        place[0] = steps.index(step)
+        if step in steps:
+            place[0] = steps.index(step)
 
     if role == "backup":
         from remus_ckpt.service import backup
 
         init = backup.Backup.__init__
         backup.Backup.__init__ = lambda self, *a, **k: init(self, *a, **k, on_phase=lambda s, _: note(BACKUP, s))
+        from remus_ckpt.store.compaction import Compaction
+        from remus_ckpt.store.writer import HistoryWriter
+
+        HistoryWriter.__init__.__kwdefaults__["compact_checkpoints"] = COMPACT_CHECKPOINTS
+        compact = Compaction._run
+
+        def noting_compact(self):
+            place[1] = 1
+            try:
+                compact(self)
+            finally:
+                place[1] = 0
+
+        Compaction._run = noting_compact
         control = os.environ.get("REMUS_KILLS_CONTROL")
         if control in ("disk", "apart"):
             import shutil
@@ -220,7 +247,7 @@ class Traced(Scene):
         self.disk.write_bytes(bytes(DISK_BYTES))
         self._tracer = folder / "tracer"
         self._tracer.mkdir()
-        steps = f"\nPRIMARY = {PRIMARY!r}\nBACKUP = {BACKUP!r}\n"
+        steps = f"\nPRIMARY = {PRIMARY!r}\nBACKUP = {BACKUP!r}\nCOMPACT_CHECKPOINTS = {COMPACT_CHECKPOINTS}\n"
         (self._tracer / "sitecustomize.py").write_text(steps + TRACER)
         super().__init__(folder, image, **options)
 
@@ -232,18 +259,21 @@ class Traced(Scene):
     def run_words(self, host: Host) -> list[str]:
         return [*super().run_words(host), "-drive", f"file={self.disk},if=virtio,format=raw"]
 
+    def backup_words(self, host: Host) -> list[str]:
+        return [*super().backup_words(host), "--keep-count", str(KEPT)]
+
     def image(self, host: Host, *, has_run: bool) -> Path | None:
         """The newest image of the guest's disk in a host's store: one that it has run on, or one that it has not."""
         images = list((self.folder / f"store-{self.letters[host]}" / ".disks" / NAME).glob("*.raw"))
         found = [path for path in images if Path(f"{path}.ran").exists() == has_run]
         return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
-    def step(self, host: Host, role: str) -> str:
-        """Where a process is, or was when it died."""
-        with suppress(OSError, IndexError):
-            number = (self._tracer / f"{self.letters[host]}.{role}").read_bytes()[0]
-            return (PRIMARY if role == "primary" else BACKUP)[number]
-        return "not there"
+    def steps(self, host: Host, role: str) -> list[str]:
+        """Where a process is, or was when it died; two of a backup that compacts meanwhile."""
+        with suppress(OSError, ValueError):
+            number, compacts = (self._tracer / f"{self.letters[host]}.{role}").read_bytes()
+            return [(PRIMARY if role == "primary" else BACKUP)[number], *[COMPACTING] * compacts]
+        return ["not there"]
 
 
 def newest_write(disk: Path) -> int:
@@ -274,12 +304,16 @@ class Run:
 
     def is_protected(self) -> bool:
         """Whether a kill may come: the guest's output waits for commits, and a QEMU waits for the guest."""
-        if self._has_moved():
+        found = self.scene.status(self.there)
+        if found.get("vm") == "running":
             self.unasked += 1
             self._go_along()
-        primary = self.scene.status(self.there).get("primary") or {}
-        is_copied = not primary.get("copy_pass") and not primary.get("disk_trouble")
-        return self.scene.is_protected(self.there) and is_copied
+            return False
+        primary = found.get("primary") or {}
+        if protects(found) and not primary.get("copy_pass") and not primary.get("disk_trouble"):
+            return True
+        time.sleep(LOOK_S)  # each look takes time of the backup's
+        return False
 
     def _has_moved(self) -> bool:
         return bool(self.scene.status(self.there).get("vm") == "running")
@@ -298,10 +332,11 @@ class Run:
         scene = self.scene
         is_early = self.is_unprotected and kind in ("primary", "backup") and self.dice.random() < 0.5
         """Whether it comes before the survivor is protected again."""
+        waited_s = 0.0
         if is_early:
             aim = ("primary", self.dice.choice(UNPROTECTED))
         else:
-            scene.until("the guest is protected", self.is_protected, PATIENCE_S)
+            waited_s = scene.until("the guest is protected", self.is_protected, PATIENCE_S)
             self.is_unprotected = False
         told = self.client.until_answers(1 if is_early else MORE_ANSWERS, PATIENCE_S)
         before = told["answers"]
@@ -314,19 +349,19 @@ class Run:
         deadline = time.monotonic() + (EARLY_S if is_early else AIM_S)
         role, step = aim or ("", "")
         place = self.here if role == "primary" else self.there
-        while aim is not None and scene.step(place, role) != step and time.monotonic() < deadline:
+        while aim is not None and step not in scene.steps(place, role) and time.monotonic() < deadline:
             time.sleep(0.0001)
         if is_early:
             victims = self._victims(kind)  # it has just been started
-        at_backup = scene.step(self.there, "backup")
+        at_backup = scene.steps(self.there, "backup")
         if "cut" in kind:
             self.here.cut()
         self._kill(victims)
         begun = time.monotonic()
         row: dict[str, Any] = {"kind": kind, "aim": aim and " ".join(aim), "backup": at_backup, "is_early": is_early}
-        row["primary"] = scene.step(self.here, "primary")
+        row["primary"] = scene.steps(self.here, "primary")
         if kind == "backup":
-            row["backup"] = scene.step(self.there, "backup")
+            row["backup"] = scene.steps(self.there, "backup")
             time.sleep(0.2)
             scene.backup(self.there)
         if kind.endswith("host"):
@@ -345,7 +380,7 @@ class Run:
                 told = self.client.until_answers(1, PATIENCE_S)
                 if time.monotonic() > until:
                     told["wrong"] = f"only {told['blocks'] - blocks} blocks were written in {PATIENCE_S:g} s"
-        row["silence_s"], row["seconds"] = silence_s, time.monotonic() - begun
+        row["silence_s"], row["seconds"], row["waited_s"] = silence_s, time.monotonic() - begun, waited_s
         row["wrong"] = told["wrong"] or (f"{told['faults']} faults in the guest" if told["faults"] else None)
         if not row["wrong"] and is_stalled:
             row["wrong"] = f"only {told['answers'] - before} answers in {self.stall_s:g} s"
@@ -401,8 +436,12 @@ def run_setting(
     interval: str,
     lease: str,
     control: str | None = None,
+    logs: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """These kills, with one guest, one client and one connection. Stops at the first that went wrong."""
+    """These kills, with one guest, one client and one connection. Stops at the first that went wrong.
+
+    logs: where the logs of a run that went wrong are put
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="remus-kills-", dir="/dev/shm")))
         append = f"guest.pages={setting['pages']} guest.mib=16 guest.blocks={BLOCKS} guest.pause_us=1000"
@@ -415,35 +454,47 @@ def run_setting(
         client = stack.enter_context(closing(Client(scene.lan.client.inside(), seed=dice.getrandbits(16))))
         scene.until("the guest answers", lambda: client.is_ready(0.1), 300.0)
         run = Run(scene, client, dice, STALL_S if control else PATIENCE_S)
+        qemu = {"qemu": version()}
         for kind, aim in kills:
             try:
                 row = run.one(kind, aim)
             except RemusError as error:
-                row = {"kind": kind, "primary": "?", "backup": "?", "has_moved": False, "wrong": str(error)}
+                row = {"kind": kind, "primary": ["?"], "backup": ["?"], "has_moved": False, "wrong": str(error)}
                 run.rows.append(row)
-            print(json.dumps(setting | row), file=sys.stderr, flush=True)
+            print(json.dumps(qemu | setting | row), file=sys.stderr, flush=True)
             if row["wrong"]:
+                if logs is not None:
+                    kept = Path(tempfile.mkdtemp(prefix="wrong-", dir=logs))
+                    for path in folder.glob("*.log"):
+                        shutil.copy(path, kept)
                 break
         else:
             told = client.end()
             if told["wrong"] or told["faults"]:
                 run.rows[-1]["wrong"] = f"at the end: {told['wrong'] or told['faults']}"
-    return [setting | row for row in run.rows]
+    return [qemu | setting | row for row in run.rows]
+
+
+def version() -> str:
+    """Of the QEMU that runs here."""
+    said = subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True, text=True).stdout
+    return said.split()[3]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The account, in Markdown."""
     lines = [
-        "| vCPUs | pages/s | link | kills | went on elsewhere | stream exact | silence, median | max |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|",
+        "| QEMU | vCPUs | pages/s | link | kills | went on elsewhere | stream exact | silence, median | max |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for setting in SETTINGS:
-        some = [row for row in rows if setting.items() <= row.items()]
+    for qemu, setting in product(sorted({row["qemu"] for row in rows}), SETTINGS):
+        some = [row for row in rows if row["qemu"] == qemu and setting.items() <= row.items()]
         if not some:
             continue
         silences = [row["silence_s"] for row in some if row.get("has_moved")] or [float("nan")]
+        link = "TLS" if setting["has_tls"] else "TCP"
         lines.append(
-            f"| {setting['vcpus']} | {setting['pages']:,} | {'TLS' if setting['has_tls'] else 'TCP'} | {len(some)} | "
+            f"| {qemu} | {setting['vcpus']} | {setting['pages']:,} | {link} | {len(some)} | "
             f"{sum(row['has_moved'] for row in some)} | {sum(not row['wrong'] for row in some)} | "
             f"{statistics.median(silences):.2f} s | {max(silences):.2f} s |"
         )
@@ -466,10 +517,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"writes to the disk that were dropped: {sum(dropped):,} in {sum(map(bool, dropped))} of the {len(dropped)} "
         "failovers in which they were counted",
     ]
-    for role, steps in (("primary", PRIMARY), ("backup", BACKUP)):
-        counts = dict.fromkeys(steps, 0) | Counter(row[role] for row in rows)
+    killed = [row for row in rows if row["kind"] == "backup"]
+    for role, who, steps, some in (
+        ("primary", "the primary", PRIMARY, rows),
+        ("backup", "the backup", (*BACKUP, COMPACTING), rows),
+        ("backup", "a backup that was killed", (*BACKUP, COMPACTING), killed),
+    ):
+        counts = dict.fromkeys(steps, 0) | Counter(step for row in some for step in row[role])
         said = ", ".join(f"{step} {count}" for step, count in sorted(counts.items(), key=lambda one: -one[1]))
-        lines += ["", f"{role} was in: {said}"]
+        lines += ["", f"{who} was in: {said}"]
     return "\n".join(lines)
 
 
@@ -482,7 +538,12 @@ def main() -> int:
     parser.add_argument("--lease", default="1s", help="of the backups: longer where the machine is busy")
     parser.add_argument("--control", choices=CONTROLS, help="leave out what must be noticed, at every kill")
     parser.add_argument("--json", type=Path, help="write all rows into this file")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="put the logs of what went wrong there")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only tell of the rows in these files")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table([row for path in arguments.table for row in json.loads(path.read_text())]))
+        return 0
     if lacks := missing():
         parser.error("; ".join(lacks))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # take apart what was set up
@@ -491,7 +552,12 @@ def main() -> int:
     dice = random.Random(seed)
     print(f"seed {seed}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
-    options = {"interval": arguments.interval, "lease": arguments.lease, "control": arguments.control}
+    options = {
+        "interval": arguments.interval,
+        "lease": arguments.lease,
+        "control": arguments.control,
+        "logs": arguments.logs,
+    }
     if arguments.control:
         for number in range(arguments.kills):
             rows += run_setting(SETTINGS[number % len(SETTINGS)], [("host", None)], dice, image, **options)
@@ -500,8 +566,11 @@ def main() -> int:
         return int(caught < len(rows))
     kinds = [kind for kind, share in KINDS.items() for _ in range(-(-share * arguments.kills // sum(KINDS.values())))]
     dice.shuffle(kinds)
-    aims = cycle(AIMS)
-    kills = [(kind, next(aims) if number % 2 else None) for number, kind in enumerate(kinds[: arguments.kills])]
+    aims, at_backup = (cycle(dice.sample(some, len(some))) for some in (AIMS, BACKUP_AIMS))
+    kills = [
+        (kind, next(at_backup) if kind == "backup" else next(aims) if number % 2 else None)
+        for number, kind in enumerate(kinds[: arguments.kills])
+    ]
     for number, setting in enumerate(SETTINGS):
         some = kills[number * len(kills) // len(SETTINGS) : (number + 1) * len(kills) // len(SETTINGS)]
         while some:

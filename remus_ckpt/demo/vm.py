@@ -111,6 +111,11 @@ class Client:
         self._process.communicate()
 
 
+def protects(found: dict[str, Any]) -> bool:
+    """Whether a backup that says this of the guest has committed checkpoints, and a QEMU ready."""
+    return bool(found) and found["health"]["state"] == "protected" and found["vm"] == "waiting"
+
+
 class Scene:
     """Two hosts with their keys, and the commands on them, until `close`.
 
@@ -248,8 +253,7 @@ class Scene:
 
     def is_protected(self, by: Host) -> bool:
         """Whether a host's backup has committed checkpoints, and a QEMU ready for the guest."""
-        found = self.status(by)
-        return bool(found) and found["health"]["state"] == "protected" and found["vm"] == "waiting"
+        return protects(self.status(by))
 
     def until(self, what: str, condition: Callable[[], Any], patience_s: float = _PATIENCE_S) -> float:
         """Wait for something; returns how long that took. Raises RemusError, with what the logs say, if it does not

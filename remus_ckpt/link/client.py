@@ -253,7 +253,7 @@ class Link:
 
     def _listen(self) -> None:
         period = self._lease_s / 4
-        beat = check = time.monotonic()
+        beat = check = looked_at = time.monotonic()
         try:
             self._on_listening()
             while not self._closing:
@@ -261,6 +261,9 @@ class Link:
                 while (event := self._incoming.next_event()) is not None:
                     self._take(event)
                 now = time.monotonic()
+                if now - looked_at > self._lease_s / 2:
+                    self._heard = now  # this thread stood still: that is not the backup's silence
+                looked_at = now
                 if now - self._heard > self._lease_s:
                     raise LinkError(f"{self.peer} has been silent for {now - self._heard:.1f} s")
                 if now >= check:

@@ -26,7 +26,9 @@ from remus_ckpt.limits import KIB, MIB
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.control import Requests, ask
 from remus_ckpt.loop import StopSignal
+from remus_ckpt.memory import keep_freed
 from remus_ckpt.observe.log import log
+from remus_ckpt.pages import Buffer
 from remus_ckpt.service.primary import Primary
 from remus_ckpt.vm.command_line import Disk
 from remus_ckpt.vm.disk_image import BLOCK_BYTES, DIGEST_BYTES, MAX_BLOCKS, MAX_READ_BYTES, digests
@@ -64,7 +66,10 @@ class _Mirrored:
     ends: dict[int, int] = field(default_factory=dict)
 
     def close(self) -> None:
-        self.server.close()  # first: QEMU may be waiting for it
+        with suppress(VmError):  # QEMU has ended, or the server has: no command may wait for one that hangs
+            if not self.server.status().trouble:
+                self.mirror.end()
+        self.server.close()
         with suppress(VmError):  # QEMU has ended
             self.mirror.end()
 
@@ -88,6 +93,7 @@ class GuestDisks:
         self._epoch = 0
         self._trouble = "not copied yet"
         self._copied_bytes = self._sent_bytes = self._copies = self._held_bytes = 0
+        keep_freed()  # what the guest writes goes through this process
 
     # Checkpoints
 
@@ -143,7 +149,7 @@ class GuestDisks:
         """What the checkpoint that was marked last says of the disks."""
         return [DiskPart(one.disk.ident, one.seed, one.size, *self._range(one)) for one in self._mirrored.values()]
 
-    def logs(self) -> list[bytes]:
+    def logs(self) -> list[Buffer]:
         """What was written to each for that checkpoint. Raises VmError."""
         return [one.server.read(*self._range(one)) for one in self._mirrored.values()]
 
@@ -355,7 +361,7 @@ class _Target:
             self._put(pack_write(start + at, len(block), None if is_zero else block))
         self._flush()
 
-    def send_log(self, log: bytes, disk_bytes: int) -> None:
+    def send_log(self, log: Buffer, disk_bytes: int) -> None:
         """Send what the guest has written."""
         for write in writes(log, disk_bytes):
             if write.data is None:

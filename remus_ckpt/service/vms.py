@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from remus_ckpt.errors import RemusError, StreamError, VmError
+from remus_ckpt.memory import keep_freed
 from remus_ckpt.observe.log import log
 from remus_ckpt.service.guest import bridge_of, start_standby
 from remus_ckpt.service.reprotect import Elsewhere, Reprotection
@@ -69,6 +70,7 @@ class Vms:
         self._lock = threading.Lock()  # guards the next
         self._images: dict[str, DiskImages] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        keep_freed()  # what guests write to disks goes through this process
 
     def of(self, name: str, wake: Callable[[], None]) -> GuestStandby:
         """What this backup does for the guest of that name."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from remus_ckpt.errors import Malformed, VmError
 from remus_ckpt.limits import MIB
 from remus_ckpt.observe.log import log
+from remus_ckpt.pages import Buffer
 from remus_ckpt.vm.disk_server import EXPORT, listen, serve
 from remus_ckpt.vm.disk_undo import DiskMoment
 from remus_ckpt.vm.nbd import Command, Request, Server
@@ -84,7 +85,7 @@ class DiskCopy:
 
 
 def copies_of(
-    images: Path, disks: Sequence[tuple[DiskPart, bytes]], folder: Path, stack: ExitStack
+    images: Path, disks: Sequence[tuple[DiskPart, Buffer]], folder: Path, stack: ExitStack
 ) -> dict[str, DiskCopy]:
     """A copy of each disk, as it was at the checkpoint that says this of them, until the stack ends.
 

@@ -98,7 +98,7 @@ class DiskImages:
                 if self._at.get(disk.ident) != (disk.seed, disk.stop):
                     self._follow(disk, log)
 
-    def _follow(self, disk: DiskPart, log: bytes) -> None:
+    def _follow(self, disk: DiskPart, log: Buffer) -> None:
         path = self._path(disk)
         self._at.pop(disk.ident, None)
         if not path.exists() or _ran(path).exists():
@@ -113,7 +113,7 @@ class DiskImages:
                 self._keep(path, fd, disk, log)
                 _note(path, disk.stop)
                 _write(fd, log, disk.size)
-                if log:
+                if len(log):
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
@@ -126,7 +126,7 @@ class DiskImages:
                         _note_of(other).unlink(missing_ok=True)
                         remove_undo(other)
 
-    def _keep(self, path: Path, fd: int, disk: DiskPart, log: bytes) -> None:
+    def _keep(self, path: Path, fd: int, disk: DiskPart, log: Buffer) -> None:
         """Keep what the image is, for copies of earlier moments; where there is no room, only the newest is."""
         try:
             if self._undo.get(disk.ident, (b"",))[0] != disk.seed:

@@ -27,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from remus_ckpt.errors import Malformed, VmError
 from remus_ckpt.forks import disown_in_forks
 from remus_ckpt.limits import MIB
+from remus_ckpt.memory import keep_freed
 from remus_ckpt.pages import Buffer
 from remus_ckpt.vm.disk_log import ENTRY, WriteLog
 from remus_ckpt.vm.nbd import Command, Request, Server
@@ -114,12 +117,12 @@ class DiskServer:
         """How the server is."""
         return DiskStatus(**self._ask(self._quick, _QUICK_S, do="status"))
 
-    def read(self, start: int, stop: int) -> bytes:
+    def read(self, start: int, stop: int) -> memoryview:
         """The log between two positions."""
+        data = memoryview(np.empty(stop - start, np.uint8))
         with self._locks[self._slow]:
             self._ask_locked(self._slow, _SLOW_S, do="read", start=start, stop=stop)
-            data = bytearray(stop - start)
-            view = memoryview(data)
+            view = data
             try:
                 self._data.settimeout(_SLOW_S)
                 while view:
@@ -129,7 +132,7 @@ class DiskServer:
                     view = view[size:]
             except OSError as error:
                 raise self._silent(error) from error
-        return bytes(data)
+        return data
 
     def forget(self, before: int) -> None:
         """What was written before this position is committed."""
@@ -282,6 +285,7 @@ def _obey(owner: socket.socket, data: socket.socket, answer: Callable[[dict[str,
 
 def main() -> None:
     """Serve what the command line names, until the owner is gone."""
+    keep_freed()
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)  # the guest needs its disk until the owner has ended
     settings = json.loads(sys.argv[1])

@@ -124,20 +124,23 @@ class UndoLog:
             self._clear()
             return
         contents = _contents(fd, np.array(blocks, np.int64))
-        is_zero = ~contents.any(axis=1)
+        is_zero = ~contents.view(np.uint64).any(axis=1)
         numbers = np.array(blocks, "<u8")
         numbers[is_zero] |= _ZERO
-        body = numbers.tobytes() + contents[~is_zero].tobytes()
+        left = contents[~is_zero] if is_zero.any() else contents
+        crc = google_crc32c.value(numbers.tobytes())
+        if len(left):
+            crc = google_crc32c.extend(crc, left.reshape(-1))
         if self._path is None or self._at > self._file_bytes:
             self._path, self._at = _file(self._image, disk.start), 0
             self._make_room()
-        data = _HEAD.pack(disk.start, disk.stop, len(blocks), google_crc32c.value(body)) + body
-        undo = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        head = _HEAD.pack(disk.start, disk.stop, len(blocks), crc) + numbers.tobytes()
+        undo, at = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), self._at
         try:
-            view, at = memoryview(data), self._at
-            while view:
-                done = os.pwrite(undo, view, at)
-                view, at = view[done:], at + done
+            for view in (memoryview(head), memoryview(left.reshape(-1))):
+                while view:
+                    done = os.pwrite(undo, view, at)
+                    view, at = view[done:], at + done
             os.fdatasync(undo)
         finally:
             os.close(undo)

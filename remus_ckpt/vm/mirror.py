@@ -15,6 +15,7 @@ from remus_ckpt.vm.disk_server import EXPORT, DiskServer
 
 _POLL_S = 0.005
 _END_S = 10.0
+_ORDERLY_S = 2.0
 _READY_S = 30.0
 _READ_S = 60.0
 _MAX_REPLY = 64 * 1024
@@ -39,7 +40,11 @@ def disk_of(monitor: Monitor, device: str) -> tuple[str, int]:
 class DiskMirror:
     """A job of QEMU: from the end of this call on, each write of the guest completes only when a server has it too.
 
-    What was written before is not copied. The guest goes on if the job fails; then the server refuses every `mark`.
+    What was written before is not copied. The guest goes on if the mirror fails; then the server refuses every `mark`.
+
+    A job that ends by an error, or by force, while a write of the guest is under way makes QEMU (7.2 and 10.0) write to
+    memory that it has freed: `mirror_run` frees `in_flight_bitmap` before it waits for such writes. So an error only
+    halts the job, and it is ended in order, which waits for them first, or by force while the guest is stopped.
 
     device: the drive's id
     Raises VmError if QEMU refuses. One thread at a time.
@@ -52,8 +57,9 @@ class DiskMirror:
         node = {"driver": "nbd", "node-name": self._name, "server": where, "export": EXPORT, "discard": "unmap"}
         monitor.execute("blockdev-add", node)
         job = {"job-id": self._name, "device": device, "target": self._name, "sync": "none"}
+        job |= {"copy-mode": "write-blocking", "on-target-error": "stop"}
         try:
-            monitor.execute("blockdev-mirror", job | {"copy-mode": "write-blocking"})
+            monitor.execute("blockdev-mirror", job)
             deadline = time.monotonic() + _READY_S
             while not self._running_job()["ready"]:
                 if time.monotonic() > deadline:
@@ -65,30 +71,54 @@ class DiskMirror:
             raise
 
     def check(self) -> None:
-        """Raise VmError if the job has ended."""
+        """Raise VmError if the mirror has failed."""
         self._running_job()
 
     def end(self) -> None:
-        """End the job, if it has not ended by itself, and let go of the server. Raises VmError."""
-        deadline = time.monotonic() + _END_S
-        while self._job() is not None:
-            try:
-                self._monitor.execute("block-job-cancel", {"device": self._name, "force": True})
-            except VmError:
-                if self._job() is not None and time.monotonic() > deadline:
-                    raise
-            time.sleep(_POLL_S)
+        """End the job, and let go of the server. Raises VmError."""
+        if not self._cancel(_ORDERLY_S, force=False):
+            with _stopped(self._monitor):
+                if not self._cancel(_END_S, force=True):
+                    raise VmError(f"the mirror of the guest's disk does not end in {_END_S:g} s")
         with suppress(VmError):  # it may be gone with its job
             self._monitor.execute("blockdev-del", {"node-name": self._name})
 
+    def _cancel(self, patience_s: float, *, force: bool) -> bool:
+        """Returns whether the job is gone. One that has failed ends by force only."""
+        deadline = time.monotonic() + patience_s
+        while (job := self._job()) is not None:
+            if time.monotonic() > deadline or not (force or _is_well(job)):
+                return False
+            with suppress(VmError):  # it is ending already
+                self._monitor.execute("block-job-cancel", {"device": self._name, "force": force})
+            time.sleep(_POLL_S)
+        return True
+
     def _running_job(self) -> dict[str, Any]:
-        if (job := self._job()) is None:
-            raise VmError("the mirror of the guest's disk has ended: the guest goes on, its disk is not protected")
+        if (job := self._job()) is None or not _is_well(job):
+            raise VmError("the mirror of the guest's disk has failed: the guest goes on, its disk is not protected")
         return job
 
     def _job(self) -> dict[str, Any] | None:
         jobs = self._monitor.execute("query-block-jobs", {})
         return next((job for job in jobs if job["device"] == self._name), None)
+
+
+def _is_well(job: dict[str, Any]) -> bool:
+    return bool(job.get("io-status", "ok") == "ok")
+
+
+@contextmanager
+def _stopped(monitor: Monitor) -> Iterator[None]:
+    """The guest stands still, for some milliseconds, and then runs on if it ran."""
+    is_running = monitor.execute("query-status", {})["running"]
+    if is_running:
+        monitor.execute("stop", {})
+    try:
+        yield
+    finally:
+        if is_running:
+            monitor.execute("cont", {})
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import google_crc32c
 import msgpack
+import numpy as np
 
 from remus_ckpt.errors import LimitExceeded, Malformed, UnknownFormat
 from remus_ckpt.pages import Buffer
@@ -130,18 +131,17 @@ class VmPart:
     machine: Machine
     state: bytes
     is_running: bool = True
-    disks: tuple[tuple[DiskPart, bytes], ...] = ()
+    disks: tuple[tuple[DiskPart, Buffer], ...] = ()
 
     def pack(self) -> bytes:
         """Its bytes; `unpack` reads them back."""
         disks = [disk for disk, _ in self.disks]
-        return pack(pack_machine(self.machine), self.state, self.is_running, disks) + pack_logs(
-            [log for _, log in self.disks]
-        )
+        packed = pack(pack_machine(self.machine), self.state, self.is_running, disks)
+        return b"".join((packed, *pack_logs([log for _, log in self.disks])))
 
     @classmethod
     def unpack(cls, data: Buffer) -> VmPart:
-        """Read what `pack` wrote, from an untrusted source.
+        """Read what `pack` wrote, from an untrusted source. The logs are not copied: they lie in `data`.
 
         Raises Malformed (also if the device state is not what was saved), LimitExceeded, UnknownFormat.
         """
@@ -201,10 +201,17 @@ def pack(machine: Any, state: bytes, is_running: bool, disks: Sequence[DiskPart]
     return b"".join((HEAD.pack(MAGIC, VERSION, len(packed)), packed, state))
 
 
-def pack_logs(logs: Sequence[bytes]) -> bytes:
-    """What follows the device state: the logs of the disks, in their order, and their checksum."""
-    joined = b"".join(logs)
-    return joined + _CRC.pack(google_crc32c.value(joined)) if logs else b""
+def pack_logs(logs: Sequence[Buffer]) -> list[Buffer]:
+    """What follows the device state, in pieces: the logs of the disks, in their order, and their checksum."""
+    return [*logs, _CRC.pack(_crc(logs))] if logs else []
+
+
+def _crc(pieces: Sequence[Buffer]) -> int:
+    found = 0
+    for piece in pieces:
+        if len(piece):
+            found = google_crc32c.extend(found, np.frombuffer(piece, np.uint8))
+    return found
 
 
 def _disks(fields: dict[str, Any]) -> tuple[DiskPart, ...]:
@@ -218,7 +225,7 @@ def _disks(fields: dict[str, Any]) -> tuple[DiskPart, ...]:
     return disks
 
 
-def _logs(view: memoryview, at: int, disks: Sequence[DiskPart]) -> tuple[list[bytes], int]:
+def _logs(view: memoryview, at: int, disks: Sequence[DiskPart]) -> tuple[list[memoryview], int]:
     """The logs behind the device state that begins at `at`, and where they begin. Raises Malformed."""
     if not disks:
         return [], len(view)
@@ -226,13 +233,13 @@ def _logs(view: memoryview, at: int, disks: Sequence[DiskPart]) -> tuple[list[by
     begin = len(view) - _CRC.size - sum(sizes)
     if begin < at:
         raise Malformed(f"logs of {sum(sizes)} bytes in {len(view) - at}", offset=at, section=_SECTION)
-    if google_crc32c.value(bytes(view[begin : -_CRC.size])) != _CRC.unpack(view[-_CRC.size :])[0]:
+    if _crc([view[begin : -_CRC.size]]) != _CRC.unpack(view[-_CRC.size :])[0]:
         raise Malformed(
             "the logs of the disks are not what was written: their checksum differs", offset=begin, section=_SECTION
         )
     logs, start = [], begin
     for disk, size in zip(disks, sizes, strict=True):
-        logs.append(bytes(view[start : start + size]))
+        logs.append(view[start : start + size])
         start += size
         for _ in writes(logs[-1], disk.size):  # before anybody believes any of it
             pass

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from remus_ckpt.errors import PauseBroken, SourceError, VmError
+from remus_ckpt.pages import Buffer
 from remus_ckpt.source.guarded import Guard
 from remus_ckpt.source.mappings import FAULTS, WRITES, FileIdentity
 from remus_ckpt.source.process import Process
@@ -250,7 +251,7 @@ class Disks(Protocol):
     def parts(self) -> list[DiskPart]:
         """What the checkpoint that was marked last says of them."""
 
-    def logs(self) -> list[bytes]:
+    def logs(self) -> list[Buffer]:
         """What was written to each; called when the guest runs again. Raises VmError."""
 
     def status(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ of that field.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from remus_ckpt.errors import LimitExceeded, Malformed, UnknownFormat
@@ -28,19 +28,19 @@ class Parts:
 
     device_state: the user's own bytes, or a device model's
     manifest: the map that names what is in memory (specs/manifest.md §2), None if there is none
-    late: gives what follows the device state; called once, when the checkpoint is packed
+    late: gives what follows the device state, in pieces; called once, when the checkpoint is packed
     """
 
     device_state: bytes = b""
     manifest: bytes | None = None
-    late: Callable[[], bytes] | None = None
+    late: Callable[[], Sequence[Buffer]] | None = None
 
     def pack(self) -> bytes:
         """Their bytes in the record; `unpack` reads them back."""
-        device_state = self.device_state if self.late is None else self.device_state + self.late()
+        late = () if self.late is None else self.late()
         if self.manifest is None:
-            return device_state
-        return b"".join((HEAD.pack(MAGIC, VERSION, len(self.manifest)), self.manifest, device_state))
+            return b"".join((self.device_state, *late)) if late else self.device_state
+        return b"".join((HEAD.pack(MAGIC, VERSION, len(self.manifest)), self.manifest, self.device_state, *late))
 
     @classmethod
     def unpack(cls, data: Buffer, *, limits: Limits = _LIMITS) -> Parts:

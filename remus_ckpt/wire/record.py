@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from remus_ckpt.errors import Malformed, UnknownFormat
 from remus_ckpt.wire.digest import DEFAULT_DIGEST, DIGEST_BYTES, DIGESTS, DigestName, digest_of
 from remus_ckpt.wire.xen.dialect import STREAM_CODECS
+
+if TYPE_CHECKING:
+    from remus_ckpt.pages import Buffer
 
 RECORD_MAGIC = b"\x89REMUSck"
 VERSIONS: dict[DigestName, int] = {"sha256": 1, "blake3": 2}
@@ -107,20 +110,21 @@ class CheckpointRecord:
     def split(self) -> tuple[bytes, bytes]:
         """What `pack` returns, without the digest after, and without the name and the bytes of the device state: what
         stands before the digest, and behind the state. The state must be empty."""
-        front, _, back = self.pack().rpartition(pack_device_state(b""))
+        front, _, back = self.pack().rpartition(device_state_head(0))
         return front[:-DIGEST_BYTES], back
 
     @classmethod
-    def unpack(cls, data: bytes, offset: int) -> CheckpointRecord:
+    def unpack(cls, data: Buffer, offset: int) -> CheckpointRecord:
         """Read what `pack` wrote.
 
         offset: of the record in the stream
         Raises Malformed, or UnknownFormat for a later version.
         """
-        if not data.startswith(RECORD_MAGIC):
+        view = memoryview(data).cast("B")
+        if view[: len(RECORD_MAGIC)] != RECORD_MAGIC:
             raise Malformed("the record is neither QEMU's nor one of ours", offset=offset, section=RECORD_SECTION)
         try:
-            fields: Any = msgpack.unpackb(data[len(RECORD_MAGIC) :], raw=False, strict_map_key=True)
+            fields: Any = msgpack.unpackb(view[len(RECORD_MAGIC) :], raw=False, strict_map_key=True)
             version = fields["version"]
             if type(version) is not int or version not in VERSIONS.values():
                 raise UnknownFormat(
@@ -164,10 +168,11 @@ class CheckpointRecord:
         return record
 
 
-def pack_device_state(state: bytes) -> bytes:
-    """A device state as it stands in a record, behind its name."""
-    packed: bytes = msgpack.packb(state, use_bin_type=True)
-    return b"\xacdevice_state" + packed
+def device_state_head(size: int) -> bytes:
+    """What stands before a device state of so many bytes in a record: its name, and the head of MessagePack's `bin`."""
+    number = size.bit_length()
+    head = b"\xc4" if number <= 8 else b"\xc5" if number <= 16 else b"\xc6"
+    return b"\xacdevice_state" + head + size.to_bytes(1 << (head[0] - 0xC4), "big")
 
 
 def _digest_name(value: Any) -> DigestName:

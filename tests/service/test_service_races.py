@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from liars import Liar, Peer
 from proxy import Proxy
 from store_support import fill
 from test_service import ANY, LONG_S, Memory, backup_in, entries, is_lost, restored, until
 
 from remus_ckpt.errors import Fenced, LinkError, RemusError, StoreError
 from remus_ckpt.link.address import Address
+from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
 from remus_ckpt.link.dial import connect
 from remus_ckpt.loop import StopSignal
@@ -31,12 +34,53 @@ from remus_ckpt.session import messages
 from remus_ckpt.session.frames import FrameType
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.store import PeerIdentity, Store
+from remus_ckpt.wire.record import Position
 
 
 def cut(proxy: Proxy, memory: Memory) -> None:
     """Break the link, and wait until the primary knows."""
     proxy.cut()
     until(lambda: is_lost(memory.primary))
+
+
+def test_a_primary_that_stood_still_has_not_heard_the_backup(tmp_path: Path) -> None:
+    """Its listening thread gets no turn for longer than a lease: on a busy machine, say."""
+    lease_s, is_over = 0.4, threading.Event()
+
+    def beats(peer: Peer) -> None:
+        peer.welcome(lease_s=lease_s)
+        while not isinstance(event := peer.hear(), messages.Commit):
+            assert event is not None
+        peer.say(messages.Ack(level="durable", position=event.position))
+        for number in itertools.count(1):
+            if is_over.wait(lease_s / 4):
+                break
+            peer.say(messages.Heartbeat(number=number, status={}))
+        peer.wait()
+
+    has_stood_still = threading.Event()
+
+    def stand_still(ack: messages.Ack) -> None:
+        time.sleep(1.5 * lease_s)
+        has_stood_still.set()
+
+    hello = messages.Hello(
+        **{"role": "primary", "name": "orders", "memory_pages": 4, "page_size": 4096, "codec": "delta", "word": 8},
+        **{"program": "", "run": bytes(16)},
+    )
+    with Liar(beats) as backup:
+        link = Link(connect(Address.parse(backup.address)), hello, on_ack=stand_still, status=dict)
+        with closing(link):
+            link.begin(messages.Begin(mode="full", term=0))
+            link.write([b"some of a stream"])
+            link.commit(Position(0, bytes(32)), None, 16, 0)
+            assert has_stood_still.wait(LONG_S)
+            time.sleep(lease_s)
+            link.check()
+            is_over.set()  # now it is the backup that is silent
+            assert select.select([link.failed], [], [], LONG_S)[0]
+            with pytest.raises(LinkError):
+                link.check()
 
 
 def test_the_last_bytes_of_a_checkpoint_cannot_be_sent(tmp_path: Path) -> None:

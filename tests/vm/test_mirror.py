@@ -1,4 +1,4 @@
-"""Reading a disk through NBD: a real server of QEMU's, and what is none."""
+"""A mirror of a disk, and reading it through NBD: a real server of QEMU's, and what is none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import disk_guests
 import pytest
+from services import LONG_S, until
 
 from remus_ckpt.errors import VmError
-from remus_ckpt.vm.mirror import DiskReader
+from remus_ckpt.vm.disk_server import DiskServer
+from remus_ckpt.vm.mirror import DiskMirror, DiskReader
+from remus_ckpt.vm.qmp import Qmp
 
 SIZE = 1 << 20
 
@@ -82,3 +86,36 @@ def test_what_is_no_nbd_server_is_refused(tmp_path: Path, said: bytes) -> None:
         with pytest.raises(VmError):
             DiskReader(tmp_path / "nbd", "remus-copy")
         server.join()
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_mirror_that_ends_while_the_guest_writes_harms_no_qemu(tmp_path: Path, dies: bool) -> None:
+    """QEMU writes to memory that it has freed where such a job ends by an error or by force. With these tunables it
+    notices that soon: after one round, or after fifty.
+
+    dies: whether the server goes first
+    """
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(disk_guests.DISK_BYTES))
+    monitor = f"unix:{tmp_path}/qmp,server=on,wait=off"
+    words = disk_guests.words(f"file={disk},if=virtio,format=raw,id=remus-disk0", "-serial", "null", "-qmp", monitor)
+    tunables = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"}
+    with subprocess.Popen(words, env=os.environ | tunables) as process:
+        try:
+            with closing(Qmp(tmp_path / "qmp", wait_s=LONG_S)) as qmp:
+                until(lambda: disk_guests.newest_write(disk) > 10)
+                for _ in range(12):
+                    with closing(DiskServer(disk_guests.DISK_BYTES, tmp_path / "nbd")) as server:
+                        mirror = DiskMirror(qmp, "remus-disk0", server)
+                        mirror.check()
+                        begun = server.status().end
+                        until(lambda server=server, begun=begun: server.status().end > begun)
+                        if dies:
+                            server.close()
+                        mirror.end()
+                    assert qmp.execute("query-block-jobs") == []
+                    assert qmp.execute("query-status")["running"]
+            assert process.poll() is None
+        finally:
+            process.kill()

@@ -87,7 +87,7 @@ def test_a_disk_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     fields = {"machine": asdict(MACHINE), "running": True, "sha256": hashlib.sha256(b"state").digest()}
     for disks in ([disk], [asdict(DISKS[0][0])] * 2, [asdict(DISKS[1][0])] * 17, {"d": 1}, 5):
         with pytest.raises(StreamError):
-            VmPart.unpack(packed(fields | {"disks": disks}, b"state" + pack_logs([LOG])))
+            VmPart.unpack(packed(fields | {"disks": disks}, b"".join((b"state", *pack_logs([LOG])))))
 
 
 def test_what_is_too_long_or_of_another_version_is_named() -> None:

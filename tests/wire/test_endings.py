@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remus_ckpt.wire.digest import DIGESTS, digest_of
-from remus_ckpt.wire.record import CheckpointRecord, Position, pack_device_state
+from remus_ckpt.wire.record import CheckpointRecord, Position, device_state_head
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.chunks import Signature
 from remus_ckpt.wire.xen.writer import EventWriter
@@ -18,7 +18,9 @@ from remus_ckpt.wire.xen.writer import EventWriter
 EPOCHS = st.sampled_from([0, 1, 127, 128, 255, 256, 65_535, 65_536, (1 << 32) - 1, 1 << 32, (1 << 62) - 1])
 STATES = st.one_of(
     st.binary(max_size=40),
-    st.sampled_from([b"\xacdevice_state\xc4\x00", bytes(255), bytes(256), bytes(65_536), b"\xc4\x20" * 40]),
+    st.sampled_from(
+        [b"\xacdevice_state\xc4\x00", bytes(255), bytes(256), bytes(65_536), bytes(200_000), b"\xc4\x20" * 40]
+    ),
 )
 DIGEST_BYTES = st.binary(min_size=32, max_size=32)
 
@@ -123,4 +125,4 @@ def test_what_stands_around_a_device_state(state: bytes) -> None:
     empty = CheckpointRecord(after=Position(7, bytes(32)), **fields)
     front, back = empty.split()
     whole = CheckpointRecord(after=after, device_state=state, **fields).pack()
-    assert front + after.digest + pack_device_state(state) + back == whole
+    assert front + after.digest + device_state_head(len(state)) + state + back == whole

@@ -482,8 +482,9 @@ class Reader(HeaderReader):
     ) -> Generator[events.Event | None, None, tuple[bytes, CheckpointRecord | None]]:
         """§9.2. A record of this signature is Xen's, or ours and right."""
         start = self._offset
-        data = (yield from self.inbox.array(max(size - DIGEST_BYTES, 0))).tobytes()
-        if not data.startswith(RECORD_MAGIC):
+        packed = yield from self.inbox.array(max(size - DIGEST_BYTES, 0))
+        if packed[: len(RECORD_MAGIC)].tobytes() != RECORD_MAGIC:
+            data = packed.tobytes()
             data += (yield from self.inbox.array(size - len(data))).tobytes()
             # Xen's tail is never of our shape, so that in this shape a damaged record of ours is none of Xen's.
             is_short = data.startswith(RECORD_MAGIC)
@@ -504,7 +505,7 @@ class Reader(HeaderReader):
                 "stream.md §9.4",
                 "tail",
             )
-        record = CheckpointRecord.unpack(data, start)
+        record = CheckpointRecord.unpack(packed, start)
         self._check_record(record, found, start)
         self._position, self._digest = record.after, found
         return b"", record

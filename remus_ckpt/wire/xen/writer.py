@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.pages import Buffer
 from remus_ckpt.wire.digest import DEFAULT_DIGEST, DIGEST_BYTES, DigestName, digest_of, new_digest
-from remus_ckpt.wire.record import CheckpointRecord, Position, held_before, pack_device_state
+from remus_ckpt.wire.record import CheckpointRecord, Position, device_state_head, held_before
 from remus_ckpt.wire.xen import chunks, events
 from remus_ckpt.wire.xen.chunks import ChunkId, Signature
 from remus_ckpt.wire.xen.dialect import FRONTS, Word
 from remus_ckpt.wire.xen.states import BODIES, TRANSITIONS, Course, EventKind, StreamState
 
+_JOINED_BYTES = 128 << 10
+"""A device state of up to so many bytes is copied, so that the end of a checkpoint is one piece: cheaper to handle."""
 _END = chunks.I32.pack(chunks.END_OF_BODY)
 _TAIL = chunks.HVM_MAGIC_PFNS.pack(0, 0, 0) + chunks.U32.pack(0) + Signature.REMUS.value
 """Of our own streams, in front of the record's length."""
@@ -59,8 +61,8 @@ class EventWriter:
         self._state = self._seen(b"")  # of the last end: it seldom changes
 
     def _seen(self, device_state: bytes) -> tuple[bytes, bytes, bytes]:
-        """A device state, its digest, and its form in a record."""
-        return device_state, digest_of(self._digest, device_state), pack_device_state(device_state)
+        """A device state, its digest, and what stands before it in a record."""
+        return device_state, digest_of(self._digest, device_state), device_state_head(len(device_state))
 
     def abandon(self) -> None:
         """Forget what was written since the last tail: another checkpoint takes its place."""
@@ -120,22 +122,29 @@ class EventWriter:
             following = TRANSITIONS[tail, kind]
         if device_state != self._state[0]:
             self._state = self._seen(device_state)
-        _, state_digest, state = self._state
+        _, state_digest, head = self._state
         running = self._hash
         self._hash_rest()
         running.update(_END)
         if after is None:
             after = Position(ending.epoch, digest_of(self._digest, ending.held + running.digest() + state_digest))
-        size = len(ending.front) + len(state) + len(ending.back) + 2 * DIGEST_BYTES
+        size = len(ending.front) + len(head) + len(device_state) + len(ending.back) + 2 * DIGEST_BYTES
         # The digest covers everything before it, including its own record.
-        rest = b"".join((_TAIL, chunks.U32.pack(size), ending.front, after.digest, state, ending.back))
-        running.update(rest)
-        closing = b"".join((_END, rest, running.digest()))
+        front = b"".join((_TAIL, chunks.U32.pack(size), ending.front, after.digest, head))
+        closing: list[Buffer]
+        if len(device_state) <= _JOINED_BYTES:
+            rest = b"".join((front, device_state, ending.back))
+            running.update(rest)
+            closing = [b"".join((_END, rest, running.digest()))]
+        else:
+            for piece in (front, device_state, ending.back):
+                running.update(piece)
+            closing = [_END + front, device_state, ending.back + running.digest()]
         course.state = following
         self._hash = new_digest(self._digest)
         self._border = course.__copy__()
-        self.offset += len(closing)
-        return [closing], after
+        self.offset += sum(map(len, closing))
+        return closing, after
 
     def laid_out_bytes(self, pages: int) -> int:
         """What `lay_out` takes for so many pages."""
