@@ -36,7 +36,7 @@ _IN_PLACE = (0xEF53, 0x58465342)
 """ext2 to ext4, and XFS, by `f_type`. Others may write a block that is overwritten to a new place, as btrfs does."""
 Written = Literal["store", "warm copy", "output"]
 """What a file is: the user's own output, or a backup's, whose work goes on."""
-_GOES_ON = "what was committed is intact, and work then continues by itself"
+_GOES_ON = "what was committed is intact, and a backup then goes on by itself"
 _INSTEAD: dict[Written, tuple[str, str]] = {
     "store": ("keep less", _GOES_ON),
     "warm copy": ("have warm copies elsewhere (--warm)", _GOES_ON),
@@ -72,7 +72,7 @@ def what_next(error: OSError, written: Written) -> str:
 
 
 @contextmanager
-def naming(name: str | Path) -> Iterator[None]:
+def naming_file(name: str | Path) -> Iterator[None]:
     """Have an OSError name its file, as one that comes from a descriptor does not."""
     try:
         yield

@@ -59,11 +59,6 @@ def image_appearing(path: str | Path) -> Iterator[ImageFile]:
             home.close()
 
 
-def folder_of(path: str | Path) -> Path:
-    """The folder of a file that has no other name than its descriptor's, for what is said of it."""
-    return Path(os.readlink(path)).parent
-
-
 class SparseDiff(ImageFile):
     """A restorer's home, from which a file is written that has data just for the pages that came after a checkpoint
     (specs/formats.md §11).
@@ -74,7 +69,7 @@ class SparseDiff(ImageFile):
 
     def __init__(self, since: int, path: str | Path) -> None:
         super().__init__(path)
-        self.path = folder_of(path)
+        self.path = Path(os.readlink(path)).parent  # it has no name of its own
         self._since = since
         self._came: NDArray[np.bool_] | None = None
         """bool[pages]: which came after it; None: it has not come."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import appearing, naming, write_all
+from remus_ckpt.disk import appearing, naming_file, write_all
 from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE, Pages
 
@@ -74,7 +74,7 @@ def save_image(memory: Pages, path: str | Path, size: int | None = None) -> None
     target = Path(path)
     if target.exists() and not target.is_file():
         # Write to a device or a pipe; do not replace it.
-        with naming(target), open(target, "wb") as device:
+        with naming_file(target), open(target, "wb") as device:
             for start, chunk in _chunks(memory):
                 device.write(chunk.reshape(-1)[: size - start * PAGE_SIZE].data)
         return

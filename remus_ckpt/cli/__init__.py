@@ -169,8 +169,8 @@ def main() -> NoReturn:
         if named is None and error.errno == errno.ENOSPC:
             named = "standard output"  # all others have names
             _drop_output()
-        text = f"{named}: {error.strerror}" if named else str(error.strerror or error)
-        _complain(f"{text}{what_next(error, 'output')}")
+        reason = f"{error.strerror or error}{what_next(error, 'output')}"
+        _complain(f"{named}: {reason}" if named else reason)
         sys.exit(1)
 
 

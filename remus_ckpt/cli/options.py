@@ -20,7 +20,6 @@ import typer
 from remus_ckpt.errors import LinkError, LogError, RemusError, StreamError
 from remus_ckpt.limits import GIB, KIB, MIB, Limits
 from remus_ckpt.observe.log import LogFormat
-from remus_ckpt.pages import Buffer
 from remus_ckpt.wire.qemu.sections import PAGE_SIZES
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.files import StreamFile, read_events, restorer_of
-from remus_ckpt.image_file import ImageFile, folder_of
+from remus_ckpt.image_file import ImageFile
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import Pages
 from remus_ckpt.wire.xen.dialect import Dialect
@@ -26,7 +26,6 @@ class LateHome(ImageFile):
 
     def __init__(self, path: str, refill: Callable[[LateHome], None] | None) -> None:
         super().__init__(path)
-        self.path = folder_of(path)
         self._refill = refill
         self.memory: Pages | None = None
         """The file as memory, once it is open."""

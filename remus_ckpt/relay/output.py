@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from remus_ckpt.codec.scan import filled_pages
-from remus_ckpt.disk import appearing, naming, what_next, write_all
+from remus_ckpt.disk import appearing, naming_file, what_next, write_all
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.image import Image
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -50,14 +50,14 @@ class Output:
 
     def write(self, buffers: list[Buffer]) -> None:
         """Write all of the buffers. Raises OSError."""
-        with naming(self.name):
+        with naming_file(self.name):
             self.written += write_all(self._fd, buffers)
         self._advance(self.written)
 
     def skip(self, size: int) -> None:
         """Zeros: a hole in a file. Raises OSError."""
         if self._is_file and size:
-            with naming(self.name):
+            with naming_file(self.name):
                 os.lseek(self._fd, size, os.SEEK_CUR)
             self.written += size
             return
@@ -79,7 +79,7 @@ class Output:
             filled[filled_pages(pages)] = True
             edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)) * PAGE_SIZE
             data, begin = memoryview(pages.reshape(-1)), self.written
-            with naming(self.name):
+            with naming_file(self.name):
                 for first, stop in edges.reshape(-1, 2).tolist():
                     while first < stop:
                         first += os.pwrite(self._fd, data[first:stop], begin + first)
@@ -104,7 +104,7 @@ class Output:
     def copy(self, source: int, start: int, size: int) -> None:
         """Bytes of a file, from descriptor to descriptor. Raises OSError."""
         while size > 0:
-            with naming(self.name):
+            with naming_file(self.name):
                 count = os.sendfile(self._fd, source, start, min(size, _COPY_BYTES))
             if not count:
                 raise OSError(errno.EIO, "the temporary file has been truncated", self.name)
@@ -115,7 +115,7 @@ class Output:
     def finish(self) -> None:
         """Everything is written: a hole at the end becomes part of the file. Raises OSError."""
         if self._is_file:
-            with naming(self.name):
+            with naming_file(self.name):
                 os.ftruncate(self._fd, self.written)
 
 
@@ -155,7 +155,5 @@ def naming_folder(folder: str | Path | None) -> Iterator[None]:
         if not isinstance(error.__cause__, OSError):
             raise
         place = tempfile.gettempdir() if folder is None else folder
-        cause = error.__cause__
-        raise RemusError(
-            f"{place}: a temporary file for the memory: {cause.strerror}{what_next(cause, 'output')}"
-        ) from error
+        reason = f"{error.__cause__.strerror}{what_next(error.__cause__, 'output')}"
+        raise RemusError(f"{place}: a temporary file for the memory: {reason}") from error

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import Written, appearing, guarding, naming, open_to_read, write_all
+from remus_ckpt.disk import Written, appearing, guarding, naming_file, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
@@ -584,6 +584,6 @@ def copy_out(read: Read, size: int) -> None:
         count = read(block[: size - at], at)
         if not count:
             raise OSError(0, "the segment has become shorter")
-        with naming("standard output"):
+        with naming_file("standard output"):
             write_all(1, [block[:count]])
         at += count
