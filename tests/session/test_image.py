@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -155,7 +154,7 @@ def test_batches_are_full_but_for_the_last(tmp_path: Path) -> None:
     assert all((batch.data == memory[0]).all() for batch in found)
 
 
-def test_an_image_that_changes_meanwhile_ends_the_stream_before_it(
+def test_an_image_that_changes_meanwhile_gives_no_stream(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memories = series(100, 3)
@@ -173,8 +172,7 @@ def test_an_image_that_changes_meanwhile_ends_the_stream_before_it(
     monkeypatch.setattr(ImageReference, "choose", change)
     ran = command("encode", *images, "-o", tmp_path / "stream")
     assert ran.code == 1 and str(images[0]) in ran.err
-    report = json.loads(command("verify", tmp_path / "stream", "--json").out)
-    assert [row["epoch"] for row in report["checkpoints"]] == [0] and report["complete"]
+    assert not (tmp_path / "stream").exists()
 
 
 def test_a_file_that_is_cut_is_seen(tmp_path: Path) -> None:
