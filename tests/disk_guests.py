@@ -43,9 +43,9 @@ def newest_write(path: Path) -> int:
 def words(disk: str, *more: str) -> list[str]:
     """The command line, as a user would write it. disk: what stands behind -drive"""
     files = guest_files()
-    append = "console=ttyS0 quiet panic=-1 mitigations=off guest.blocks=256 guest.pause_us=200 guest.pages=200"
+    append = "console=ttyS0 quiet panic=-1 no_timer_check mitigations=off guest.blocks=256 guest.pause_us=200"
     line = f"qemu-system-x86_64 -nodefaults -m 96M -accel tcg -kernel {files}/kernel -initrd {files}/initramfs".split()
-    return [*line, "-append", append, "-drive", disk, *more]
+    return [*line, "-append", f"{append} guest.pages=200", "-drive", disk, *more]
 
 
 @contextmanager

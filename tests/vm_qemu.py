@@ -104,7 +104,7 @@ class Qemu:
             "-qmp", f"unix:{folder / name}.qmp,server=on,wait=off",
             "-serial", f"file:{self.console}",
             "-kernel", str(files / "kernel"), "-initrd", str(files / "initramfs"),
-            "-append", f"console=ttyS0 quiet panic=-1 mitigations=off {append}",
+            "-append", f"console=ttyS0 quiet panic=-1 no_timer_check mitigations=off {append}",
         ]  # fmt: skip
         for number, nic in enumerate(nics):
             mac = f"52:54:00:83:14:{number + 1:02x}"

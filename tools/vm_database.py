@@ -139,7 +139,7 @@ class DatabaseScene(Scene):
         line = [
             "qemu-system-x86_64", "-nodefaults", "-m", self.mib, "-accel", "tcg", "-serial",
             f"file:{self.folder / 'console'}", "-kernel", self.files / "kernel", "-initrd", self.files / "initramfs",
-            "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
+            "-append", "console=ttyS0 quiet panic=-1 no_timer_check mitigations=off",
             "-nic", f"tap,ifname={host.tap},model=virtio,mac=52:54:00:83:14:01",
             "-drive", f"file={self.disk},if=virtio,format=raw,cache.no-flush=on",
         ]  # fmt: skip

@@ -125,7 +125,7 @@ def linux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-m", "96M", "-accel", "tcg"]
     words += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-serial", f"file:{folder}/console"]
     words += ["-kernel", str(files / "kernel"), "-initrd", str(files / "initramfs")]
-    process = subprocess.Popen([QEMU, *words, "-append", "console=ttyS0 panic=-1"])
+    process = subprocess.Popen([QEMU, *words, "-append", "console=ttyS0 panic=-1 no_timer_check"])
     try:
         with closing(Qmp(folder / "qmp", process)) as qmp:
             until(lambda: b"guest is ready" in (folder / "console").read_bytes())

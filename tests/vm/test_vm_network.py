@@ -46,7 +46,12 @@ def run(net: Network, folder: Path, to: str, *options: str) -> Iterator[subproce
         *("ip", "netns", "exec", net.name, sys.executable, "-m", "remus_ckpt", "run", "--name", "web", "--to", to),
         *("--log-format", "json", "--interval", "20ms", *options, "--", "qemu-system-x86_64", "-nodefaults"),
         *("-m", "96M", "-accel", "tcg", "-serial", f"file:{folder}/serial", "-kernel", str(files / "kernel")),
-        *("-initrd", str(files / "initramfs"), "-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
+        *(
+            "-initrd",
+            str(files / "initramfs"),
+            "-append",
+            "console=ttyS0 quiet panic=-1 no_timer_check mitigations=off",
+        ),
         *("-nic", "tap,ifname=tap0,model=virtio,mac=52:54:00:83:14:01"),
     ]
     with open(folder / "run.log", "wb") as log:
