@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -16,7 +17,7 @@ NEED_DATA = None
 Event = TypeVar("Event")
 
 
-class StreamReader(Generic[Event]):
+class StreamReader(ABC, Generic[Event]):
     """The base of the readers. Any split of the bytes gives the same events.
 
     inbox: holds the bytes
@@ -84,8 +85,8 @@ class StreamReader(Generic[Event]):
             if event is not NEED_DATA or not self.inbox.pull():
                 return event
 
-    def _drain(self) -> Generator[Event | None, None, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _drain(self) -> Generator[Event | None, None, Any]: ...
 
     def fail(self, error: Malformed) -> Malformed:
         """Record a fault found by the consumer of the events: `next_event` raises it from now on."""

@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -74,17 +75,17 @@ class Receiver:
 # Memories, with what writes to them and what they hold
 
 
-class Area:
+class Area(ABC):
     """Memory of some kind, and its bytes for a test to write to."""
 
     memory: Any
 
-    def write(self, at: int, data: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, at: int, data: bytes) -> None: ...
 
+    @abstractmethod
     def image(self) -> bytes:
         """As pages."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self.memory.close()
