@@ -280,7 +280,7 @@ def measure_pauses(
     clusters = pages // cluster_pages
     chosen = np.sort(random.choice(clusters, int(clusters * in_use), replace=False))
     used = (chosen[:, None] * cluster_pages + np.arange(cluster_pages)).reshape(-1)
-    count = max(int(pages * dirty), 1)
+    count = min(max(int(pages * dirty), 1), len(used))
     write(used)
     loops = {way: loop_of(source) for way, source in sources.items()}
     for loop in loops.values():

@@ -88,6 +88,9 @@ class MappedFile:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._fd = -1
+        # What is known to be no hole, while a watch would say that it may have become one.
+        self._watch: FileWatch | None = None
+        self._is_data: NDArray[np.bool_] = np.empty(0, dtype=bool)
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._status = os.fstat(self._fd)
@@ -127,7 +130,11 @@ class MappedFile:
     def watch(self) -> FileWatch:
         """Watch it in the processes that have it mapped. Raises Untracked."""
         identity = self.identity()
-        return FileWatch(self._fd, identity.device, identity.inode, self.pages)
+        self._is_data = np.zeros(self.pages, dtype=bool)
+        self._watch = FileWatch(
+            self._fd, identity.device, identity.inode, self.pages, on_call=lambda: self._is_data.fill(False)
+        )
+        return self._watch
 
     def check(self) -> None:
         """Raise SourceError if the file's size has changed, or if its name leads to another file."""
@@ -232,9 +239,11 @@ class MappedFile:
         """
         if not self._has_holes():
             return []
+        is_watched = self._watch is not None and self._watch.is_open
+        asked = np.flatnonzero(~self._is_data[pfns]) if is_watched else np.arange(len(pfns))
         holes = []
         data = 0  # where the next data after the last page asked about begin
-        for index, at in enumerate((pfns * PAGE_SIZE).tolist()):
+        for index, at in zip(asked.tolist(), (pfns[asked] * PAGE_SIZE).tolist(), strict=True):
             if at >= data:
                 try:
                     data = os.lseek(self._fd, at, os.SEEK_DATA)
@@ -244,6 +253,9 @@ class MappedFile:
                 holes.append(index)
             else:
                 data = 0
+        if is_watched:
+            self._is_data[pfns] = True
+            self._is_data[pfns[holes]] = False
         return holes
 
     def _tail(self) -> Pages:

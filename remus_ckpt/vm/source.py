@@ -61,7 +61,7 @@ class QmpStopper:
     qmp: closed with this object
     is_guarded: QEMU may outlive this process, and must not stay stopped then
     timeout_s: how long a stop may take; QEMU first ends all I/O in flight
-    on_slow: called when a stop takes longer than `SLOW_STOP_S`: may end what holds it up
+    on_slow: called when QEMU takes longer than `SLOW_STOP_S` to answer: may end what holds it up
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class QmpStopper:
         self._on_slow = on_slow
         self.timeout_s = timeout_s
         self._must_run = False
+        self._state = ""  # that `look` has found; empty once it is used
         self._saving: Pending | None = None
         self._stopped_at = 0.0
         self._is_closed = False
@@ -142,8 +143,22 @@ class QmpStopper:
         """A descriptor that becomes readable when QEMU dies."""
         return [] if self._is_closed else [self.process.fd]
 
+    def look(self) -> None:
+        """Ask QEMU for its state. Call this right before `stop`, so that the pause does not contain the question.
+
+        Raises VmError if somebody else is busy with the machine.
+        """
+        state = str(self._answer(self._qmp.begin([("query-status", {})])[0])["status"])
+        self._listen(look=False)
+        if state in _OTHERS:
+            raise VmError(f"QEMU (process {self.process.pid}): {_OTHERS[state]}; protection needs it for itself")
+        self._state = state
+
     def stop(self) -> None:
         """Stop the guest, and begin to save its device state. After an error, it runs on."""
+        if not self._state:
+            self.look()
+        state, self._state = self._state, ""
         os.ftruncate(self._memfd, 0)
         os.lseek(self._written, 0, os.SEEK_SET)  # QEMU's descriptor is a duplicate, with the same position
         if self._guard is not None:
@@ -151,14 +166,12 @@ class QmpStopper:
         self._must_run = True
         saving = {"filename": f"/dev/fdset/{_FDSET}", "live": False}
         try:
-            self._listen()
+            for event in self._listen():  # what a user has done since `look`
+                state = {"STOP": "paused", "RESUME": "running"}.get(str(event["event"]), state)
             # Of what somebody else does from here on, the event is younger than this.
             self._stopped_at = time.time()
-            given = self._qmp.begin([("query-status", {}), ("stop", {}), ("xen-save-devices-state", saving)])
-            self._saving = given[2]
-            state = str(self._stopped(given[:2])[0]["status"])
-            if state in _OTHERS:
-                raise VmError(f"QEMU (process {self.process.pid}): {_OTHERS[state]}; protection needs it for itself")
+            stopping, self._saving = self._qmp.begin([("stop", {}), ("xen-save-devices-state", saving)])
+            self._answer(stopping)
         except BaseException:
             # It may be stopped later, when whatever holds QEMU up has ended; this command comes behind that one.
             self._must_run = False
@@ -169,14 +182,14 @@ class QmpStopper:
         if not self.is_running:
             self._over()
 
-    def _stopped(self, given: Sequence[Pending]) -> list[Any]:
+    def _answer(self, pending: Pending) -> Any:
         try:
-            return self._qmp.finish(given, timeout_s=min(SLOW_STOP_S, self.timeout_s))
+            return self._qmp.finish([pending], timeout_s=min(SLOW_STOP_S, self.timeout_s))[0]
         except VmError:
-            if given[-1].answer is not None or not self.process.is_alive():
+            if pending.answer is not None or not self.process.is_alive():
                 raise
         self._on_slow()
-        return self._qmp.finish(given, timeout_s=self.timeout_s)
+        return self._qmp.finish([pending], timeout_s=self.timeout_s)[0]
 
     def device_state(self) -> bytes:
         """What QEMU has saved since the last `stop`. Raises VmError if that failed."""
@@ -301,6 +314,7 @@ class QemuSource(SharedFile):
         """The guest is about to be stopped."""
         if self._before_pause is not None:
             self._before_pause()
+        self._qemu.look()
 
     def drain(self, epoch: int) -> None:
         """What the guest has sent and written until now belongs to this checkpoint."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tracking import needs_compiler, needs_tracking, racing_writers  # noqa: F40
 
 from remus_ckpt.errors import Untracked
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.source.shared_file import MappedFile
 from remus_ckpt.source.track import linux
 from remus_ckpt.source.track.mapped import FileWatch, rows_in
 
@@ -297,3 +298,37 @@ def test_the_kernel_names_the_same_mappings_as_its_text(tmp_path: Path) -> None:
             pytest.skip("the file system shows its files under another device in /proc/PID/maps")
         assert {one[:3] for one in found if (one.device, one.inode) == (device, inode)} == set(told)
         assert sorted(row.offset for row in told) == [0, 3 * PAGE_SIZE]
+
+
+def test_a_page_is_asked_about_once_whether_it_is_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more after a hole was punched, by whatever call: to look at one would fill it."""
+    path = Path(f"/dev/shm/remus-holes-{os.getpid()}")
+    path.touch()
+    os.truncate(path, PAGES * PAGE_SIZE)
+    with ExitStack() as stack:
+        stack.callback(path.unlink)
+        worker = stack.enter_context(mapper(path))
+        memory = stack.enter_context(closing(MappedFile(path)))
+        watch = stack.enter_context(closing(memory.watch()))
+        watch.attach([worker])
+        asked: list[int] = []
+        real = os.lseek
+        monkeypatch.setattr(os, "lseek", lambda fd, at, how: asked.append(at // PAGE_SIZE) or real(fd, at, how))
+
+        def looked_at(*pfns: int) -> list[bool]:
+            if watch.is_open:
+                with suppress(Untracked):
+                    watch.written([worker])
+            asked.clear()
+            out = np.ones((len(pfns), PAGE_SIZE), dtype=np.uint8)
+            return memory.read(np.array(pfns), out).any(axis=1).tolist()
+
+        worker.touch(3, 5)
+        before = path.stat().st_blocks
+        assert looked_at(3, 4, 5) == [True, False, True] and set(asked) == {3, 4, 5}
+        assert looked_at(3, 4, 5) == [True, False, True] and asked == [4]
+        worker.do(f"area.madvise(mmap.MADV_REMOVE, {5 * PAGE_SIZE}, {PAGE_SIZE})")
+        assert looked_at(3, 5) == [True, False] and set(asked) == {3, 5}
+        assert path.stat().st_blocks < before, "the hole is one still"
+        watch.close()
+        assert looked_at(3) == [True] and asked == [3], "nobody would say that it has become one"

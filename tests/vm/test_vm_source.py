@@ -195,6 +195,21 @@ def test_a_pause_of_the_user_lasts(tmp_path: Path, guest: Guest) -> None:
         assert desk.held()[1].is_running
 
 
+def test_what_a_user_does_between_the_question_and_the_stop_lasts(tmp_path: Path, guest: Guest) -> None:
+    with (
+        closing(user(tmp_path)) as monitor,
+        closing(QmpStopper(guest.qmp, is_guarded=False)) as stopper,
+    ):
+        for command, runs in (("cont", True), ("stop", False), ("cont", True)):
+            stopper.look()
+            monitor.execute(command)
+            stopper.stop()
+            assert stopper.is_running is runs
+            stopper.device_state()
+            stopper.resume()
+            assert monitor.execute("query-status")["running"] is runs
+
+
 def test_a_guest_that_is_let_run_in_the_pause_breaks_it(tmp_path: Path, guest: Guest) -> None:
     """The pause is repeated, and the checkpoint is of one instant."""
     with ExitStack() as stack:

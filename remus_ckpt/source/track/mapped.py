@@ -10,7 +10,7 @@ but has not been waited for, and by processes that are not named.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -59,11 +59,20 @@ class FileWatch:
     fd: the open file
     device, inode: as /proc/PID/maps lists it
     pages: what is behind them in a mapping is not told
+    on_call: called in `written` when a system call has written to the file, or punched a hole in it
     One thread at a time may use it.
     """
 
-    def __init__(self, fd: int, device: tuple[int, int], inode: int, pages: int) -> None:
+    def __init__(
+        self,
+        fd: int,
+        device: tuple[int, int],
+        inode: int,
+        pages: int,
+        on_call: Callable[[], None] = lambda: None,
+    ) -> None:
         self._pages = pages
+        self._on_call = on_call
         self._file = device, inode
         self._scanner = Scanner()
         self._followed: dict[Writer, _Followed] = {}
@@ -74,6 +83,11 @@ class FileWatch:
             self._writes = linux.watch_writes(fd)
         except OSError as error:
             raise Untracked(f"writes to the file by system calls cannot be noticed: {error.strerror}") from None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed."""
+        return self._writes >= 0
 
     @property
     def refused(self) -> list[str]:
@@ -116,6 +130,8 @@ class FileWatch:
         with suppress(BlockingIOError):
             while os.read(self._writes, _EVENTS_BYTES):
                 doubts = ["somebody has written to the file by a system call"]
+        if doubts:
+            self._on_call()
         if gone := self._let_go(processes):
             doubts.append(f"process {gone[0].pid} has ended, or has the file no more")
         found: list[NDArray[np.int64]] = []
