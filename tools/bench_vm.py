@@ -3,7 +3,8 @@
     sudo python tools/bench_vm.py [pauses] [slowdown] [disk] [takeover] [--seconds 30] [--json FILE] [--plot FILE.svg]
 
 pauses     the guest of the demo writes so many pages between two pauses (--pages, --interval), while a client asks it
-           without rest; for each --memory
+           without rest; for each --memory. Of the newest 1,024 pauses, and of so many at least: those right after the
+           first copy, when much was written, are not among them
 slowdown   how many pages it writes at most, beside the same QEMU without protection; at 100, 50 and 25 ms
 disk       dd in a guest, by the clock of the host, beside a plain QEMU with the same disk; in memory, as the stores are
 takeover   from the order to take over until the guest runs, and until its client has an answer
@@ -87,6 +88,9 @@ class BenchScene(Scene):
         return self.start(host, "plain", [*host.inside(), *qemu[qemu.index("--") + 1 :], "-display", "none"])
 
 
+PAUSES = 1100
+
+
 def until_protected(scene: Scene) -> None:
     scene.until("it is protected", lambda: scene.is_protected(scene.lan.b), 300.0)
 
@@ -99,7 +103,7 @@ def pauses(memory: str, pages: int, interval: str, seconds: float) -> dict[str, 
         with closing(Client(scene.lan.client.inside())) as client:
             scene.until("the guest answers", lambda: client.is_ready(0.1), 300.0)
             until_protected(scene)
-            time.sleep(seconds)
+            time.sleep(max(seconds, PAUSES * parse_duration(interval)))
             found: dict[str, Any] = scene.status(scene.lan.b)["primary"]
             told = client.status()
             if told["wrong"]:
