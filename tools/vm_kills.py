@@ -15,10 +15,10 @@ memory. With a control, whatever is killed must be noticed by the client or by t
 What is killed, by SIGKILL: everything on the guest's host; QEMU alone; the service that protects the guest; the
 bridge; the disk server; the backup; the QEMU that waits; and the guest's host is cut off, for longer or shorter than
 the lease. All come at a random instant, and half of them then wait for a step of the primary or of the backup; those
-that wait for the loss of a mirror, or for its copy, kill the disk server first. A backup that is killed has waited for
-a step of its own. Each process writes its step into a small file that is mapped into memory, so that it tells where
-the process was when it died. So that backups compact and prune while they are watched, they do so after a few dozen
-checkpoints.
+that wait for the loss of a mirror, or for its copy, kill the disk server first. A backup that is killed has waited
+for a step of its own. Each process writes its step into a small file that is mapped into memory, so that it tells
+where the process was when it died; it stays for 20 ms in the step that a kill waits for. So that backups compact and
+prune while they are watched, they do so after a few dozen checkpoints.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ STALL_S = 40.0
 """Without held output the connection stands still for good, and nothing is gained by waiting for it longer."""
 LOOK_S = 0.1
 AIM_S = 2.0
+DWELL_S = 0.02
+"""How long a process stays in the step that a kill waits for: some last microseconds."""
 EARLY_S = 20.0
 SHORT_CUT_S = 0.1, 0.4
 DROPPED_S = 0.3
@@ -124,16 +126,19 @@ words, folder = sys.orig_argv, os.environ.get("REMUS_KILLS")
 role = next((one for one in ("backup", "run", "protect") if one in words[3:4]), "")
 if folder and role and words[1:3] == ["-m", "remus_ckpt"]:
     import mmap
+    import time
 
     path = f"{folder}/{os.environ['REMUS_KILLS_HOST']}.{'backup' if role == 'backup' else 'primary'}"
     with open(path, "wb") as file:
-        file.write(bytes(2))
+        file.write(bytes(3))
     with open(path, "r+b") as file:
-        place = mmap.mmap(file.fileno(), 2)
+        place = mmap.mmap(file.fileno(), 3)
 
     def note(steps, step):
         if step in steps:
             place[0] = steps.index(step)
+            if place[2] == place[0] + 1:
+                time.sleep(DWELL_S)
 
     if role == "backup":
         from remus_ckpt.service import backup
@@ -248,6 +253,7 @@ class Traced(Scene):
         self._tracer = folder / "tracer"
         self._tracer.mkdir()
         steps = f"\nPRIMARY = {PRIMARY!r}\nBACKUP = {BACKUP!r}\nCOMPACT_CHECKPOINTS = {COMPACT_CHECKPOINTS}\n"
+        steps += f"DWELL_S = {DWELL_S}\n"
         (self._tracer / "sitecustomize.py").write_text(steps + TRACER)
         super().__init__(folder, image, **options)
 
@@ -271,9 +277,16 @@ class Traced(Scene):
     def steps(self, host: Host, role: str) -> list[str]:
         """Where a process is, or was when it died; two of a backup that compacts meanwhile."""
         with suppress(OSError, ValueError):
-            number, compacts = (self._tracer / f"{self.letters[host]}.{role}").read_bytes()
+            number, compacts, _ = (self._tracer / f"{self.letters[host]}.{role}").read_bytes()
             return [(PRIMARY if role == "primary" else BACKUP)[number], *[COMPACTING] * compacts]
         return ["not there"]
+
+    def dwell(self, host: Host, role: str, step: str) -> None:
+        """Have a process stay for a moment in this step, so that a kill can hit it there; "" for none."""
+        steps = PRIMARY if role == "primary" else BACKUP
+        with suppress(FileNotFoundError), open(self._tracer / f"{self.letters[host]}.{role}", "r+b") as file:
+            file.seek(2)
+            file.write(bytes([steps.index(step) + 1 if step in steps else 0]))
 
 
 def newest_write(disk: Path) -> int:
@@ -349,14 +362,17 @@ class Run:
         deadline = time.monotonic() + (EARLY_S if is_early else AIM_S)
         role, step = aim or ("", "")
         place = self.here if role == "primary" else self.there
-        while aim is not None and step not in scene.steps(place, role) and time.monotonic() < deadline:
-            time.sleep(0.0001)
+        if aim is not None:
+            scene.dwell(place, role, step)
+            while step not in scene.steps(place, role) and time.monotonic() < deadline:
+                time.sleep(0.0001)
         if is_early:
             victims = self._victims(kind)  # it has just been started
         at_backup = scene.steps(self.there, "backup")
         if "cut" in kind:
             self.here.cut()
         self._kill(victims)
+        scene.dwell(place, role, "")
         begun = time.monotonic()
         row: dict[str, Any] = {"kind": kind, "aim": aim and " ".join(aim), "backup": at_backup, "is_early": is_early}
         row["primary"] = scene.steps(self.here, "primary")
