@@ -41,8 +41,8 @@ from remus_ckpt.vm.requests import MAX_MESSAGE_BYTES, ask
 EXPORT = "disk"
 HELD_BYTES = 192 * MIB
 """A checkpoint takes 256 MiB besides memory, and all that waits must fit into one."""
-_SLOW_BYTES_S = 64 * MIB
-"""How fast a guest writes that has filled half of that; never stopped: QEMU waits for writes in its `stop`."""
+_SLOW_BYTES_S, _SLOWEST_BYTES_S = 64 * MIB, 4 * MIB
+"""How fast a guest writes that has filled half of that, and all of it."""
 _QUICK_S = 2.0
 _SLOW_S = 30.0
 _START_S = 60.0
@@ -204,6 +204,16 @@ def serve(client: socket.socket, size: int, fulfil: Callable[[Server, Request], 
 # The process
 
 
+def delay_s(size: int, held: int, most: int) -> float:
+    """How long a write of `size` bytes is delayed while `held` bytes of at most `most` wait for commits.
+
+    The less room is left, the longer: it lasts for seconds while nothing is committed. A write never waits for a
+    commit, since QEMU waits for writes in its `stop`.
+    """
+    left = 2 * (most - held) / most
+    return 0.0 if left > 1 else size / max(_SLOW_BYTES_S * left, _SLOWEST_BYTES_S)
+
+
 class Mirror:
     """Who writes to the log, and whether anything may be missing from it. QEMU connects once."""
 
@@ -243,8 +253,8 @@ class Mirror:
         if held + size > self._held_bytes:
             self._fail(f"{held:,} bytes of writes wait for commits, and that is the most")
             return server.reply(request, errno.ENOSPC)
-        if held > self._held_bytes // 2:
-            time.sleep(size / _SLOW_BYTES_S)
+        if wait_s := delay_s(size, held, self._held_bytes):
+            time.sleep(wait_s)
         self._log.append(request.offset, request.length, request.data)
         return server.reply(request)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from remus_ckpt.errors import VmError
+from remus_ckpt.limits import MIB
 from remus_ckpt.vm.disk_log import writes
-from remus_ckpt.vm.disk_server import DiskServer
+from remus_ckpt.vm.disk_server import HELD_BYTES, DiskServer, delay_s
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="there is no qemu-io (qemu-utils)")
 
@@ -123,6 +124,17 @@ def test_nothing_is_marked_without_a_mirror(server: DiskServer) -> None:
         server.mark()
     with socket.socket(socket.AF_UNIX) as another, pytest.raises(ConnectionRefusedError):
         another.connect(str(server.path))  # it takes one client, once
+
+
+def test_a_guest_that_writes_without_rest_is_slowed_before_there_is_no_room() -> None:
+    """While nothing is committed for five seconds, its mirror lives on."""
+    held, seconds = 0, 0.0
+    while held + MIB <= HELD_BYTES:
+        wait_s = delay_s(MIB, held, HELD_BYTES)
+        assert wait_s <= 0.25, "QEMU's `stop` waits for it"
+        assert (wait_s > 0) == (held >= HELD_BYTES // 2)
+        held, seconds = held + MIB, seconds + wait_s
+    assert 5 < seconds < 10
 
 
 def test_a_write_for_which_there_is_no_room_ends_the_mirror_not_the_guest(tmp_path: Path) -> None:
