@@ -273,7 +273,7 @@ def run(disk: Path, shared: Path, mib: int, share: float, rounds: int, only: Seq
 
 
 def show(results: dict[str, Any]) -> str:
-    """The table of README.md."""
+    """The table in docs/comparison.md."""
     m = results["machine"]
     rows = [
         [one["name"], f"{one['ms']:,.1f}", f"{one['cpu_ms']:,.1f}", f"{one['kib']:,.0f}"] for one in results["rows"]

@@ -525,7 +525,7 @@ def test_units_start_commands_that_exist(path: Path) -> None:
     venv = Path(program).parents[1]
     install = f"python3 -m venv {venv} && {venv}/bin/pip install ."
     assert install in path.read_text()
-    assert install in (UNITS.parents[1] / "README.md").read_text()
+    assert install in (UNITS.parents[1] / "docs/operate.md").read_text()
     group = typer.main.get_command(app)
     command = group.get_command(typer.Context(group), name)  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}

@@ -1,4 +1,4 @@
-"""The README's examples are run as they stand there."""
+"""The README's example runs as it stands there."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for example in EXAMPLES:
         exec(compile(example, "README.md", "exec"), {})
     out = capsys.readouterr().out.splitlines()
-    assert out == [
-        "(1000, 1000) 1.5",
-        "0 b'step 0' b'hello'",
-        "1 b'step 1' b'hello'",
-        "in force: 1",
-        "0 [0] (1, 4096)",
-        "1 [1] (1, 4096)",
-        "2 [2] (1, 4096)",
-    ]
+    assert out == ["(1000, 1000) 1.5"]
 
 
 def test_the_two_commands_are_there() -> None:
