@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -94,6 +95,8 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
         raise LinkError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise LinkError(f"{path} holds no key in PEM") from error
+    except UnsupportedAlgorithm as error:
+        raise LinkError(f"{path} holds a key of an unknown kind ({error}): restore the key of your CA") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise LinkError(f"{path} is no key of an elliptic curve: make a CA with `remus-ckpt keys init`")
     return key

@@ -23,6 +23,11 @@ from remus_ckpt.link.tls import TlsFiles
 from remus_ckpt.service import keys
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+ODD_CURVE = """-----BEGIN EC PRIVATE KEY-----
+MD4CAQEEDg6bFAW4sDmwb2p3+dqkoAcGBSuBBAAGoSADHgAEHAQT2QV6ulRx9rX0
+2lJk1b7yK/SkQs7qf5lLfg==
+-----END EC PRIVATE KEY-----"""
+"""A key on secp112r1, which the library does not know."""
 
 
 @pytest.fixture
@@ -246,9 +251,10 @@ def test_without_a_ca(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "b" / "ca-key.pem", tmp_path / "a" / "ca-key.pem")
     with pytest.raises(LinkError):
         keys.issue(tmp_path / "a", "backup")
-    (tmp_path / "b" / "ca-key.pem").write_bytes(b"\0garbage")
-    with pytest.raises(LinkError):
-        keys.issue(tmp_path / "b", "backup")
+    for held in ("\0garbage", ODD_CURVE):
+        (tmp_path / "b" / "ca-key.pem").write_text(held)
+        with pytest.raises(LinkError):
+            keys.issue(tmp_path / "b", "backup")
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
