@@ -67,13 +67,14 @@ def make_buckets(nats: Nats, replicas: int = REPLICAS) -> None:
         storage=StorageType.FILE,
         replicas=replicas,
     )
-    # Leases that are lost with all brokers are soon renewed, and renewals wait for no disk.
+    # Leases that are lost with all brokers are soon renewed, and renewals wait for no disk. But a broker that is alone
+    # forgets, when it restarts, that there was a bucket in memory.
     leases = KeyValueConfig(
         _LEASES,
         description="remus_ckpt: who is alive",
         ttl=LEASE_S,
         history=1,
-        storage=StorageType.MEMORY,
+        storage=StorageType.MEMORY if replicas > 1 else StorageType.FILE,
         replicas=replicas,
     )
     try:

@@ -143,6 +143,22 @@ def test_of_two_who_have_read_the_same_place_one_may_replace_it(fleet: Fleet, br
     fleet.put(Place(name, "c", "tls://c:1", 0), fleet.place(name)[1])
 
 
+def test_a_broker_that_is_alone_knows_its_fleet_after_a_restart(tmp_path: Path) -> None:
+    with Brokers(tmp_path, count=1) as them:
+        admin = Nats(them.url)
+        make_buckets(admin, 1)
+        admin.close()
+        fleet = Fleet(them.url)
+        standby = Standby("1" * 32, "host", ("tcp://127.0.0.1:1",), "remus_ckpt", 1, 1 << 30, is_leaving=False)
+        fleet.announce(standby)
+        them.kill(0)
+        them.start(0)
+        until(lambda: fleet.backups() == {standby.id: standby})
+        fleet.withdraw(standby)
+        assert fleet.backups() == {}
+        fleet.close()
+
+
 def test_brokers_that_know_no_fleet(tmp_path: Path) -> None:
     with Brokers(tmp_path, count=1) as bare:
         fleet = Fleet(bare.url)
