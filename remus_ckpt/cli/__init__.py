@@ -31,7 +31,7 @@ COMMANDS = {
     "dashboard": _Entry("dashboard", "Serve a live page about several backups."),
     "failover": _Entry("status", "Promote a backup by hand."),
     "drill": _Entry("drill", "Prove that a name can be restored, without touching it."),
-    "fleet": _Entry("fleet", "Many names on many hosts, and the commit log that they share."),
+    "fleet": _Entry("fleet", "Manage many names on many hosts, and the commit log that they share."),
     "vm": _Entry("vm", "Start copies of protected guests, and bring their disks back."),
     "config": _Entry("config", "Check configuration files."),
     "keys": _Entry("keys", "Make, show, replace and revoke TLS keys."),
@@ -175,7 +175,7 @@ def main() -> NoReturn:
 
 
 def _drop_output() -> None:
-    """Throw away what standard output has not taken, or the interpreter tries once more as it ends."""
+    """Discard what standard output has not taken: otherwise the interpreter tries again as it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -77,11 +77,11 @@ def list_archive(
             out.print(Text(f"{one}: up to {last.epochs[-1]}, {_taken(last)}; {len(parts):,} segments, {size:,} bytes"))
 
 
-@archive_app.command(short_help="Put what is closed and missing into an archive.")
+@archive_app.command(short_help="Copy closed segments that are missing to an archive.")
 def push(store: HistoryName, url: Url, archive_recipients: Recipients = None, as_json: AsJson = False) -> None:
-    """Put the closed segments of a name into an archive, once. `backup --archive` does so all the time.
+    """Copy the closed segments of a name to an archive, once. `backup --archive` does so continuously.
 
-    The newest segment is closed when the next one begins: `remus-ckpt compact` begins one where no backup runs.
+    The newest segment is closed when the next one begins; while no backup runs, `remus-ckpt compact` begins one.
 
     Example: remus-ckpt archive push store:/var/lib/remus/orders s3://remus-archive/site-a
     """
@@ -103,7 +103,7 @@ def push(store: HistoryName, url: Url, archive_recipients: Recipients = None, as
     if as_json:
         print_json({"store": store, "archive": url, "name": name, "put": [_row(one) for one in put]})
     else:
-        out.print(Text(f"{url}/{name}: {len(put):,} segments put there, {len(known):,} in all"))
+        out.print(Text(f"{url}/{name}: {len(put):,} segments copied, {len(known):,} in all"))
 
 
 @archive_app.command(short_help="Rebuild a name's checkpoints from an archive.")

@@ -1,7 +1,7 @@
-"""Options from a file: `--config FILE` gives a command its defaults, and `config check` tries a file.
+"""Options from a file: `--config FILE` sets a command's defaults, and `config check` tries a file.
 
 A file is TOML. A table has the name of a command; its keys are that command's options without their dashes, and its
-arguments. The declarations of the command are the one list of what there is and of what it may be.
+arguments. The command's own declarations are the only list of keys and their values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _is_checking = ContextVar("_is_checking", default=False)
 
 
 class _Good(Exception):
-    """The options of a command that is only being checked are good."""
+    """Raised when a command that is only being checked has good options."""
 
 
 class Configurable(TyperCommand):
@@ -51,7 +51,7 @@ class Configurable(TyperCommand):
 
 
 def begin() -> None:
-    """A command calls this where its options are known to be good and its work begins: a check goes no further."""
+    """A command calls this once its options are known to be good, before its work begins: a check goes no further."""
     if _is_checking.get():
         raise _Good
 
@@ -71,8 +71,8 @@ ConfigFile = Annotated[
         dir_okay=False,
         is_eager=True,
         callback=_use,
-        help="Read options from the table of this command in a TOML file. What the command line says wins, also with "
-        "--no-… for an option without a value.",
+        help="Read options from this command's table in a TOML file. The command line takes precedence; --no-… "
+        "turns off an option without a value.",
     ),
 ]
 
@@ -83,18 +83,18 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
-            raise typer.BadParameter(f"{path}: more than {_MOST_BYTES:,} bytes are no file of options")
+            raise typer.BadParameter(f"{path}: a file of options has at most {_MOST_BYTES:,} bytes")
         tables = tomllib.loads(data.decode())
     except ValueError as error:  # of TOML, or of UTF-8
         raise typer.BadParameter(f"{path}: {error}") from None
     except RecursionError:
-        raise typer.BadParameter(f"{path}: lists or tables stand in one another too deep") from None
+        raise typer.BadParameter(f"{path}: lists or tables are nested too deeply") from None
     faults = []
     for name, table in tables.items():
         if not isinstance(table, dict):
-            faults.append(f"{name!r} stands outside a table: put it under [{'] or ['.join(CONFIGURABLE)}]")
+            faults.append(f"{name!r} is outside a table: put it under [{'] or ['.join(CONFIGURABLE)}]")
         elif name not in CONFIGURABLE:
-            faults.append(f"[{name}] is no command that reads a file{_meant(name, CONFIGURABLE, '[{}]')}")
+            faults.append(f"[{name}] is not a command that reads a file{_meant(name, CONFIGURABLE, '[{}]')}")
     if not tables:
         faults.append(f"it has no table: write [{'] or ['.join(CONFIGURABLE)}]")
     if faults:
@@ -125,7 +125,7 @@ def _defaults(path: Path, ctx: typer.Context) -> dict[str, Any]:
 
 
 def _place(path: Path, command: str, key: str) -> str:
-    """The table, with the line of a key in front where the key begins one, as it does unless it stands in braces."""
+    """The table, preceded by the key's line number if the key begins a line, which it does unless it is in braces."""
     inside = False
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if header := re.match(r"\s*\[\s*[\"']?([^]\"']*?)[\"']?\s*\]", line):
@@ -162,23 +162,23 @@ def _value(param: Any, value: Any, ctx: typer.Context) -> Any:
     given = value if is_several and isinstance(value, list) else [value]
     for one in given:
         if isinstance(one, bool) or not isinstance(one, str | int):
-            raise typer.BadParameter(f"write a text or a whole number, not {one!r}")
+            raise typer.BadParameter(f"write a string or a whole number, not {one!r}")
     texts = list(map(str, given))
     result = texts if is_several else texts[0]
     param.process_value(ctx, result)
     return result
 
 
-@config_app.command(short_help="Check that files say what their commands understand.")
+@config_app.command(short_help="Check that commands accept their configuration files.")
 def check(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Files for --config.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Check that a command could start with what a file says, and with nothing else.
+    """Check that each command could start from its table in a file alone.
 
-    Every table is checked, as its command checks its options before it touches anything. Exit code 2 if any is wrong.
+    Every table gets the checks that its command makes before it touches anything. Exit code 2 if any is wrong.
 
     Example: remus-ckpt config check /etc/remus-ckpt/*.toml
     """

@@ -1,4 +1,4 @@
-"""The commands for those who implement the format, or want to know what runs here."""
+"""The commands for implementers of the format, and `check`, which shows what runs here."""
 
 from __future__ import annotations
 

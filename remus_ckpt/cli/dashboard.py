@@ -1,4 +1,4 @@
-"""The command `dashboard`: one page for several backups, from a process of its own."""
+"""The command `dashboard`: one page for several backups, from a separate process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def dashboard(
         ),
     ],
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where to serve it; a port alone is one of this machine.")
+        str,
+        typer.Option(
+            metavar="HOST:PORT", help="Where to serve the page; a port alone is reachable from this machine only."
+        ),
     ] = "127.0.0.1:7412",
     token: DashboardToken = None,
     allow_failover: AllowFailover = False,
@@ -50,7 +53,7 @@ def dashboard(
 ) -> None:
     """Show each name of these backups on a page for a browser, until Ctrl-C.
 
-    What the page may see and do is what the certificate in --tls-dir allows: `read` for what can be restored and for
+    The certificate in --tls-dir decides what the page may see and do: `read` for what can be restored and for
     events, `failover` for the button. From another machine, `ssh -L 7412:localhost:7412 HOST` needs no token.
 
     Example: remus-ckpt dashboard --from tls://backup1:7411 --from tls://backup2:7411 --tls-dir keys/me

@@ -1,4 +1,4 @@
-"""The command that shows what this is for."""
+"""The command that shows what the package is for."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def demo(
     """Protect a real worker over TLS, kill it and its primary at a random moment, let the backup take over, and check
     that nothing committed was lost.
 
-    With --vm, two hosts are made of network namespaces. A virtual machine runs on one, its host is killed, and it goes
-    on on the other; it is protected again, and that host is killed too. A client checks every byte over one connection.
+    With --vm, two hosts are made of network namespaces. A virtual machine runs on one; that host is killed, and the
+    machine continues on the other. It is protected again, and the second host is killed too. A client checks every byte
+    over one connection.
 
     Example: remus-ckpt demo --seconds 5
 
-    With --fleet, three brokers, two backups and four processes are started, the processes are protected by name, and
-    one backup is killed: all are protected by the other, about 15 s later.
+    With --fleet, three brokers, two backups and four processes are started, and the processes are protected by name.
+    One backup is killed: about 15 s later, the other protects all of them.
 
     Example: sudo remus-ckpt demo --vm
 

@@ -48,7 +48,7 @@ def drill(
             "--command",
             metavar="CMD",
             help="A shell command that tries the restored memory. It gets the variables of --on-failover, and "
-            "REMUS_DRILL=1. Exit status 0 says that the memory is good.",
+            "REMUS_DRILL=1. Exit status 0 means that the memory is good.",
         ),
     ] = None,
     timeout: Annotated[
@@ -126,7 +126,7 @@ def drill(
             status = _run(command, environment, limit_s, stop)
             report |= {"command_status": status, "command_s": time.monotonic() - begin}
             if status is None:
-                trouble = "it was interrupted" if stop.is_set else f"it was not done in {timeout}, and was killed"
+                trouble = "it was interrupted" if stop.is_set else f"it took longer than {timeout} and was killed"
             elif status:
                 trouble = f"it ended with {status}"
             if not as_json and not trouble:

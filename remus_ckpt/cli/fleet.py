@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from remus_ckpt.loop import StopSignal
 
 fleet_app = typer.Typer(
-    no_args_is_help=True, help="Many names on many hosts, and the commit log that they share.", rich_markup_mode=None
+    no_args_is_help=True,
+    help="Manage many names on many hosts, and the commit log that they share.",
+    rich_markup_mode=None,
 )
 app.add_typer(fleet_app, name="fleet")
 
@@ -65,18 +67,19 @@ def init(
     monitor: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="URL", help="Monitoring of each server, http://HOST:8222: shows that it syncs. Repeatable."
+            metavar="URL",
+            help="Monitoring address of a server, http://HOST:8222, which shows that it syncs. Repeatable.",
         ),
     ] = None,
     synced: Annotated[
-        bool, typer.Option("--synced", help="All servers have `sync_interval: always`; do not look.")
+        bool, typer.Option("--synced", help="Vouch that all servers have `sync_interval: always`; do not check.")
     ] = False,
-    replicas: Annotated[int, typer.Option(min=1, max=5, help="On how many servers each record is.")] = 3,
+    replicas: Annotated[int, typer.Option(min=1, max=5, help="Number of servers that hold each record.")] = 3,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
 ) -> None:
-    """Make the stream of the commit log, with a copy of each record on three servers of NATS JetStream, and the buckets
-    in which backups and names find each other.
+    """Create the commit log's stream, with a copy of each record on three NATS JetStream servers, and the buckets
+    through which names find backups.
 
     Each server must sync each record before it answers (`sync_interval: always`, NATS 2.10 or later): by default it
     does so every two minutes, and a power failure of two servers loses commits. If the log is there already, its
@@ -96,9 +99,7 @@ def init(
     finally:
         nats.close()
     if made.replicas < 3:
-        complain(
-            f"{made.replicas} of its servers can be lost only with the log: three replicas survive the loss of one"
-        )
+        complain("with fewer than three replicas, the log does not survive the loss of a server")
     print(f"{nats}: commit log {made.identity}, {made.replicas} replicas")
 
 
@@ -109,7 +110,8 @@ def init(
 def status(
     url: FleetUrl,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it as a table that is drawn anew, until Ctrl-C. With --json: lines.")
+        bool,
+        typer.Option("--watch", help="Show a table and redraw it until Ctrl-C. With --json: print a line each time."),
     ] = False,
     every: Annotated[str, typer.Option(metavar="TIME", callback=is_time, help="How often --watch asks.")] = "2s",
     tls_dir: TlsDir = None,
@@ -220,15 +222,15 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-@fleet_app.command("forget", short_help="Forget a name that nothing runs any more.")
+@fleet_app.command("forget", short_help="Forget a name that is no longer in use.")
 def forget(
     url: FleetUrl,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The name.")],
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
 ) -> None:
-    """Forget where a name was, so that `fleet status` does not miss it any more. Its checkpoints stay where they
-    are, and any backup that has some may then take it over: forget a name only once it is not in use.
+    """Forget where a name was, so that `fleet status` no longer reports it as unprotected. Its checkpoints stay where
+    they are, and any backup that has some may then take the name over: forget a name only once it is out of use.
 
     Example: remus-ckpt fleet forget nats://broker-1 orders
     """
@@ -236,7 +238,7 @@ def forget(
     with ExitStack() as stack:
         fleet = _fleet(url, tls_dir, insecure, stack)
         if name in fleet.primaries():
-            raise RemusError(f"{name} has a primary, or had one 15 s ago: end that first")
+            raise RemusError(f"{name} has a primary, or had one in the last 15 s: stop it first")
         if fleet.place(name)[0] is None:
             raise RemusError(f"the fleet knows nothing of {name}")
         fleet.forget(name)
@@ -248,15 +250,15 @@ def drain(
     which: Annotated[
         str, typer.Argument(metavar="BACKUP", help="The backup: HOST, HOST/ID, ID or address, as `fleet status` says.")
     ],
-    undo: Annotated[bool, typer.Option("--undo", help="Let it keep its names, and take others again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it keep its names, and take new ones again.")] = False,
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
 ) -> None:
-    """Have every name of a backup protected by another one, and wait until it is. The backup takes no new names from
-    then on, until --undo, and may be stopped once this command has ended.
+    """Move every name of a backup to other backups, and wait until all are protected there. From now on, until --undo,
+    the backup takes no new names; once this command has ended, you may stop it.
 
-    Each name stays protected by this backup until the other has all of its memory; meanwhile nothing of it is
-    committed. Its history stays here. Ctrl-C ends only the waiting.
+    Each name stays protected by its old backup until the new one has all of its memory; meanwhile, none of its
+    checkpoints are committed. Its history stays on the old one. Ctrl-C ends only the waiting.
 
     Example: remus-ckpt fleet drain nats://broker-1 node-7
 
@@ -273,7 +275,7 @@ def drain(
         for id in ids:
             fleet.set_leaving(id, not undo)
         if undo:
-            out.print(Text(f"{', '.join(called(id, backups) for id in ids)} may keep names, and takes others"))
+            out.print(Text(f"{', '.join(called(id, backups) for id in ids)} may keep names again, and takes new ones"))
             return
         _await_drained(fleet, ids, stop_on_signals(stack))
 
@@ -293,7 +295,7 @@ def _await_drained(fleet: Fleet, ids: list[str], stop: StopSignal) -> None:
             out.print(Text(f"{time.monotonic() - began:5.1f} s: {_count(before, 'name')} to go"))
         if not left:
             for name in held:
-                complain(f"{name} has no primary: what is committed of it stays on {called(ids[0], backups)}")
+                complain(f"{name} has no primary: its committed checkpoints stay on {called(ids[0], backups)}")
             return
         if not any(one.room for id, one in backups.items() if id not in ids):
             raise RemusError(f"no other backup has room: until one has, {_count(before, 'name')} will not move")

@@ -64,8 +64,8 @@ def encode(
         bool,
         typer.Option(
             "--sparse-diffs",
-            help="All images but the first are sparse diffs, as Firecracker's: what they have data for has changed, "
-            "what they have holes for has not.",
+            help="All images but the first are sparse diffs, like Firecracker's: data is memory that changed, a "
+            "hole is memory that did not.",
         ),
     ] = False,
     for_: ForXen = None,
@@ -78,8 +78,8 @@ def encode(
     The images are read piece by piece and their holes are skipped: about 150 MB of memory suffice for images of any
     size. The images must not change meanwhile.
 
-    With --sparse-diffs, each page that a diff has data for is in its checkpoint, so that `restore --sparse-diff-from`
-    gives the same diff back. Copy such files with tools that keep holes as they are: cp does, scp does not.
+    With --sparse-diffs, each page that a diff has data for is in its checkpoint, so `restore --sparse-diff-from` gives
+    the same diff back. Copy such files with tools that preserve holes: cp does, scp does not.
 
     Examples: remus-ckpt encode monday.img tuesday.img -o week.remus;
     remus-ckpt encode mem diff1 diff2 --sparse-diffs -o vm.remus
@@ -105,7 +105,7 @@ def encode(
     padded = [size if pages_for(size) == pages else max(sizes) for size in sizes]
     for path, size, whole in zip(images, sizes, padded, strict=True):
         if sparse_diffs and size != sizes[0]:
-            raise RemusError(f"{path}: {size} bytes, and {images[0]} has {sizes[0]}: it is no diff over that image")
+            raise RemusError(f"{path}: {size} bytes, and {images[0]} has {sizes[0]}: it is not a diff over that image")
         if whole != size:
             complain(f"{path}: {size} bytes; padded with zeros to {whole}")
     held = ImageReference()

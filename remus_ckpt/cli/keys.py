@@ -166,8 +166,8 @@ def revoke(
         str | None,
         typer.Argument(
             metavar="[NAME|CERT]",
-            help="Name, for all certificates ever issued under it, or the path of one certificate. Without it, nothing "
-            "is revoked, and the list is written anew.",
+            help="A name, for all certificates ever issued under it, or the path of one certificate. Without it, "
+            "nothing is revoked; the list is only written again.",
         ),
     ] = None,
     old: Annotated[bool, typer.Option("--old", help="Only certificates of NAME that a renewal has replaced.")] = False,
@@ -177,8 +177,8 @@ def revoke(
     """Revoke certificates: write them into crl.pem of DIR, of each folder in it, and of each --to.
 
     Backups and primaries that run from these folders refuse the certificates at once, and end open sessions within
-    seconds. Copy crl.pem into the --tls-dir folder of every other machine; no restart is needed there either. If the
-    backup takes over by itself, revoking the certificate of a running primary makes it do so. To replace a stolen key
+    seconds. Copy crl.pem into the --tls-dir folder of every other machine; no restart is needed there either. With
+    --auto-failover, revoking the certificate of a running primary makes the backup take over. To replace a stolen key
     without that, renew first, copy the folder to its machine, and revoke the old certificates.
 
     Example: remus-ckpt keys revoke keys/ laptop
@@ -206,7 +206,7 @@ def revoke(
             out.print(Text(f"written: {folder / 'crl.pem'}"))
         out.print(Text(f"next: copy {directory / 'crl.pem'} into the --tls-dir folder of every other machine"))
     for folder, reason in done.failed:
-        complain(f"{folder} does not know of it: {reason}")
+        complain(f"{folder} was not told: {reason}")
     if done.failed:
         raise typer.Exit(1)
 
@@ -216,7 +216,7 @@ def rotate(
     directory: Authority,
     stage: Annotated[
         Literal["begin", "reissue", "finish"] | None,
-        typer.Argument(metavar="[begin|reissue|finish]", help="Without it, say which stage is next."),
+        typer.Argument(metavar="[begin|reissue|finish]", help="Without it, show which stage is next."),
     ] = None,
     to: Folders = None,
     days: Annotated[
@@ -232,8 +232,8 @@ def rotate(
 ) -> None:
     """Replace the authority while services run. After each stage, copy the files that it names to their machines.
 
-    begin makes a new authority, and makes every folder trust both. reissue replaces every certificate by one of the new
-    authority. finish removes the old authority. Services need no restart. A stage that was interrupted is run again.
+    begin makes a new authority, and makes every folder trust both. reissue replaces every certificate with one from the
+    new authority. finish removes the old authority. Services need no restart. If a stage was interrupted, run it again.
 
     Example: remus-ckpt keys rotate keys/ begin
 
@@ -250,7 +250,7 @@ def rotate(
             out.print(Text(_say_next(directory, begun)))
         return
     if stage == "finish" and days is not None:
-        raise typer.BadParameter("finish makes nothing that expires: leave --days away")
+        raise typer.BadParameter("finish makes nothing that expires: leave out --days")
     if stage == "begin":
         done = rotation.begin(directory, to=folders, days=days or keys.CA_DAYS)
     elif stage == "reissue":
@@ -275,7 +275,7 @@ def _report_stage(directory: Path, stage: str, done: Done, as_json: bool) -> Non
     for folder, files in done.changed:
         out.print(Text(f"to its machine: {' '.join(str(folder / name) for name in files)}"))
     for folder in done.left_out:
-        out.print(Text(f"left out, since its certificate is of no use any more: {folder}"))
+        out.print(Text(f"left out, since its certificate is no longer of use: {folder}"))
     if stage == "finish" and done.changed:
         out.print(Text("the rotation is complete once every machine has the new ca.pem"))
     else:

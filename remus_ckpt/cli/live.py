@@ -37,7 +37,7 @@ _STILL_S = 1.0
 
 
 class Stillness:
-    """Notices, once, that no page has changed since the first checkpoint: the wrong memory may be being recorded."""
+    """Notices once that no page has changed since the first checkpoint: perhaps the wrong memory is being recorded."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -144,8 +144,8 @@ def record(
                 totals.add(taken)
                 if stillness.lasts(taken.dirty_pages, time.monotonic()):
                     complain(
-                        f"{file}: no page has changed since recording began. Is this the memory that the processes "
-                        "write to, and does one of them run that does? Recording goes on"
+                        f"{file}: no page has changed since recording began: check that the processes write to "
+                        "this memory and are running. Recording continues"
                     )
                 if show:
                     show.update(Text(totals.line(taken)))

@@ -34,15 +34,15 @@ def mount(
     store: HistoryName,
     mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory; made if missing.")],
     allow_other: Annotated[
-        bool, typer.Option("--allow-other", help="Let other users look too; they are held to the files' modes.")
+        bool, typer.Option("--allow-other", help="Let other users read too, as far as the files' modes allow.")
     ] = False,
     max_memory: MaxMemory = 64,
 ) -> None:
     """Show every checkpoint of a store as files, until Ctrl-C, SIGTERM or `fusermount -u MOUNTPOINT`.
 
     by-epoch/1200/memory is the memory of checkpoint 1200, by-epoch/1200/arrays/NAME an array; newest and by-time/TIME
-    lead to them. Nothing is restored: pages are read, and checked, when they are looked at. A running backup is not
-    disturbed, and its new checkpoints appear. What has changed on disk gives an I/O error, and a message here.
+    lead to them. Nothing is restored: pages are read and checked when something looks at them. A running backup is not
+    disturbed, and its new checkpoints appear. Data that was damaged on disk gives an I/O error, and a message here.
     `cmp /mnt/orders/by-epoch/{1200,1201}/memory` compares two of them.
 
     Example: remus-ckpt mount store:/var/lib/remus/orders /mnt/orders
@@ -75,7 +75,7 @@ def mount(
         if error.args[:1] == (_SIGNALLED,):
             return  # by a signal, after which it has unmounted
         raise RemusError(
-            f"{mountpoint} cannot be mounted (libfuse: {error}): is /dev/fuse there, and yours?"
+            f"cannot mount on {mountpoint} (libfuse: {error}): check that /dev/fuse exists and that you may use it"
         ) from error
     finally:
         tree.close()

@@ -38,7 +38,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 def is_time(value: Any) -> Any:
-    """For options that take a time: what is no time is refused under the option's name."""
+    """For options that take a time: refuses anything else, and names the option."""
     for one in value if isinstance(value, list | tuple) else [value]:
         if one is not None:
             parse_duration(one)
@@ -72,8 +72,8 @@ Audit = Annotated[
         "--audit",
         metavar="COUNT",
         min=0,
-        help="Compare all memory at every COUNT-th pause too; if the kernel missed a page, always compare from then "
-        "on. 0: never audit.",
+        help="Also compare all memory at every COUNT-th pause; if the kernel missed a page, always compare from "
+        "then on. 0: never audit.",
     ),
 ]
 HowDigested = Annotated[
@@ -86,8 +86,8 @@ MaxPause = Annotated[
         "--max-pause",
         metavar="TIME",
         callback=is_time,
-        help="Encode pages in the pause, unless that is expected to make it longer than this; then only copy them, and "
-        "encode them after it: a shorter pause, and a later commit. 0s: always copy.",
+        help="Encode pages in the pause unless that would make it longer than this; otherwise only copy them "
+        "there and encode them afterwards: a shorter pause, but a later commit. 0s: always copy.",
     ),
 ]
 KeepTiers = Annotated[
@@ -95,8 +95,8 @@ KeepTiers = Annotated[
     typer.Option(
         "--keep",
         metavar="TIERS",
-        help="Keep the first checkpoint of each period, such as hourly=48,daily=30: of the newest 48 hours and 30 days "
-        "that have any, in UTC. Also minutely, weekly, monthly, yearly.",
+        help="Keep the first checkpoint of each period: hourly=48,daily=30 means of the newest 48 hours and 30 "
+        "days that have any, in UTC. Also minutely, weekly, monthly, yearly.",
     ),
 ]
 ArchiveAt = Annotated[
@@ -104,20 +104,25 @@ ArchiveAt = Annotated[
     typer.Option(
         "--archive",
         metavar="URL",
-        help="Put closed segments there too: s3://BUCKET/PREFIX, gs://…, az://…, or file:///DIRECTORY. Needs the extra "
-        "remus_ckpt[archive]; credentials are read from the environment.",
+        help="Also copy closed segments to an object store: s3://BUCKET/PREFIX, gs://…, az://…, or "
+        "file:///DIRECTORY. Needs the extra remus_ckpt[archive]; credentials are read from the environment.",
     ),
 ]
 Recipients = Annotated[
     Path | None,
     typer.Option(
-        "--archive-recipients", metavar="FILE", help="Encrypt them for the age recipients in this file (age1…)."
+        "--archive-recipients",
+        metavar="FILE",
+        help="Encrypt archived segments for the age recipients in this file (age1…).",
     ),
 ]
 KeepFree = Annotated[
     str | None,
     typer.Option(
-        "--keep-free", metavar="SIZE", callback=is_size, help="Remove the oldest until this much of the disk is free."
+        "--keep-free",
+        metavar="SIZE",
+        callback=is_size,
+        help="Remove the oldest checkpoints until this much of the disk is free.",
     ),
 ]
 MetricsAt = Annotated[
@@ -127,8 +132,8 @@ Realtime = Annotated[
     bool,
     typer.Option(
         "--realtime",
-        help="Run the threads that a commit passes through before all else on this machine (SCHED_FIFO), so that "
-        "commits take as long on a busy one.",
+        help="Run the threads of a commit ahead of everything else on this machine (SCHED_FIFO), so that a busy "
+        "machine does not delay commits.",
     ),
 ]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="Format of the log on standard error.")]
@@ -137,7 +142,7 @@ DashboardAt = Annotated[
     typer.Option(
         "--dashboard",
         metavar="HOST:PORT",
-        help="Serve a live page at this address, or at a port of this machine alone.",
+        help="Serve a live page at this address; a port alone is reachable from this machine only.",
     ),
 ]
 DashboardToken = Annotated[
@@ -145,7 +150,8 @@ DashboardToken = Annotated[
     typer.Option(
         "--dashboard-token",
         metavar="FILE",
-        help="File with the page's password, for any user name. Needed where other machines can reach the page.",
+        help="File whose first line is the page's password, for any user name. Needed if other machines can "
+        "reach the page.",
     ),
 ]
 LogAt = Annotated[
@@ -153,13 +159,13 @@ LogAt = Annotated[
     typer.Option(
         "--log",
         metavar="URL",
-        help="The commit log that the group shares, on NATS servers: nats://HOST[:PORT][,HOST…], or tls://… with "
-        "--tls-dir. Made by `fleet init`. Needs the extra remus_ckpt[fleet].",
+        help="The commit log that primaries and backups share, on NATS servers: nats://HOST[:PORT][,HOST…], or "
+        "tls://… with --tls-dir. Made by `fleet init`. Needs the extra remus_ckpt[fleet].",
     ),
 ]
 AllowFailover = Annotated[
     bool,
-    typer.Option("--allow-failover", help="Let the page fail over by hand. Needs a token."),
+    typer.Option("--allow-failover", help="Give the page a failover button. Needs a token."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")]
@@ -183,27 +189,27 @@ Insecure = Annotated[
 ]
 More = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="CONNECTION", help="The further connections of a QEMU multifd migration.", show_default=False
-    ),
+    typer.Argument(metavar="CONNECTION", help="The other connections of a QEMU multifd migration.", show_default=False),
 ]
 SnapshotOption = Annotated[
     str | None, typer.Option("--snapshot", metavar="NAME", help="Which internal snapshot of a qcow2 image.")
 ]
 PageSize = Annotated[
     int | None,
-    typer.Option("--page-size", metavar="BYTES", help="Page size of a QEMU stream that does not say it."),
+    typer.Option("--page-size", metavar="BYTES", help="Page size of a QEMU stream that does not state it."),
 ]
 BlockOption = Annotated[
     str | None,
-    typer.Option("--block", metavar="NAME", help="Which block of a QEMU guest's memory. [default: its memory, if one]"),
+    typer.Option(
+        "--block", metavar="NAME", help="Which block of a QEMU guest's memory. [default: all of it, if it is one block]"
+    ),
 ]
 ForXen = Annotated[
     Literal["xen"] | None,
     typer.Option(
         "--for",
-        help="Write a stream that a real Xen starts: every page, magic PFNs, and a record of QEMU. The page codec is "
-        "rle.",
+        help="Write a stream from which a real Xen can start the guest: every page, magic PFNs, and a QEMU "
+        "record. The page codec is rle.",
     ),
 ]
 HvmContext = Annotated[
@@ -216,7 +222,7 @@ MaxMemory = Annotated[int, typer.Option("--max-memory", metavar="GIB", min=1, he
 def takes(group: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that has each field of a dataclass as an option, and is called with all of them as its `options`.
 
-    So options that commands share are written once. A field without a default is a required option.
+    This way, options that commands share are written once. A field without a default is a required option.
     """
     hints = get_type_hints(group, include_extras=True)
     shared = [
@@ -264,19 +270,19 @@ class MachineOptions:
             raise typer.BadParameter(f"--page-size is one of {', '.join(map(str, PAGE_SIZES))}")
 
     def refuse(self, name: str) -> None:
-        """Refuse those that were given, since the file is no such machine. Raises typer.BadParameter."""
+        """Refuse those that were given, since the file is not such a machine. Raises typer.BadParameter."""
         given = {"--snapshot": self.snapshot, "--page-size": self.page_size, "--block": self.block}
         if self.more:
             raise typer.BadParameter(
-                f"{name} is no QEMU migration stream: it has no further connections, give one file"
+                f"{name} is not a QEMU migration stream and has no other connections: give one file"
             )
         for option, value in given.items():
             if value is not None:
-                raise typer.BadParameter(f"{option} is for virtual machines of QEMU, and {name} is none")
+                raise typer.BadParameter(f"{option} is for QEMU virtual machines, and {name} is not one")
 
 
 def address_of(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address, TlsFiles | None]:
-    """Where to connect or to listen, and our certificate. Options that contradict each other are a usage error."""
+    """Where to connect or to listen, and our certificate. Contradictory options are a usage error."""
     from remus_ckpt.link.address import Address, check_options
     from remus_ckpt.link.tls import TlsFiles
 
@@ -291,7 +297,7 @@ def address_of(text: str, tls_dir: Path | None, insecure: bool) -> tuple[Address
 
 
 def log_of(url: str | None, tls_dir: Path | None, insecure: bool) -> Log | None:
-    """The commit log that --log names, opened when it is first used. A URL that cannot be meant is a usage error."""
+    """The commit log that --log names, opened on first use. A malformed URL is a usage error."""
     if url is None:
         return None
     from remus_ckpt.fleet.opening import OpenedLog
@@ -339,7 +345,7 @@ def dial(to: str, tls_dir: Path | None, insecure: bool) -> Connection:
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """An address or a name that cannot be meant is a usage error."""
+    """A malformed address or name is a usage error."""
     try:
         yield
     except (LinkError, LogError, ValueError) as error:
@@ -369,7 +375,7 @@ def keep_what_is_there(overwrite: bool, *outputs: str | Path) -> None:
 
 @contextmanager
 def naming_stream(stream: str | Path) -> Iterator[None]:
-    """What is wrong with the bytes of a file is told with its name. Raises typer.Exit."""
+    """Report what is wrong with the bytes of a file under its name. Raises typer.Exit."""
     try:
         yield
     except StreamError as error:
@@ -385,12 +391,12 @@ def read_hvm_context(path: Path | None) -> bytes | None:
         return None
     ceiling = Limits().hvm_context_bytes
     if not 0 < path.stat().st_size <= ceiling:
-        raise RemusError(f"{path}: an HVM context has a HEADER and an END at least, and at most {ceiling:,} bytes")
+        raise RemusError(f"{path}: an HVM context has at least a HEADER and an END, and at most {ceiling:,} bytes")
     return path.read_bytes()
 
 
 def start_of(for_: str | None, hvm_context: Path | None, output: str, *, is_only: bool) -> StartsInXen | None:
-    """The shape of a sender's stream that `--for xen` asks for, None without it; says what the stream lacks."""
+    """The shape of a sender's stream that `--for xen` asks for, None without it. Reports what the stream lacks."""
     if for_ is None:
         if hvm_context is not None:
             raise typer.BadParameter("--hvm-context is for --for xen: our own streams hold no HVM context")
@@ -407,7 +413,7 @@ def start_of(for_: str | None, hvm_context: Path | None, output: str, *, is_only
 def codec_for(for_: str | None, codec: StreamCodec | None) -> StreamCodec:
     """The page codec: the one given, or the default, which is the only one for a stream that Xen starts."""
     if for_ is not None and codec == "delta":
-        raise typer.BadParameter("no Xen reads the codec delta: --for xen has --codec rle")
+        raise typer.BadParameter("Xen does not read the codec delta: with --for xen, give --codec rle")
     return codec or ("delta" if for_ is None else "rle")
 
 
@@ -495,7 +501,7 @@ def stop_on_signals(stack: ExitStack) -> StopSignal:
 
 @contextmanager
 def tidying_up() -> Iterator[None]:
-    """After SIGTERM and SIGHUP too, an unfinished image is removed, as after Ctrl-C."""
+    """Remove an unfinished image after SIGTERM and SIGHUP too, as after Ctrl-C."""
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:

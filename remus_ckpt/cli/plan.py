@@ -30,7 +30,7 @@ _BITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 def _link(text: str) -> float:
-    """Bytes a second, from a speed in bits a second, as links are sold."""
+    """Bytes per second, from a link speed in bits per second."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)(?:bit(?:/s)?|bps)", text.strip())
     if not match or not float(match[1]):
         raise typer.BadParameter(
@@ -46,9 +46,7 @@ def plan_command(
     ],
     interval: Annotated[
         list[str] | None,
-        typer.Option(
-            "--interval", metavar="TIME", callback=is_time, help="An interval to consider; may be given again."
-        ),
+        typer.Option("--interval", metavar="TIME", callback=is_time, help="An interval to consider. Repeatable."),
     ] = None,
     link: Annotated[
         str | None, typer.Option("--link", metavar="SPEED", help="The link to the backup, such as 100Mbit or 1Gbit.")
@@ -65,10 +63,10 @@ def plan_command(
 ) -> None:
     """Work out from a recording how many bytes checkpoints take at several intervals, on the link and on the disk.
 
-    At a longer interval, a page that changes often is sent less often. Each interval is encoded for real. Figures are
-    before compression on the link; the first copy is told apart.
+    At a longer interval, a page that changes often is sent less often. Each interval is actually encoded. Figures are
+    before compression on the link; the first copy is listed separately.
 
-    Record a typical minute of work first, at the shortest interval that you consider:
+    First record a typical minute of work, at the shortest interval that you would use:
     remus-ckpt record /dev/shm/orders --pid 4711 -o orders.remus --interval 25ms --duration 60s
 
     Example: remus-ckpt plan orders.remus --link 1Gbit --keep-age 12h
@@ -81,7 +79,7 @@ def plan_command(
     intervals = None if not interval else [parse_duration(one) for one in interval]
     if not recording.is_file():
         raise typer.BadParameter(
-            f"{recording} is a pipe or a device, and a recording is read several times: save it first"
+            f"{recording} is a pipe or a device, and a recording is read several times: save it to a file first"
         )
     with naming_stream(recording):
         found, needs = plan(recording, intervals, codec=codec, limits=Limits(memory_bytes=max_memory * GIB))
@@ -125,7 +123,7 @@ def plan_command(
         if fit:
             out.print(Text(f"the shortest of these intervals that the link keeps up with is {_time(min(fit))}"))
         else:
-            out.print(Text("the link keeps up with none of these: take a longer interval or a faster link"))
+            out.print(Text("the link keeps up with none of these: use a longer interval or a faster link"))
 
 
 def _head(found: Recording, speed: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `protect` and `run` do alike: their options, and a source that is protected until it ends."""
+"""What `protect` and `run` share: their options, and protecting a source until it ends."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ class Protection:
         str | None,
         typer.Option(
             metavar="CMD",
-            help="Command that stops the work here, run first of all when another side has taken over (a guest's QEMU "
-            "has been killed by then). It gets 2 minutes.",
+            help="Command that stops the work here. It runs before anything else when another side has taken "
+            "over (a guest's QEMU is killed even before that), and gets 2 minutes.",
         ),
     ] = None
     window: Annotated[
@@ -138,7 +138,7 @@ class Protection:
             object.__setattr__(self, "name", named)
 
     def check(self) -> None:
-        """Refuse, as a usage error, what cannot be meant; nothing is touched."""
+        """Refuse contradictory options as a usage error, before anything is touched."""
         if not self.name:
             raise typer.BadParameter("--name is missing")
         check_metrics(self.metrics)
@@ -157,9 +157,9 @@ def protect_source(
 ) -> None:
     """Protect a source until it ends, or the user ends it.
 
-    open_source: gives the source, and the guest that it is, if it is one; both are closed here
-    options: that have been checked
-    what: is protected, for messages
+    open_source: returns the source, and its guest if it is one; both are closed here
+    options: already checked
+    what: the thing protected, for messages
     duration_s: how long, None until something ends it
     """
     name = options.name

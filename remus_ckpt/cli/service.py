@@ -81,8 +81,8 @@ def backup(
         str,
         typer.Option(
             metavar="WHERE",
-            help="Where the warm copies are: memory (in the store while it has no room), disk (in the store), or a "
-            "folder.",
+            help="Where to keep the warm copies: memory (in the store while memory has no room), disk (in the "
+            "store), or a folder.",
         ),
     ] = "memory",
     lease: Annotated[
@@ -98,31 +98,31 @@ def backup(
         bool,
         typer.Option(
             "--run-vms",
-            help="Have a QEMU ready for each guest of `remus-ckpt run`, and let the guest go on here after a failover.",
+            help="Keep a QEMU ready for each guest of `remus-ckpt run`, and continue the guest here after a failover.",
         ),
     ] = False,
     vm_map: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="THERE=HERE", help="TAP device for guests here, for one on the primary's host. Repeatable."
+            metavar="THERE=HERE",
+            help="Use the TAP device HERE for a guest that has THERE on the primary's host. Repeatable.",
         ),
     ] = None,
     vm_disks: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the disks of guests are kept, whole. [default: .disks in the store]"),
+        typer.Option(metavar="DIR", help="Where to keep whole images of guests' disks. [default: .disks in the store]"),
     ] = None,
     reprotect: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Another backup: a guest that went on here is protected there as soon as that backup answers. Needs "
-            "--run-vms.",
+            help="Another backup, which protects a guest that has moved here as soon as it answers. Needs --run-vms.",
         ),
     ] = None,
     reprotect_interval: Annotated[
         str,
         typer.Option(
-            metavar="TIME", callback=is_time, help="Minimum time between the pauses of a guest protected there."
+            metavar="TIME", callback=is_time, help="Minimum time between pauses of a guest that --reprotect protects."
         ),
     ] = "50ms",
     failover_timeout: Annotated[
@@ -130,7 +130,7 @@ def backup(
         typer.Option(
             metavar="TIME",
             callback=is_time,
-            help="An --on-failover command that takes longer is killed and tried again.",
+            help="Kill an --on-failover command that takes longer, and try it again.",
         ),
     ] = "1h",
     auto_failover: Annotated[
@@ -154,7 +154,7 @@ def backup(
     ] = None,
     keep_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", callback=is_size, help="How much to keep for each name, such as 20GiB."),
+        typer.Option(metavar="SIZE", callback=is_size, help="Maximum bytes to keep for each name, such as 20GiB."),
     ] = "16GiB",
     keep_free: KeepFree = None,
     archive: ArchiveAt = None,
@@ -163,7 +163,7 @@ def backup(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Belong to the fleet of these brokers, where primaries find this backup: nats://HOST[:PORT][,HOST…]. "
+            help="Join the fleet of these brokers, where primaries find this backup: nats://HOST[:PORT][,HOST…]. "
             "Needs the extra remus_ckpt[fleet].",
         ),
     ] = None,
@@ -171,8 +171,8 @@ def backup(
         list[str] | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Where primaries of the fleet reach this backup. Repeatable. [default: as --listen, with the name of "
-            "this host for 0.0.0.0]",
+            help="Address at which the fleet's primaries reach this backup. Repeatable. [default: as --listen, "
+            "with this host's name for 0.0.0.0]",
         ),
     ] = None,
     max_names: Annotated[
@@ -196,11 +196,12 @@ def backup(
     """Store every checkpoint that primaries commit, and keep a warm copy of their memory.
 
     The commands of --on-failover and --fence run in a shell. Both get REMUS_NAME, REMUS_EPOCH and REMUS_TERM;
-    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE. --fence gets the last primary: REMUS_PEER_HOST
-    (empty for unix:), REMUS_PEER_PORT, REMUS_PEER_CERT (the name in its certificate), and REMUS_PEER, all in one text.
+    --on-failover also gets the files REMUS_IMAGE and REMUS_DEVICE_STATE. --fence also gets the last primary:
+    REMUS_PEER_HOST (empty for unix:), REMUS_PEER_PORT, REMUS_PEER_CERT (the name in its certificate), and REMUS_PEER,
+    all of these in one text.
 
-    With --run-vms, a guest goes on before --on-failover runs, and that gets its socket, REMUS_QMP. To protect it again:
-    remus-ckpt protect qemu:"$REMUS_QMP" --name "$REMUS_NAME" --term "$REMUS_TERM" --to … &
+    With --run-vms, the guest continues before --on-failover runs; that command gets its QMP socket as REMUS_QMP. To
+    protect the guest again: remus-ckpt protect qemu:"$REMUS_QMP" --name "$REMUS_NAME" --term "$REMUS_TERM" --to … &
 
     Example: remus-ckpt backup --listen 0.0.0.0:7411 --store /var/lib/remus --tls-dir keys/backup
 
@@ -311,7 +312,7 @@ def _elsewhere(
     if not run_vms:
         raise typer.BadParameter("--reprotect needs --run-vms")
     if to in listen:
-        raise typer.BadParameter(f"--reprotect {to}: that is this backup; a guest is protected on another one")
+        raise typer.BadParameter(f"--reprotect {to}: that is this backup; name another one")
     address, _ = address_of(to, tls_dir, insecure)
     from remus_ckpt.service.reprotect import Elsewhere
 
@@ -351,9 +352,9 @@ def protect(
     """Protect shared memory: send checkpoints to a backup until Ctrl-C, or until all writers have exited.
 
     If the link breaks, this command reconnects; meanwhile the processes keep running and nothing is committed. If
-    another side has taken over, it runs the --on-fenced command and stops with exit code 22: output that waits for a
-    commit must not be released. That command gets REMUS_NAME, REMUS_TERM (of the takeover), REMUS_EPOCH (the last one
-    committed) and REMUS_PIDS (living writers, with --pid).
+    another side has taken over, it runs the --on-fenced command and stops with exit code 22: output that still waits
+    for a commit must never be released. That command gets REMUS_NAME, REMUS_TERM (of the takeover), REMUS_EPOCH (the
+    last one committed) and REMUS_PIDS (living writers, with --pid).
 
     Example: remus-ckpt protect /dev/shm/orders --pid 4711 --to tls://backup:7411 --tls-dir keys/orders --name orders
 
@@ -367,7 +368,7 @@ def protect(
     if not is_guest:
         _check_writers(pid, cgroup, pause, resume)
     elif pid or cgroup or pause or resume:
-        raise typer.BadParameter("with qemu:, QEMU is stopped by QMP: leave out --pid, --cgroup, --pause and --resume")
+        raise typer.BadParameter("qemu: stops QEMU through QMP: leave out --pid, --cgroup, --pause and --resume")
     duration_s = None if duration is None else parse_duration(duration)
     options.check()
     begin()

@@ -1,4 +1,4 @@
-"""What backups and primaries do alike as services: metrics, the live page, realtime threads, and words to systemd."""
+"""What backups and primaries share as services: metrics, the live page, realtime threads, and messages to systemd."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_dashboard(where: str | None, token_file: Path | None, may_fail_over: b
     """The token of a page that may be served like that. Raises typer.BadParameter."""
     if where is None:
         if token_file is not None or may_fail_over:
-            raise typer.BadParameter("--dashboard-token and --allow-failover are for --dashboard: say where it is")
+            raise typer.BadParameter("--dashboard-token and --allow-failover need --dashboard")
         return None
     from remus_ckpt.dashboard.server import check_access, read_token
 
@@ -63,7 +63,7 @@ def serve_dashboard(
 
 
 def realtime_threads(is_wanted: bool) -> Realtime | None:
-    """What gives threads the realtime class, if that is wanted. Raises RemusError if it is not permitted."""
+    """What gives threads the realtime class, if requested. Raises RemusError if it is not permitted."""
     if not is_wanted:
         return None
     from remus_ckpt.service.realtime import Realtime

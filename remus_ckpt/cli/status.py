@@ -50,12 +50,13 @@ def status(
         bool,
         typer.Option(
             "--check",
-            help="Print one line for a probe, and exit with 0 if all is good, 1 for a warning, 2 if it is critical, 3 "
-            "if the backup cannot be asked.",
+            help="Print one line for a probe, and exit with 0 if all is good, 1 for a warning, 2 if something is "
+            "critical, 3 if the backup cannot be asked.",
         ),
     ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it as a table that is drawn anew, until Ctrl-C. With --json: lines.")
+        bool,
+        typer.Option("--watch", help="Show a table and redraw it until Ctrl-C. With --json: print a line each time."),
     ] = False,
     every: Annotated[str, typer.Option(metavar="TIME", callback=is_time, help="How often --watch asks.")] = "1s",
     tls_dir: TlsDir = None,
@@ -97,11 +98,11 @@ def status(
 
 
 def _report(source: str, name: str | None, tls_dir: Path | None, insecure: bool) -> dict[str, Any]:
-    """The backup's report, of one name if one is wanted. Raises LinkError, NoCheckpoint."""
+    """The backup's report, of all names or of one. Raises LinkError, NoCheckpoint."""
     report = _ask(source, tls_dir, insecure)
     if name is not None:
         if name not in report["names"]:
-            raise NoCheckpoint(f"{source} knows nothing under the name {name!r}")
+            raise NoCheckpoint(f"{source} does not know the name {name!r}")
         report["names"] = {name: report["names"][name]}
     return report
 
@@ -190,7 +191,7 @@ def _tell_lag(lag: dict[str, Any]) -> str:
 
 
 def _tell_primary(primary: dict[str, Any]) -> list[str]:
-    """What a primary says of itself, as far as it makes sense: it may have said anything."""
+    """What a primary says of itself, as far as it makes sense: it is not trusted."""
     parts = [f"lag {primary.get('lag_checkpoints')} checkpoints", f"dirty {primary.get('dirty_pages')} pages"]
     if isinstance(ratio := primary.get("ratio"), float):
         parts.append(f"ratio {ratio:.1%}")

@@ -1,4 +1,4 @@
-"""The commands for stores, and what commands for streams do with `store:DIR/NAME` and with a backup's ADDRESS/NAME."""
+"""The commands for stores, and what stream commands do with `store:DIR/NAME` and with a backup's ADDRESS/NAME."""
 
 from __future__ import annotations
 
@@ -284,9 +284,9 @@ def prune(
 ) -> None:
     """Remove old checkpoints, in whole segments. The segment with the newest checkpoint always stays.
 
-    A segment is removed as soon as --keep-count or --keep-age calls for it, unless --keep wants it; with --keep and
-    neither of these, unless --keep wants it. Of those left, the oldest are removed until --keep-size and --keep-free
-    are met. A running backup prunes by itself; --dry-run works beside it.
+    A segment goes as soon as --keep-count or --keep-age no longer covers it, unless --keep wants it. With --keep alone,
+    a segment goes unless --keep wants it. Of those left, the oldest go until --keep-size and --keep-free are met. A
+    running backup prunes by itself; --dry-run works beside it.
 
     Examples: remus-ckpt prune store:/var/lib/remus/orders --keep-age 7d --keep-size 20G;
     remus-ckpt prune store:/var/lib/remus/orders --keep hourly=48,daily=30 --keep-age 6h --dry-run
@@ -374,9 +374,9 @@ def export(
     """Write a save stream that ends with the newest checkpoint, or with the one that --at names.
 
     The stream is the checkpoint's segment up to that point, checked on the way. If the newest checkpoint is bad or
-    lost, the stream ends with the newest good one before it, and the exit code is 20. What comes from a backup and goes
-    to standard output is kept in a temporary file until it is checked. With --for xen, the stream holds that checkpoint
-    alone, in a form that a real Xen starts.
+    lost, the stream ends with the newest good one before it, and the exit code is 20. From a backup to standard output,
+    the stream passes through a temporary file until it is checked. With --for xen, the stream holds that checkpoint
+    alone, in a form from which a real Xen can start the guest.
 
     Examples: remus-ckpt export store:/var/lib/remus/orders -o orders.remus --at 4711;
     remus-ckpt export tls://backup:7411/orders -o orders.remus --tls-dir keys/me

@@ -80,7 +80,7 @@ def restore(
             "--sparse-diff-from",
             metavar="K",
             min=0,
-            help="Write only the pages that came after checkpoint K of a stream; the others are holes.",
+            help="Write only the pages that came after checkpoint K of a stream; leave holes for the others.",
         ),
     ] = None,
     verify: Annotated[
@@ -103,12 +103,13 @@ def restore(
 
     The image file is filled as the stream is read, so the memory restored may be larger than this machine's.
 
-    A truncated or corrupt stream yields its last good checkpoint; if it is corrupt, the exit code is still 20.
-    From a store, `store:DIR/NAME`, any checkpoint it keeps can be restored, even while a backup writes to it; and from
-    another machine through its backup, `tls://HOST:PORT/NAME`: all is checked here, and a broken connection is resumed.
+    A truncated or corrupt stream yields its last good checkpoint; if it is corrupt, the exit code is still 20. Any
+    checkpoint that a store (`store:DIR/NAME`) keeps can be restored, even while a backup writes to it. Through the
+    backup (`tls://HOST:PORT/NAME`), that works from another machine: everything is checked here, and a broken
+    connection is resumed.
 
     With --sparse-diff-from K, the image is a diff over checkpoint K: it has data for the pages that came since, and
-    holes elsewhere, as `encode --sparse-diffs` takes them.
+    holes elsewhere. `encode --sparse-diffs` reads such files.
 
     Examples: remus-ckpt restore orders.remus -o orders.img;
     remus-ckpt restore store:/var/lib/remus/orders --at 2026-01-31T12:00 -o orders.img;
@@ -203,7 +204,7 @@ def _open(
         given = {"--strict": strict, "--word": word, "--guest": guest, "--codec": codec}
         for name, value in given.items():
             if is_machine and value:
-                raise typer.BadParameter(f"{name} is for Xen save streams, and {file.name} is none")
+                raise typer.BadParameter(f"{name} is for Xen save streams, and {file.name} is not one")
     except BaseException:
         file.close()
         raise
@@ -259,8 +260,8 @@ def inspect(
         typer.Option(
             "--html",
             metavar="FILE",
-            help="Write a report as one HTML file instead: time lines, ratio, where memory changes, and what each page "
-            "codec would have made of it.",
+            help="Write a report as one HTML file instead: time lines, ratio, where memory changes, and how "
+            "small each page codec would have made it.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -427,8 +428,8 @@ def diff(
 ) -> None:
     """Print the pages and byte ranges that differ between two checkpoints of a stream or store, or between two images.
 
-    A virtual machine of QEMU, an ELF core or a LiME file can stand in the place of an image, and two snapshots of a
-    qcow2 image can be compared.
+    A QEMU virtual machine, an ELF core or a LiME file can take the place of an image. Two snapshots of a qcow2 image
+    can be compared too.
 
     Examples: remus-ckpt diff orders.remus 3 7;  remus-ckpt diff monday.img tuesday.img;
     remus-ckpt diff tls://backup:7411/orders 4710 4711 --tls-dir keys/me

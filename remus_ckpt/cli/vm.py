@@ -29,13 +29,13 @@ vm_app = typer.Typer(
 app.add_typer(vm_app, name="vm")
 
 Qemu = Annotated[
-    list[str], typer.Argument(metavar="-- QEMU …", help="The command line of QEMU, as it is without protection.")
+    list[str], typer.Argument(metavar="-- QEMU …", help="The QEMU command line, as it is without protection.")
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestProtection(Protection):
-    """The same for a guest; --dry-run needs neither name nor backup."""
+    """The options for a guest; --dry-run needs neither name nor backup."""
 
     name: Name = ""
     to: To = ""
@@ -46,13 +46,11 @@ class GuestProtection(Protection):
 @takes(GuestProtection)
 def run(
     qemu: Qemu,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be run, and what is changed.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run, and what is changed.")] = False,
     *,
     options: GuestProtection,
 ) -> None:
-    """Run QEMU, and keep checkpoints of its guest on a backup that can go on with it.
+    """Run QEMU, and keep checkpoints of its guest on a backup that can continue it.
 
     QEMU ends with this command, and the command ends with QEMU. If QEMU crashes or is killed, the backup takes over; if
     the guest is switched off, it does not. A backup started with --run-vms starts the guest there.
@@ -79,7 +77,7 @@ def run(
 
     target, tls = target_of(options.to, options.tls_dir, options.insecure)
     if isinstance(target, str) and line.disks:
-        raise typer.BadParameter(f"--to {options.to}: a guest's disks stay with one backup: give the address of that")
+        raise typer.BadParameter(f"--to {options.to}: a guest's disks stay with one backup: give its address")
 
     def open_source() -> tuple[Source, Guest | None]:
         from remus_ckpt.service.guest import Guest
@@ -114,7 +112,7 @@ def qemu_args(
         Path, typer.Option(metavar="SOCKET", help="The socket for `remus-ckpt protect qemu:SOCKET`.")
     ] = Path("/run/guest.qmp"),
 ) -> None:
-    """Print a command line of QEMU with what protection adds to it, for a guest that something else starts.
+    """Print a QEMU command line with what protection adds, for a guest that something else starts.
 
     Example: remus-ckpt qemu-args --qmp /run/web.qmp -- qemu-system-x86_64 -m 512M -nographic -kernel vmlinuz
     """
@@ -133,13 +131,13 @@ def start(
     ],
     at: At = None,
     net: Annotated[Literal["none"], typer.Option(help="What the copy's network is connected to.")] = "none",
-    paused: Annotated[bool, typer.Option("--paused", help="Do not let it run yet.")] = False,
+    paused: Annotated[bool, typer.Option("--paused", help="Start it paused.")] = False,
     qmp: Annotated[
-        Path | None, typer.Option(metavar="SOCKET", help="Where QEMU is to be controlled from. [default: nowhere]")
+        Path | None, typer.Option(metavar="SOCKET", help="Socket for controlling the copy's QEMU. [default: none]")
     ] = None,
     vm_disks: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="As given to the backup: where images of disks are. [default: in the store]"),
+        typer.Option(metavar="DIR", help="The folder of disk images, as given to the backup. [default: in the store]"),
     ] = None,
     max_memory: MaxMemory = 64,
     tls_dir: TlsDir = None,
@@ -147,9 +145,9 @@ def start(
 ) -> None:
     """Start a copy of a guest as it was at a checkpoint, beside the guest itself, until Ctrl-C or until it ends.
 
-    The copy has memory and disks of its own: nothing that it does reaches the store, or the guest that is protected.
-    Its first serial port is this terminal. If the guest writes to disks, the store must be on this machine, and must
-    still have what they were then.
+    The copy has its own memory and disks: nothing that it does reaches the store or the protected guest. Its first
+    serial port is this terminal. If the guest writes to disks, the store must be on this machine, and must still hold
+    what the disks held then.
 
     Example: remus-ckpt vm start store:/var/lib/remus/web --at 2026-01-31T12:00
     """
@@ -185,8 +183,8 @@ def disk_back(
     tls_dir: TlsDir = None,
     insecure: Insecure = False,
 ) -> None:
-    """After a failover, a guest's own disk is ahead of what the survivor went on from, and `run` refuses it. Once the
-    survivor is switched off, this copies what differs, and the guest can run here again.
+    """After a failover, the guest's old disk is ahead of the state from which the survivor continued, and `run` refuses
+    it. Shut the survivor down first; this then copies what differs, and the guest can run here again.
 
     Example: remus-ckpt vm disk-back web.raw --from tls://backup:7411 --tls-dir keys/web
     """

@@ -1,4 +1,4 @@
-"""`status --watch`: the names of a backup as a table that stays, drawn anew at an interval."""
+"""`status --watch`: a backup's names as a table that is redrawn at an interval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def watch(
     """Show a backup's status until `stop` is set; while it does not answer, say so and go on asking.
 
     ask: returns the report of `status`; raises RemusError
-    draw: what is shown of a report at a Unix time; None: a backup's names
+    draw: what to show of a report at a Unix time; None: a backup's names
     as_json: print each report as one line instead. A backup that does not answer is {"error": …} there
     """
     # Where the output is no terminal there is nothing to draw over: each report is printed once.
@@ -61,7 +61,7 @@ def watch(
 
 
 class _Once:
-    """In place of Live: prints what it is given."""
+    """In place of Live: prints whatever it is given."""
 
     def __enter__(self) -> _Once:
         return self

@@ -1,1 +1,1 @@
-"""The live page: what `status` and the metrics say, drawn, from the process that knows it or through a backup."""
+"""The live page draws what `status` and the metrics say, from the process that knows it or through a backup."""

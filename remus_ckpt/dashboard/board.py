@@ -1,6 +1,6 @@
-"""What the page shows: each source is looked at once a second, and the figures of the last minutes are kept.
+"""What the page shows: it looks at each source once a second, and keeps the figures of the last minutes.
 
-All figures are taken from the status of a source, which is the one that `remus-ckpt status --json` prints.
+All figures come from a source's status, the same one that `remus-ckpt status --json` prints.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEPT = 300
 FIGURES = (
     "pause_ms", "pause_p99_ms", "dirty_pages", "ratio", "commit_ms", "commit_p99_ms", "lag", "wire_bytes_s"
 )  # fmt: skip
-"""Of each name at each look. `ratio` and `wire_bytes_s` are of the time since the look before."""
+"""For each name at each look. `ratio` and `wire_bytes_s` cover the time since the look before."""
 _LISTED = ("commit_ms", "wire_bytes_s")
 """What the list of names draws."""
 _CHANGES = 50
@@ -60,7 +60,7 @@ class Watched(Protocol):
         """Promote the backup of a name. Raises RemusError."""
 
     def close(self) -> None:
-        """Called when nobody looks any more."""
+        """Called once nobody needs it."""
 
 
 class _Past:
@@ -75,7 +75,7 @@ class _Past:
         self._before: tuple[float, Mapping[str, Any]] | None = None
 
     def add(self, found: Mapping[str, Any] | None, now: float) -> list[float | None]:
-        """Take in a look, which may have found nothing; returns its figures."""
+        """Add a look, which may have found nothing; returns its figures."""
         at = self.looks % KEPT
         self.looks += 1
         self.figures[:, at] = np.nan
@@ -127,7 +127,7 @@ def _figures(found: Mapping[str, Any], before: Mapping[str, Any], seconds: float
 
 
 def _grown(found: Mapping[str, Any], before: Mapping[str, Any], key: str) -> float | None:
-    """By how much a total has grown; None if there was none before, or it began anew."""
+    """By how much a total has grown; None if there was none before, or if it restarted."""
     now, then = _number(found.get(key)), _number(before.get(key))
     return None if now is None or then is None or now < then else now - then
 
@@ -157,9 +157,9 @@ def _short(value: Any) -> float | None:
 
 
 class Board:
-    """Looks at sources until it is closed, each in a thread of its own: one that hangs holds up no other.
+    """Looks at sources until it is closed, each in its own thread: one that hangs holds up no other.
 
-    sources: what is looked at
+    sources: what to look at
     """
 
     def __init__(self, sources: Sequence[Watched], *, every_s: float = EVERY_S) -> None:
@@ -178,7 +178,7 @@ class Board:
             thread.start()
 
     def close(self) -> None:
-        """Look no more. A look that hangs is abandoned."""
+        """Stop looking. A look that hangs is abandoned."""
         self._over.set()
         with self._changed:
             self._changed.notify_all()
@@ -229,7 +229,7 @@ class Board:
             self._changed.notify_all()
 
     def wait(self, seen: list[int], timeout_s: float) -> list[bytes]:
-        """The last look of each source that is newer than those seen, as JSON; none if none comes in time.
+        """The last look at each source that is newer than those seen, as JSON; none if none comes in time.
 
         seen: how many looks of each source have been seen; changed here
         """

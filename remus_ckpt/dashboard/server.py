@@ -1,4 +1,4 @@
-"""The page over HTTP: its files, the figures as server-sent events, and failover by hand where that is allowed.
+"""The page over HTTP: its files, the figures as server-sent events, and failover by hand if allowed.
 
     GET /, /page.css, /page.js …     the page
     GET /events                      `hello`, then each look at each source as it is made; `whole` after the first ones
@@ -6,8 +6,8 @@
     GET /detail?source=&name=        what can be restored, and what has happened
     POST /failover                   {"source", "name", "fence"}
 
-Whoever reaches the port is not trusted. Without a token only this machine can reach it, and a browser there may be
-sent by any page: so the Host must be this machine's, and nothing can be changed.
+Nobody who reaches the port is trusted. Without a token only this machine can reach it, but any web page may make a
+browser there send a request: so the Host must be this machine's, and nothing can be changed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from remus_ckpt.session.messages import check_name
 from remus_ckpt.version import __version__
 
 TOKEN_CHARS = 16
-"""The least that a token must have."""
+"""The minimum length of a token."""
 VIEWERS = 16
 _REQUESTS = VIEWERS + 16
 _BODY_BYTES = 4096
 _FAILOVER_S = 150.0
 TAKE_S = 5.0
-"""For a page to take a look."""
+"""How long a page's request for a look may take."""
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _FILES = {path.name: path for path in Path(__file__).parent.iterdir() if path.suffix in _TYPES}
 _HEADERS = [
@@ -104,7 +104,7 @@ class Dashboard:
         return hmac.compare_digest(password.encode(), self._token.encode())
 
     def _is_ours(self, environ: Environ) -> bool:
-        """Whether the browser means this machine: another page may have given its own name our address."""
+        """Whether the browser means this machine: another site may have pointed its own name at our address."""
         host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
         return host in ("localhost", self._host) or _is_address(host)
 
@@ -149,7 +149,7 @@ class Dashboard:
 
     def _events(self, environ: Environ, start: Start) -> Iterable[bytes]:
         if not self.free.acquire(blocking=False):
-            return _say(start, "503 Service Unavailable", f"{VIEWERS} pages are open already")
+            return _say(start, "503 Service Unavailable", f"{VIEWERS} pages are open already: close one")
         packed = "gzip" in environ.get("HTTP_ACCEPT_ENCODING", "")
         headers = [("Content-Type", "text/event-stream; charset=utf-8")]
         start("200 OK", headers + ([("Content-Encoding", "gzip")] if packed else []) + _HEADERS)
@@ -179,7 +179,7 @@ class Dashboard:
         if not self._may_fail_over:
             return _say_json(start, "403 Forbidden", "failover is not allowed here: see --allow-failover")
         if not self._is_from_page(environ):
-            return _say_json(start, "403 Forbidden", "failover is asked for by the page only")
+            return _say_json(start, "403 Forbidden", "only the page itself may ask for a failover")
         size = _whole(environ.get("CONTENT_LENGTH") or "")
         if not 0 < size <= _BODY_BYTES:
             return _say_json(start, "400 Bad Request", "what is to be promoted?")
@@ -201,7 +201,7 @@ class Dashboard:
 
 
 class _Stream:
-    """Events, and what is to be done when they end; also if nobody has drawn the first."""
+    """Events, and what to do when they end, even if nobody has taken the first."""
 
     def __init__(self, events: Iterator[bytes], close: Callable[[], None]) -> None:
         self._events = events
@@ -216,7 +216,7 @@ class _Stream:
 
 
 def check_access(where: str, token: str | None, may_fail_over: bool) -> None:
-    """Whether a page may be served like that. Raises LinkError."""
+    """Check that a page may be served like that. Raises LinkError."""
     host = http_address(where, "dashboard").host
     if token is None and host != "localhost" and not (_is_address(host) and ipaddress.ip_address(host).is_loopback):
         raise LinkError(f"dashboard at {where}: other machines can reach it, so it needs a token (--dashboard-token)")
@@ -275,4 +275,4 @@ def _say_json(start: Start, status: str, text: str) -> list[bytes]:
 
 
 def _wrong_method(start: Start) -> list[bytes]:
-    return _say(start, "405 Method Not Allowed", "this page is read")
+    return _say(start, "405 Method Not Allowed", "use GET: this page is read-only")

@@ -1,4 +1,4 @@
-"""Where the page has its figures from: the backup or the primary of this process, or backups elsewhere."""
+"""Where the page gets its figures: from this process's backup or primary, or from backups elsewhere."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class OfPrimary:
         return f"{self._address}/{name}"
 
     def fail_over(self, name: str, fence: bool) -> dict[str, Any]:
-        """Not from here: whoever wants that asks the backup."""
-        raise RemusError("the page of a primary promotes nothing: use that of the backup")
+        """Not from here: ask the backup."""
+        raise RemusError("a primary's page cannot promote: use the backup's page")
 
     def close(self) -> None:
         """It is not ours."""
@@ -113,7 +113,7 @@ class OfAddress:
         self._requests: Requests | None = None  # of the thread that asks for the status
 
     def status(self) -> dict[str, Any]:
-        """Over one connection, which is made again when it has broken."""
+        """Over one connection, which is reopened if it breaks."""
         try:
             if self._requests is None:
                 self._requests = Requests(self._dial(), "control", timeout_s=_ANSWER_S)
@@ -127,7 +127,7 @@ class OfAddress:
         return report
 
     def survey(self, name: str) -> Survey:
-        """Asked for as by a reader."""
+        """Requested with the rights of a reader."""
         return self._open_history(name).survey()
 
     def where(self, name: str) -> str:

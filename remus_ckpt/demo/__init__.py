@@ -1,7 +1,7 @@
-"""The demo: a real worker is protected over TLS, its side is killed, the backup takes over, and each claim is checked.
+"""The demo protects a real worker over TLS, kills its side, lets the backup take over, and checks each claim.
 
 Three processes: the worker, its primary, and a backup. The backup's takeover command starts a fourth, another worker
-that goes on from the memory that the backup held.
+that continues from the memory that the backup held.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run_demo(
     seconds: about how long the worker runs before it is killed
     directory: where to keep the store; by default it is removed
     say: called with each line of the account
-    Returns the account's figures. Raises RemusError where a claim does not hold.
+    Returns the account's figures. Raises RemusError if a claim does not hold.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="remus-demo-") as temporary, ExitStack() as stack:
@@ -74,10 +74,10 @@ def run_demo(
 
 
 class _Scene:
-    """Where things lie.
+    """Where the files are.
 
-    folder: keys, and the process numbers that the fence and the takeover go by
-    log: what the backup says, once it runs
+    folder: keys, and the process ids that the fence and the takeover use
+    log: what the backup says, once it is running
     """
 
     def __init__(self, folder: Path, store: Path, memory_folder: Path) -> None:
@@ -121,7 +121,7 @@ class _Scene:
 
 
 class _Lines:
-    """Reads what a process says, so that it never has to wait for a reader."""
+    """Reads what a process prints, so that the process never waits for a reader."""
 
     def __init__(self, stream: Any) -> None:
         self.lines: list[str] = []
@@ -133,7 +133,7 @@ class _Lines:
         self.lines.extend(line.rstrip("\n") for line in self._stream)
 
     def close(self) -> None:
-        """All that it said is in `lines`."""
+        """Everything that it printed is in `lines`."""
         self._thread.join()
         self._stream.close()
 
@@ -163,7 +163,7 @@ def _protect_and_kill(
                 deadline = time.monotonic() + _PATIENCE_S
                 while not any(line.startswith("committed ") for line in said.lines):
                     if time.monotonic() > deadline or protect.poll() is not None:
-                        raise RemusError("the primary did not commit anything")
+                        raise RemusError("the primary committed nothing")
                     time.sleep(0.01)
                 after_s = seconds * rng.uniform(0.8, 1.2)
                 time.sleep(after_s)
@@ -199,7 +199,10 @@ def _await_takeover(scene: _Scene, stack: ExitStack, say: Callable[[str], None])
     scene.image = Path(image.rstrip("\n"))
     stack.callback(_kill, int(pid))
     seconds = time.monotonic() - begin
-    say(f"the backup found the lease over, fenced, and took over after {seconds:.2f} s: worker {pid} goes on there")
+    say(
+        f"the lease ran out: the backup fenced the old side and took over after {seconds:.2f} s; worker {pid} "
+        "continues there"
+    )
     return {"takeover_s": seconds, "survivor": int(pid)}
 
 
@@ -209,7 +212,7 @@ def _kill(pid: int) -> None:
 
 
 def prove(store: Path, witness: dict[int, str], committed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every checkpoint in the store against what the second reader saw, and the transfers that pauses fell into."""
+    """Check the store against what the second reader saw, and the transfers that pauses fell into."""
     found: set[int] = set()
     inside: list[int] = []
     before: list[str] = []
@@ -230,18 +233,18 @@ def prove(store: Path, witness: dict[int, str], committed: int, say: Callable[[s
     last = max(found, default=-1)
     if found != set(range(last + 1)) or last < committed:
         raise RemusError(f"checkpoints up to {committed} were acknowledged, and the store holds {sorted(found)}")
-    say(f"restored: all {len(found)} checkpoints equal the hash that a second reader took of the file in their pause")
+    say(f"restored: all {len(found)} checkpoints match the hash that a second reader took of the file during the pause")
     if inside:
         state = "; ".join(before) or "no store of it had been made, or all had"
         say(f"{len(inside)} pauses fell into a transfer, the last in checkpoint {inside[-1]}: {state}")
-        say(f"after its intent is replayed, all {worker.ACCOUNTS:,} accounts are right")
+        say(f"after replaying its intent, all {worker.ACCOUNTS:,} accounts are right")
     else:
         say("no pause fell into a transfer this time")
     return {"proved": len(found), "pauses_in_transfer": len(inside)}
 
 
 def _check_survivor(scene: _Scene, say: Callable[[str], None]) -> dict[str, Any]:
-    """The worker that went on must have begun where the last checkpoint was, and must not have gone wrong."""
+    """The second worker must have started at the last checkpoint, and must have made no mistake since."""
     checkpoint = Store(scene.store).history(primary.NAME).restore()
     ledger = Ledger(checkpoint.memory)
     replayed = ledger.recover()
@@ -256,7 +259,7 @@ def _check_survivor(scene: _Scene, say: Callable[[str], None]) -> dict[str, Any]
     deadline = time.monotonic() + _PATIENCE_S
     while (reached := Ledger(bytearray(scene.image.read_bytes())).transfers) < restored + _CONTINUE_TRANSFERS:
         if time.monotonic() > deadline:
-            raise RemusError(f"the worker did not go on: it is at transfer {reached} after {restored}")
+            raise RemusError(f"the worker did not continue: it is at transfer {reached} after {restored}")
         time.sleep(0.02)
     pid = int(scene.survivor.read_text().split()[0])
     _kill(pid)
@@ -266,6 +269,6 @@ def _check_survivor(scene: _Scene, say: Callable[[str], None]) -> dict[str, Any]
     ledger = Ledger(bytearray(scene.image.read_bytes()))
     ledger.recover()
     if faults := ledger.faults():
-        raise RemusError(f"the ledger is wrong after the worker went on: {'; '.join(faults)}")
-    say(f"the worker there went on from it to transfer {ledger.transfers:,}: all accounts right")
+        raise RemusError(f"the ledger is wrong after the worker continued: {'; '.join(faults)}")
+    say(f"the worker there continued from it to transfer {ledger.transfers:,}: all accounts right")
     return {"restored_transfers": restored, "continued_to": ledger.transfers}

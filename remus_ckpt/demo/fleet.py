@@ -1,4 +1,4 @@
-"""The demo of a fleet: a few processes are protected by name, the backup of some dies, and all are protected again.
+"""The demo of a fleet: a few processes are protected by name, one backup dies, and all are protected again.
 
     python fleet.py FILE
 
@@ -44,7 +44,7 @@ def run_fleet_demo(
     interval: between two pauses of a process
     say: called with each line of the account
     Returns the account's figures: `moved_s` says for each name when it was protected elsewhere, in seconds since the
-    kill. Raises RemusError where a claim does not hold, or there is no nats-server.
+    kill. Raises RemusError if a claim does not hold, or if there is no nats-server.
     """
     rng = random.Random(seed)
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -61,14 +61,14 @@ def run_fleet_demo(
             store = folder / f"backup-{number}"
             started = stack.enter_context(_backup(store, brokers.url, memory / f"warm-{number}"))
             backups[_id_of(store)] = (started, store)
-        _await(lambda: set(backups) <= set(fleet.backups()), "the backups do not announce themselves")
+        _await(lambda: set(backups) <= set(fleet.backups()), "the backups did not announce themselves")
         say(f"two backups: remus-ckpt backup --fleet {brokers.url}: {', '.join(backups)}")
         primaries = {}
         for number in range(names):
             name = f"work-{number}"
             primaries[name] = stack.enter_context(_protected(name, memory / name, brokers.url, interval, folder))
         say(f"{names} processes, each protected by: remus-ckpt protect … --to {brokers.url}/NAME --interval {interval}")
-        _await(lambda: set(primaries) <= set(fleet.places()), "not all names are placed")
+        _await(lambda: set(primaries) <= set(fleet.places()), "not all names were placed")
         time.sleep(seconds * rng.uniform(0.8, 1.2))
         return _kill_and_watch(fleet, backups, primaries, folder, say)
 
@@ -95,10 +95,10 @@ def _kill_and_watch(
         for name, place in _places(fleet).items():
             if name in on[victim] and place.backup == survivor and name not in moved:
                 moved[name] = round(time.monotonic() - began, 2)
-                say(f"{moved[name]:6.2f} s: {name} is protected by {survivor}, with all of its memory")
+                say(f"{moved[name]:6.2f} s: {name} is protected by {survivor}, with all its memory")
         return len(moved) == len(on[victim])
 
-    _await(look, "not all names are protected again")
+    _await(look, "not all names were protected again")
     taken = max(moved.values())
     say(f"all protected {taken:.2f} s after the death of their backup, of which up to {LEASE_S:g} s are its lease")
     time.sleep(1.0)  # commits go on there
@@ -106,19 +106,21 @@ def _kill_and_watch(
         if primary.poll() is not None:
             raise RemusError(f"the primary of {name} has ended: see {folder}")
     proved = _prove(backups[survivor][1], sorted(primaries), folder)
-    say(f"each process goes on, and what {survivor} holds is what was acknowledged: {proved:,} commits, none missing")
+    say(
+        f"the processes run on, and {survivor} holds everything that was acknowledged: {proved:,} commits, none missing"
+    )
     return {"names": len(primaries), "moved_s": moved, "all_protected_s": taken, "commits": proved}
 
 
 def _prove(store: Path, names: list[str], folder: Path) -> int:
-    """What was acknowledged last is in the store, under its digest, with a memory that counts; returns how many commits
-    there were."""
+    """Check that the last acknowledged checkpoint is in the store, under its digest, with a consistent memory; returns
+    how many commits there were."""
     commits = 0
     for name in names:
         acknowledged = [line.split() for line in (folder / f"{name}.commits").read_text().splitlines()]
         epochs = [int(epoch) for epoch, _ in acknowledged]
         if epochs != list(range(epochs[0], epochs[0] + len(epochs))):
-            raise RemusError(f"{name}: a commit is missing, or was told twice")
+            raise RemusError(f"{name}: a commit is missing, or was reported twice")
         epoch, digest = epochs[-1], acknowledged[-1][1]
         history = Store(store).history(name)
         checkpoint = history.restore(epoch)

@@ -1,4 +1,4 @@
-"""Hosts and the wires between them, on one machine: network namespaces with addresses of their own. Of two hosts:
+"""Hosts and the wires between them, on one machine: network namespaces with their own addresses. With two hosts:
 
     host a: 10.83.9.11, tap0   ─┐
     host b: 10.83.9.12, tap7   ─┼─ switch        a guest at one of the TAP devices has 10.83.9.2
@@ -42,7 +42,7 @@ class Host:
         self.tap = tap
 
     def inside(self, *words: object) -> list[str]:
-        """The command line that runs this one here."""
+        """The command line that runs a command here."""
         return ["ip", "netns", "exec", self.namespace, *map(str, words)]
 
     def pids(self) -> list[int]:
@@ -50,7 +50,7 @@ class Host:
         return [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]
 
     def kill(self) -> int:
-        """The power fails: every process here is killed. Returns how many there were."""
+        """A power failure: kill every process here. Returns how many there were."""
         killed: set[int] = set()
         while pids := self.pids():
             for pid in pids:
@@ -74,7 +74,7 @@ class Host:
         _ip("-n", self.namespace, "link", "set", "wire", "up")
 
     def cut_from(self, other: Host) -> None:
-        """Let nothing through between two hosts, either way. Neither is told, and all else goes on."""
+        """Let nothing through between two hosts, either way. Neither is told, and everything else works on."""
         for here, there in ((self, other), (other, self)):
             _ip(*f"-n {here.namespace} neigh replace {there.address} lladdr {_NOBODY} dev br0 nud permanent".split())
 
@@ -85,7 +85,7 @@ class Host:
 
     @contextmanager
     def visit(self) -> Iterator[None]:
-        """The calling thread is here in the block, and so is what it starts meanwhile. Raises OSError."""
+        """Within the block, the calling thread is here, and so is anything that it starts. Raises OSError."""
         with open("/proc/thread-self/ns/net", "rb") as before, open(f"/run/netns/{self.namespace}", "rb") as here:
             _set_namespace(here.fileno())
             try:

@@ -1,11 +1,11 @@
-"""The demo's worker: a ledger in shared memory, whose every state can be told from the number of its transfers.
+"""The demo's worker: a ledger in shared memory. The number of transfers determines its whole state.
 
     python ledger.py FILE
 
 Transfer number t moves an amount between two accounts, all three drawn from t itself. So after T transfers there is
-just one right state, and `Ledger.faults` computes it anew. A transfer is several stores, and a pause may fall between
-any two of them: before the first, the new values are written to an intent record, and whoever opens the ledger writes
-them once more if the record is active.
+exactly one right state, and `Ledger.faults` recomputes it. A transfer is several stores, and a pause may fall between
+any two of them. Before the first store, the new values are written to an intent record; if that record is active when
+the ledger is opened, they are written again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Ledger:
 
     @property
     def in_transfer(self) -> bool:
-        """Whether a transfer had begun and not ended."""
+        """Whether a transfer is unfinished."""
         return self._words[ACTIVE_AT] != 0
 
     def transfer(self) -> None:
@@ -98,7 +98,7 @@ class Ledger:
         words[ACTIVE_AT] = 0
 
     def recover(self) -> bool:
-        """Finish a transfer that had begun; returns whether there was one."""
+        """Finish an unfinished transfer; returns whether there was one."""
         words = self._words
         if not words[ACTIVE_AT]:
             return False
@@ -108,7 +108,7 @@ class Ledger:
         return True
 
     def faults(self) -> list[str]:
-        """What is not as it must be after this number of transfers; computed anew from nothing but the number."""
+        """What is not as it must be after this number of transfers, recomputed from that number alone."""
         if self._words[_MAGIC] != MAGIC:
             return ["no ledger"]
         count = self.transfers
@@ -140,7 +140,7 @@ class Ledger:
 
 
 def main() -> None:
-    """Open the ledger, finish what was begun, and make transfers until killed."""
+    """Open the ledger, finish any unfinished transfer, and make transfers until killed."""
     with open(sys.argv[1], "r+b") as file:
         ledger = Ledger(mmap.mmap(file.fileno(), BYTES))
     ledger.recover()

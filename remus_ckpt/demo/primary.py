@@ -2,8 +2,8 @@
 
     python primary.py FILE PID ADDRESS TLS_DIR INTERVAL_S
 
-In each pause it reads the memory from its file once more, by itself, and prints `paused EPOCH SHA256`; of each
-commit it prints `committed EPOCH`. Who started it compares.
+In each pause it reads the memory independently from its file and prints `paused EPOCH SHA256`; for each commit it
+prints `committed EPOCH`. Its parent compares.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The demo of a virtual machine: its host dies, it goes on elsewhere, is protected again, and that host dies too.
+"""The demo of a virtual machine: its host dies, it continues elsewhere, is protected again, and that host dies too.
 
-All of it is real and on one machine: two hosts and a client (lan.py), the commands as users type them, an unpatched
-QEMU with a guest (guest/), and a client that checks every byte of what the guest answers (client.py).
+Everything is real and on one machine: two hosts and a client (lan.py), the commands as users type them, an unpatched
+QEMU with a guest (guest/), and a client that checks every byte of the guest's answers (client.py).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def missing() -> list[str]:
 
 
 class Client:
-    """client.py in a process of its own, until `close`.
+    """client.py in a separate process, until `close`.
 
     inside: begins the command line that runs it somewhere else
     """
@@ -67,7 +67,7 @@ class Client:
         )
 
     def is_ready(self, timeout_s: float = 0.0) -> bool:
-        """Whether it has had an answer. It says so once. Raises RemusError if it has given up."""
+        """Whether it has had an answer; it reports that once. Raises RemusError if it has given up."""
         out = self._process.stdout
         assert out is not None
         if not select.select([out], [], [], timeout_s)[0]:
@@ -85,8 +85,8 @@ class Client:
         return self._told(self._process.stdout.readline())
 
     def until_answers(self, more: int, timeout_s: float) -> dict[str, Any]:
-        """Wait for so many more answers, at most so long. Returns the first status that has them, or the last; its
-        silence is the longest meanwhile."""
+        """Wait for that many more answers, at most that long. Returns the first status that has them, or the last one;
+        its silence is the longest in that time."""
         told = self.status()
         wanted, deadline, silence_s = told["answers"] + more, time.monotonic() + timeout_s, told["silence_s"]
         while told["answers"] < wanted and not told["wrong"] and time.monotonic() < deadline:
@@ -96,12 +96,12 @@ class Client:
         return {**told, "silence_s": silence_s}
 
     def end(self) -> dict[str, Any]:
-        """Have it wait for what is due, and end."""
+        """Let it wait for outstanding answers, and end."""
         return self._told(self._process.communicate()[0])
 
     def _told(self, line: str) -> dict[str, Any]:
         if not line:
-            raise RemusError("the client has ended without a word")
+            raise RemusError("the client ended without a report")
         told: dict[str, Any] = json.loads(line)
         return told
 
@@ -112,7 +112,7 @@ class Client:
 
 
 def protects(found: dict[str, Any]) -> bool:
-    """Whether a backup that says this of the guest has committed checkpoints, and a QEMU ready."""
+    """Whether the backup with this status of the guest has committed checkpoints and a QEMU ready."""
     return bool(found) and found["health"]["state"] == "protected" and found["vm"] == "waiting"
 
 
@@ -166,7 +166,7 @@ class Scene:
         return host.inside(sys.executable, "-m", "remus_ckpt", *words)
 
     def start(self, host: Host, log: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command on a host. What it logs is in the folder."""
+        """Start a command on a host. Its log is in the folder."""
         with open(self.folder / f"{log}-{self.letters[host]}.log", "ab") as said:
             process = subprocess.Popen(
                 words,
@@ -179,7 +179,7 @@ class Scene:
         return process
 
     def environment(self, host: Host) -> dict[str, str]:
-        """More variables for what runs on a host."""
+        """Extra environment variables for what runs on a host."""
         return {}
 
     def _at(self, host: Host, *, listen: bool = False) -> list[str]:
@@ -256,13 +256,13 @@ class Scene:
         return protects(self.status(by))
 
     def until(self, what: str, condition: Callable[[], Any], patience_s: float = _PATIENCE_S) -> float:
-        """Wait for something; returns how long that took. Raises RemusError, with what the logs say, if it does not
-        come to pass."""
+        """Wait for something; returns how long that took. Raises RemusError, with the ends of the logs, if it does not
+        happen."""
         begun = time.monotonic()
         while not condition():
             if time.monotonic() - begun > patience_s:
                 logs = "; ".join(f"{path.name}: {self._last(path)}" for path in sorted(self.folder.glob("*.log")))
-                raise RemusError(f"it did not come to pass in {patience_s:g} s that {what}; {logs}")
+                raise RemusError(f"{what}: not within {patience_s:g} s; {logs}")
             time.sleep(0.01)
         return time.monotonic() - begun
 
@@ -288,14 +288,14 @@ def run_vm_demo(*, seconds: float, interval: str, seed: int | None, say: Callabl
     seconds: about how long the guest is protected before its host dies, each time
     interval: minimum time between pauses
     say: called with each line of the account
-    Returns the account's figures. Raises RemusError where a claim does not hold, or if this machine lacks something.
+    Returns the account's figures. Raises RemusError if a claim does not hold, or if this machine lacks something.
     """
     if lacks := missing():
         raise RemusError("the demo of a virtual machine needs " + "; ".join(lacks))
     rng = random.Random(seed)
     image = guest.cache()
     if not (image / "kernel").exists():
-        say(f"guest: its kernel is put into {image}, once")
+        say(f"guest: preparing its kernel in {image}, once")
     try:
         guest.build(image)
     except OSError as error:
@@ -317,7 +317,7 @@ def run_vm_demo(*, seconds: float, interval: str, seed: int | None, say: Callabl
         scene.until("the guest is protected", lambda: scene.is_protected(there))
         say(f"client, {scene.lan.client.address}: checks every byte that the guest, {GUEST}, answers")
         failovers = [_kill(scene, client, here, there, seconds * rng.uniform(0.8, 1.2), say)]
-        say("host b: the guest runs on, and nothing protects it; what it sends leaves at once")
+        say("host b: the guest runs on unprotected; what it sends leaves at once")
         scene.backup(here)
         again_s = scene.until("the guest is protected again", lambda: _is_protected_again(scene, there, here))
         say(f"host a is back, with a backup: the guest is protected again, {again_s:.2f} s later")
@@ -329,7 +329,7 @@ def run_vm_demo(*, seconds: float, interval: str, seed: int | None, say: Callabl
             f"the client: {told['answers']:,} answers, {told['bytes']:,} bytes, over one connection and two dead "
             "hosts: none lost, none twice, every byte right"
         )
-        say(f"the guest: {told['pages']:,} pages written and read back, each as it was left")
+        say(f"the guest: {told['pages']:,} pages written and read back, all unchanged")
     return {
         "failovers": failovers,
         "protected_again_s": again_s,
@@ -347,7 +347,7 @@ def _is_protected_again(scene: Scene, here: Host, there: Host) -> bool:
 def _kill(
     scene: Scene, client: Client, here: Host, there: Host, after_s: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Kill the host that the guest is on, and wait until its client hears of it again from the other."""
+    """Kill the guest's host, and wait until the client hears from the guest on the other host."""
     told = client.until_answers(_MORE_ANSWERS, _PATIENCE_S)
     time.sleep(after_s)
     before, found = client.status(), scene.status(there)
@@ -366,8 +366,8 @@ def _kill(
         raise RemusError(f"the client has heard something wrong, or too little: {told}")
     names = scene.letters
     say(
-        f"host {names[here]} dies: {killed} processes are killed at once; host {names[there]} finds the lease over, "
-        f"fences, and the guest goes on there after {seconds:.2f} s"
+        f"host {names[here]} dies: {killed} processes are killed at once; on host {names[there]} the lease "
+        f"runs out, it fences the old side, and the guest continues there after {seconds:.2f} s"
     )
-    say(f"the client heard nothing for {told['silence_s']:.2f} s, and then what it was waiting for")
+    say(f"the client heard nothing for {told['silence_s']:.2f} s, then the answers it was waiting for")
     return {"takeover_s": seconds, "silence_s": told["silence_s"], "answers_before": before["answers"]}

@@ -1,4 +1,4 @@
-"""What the stores take on their disks, looked at for each scrape: a disk that hangs holds up no scrape."""
+"""What the stores take on their disks, measured at each scrape: a disk that hangs holds up no scrape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_S = 1.0
 
 
 def device_of(path: Path) -> int:
-    """The number of its file system, −1 if that is not known."""
+    """The number of its file system, −1 if unknown."""
     try:
         return os.stat(path).st_dev
     except OSError:
@@ -27,10 +27,10 @@ def device_of(path: Path) -> int:
 
 
 class StoreDisks(Collector):
-    """The bytes of each store, and those that are free where it lies. Any thread may call anything.
+    """The bytes of each store, and the free bytes of its file system. Any thread may call anything.
 
-    Each file system is looked at in a thread of its own. One that has not answered by the end of the wait shows NaN for
-    all stores on it, and is not asked again before it has.
+    Each file system is measured in its own thread. If one has not answered by the end of the wait, all stores on it
+    show NaN, and it is not asked again until it answers.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StoreDisks(Collector):
             self._places[name] = device, segments
 
     def forget(self, name: str) -> None:
-        """Show it no longer."""
+        """Stop showing it."""
         with self._lock:
             self._places.pop(name, None)
 
@@ -55,7 +55,9 @@ class StoreDisks(Collector):
 
     def collect(self) -> list[GaugeMetricFamily]:
         size = GaugeMetricFamily("remus_store_bytes", "Bytes of the segments that the backup holds", labels=["name"])
-        free = GaugeMetricFamily("remus_store_free_bytes", "Bytes that are free where they lie", labels=["name"])
+        free = GaugeMetricFamily(
+            "remus_store_free_bytes", "Free bytes on the file system that holds them", labels=["name"]
+        )
         with self._lock:
             names = list(self._places)
             looks = self._begin()

@@ -27,17 +27,18 @@ def http_address(where: str, what: str) -> Address:
     try:
         return Address.parse(f"tcp://{place}")
     except LinkError:
-        raise LinkError(f"{what} at {where!r}: write HOST:PORT, or a port of this machine alone") from None
+        raise LinkError(f"{what} at {where!r}: write HOST:PORT, or a port alone for this machine only") from None
 
 
 class HttpServer:
     """Serves a WSGI application from threads of its own.
 
     where: HOST:PORT, or a port alone, which listens on this machine only
-    app: finds in its environ "remus_ckpt.go_on", which it may call with the seconds that the request may take from then
+    app: finds "remus_ckpt.go_on" in its environ, and may call it with the seconds that the request may take from then
+    on
     what: is served, for messages
     address: HOST:PORT where it actually listens
-    most: how many requests are served at a time; further connections are closed at once
+    most: how many requests are served at a time; any further connection is closed at once
     request_s: time limit for a whole request; then its connection is closed
     """
 
@@ -66,7 +67,7 @@ class HttpServer:
         self.close()
 
     def disown(self) -> None:
-        """In a forked child: release the server; the parent goes on serving."""
+        """In a forked child: release the server; the parent keeps serving."""
         self._server.socket.close()
 
     def close(self) -> None:

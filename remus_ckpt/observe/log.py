@@ -21,13 +21,13 @@ _kept: deque[tuple[str, float, int, str]] = deque(maxlen=500)
 _RECENT_CHARS = 300
 _DIGITS = re.compile(r"\d[\d.,]*")
 _PLAIN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "fields"}
-"""The attributes of every record; all others were given as `extra`."""
+"""The attributes that every record has; any other was passed as `extra`."""
 
 
 def log(event: str, /, *, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
     """Log an event.
 
-    event: a few constant words, so that they can be searched for
+    event: a few constant words, so that logs can be searched for them
     error: logged with its traceback
     fields: the details, such as name="orders", epoch=17
     """
@@ -123,13 +123,13 @@ def recent(name: str) -> list[list[Any]]:
 
 
 class News:
-    """Which reasons are worth a line, of those that come at each try. For one thread at a time."""
+    """Which reasons deserve a line when every try gives one. For one thread at a time."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def is_new(self, reason: str) -> bool:
-        """Whether it has not been told since `clear`; other numbers in it do not make it new."""
+        """Whether it has not been logged since `clear`; different numbers do not make a reason new."""
         text = _DIGITS.sub("", reason)
         if text in self._told:
             return False
@@ -144,7 +144,7 @@ class News:
 
 
 def on_one_line(text: str) -> str:
-    """A text with its newlines and control characters escaped: what a peer says cannot drive a terminal."""
+    """A text with newlines and control characters escaped, so that a peer's words cannot drive a terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

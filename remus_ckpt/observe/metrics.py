@@ -87,7 +87,7 @@ class Seen:
 
 
 class _Health(Collector):
-    """Looks at the names at each scrape: the state is a label, and a label that no longer holds must not stay."""
+    """Reads the health of names at each scrape: the state is a label, and an outdated label must not remain."""
 
     def __init__(self, look: Callable[[], Mapping[str, Seen]]) -> None:
         self._look = look
@@ -103,7 +103,7 @@ class _Health(Collector):
             "remus_base_received_bytes", "Bytes received of a full copy that is not durable yet", labels=["name"]
         )
         waiting = GaugeMetricFamily(
-            "remus_unarchived_bytes", "Bytes of closed segments that the archive does not have yet", labels=["name"]
+            "remus_unarchived_bytes", "Bytes of closed segments that are not in the archive yet", labels=["name"]
         )
         for name, seen in self._look().items():
             health.add_metric([name, seen.state], seen.level)
@@ -115,11 +115,11 @@ class _Health(Collector):
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a guest has sent to its network, since its bridge was started.
+    """What a guest has sent to its network since its bridge started.
 
     held: not committed yet; released: committed, and sent; dropped: never committed
-    latency_bounds_s, latency_counts: frames by the time from the guest's sending to the network's getting: up to each
-        bound, and over the last one
+    latency_bounds_s, latency_counts: frames by the time between the guest sending them and the network getting them: up
+        to each bound, and over the last one
     """
 
     held_frames: int
@@ -133,7 +133,7 @@ class Output:
 
 
 class _Outputs(Collector):
-    """Asks the bridge at each scrape: the counts are its own, and begin anew with it."""
+    """Asks the bridge at each scrape: the counts are the bridge's, and restart with it."""
 
     def __init__(self, name: str, look: Callable[[], Output | None]) -> None:
         self._name = name
@@ -157,7 +157,7 @@ class _Outputs(Collector):
                 metric.add_metric([self._name], getattr(output, field))
             found.append(metric)
         latency = HistogramMetricFamily(
-            "remus_output_latency_seconds", "From a guest's sending of a frame until it left", labels=["name"]
+            "remus_output_latency_seconds", "From when the guest sent a frame until it left", labels=["name"]
         )
         if output is not None:
             bounds = [*map(str, output.latency_bounds_s), "+Inf"]
@@ -179,26 +179,26 @@ class Metrics:
         self.pause = self._histogram("remus_checkpoint_pause_seconds", "How long a checkpoint stopped its source")
         self.step = Histogram(
             "remus_checkpoint_pause_step_seconds",
-            "Where a pause went: stopping its source, finding pages, copying or encoding them, letting it run on",
+            "Parts of a pause: stopping the source, finding pages, copying or encoding them, resuming the source",
             ["name", "step"],
             buckets=_FAST_BUCKETS,
             registry=self.registry,
         )
         self.latency = self._histogram(
             "remus_commit_latency_seconds",
-            "On the primary: from the first byte of a checkpoint on its way to its acknowledgement. "
-            "On the backup: from the end of a checkpoint's arrival until it is checked, durable and acknowledged",
+            "On the primary: from sending the first byte of a checkpoint to its acknowledgement. On the backup: "
+            "from the end of a checkpoint's arrival until it is checked, durable and acknowledged",
         )
         self.dirty_pages = self._counter("remus_dirty_pages", "Pages that checkpoints found changed")
         self.by_kernel = self._gauge(
-            "remus_tracking_kernel", "1 where the kernel found the pages of the newest checkpoint, 0 for a comparison"
+            "remus_tracking_kernel", "1 if the kernel found the pages of the newest checkpoint, 0 if a comparison did"
         )
         self.by_encoding = self._gauge(
             "remus_capture_encode",
-            "1 where the newest checkpoint was encoded in its pause, 0 where it was copied there",
+            "1 if the newest checkpoint was encoded in its pause, 0 if it was copied there",
         )
         self.missed_pages = self._counter(
-            "remus_missed_pages", "Pages that tracking had missed, found by a comparison: the run compares since"
+            "remus_missed_pages", "Pages that tracking missed and a comparison found: the run has compared since"
         )
         self.bytes = self._counter(
             "remus_bytes",
@@ -206,21 +206,19 @@ class Metrics:
             "sent by a primary or stored by a backup",
             "stage",
         )
-        self.fenced = self._counter("remus_fenced", "Times that this side was told, or told another, to stop")
-        self.committed_total = self._counter("remus_checkpoints_committed", "Checkpoints that were committed")
-        self.reconnects = self._counter("remus_reconnects", "Links that were made again after one broke")
+        self.fenced = self._counter("remus_fenced", "Times that this side was fenced or fenced another")
+        self.committed_total = self._counter("remus_checkpoints_committed", "Checkpoints committed")
+        self.reconnects = self._counter("remus_reconnects", "Links re-established after one broke")
         self.epoch = self._gauge("remus_epoch", "Number of the newest committed checkpoint")
-        self.lag = self._gauge("remus_replication_lag_checkpoints", "Checkpoints taken and not committed yet")
+        self.lag = self._gauge("remus_replication_lag_checkpoints", "Checkpoints taken but not committed yet")
         self.committed_at = self._gauge("remus_last_commit_timestamp_seconds", "Unix time of the newest commit")
         self.term = self._gauge("remus_term", "Term of the store: it rises with each failover")
         self.connected = self._gauge("remus_connected", "1 while there is a session with the other side")
-        self.promoted = self._gauge("remus_promoted", "1 where this backup has taken over, 0 while it stands by")
-        self.store_open = self._gauge(
-            "remus_store_open", "1 where the backup serves a name, 0 where its store is refused"
-        )
+        self.promoted = self._gauge("remus_promoted", "1 if this backup has taken over, 0 while it stands by")
+        self.store_open = self._gauge("remus_store_open", "1 if the backup serves a name, 0 if its store is refused")
         self.store_errors = self._counter("remus_store_errors", "Times that the backup could not store something")
         self.command_failures = self._counter(
-            "remus_command_failures", "Runs of the fencing or takeover command that failed", "command"
+            "remus_command_failures", "Failed runs of the fence or takeover command", "command"
         )
         self.copy_share = self._gauge(
             "remus_first_copy_share", "Share of memory that a first copy has gone over; 1 once it is done"
@@ -289,7 +287,7 @@ class Metrics:
             self._add_bytes(name, series, raw_bytes, encoded_bytes, wire_bytes)
 
     def found(self, name: str, way: Literal["kernel", "compare"], why: str, missed_pages: int) -> bool:
-        """Record how the pages of a checkpoint were found; returns whether more have been missed.
+        """Record how the pages of a checkpoint were found; returns whether more were missed.
 
         why: why all memory was compared
         missed_pages: total number of pages found by comparison alone
@@ -303,7 +301,7 @@ class Metrics:
             return grew
 
     def changed(self, name: str, pfns: NDArray[np.int64], pages: int) -> None:
-        """Count the changed pages that a checkpoint carries, by the part of memory that they lie in.
+        """Count the changed pages that a checkpoint carries, by part of memory.
 
         pages: of all memory
         """
@@ -403,7 +401,7 @@ class Metrics:
             self.registry.register(self._health)
 
     def watch_output(self, name: str, look: Callable[[], Output | None]) -> None:
-        """Show what a guest sends. look: called at each scrape; None while nobody knows"""
+        """Show what a guest sends. look: called at each scrape; returns None while nobody knows"""
         self.registry.register(_Outputs(name, look))
 
     def watch_certificate(self, expires: Callable[[], datetime]) -> None:
@@ -553,7 +551,7 @@ def flatten(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """Undo `flatten` as far as possible: another program may have sent anything."""
+    """Undo `flatten` as far as possible: the sender is not trusted."""
     status = dict(flat)
     for what in _TIMES:
         found = {percentile: status.pop(f"{what}_{percentile}_ms", None) for percentile in _PERCENTILES}

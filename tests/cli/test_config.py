@@ -78,7 +78,7 @@ def test_a_good_file_is_good(remus: Command, file: Path) -> None:
         (GOOD.replace("realtime", "zzz"), ["no key 'zzz'", "there are audit, cgroup"]),
         (GOOD + 'config = "other.toml"', ["no key 'config'"]),
         (GOOD.replace("[protect]", "[protct]"), ["[protct]", "did you mean [protect]?"]),
-        (GOOD.replace("[protect]", "[status]"), ["[status]", "no command that reads a file"]),
+        (GOOD.replace("[protect]", "[status]"), ["[status]", "not a command that reads a file"]),
         ('interval = "10ms"\n' + GOOD, ["'interval' stands outside a table"]),
         ("", ["no table"]),
         (GOOD.replace('"10ms"', '"10"'), ["line 7: [protect] interval: '10' is not a duration"]),

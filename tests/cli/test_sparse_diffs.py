@@ -118,7 +118,7 @@ def test_what_is_refused(tmp_path: Path, command: Command) -> None:
     diff = put(tmp_path / "diff", {1: page(1)}, 8 * PAGE)
     ran = command("encode", base, small, "--sparse-diffs", "-o", tmp_path / "it")
     assert ran.code == 1
-    assert "no diff over that image" in ran.err
+    assert "not a diff over that image" in ran.err
     assert not (tmp_path / "it").exists()
     assert command("encode", base, diff, "--sparse-diffs", "-o", tmp_path / "it").code == 0
     for arguments, code in (

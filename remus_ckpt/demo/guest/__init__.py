@@ -1,8 +1,8 @@
-"""The guest of the demo and of the tests: a kernel of Debian's, and an initramfs whose only program is init.c.
+"""The guest of the demo and the tests: a Debian kernel, and an initramfs whose only program is init.c.
 
-The kernel is that of the package linux-image-cloud-amd64, which apt-get downloads once and which is not installed; or,
-where apt-get does not have it, one of /boot with its modules. The initramfs is made here, with gcc. What is left to do
-is done, and kept in a folder; several processes may ask at once.
+The kernel comes from the package linux-image-cloud-amd64, which apt-get downloads once and does not install; if apt-get
+does not have it, a kernel in /boot with its modules will do. The initramfs is built here, with gcc. Whatever is missing
+is made and kept in a folder; several processes may ask at once.
 
 It imports only the standard library, so that any Python can build the guest.
 """
@@ -26,20 +26,20 @@ DRIVERS = [
     "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "failover", "net_failover",
     "virtio_net", "virtio_blk",
 ]  # fmt: skip
-"""What the guest loads, where it is not built into its kernel; which needs which, differs from kernel to kernel."""
+"""The drivers that the guest loads unless its kernel has them built in; their dependencies differ between kernels."""
 
 
 def cache() -> Path:
-    """Where a user's guest is kept."""
+    """Where the user's guest is kept."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "remus-ckpt" / "vm_guest"
 
 
 def build(folder: Path, root: Path = Path("/")) -> Path:
-    """Build what is missing of a guest; its `kernel` and `initramfs` are then in the folder. Returns the folder.
+    """Build whatever a guest lacks; its `kernel` and `initramfs` are then in the folder. Returns the folder.
 
     root: where /boot and /lib/modules are looked for
-    Raises OSError, which says what to do, if a kernel cannot be had or a tool is missing or fails.
+    Raises OSError, which says what to do, if no kernel is to be had or a tool is missing or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -56,7 +56,7 @@ def build(folder: Path, root: Path = Path("/")) -> Path:
             raise OSError(f"`{error.cmd[0]}` fails: {_last(error.stderr)}") from error
         except FileNotFoundError as error:
             if error.filename == "gcc":
-                raise OSError("gcc makes the guest's only program: apt install gcc libc6-dev") from error
+                raise OSError("gcc is needed for the guest's only program: apt install gcc libc6-dev") from error
             raise
     return folder
 
@@ -107,7 +107,7 @@ def _download(scratch: Path) -> Path:
     told = subprocess.run(["apt-cache", "depends", PACKAGE], check=True, capture_output=True, text=True).stdout
     found = re.search(r"Depends: (linux-image-\S+)", told)
     if found is None:
-        raise OSError("it knows no such package")
+        raise OSError("no such package")
     subprocess.run(["apt-get", "-q", "download", found[1]], check=True, cwd=scratch, capture_output=True)
     (package,) = scratch.glob("*.deb")
     subprocess.run(["dpkg-deb", "-x", package, scratch / "all"], check=True, capture_output=True)
@@ -126,7 +126,7 @@ def _unpacked(driver: Path) -> bytes:
 
 
 def in_order(modules: Path) -> list[str]:
-    """The drivers of a folder, each behind those that it needs, as their own files say."""
+    """The drivers of a folder, each after those that it needs, according to their own files."""
     order: list[str] = []
 
     def add(name: str) -> None:
