@@ -1,15 +1,15 @@
 """Continuous, compressed checkpoints of live memory, in the Xen legacy save stream.
 
-Arrays, DataFrames and mmaps of one's own:
+Your own arrays, DataFrames and mmaps:
 
     protect, Protection     keeps them, by name, on a backup while the program changes them
-    Committed               what `on_commit` is told
+    Committed               what `on_commit` gets
     arrays_of               the arrays and DataFrames of a checkpoint: new ones, or copied into existing ones
 
-Memory that others write:
+Memory that other processes write:
 
     SharedFile              a file that they have mapped, as a source
-    Processes, CgroupFreezer, PauseCommands     how they are stopped
+    Processes, CgroupFreezer, PauseCommands     ways to stop them
 
 The backup and its store:
 
@@ -24,7 +24,7 @@ Streams:
     read_checkpoints, Dialect                   the checkpoints of a file
 
 Errors are in `remus_ckpt.errors`, codecs in `remus_ckpt.codec`. The command is `remus-ckpt`; `specs/` has the formats.
-Names are loaded when they are first used, so that importing this package costs next to nothing.
+Names are loaded on first use, so importing this package costs next to nothing.
 """
 
 from __future__ import annotations

@@ -4,22 +4,22 @@
     ├── StreamError              the bytes of a peer or of a file are at fault; nothing was applied
     │   ├── Malformed            20  the bytes break a rule of the format
     │   │   ├── LimitExceeded    20  they claim more than a named limit allows
-    │   │   └── BadCheckpoint    20  what a store holds of a checkpoint has changed; another is offered
+    │   │   └── BadCheckpoint    20  a checkpoint in a store has changed or is gone; an earlier one is offered
     │   └── UnknownFormat        21  not a format that is read here, or one that is refused by name
     ├── NoCheckpoint             1   not the checkpoint that was asked for
     │   └── NothingToRestore     20  none at all: the stream or store holds no complete checkpoint
     ├── SourceError              1   the memory being recorded cannot be stopped, read or followed
-    │   ├── PauseBroken          1   somebody ran in a pause: what was copied in it is not of one instant
+    │   ├── PauseBroken          1   a writer ran during a pause: what was copied is not of one instant
     │   ├── Untracked            1   the kernel cannot say which pages were written; a comparison can
-    │   └── VmError              1   QEMU does not do what is asked of it, or a guest cannot be protected or started
+    │   └── VmError              1   QEMU refuses or is gone, or a guest cannot be protected or started
     ├── StoreError               1   a store cannot be opened, read or written; what was committed is untouched
     ├── LinkError                1   no connection to the other side, or none any longer
-    │   └── Refused              1   the other side says no, and why
-    │       └── Fenced           22  because another has taken over: this side must stop
-    ├── LogError                 1   the commit log does not answer, or is not one that commits can rest on
-    │   └── Overtaken            1   another record has come first: this one is not in the log, and never will be
+    │   └── Refused              1   the other side refuses, and says why
+    │       └── Fenced           22  another side has taken over: this side must stop
+    ├── LogError                 1   the commit log does not answer, or cannot be relied on for commits
+    │   └── Overtaken            1   another record came first: this one is not in the log, and never will be
     ├── BridgeError              1   a guest's network cannot be bridged, or its bridge is gone
-    └── KernelUnavailable        1   the kernel that was demanded cannot be had here; a ValueError too
+    └── KernelUnavailable        1   the requested kernel is not available here; also a ValueError
 
 A caller's own mistake (a wrong shape, a read-only array) is a ValueError or TypeError as everywhere in Python.
 """
@@ -37,7 +37,7 @@ class StreamError(RemusError):
     """Bytes from outside are at fault.
 
     offset: position of the fault in the stream (or in the encoded bytes, for a codec), None if it has none
-    section: where the broken rule stands, such as "stream.md §5.1"
+    section: of the broken rule, such as "stream.md §5.1"
     chunk: name of the chunk that was being read, None outside one
     """
 
@@ -75,9 +75,9 @@ class LimitExceeded(Malformed):
 class BadCheckpoint(Malformed):
     """A checkpoint in a store cannot be read back.
 
-    segment: the file; offset counts in it
-    epoch: of the checkpoint, None where nothing says which it was
-    good: the newest epoch before the one asked for that is there, None where there is none
+    segment: the file that `offset` refers to
+    epoch: of the checkpoint, None if unknown
+    good: the newest good epoch before the one asked for, None if there is none
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class NoCheckpoint(RemusError):
 
 
 class NothingToRestore(NoCheckpoint):
-    """It holds no complete checkpoint at all. A script that backs up or copies must not take that for success."""
+    """It holds no complete checkpoint at all. A backup or copy script must not take that for success."""
 
     exit_code = 20
 
@@ -110,11 +110,11 @@ class SourceError(RemusError):
 
 
 class PauseBroken(SourceError):
-    """Somebody ran in a pause. What was copied in it is not of one instant; another pause may hold."""
+    """A writer ran during a pause, so what was copied is not of one instant. Another pause may succeed."""
 
 
 class Untracked(SourceError):
-    """The kernel cannot say which pages of this memory were written, and why. A comparison can."""
+    """The kernel cannot say which pages of this memory were written; the message says why. A comparison can."""
 
 
 class VmError(SourceError):
@@ -138,7 +138,7 @@ class Refused(LinkError):
 
 
 class Fenced(Refused):
-    """Another has taken over under the higher `term`; what this side holds back must never be released."""
+    """Another side has taken over under the higher `term`; output that this side holds back must never be released."""
 
     exit_code = 22
 
@@ -148,17 +148,17 @@ class Fenced(Refused):
 
 
 class LogError(RemusError):
-    """The commit log does not answer, refuses, or is not one that commits can rest on. Whether a record that was being
-    appended is in it is not known."""
+    """The commit log does not answer, refuses, or cannot be relied on for commits. If a record was being appended, it
+    is unknown whether the log has it."""
 
 
 class Overtaken(LogError):
-    """Another record has come first: the one that was to be appended is not in the log, and never will be."""
+    """Another record came first: the one to be appended is not in the log, and never will be."""
 
 
 class BridgeError(RemusError):
-    """The bridge between a guest and its network cannot be had, is gone, or refuses. Nothing it holds has left."""
+    """The bridge between a guest and its network cannot be started, is gone, or refuses. What it held has not left."""
 
 
 class KernelUnavailable(RemusError, ValueError):
-    """The kernel that the caller or REMUS_CKPT_KERNEL demands does not exist or cannot run here."""
+    """The kernel that the caller or REMUS_CKPT_KERNEL requests does not exist or cannot run here."""

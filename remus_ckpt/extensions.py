@@ -44,6 +44,6 @@ def load(name: str) -> Any:
 
         raise KernelUnavailable(
             f"{module.__file__} was built from other sources than {PACKAGE / SOURCES[name][0]}: build it again "
-            "(pip install -e .), or remove it, and Python and numpy do its work"
+            "(pip install -e .), or remove it and let Python and numpy do its work"
         )
     return module

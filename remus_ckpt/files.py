@@ -59,7 +59,7 @@ class _Rejoined(io.RawIOBase):
 
 
 AnyRestorer = Restorer | V2Restorer
-"""A restorer of a stream that Xen wrote, of whichever version, or one of ours."""
+"""A restorer for a stream that Xen wrote, of either version, or for one of ours."""
 
 
 class StreamFile:
@@ -95,7 +95,7 @@ class StreamFile:
 
     @property
     def format(self) -> Format | None:
-        """What the front says: None for a legacy save stream, or what nobody knows."""
+        """The format that the front shows; None for a legacy save stream, or if unknown."""
         return None if self.inflater is None and _is_header(self.front) else formats.find(self.front)
 
     @property
@@ -130,7 +130,7 @@ class StreamFile:
         self._file.close()
 
     def position(self) -> int:
-        """How much of the stored file has been read, in bytes; 0 if unknown."""
+        """Bytes of the stored file that have been read; 0 if unknown."""
         if self.size is None:
             return 0
         return self._file.tell() if self.inflater is None else self.inflater.position
@@ -138,7 +138,7 @@ class StreamFile:
     def look(self, size: int) -> bytes:
         """The first bytes of the stream, decompressed; they are read again. Fewer than `size` only if it ends there.
 
-        Call it before anything is read. Bytes that cannot be decompressed are not there yet: reading raises.
+        Call it before anything is read. It leaves out bytes that cannot be decompressed: reading them raises.
         """
         room = memoryview(bytearray(size))
         filled = 0
@@ -228,10 +228,10 @@ def read_checkpoints(
 ) -> Iterator[Checkpoint]:
     """Restore a stream, checkpoint by checkpoint.
 
-    path: a file, or "-" for standard input; xz, gzip, bzip2, lz4 and zstd are read as they are
-    Each checkpoint's `memory` is what it left, until the next one is asked for.
-    A stream that is cut ends with its last complete checkpoint.
-    Raises Malformed or UnknownFormat behind the last good one, OSError where the file cannot be read.
+    path: a file, or "-" for standard input; may be compressed with xz, gzip, bzip2, lz4 or zstd
+    Each checkpoint's `memory` is valid until you ask for the next checkpoint.
+    A truncated stream ends with its last complete checkpoint.
+    Raises Malformed or UnknownFormat after the last good checkpoint, OSError if the file cannot be read.
     """
     with StreamFile(path) as file:
         restorer = restorer_of(file, dialect, limits=limits, strict=strict)
@@ -243,7 +243,7 @@ def read_checkpoints(
 def create_private(path: str | Path, *, is_ours: bool = False) -> int:
     """Create a file that holds memory, or empty the one that is there: a descriptor, mode 0600.
 
-    is_ours: nobody else may open it this way until it is closed
+    is_ours: no other process may open it this way until it is closed
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

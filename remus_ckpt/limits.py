@@ -1,4 +1,4 @@
-"""What a stream may claim before memory is taken for it (specs/stream.md §1.4)."""
+"""What a stream may claim before memory is allocated for it (specs/stream.md §1.4)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MAX_BATCH_ENTRIES = 1024
 """PFNs in one batch (specs/stream.md §5)."""
 MAX_BUFFER_PAGES = 16_000
-"""Pages that a sender compresses at a time: so many full ones still meet `Limits.compressed_chunk_bytes`."""
+"""Pages that a sender compresses at a time: that many full pages still fit `Limits.compressed_chunk_bytes`."""
 MAX_WINDOW = 1024
 """Checkpoints on their way to a backup at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Named ceilings, in bytes unless the name says otherwise. `LimitExceeded.limit` names the one that was met."""
+    """Named ceilings, in bytes unless the name says otherwise. `LimitExceeded.limit` names the exceeded one."""
 
     memory_bytes: int = 64 * GIB
     """p2m_size × 4,096: the address space taken for memory. Pages that never arrive take no memory."""

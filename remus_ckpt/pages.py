@@ -13,13 +13,13 @@ from remus_ckpt.limits import MAX_BATCH_ENTRIES
 
 PAGE_SIZE = 4096
 PARTS = 128
-"""Of memory, equally large, for which changed pages are counted apart."""
+"""Equal parts of memory, for which changed pages are counted separately."""
 PAGE_WORDS = PAGE_SIZE // 4
 
 Pages = NDArray[np.uint8]
 """uint8[n, 4096]"""
 Places = Sequence[tuple[Pages, NDArray[np.int64]]]
-"""Where pages lie, in order: arrays of them, and which of an array's, int64[n]."""
+"""Where pages are, in order: arrays of pages, and the indexes in each, int64[n]."""
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 """Anything that can be read as bytes without a copy."""
 
@@ -83,7 +83,7 @@ class PageBatch:
 def batches(pfns: NDArray[np.integer], data: Pages) -> Iterator[PageBatch]:
     """Cut a capture of normal pages into batches of at most 1,024 entries.
 
-    pfns: integers[n], in the order in which they are to travel
+    pfns: integers[n], in the order in which to send them
     data: uint8[n, 4096]
     The batches are views of `data`.
     """
@@ -96,14 +96,14 @@ def batches(pfns: NDArray[np.integer], data: Pages) -> Iterator[PageBatch]:
 
 
 def by_part(pfns: NDArray[np.int64], pages: int) -> NDArray[np.int64]:
-    """int64[PARTS]: how many of these pages lie in each of so many equal parts of memory. pages: of all memory"""
+    """int64[PARTS]: how many of these pages are in each of PARTS equal parts of memory. pages: of all memory"""
     return np.bincount(pfns * PARTS // max(pages, 1), minlength=PARTS)[:PARTS].astype(np.int64, copy=False)
 
 
 def ratio(stream_bytes: int, page_bytes: int) -> float | None:
-    """The compression ratio, in its one meaning: bytes of the save stream for each byte of the pages that they carry.
+    """The compression ratio, as defined everywhere: bytes of the save stream per byte of the pages that they carry.
 
-    0.03 is 3 %. What a link saves besides is not in it. None without pages.
+    0.03 is 3 %. Compression on the link does not count. None without pages.
     """
     return stream_bytes / page_bytes if page_bytes else None
 

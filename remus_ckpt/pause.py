@@ -68,7 +68,7 @@ class Captures:
             if not self._lacked or not self._max_pause_s:
                 self.way = "copy"
                 self.why = (
-                    f"to encode {pages:,} pages in the pause would make it {expected_s * 1e3:.1f} ms long, "
+                    f"encoding {pages:,} pages in the pause would make it {expected_s * 1e3:.1f} ms long, "
                     f"and it may take {self._max_pause_s * 1e3:g} ms"
                 )
                 # One slow pause must not decide for all later ones.

@@ -85,15 +85,15 @@ def plan(
     recording = read_recording(path, limits=limits)
     if (untold := next((at for at, time in enumerate(recording.times_ns) if time is None), None)) is not None:
         epoch = recording.epochs[untold]
-        raise RemusError(f"{path}: checkpoint {epoch} says no time: only what `record` made can be planned")
+        raise RemusError(f"{path}: checkpoint {epoch} has no time: only a recording made by `record` can be planned")
     if recording.checkpoints < _LEAST_CHECKPOINTS:
         raise RemusError(
-            f"{path}: {recording.checkpoints} checkpoints say too little: record {_LEAST_CHECKPOINTS} or more, best "
-            "for a minute"
+            f"{path}: {recording.checkpoints} checkpoints are too few: record {_LEAST_CHECKPOINTS} or more, "
+            "ideally for a minute"
         )
     seconds, own_s = recording.seconds, recording.interval_s
     if seconds <= 0 or own_s <= 0:
-        raise RemusError(f"{path}: its checkpoints do not follow one another in time")
+        raise RemusError(f"{path}: the times of its checkpoints do not ascend")
     found_codec: StreamCodec = recording.codec  # type: ignore[assignment]
     if intervals_s is None:
         wanted = [own_s, *(usual for usual in USUAL_S if own_s * 1.5 < usual <= seconds / _LEAST_CHECKPOINTS)]
@@ -102,7 +102,7 @@ def plan(
     for interval_s in wanted:
         if not own_s * 0.99 <= interval_s <= seconds:
             raise RemusError(
-                f"{path}: {seconds:g} s recorded every {own_s:g} s do not show what {interval_s:g} s would take"
+                f"{path}: a recording of {seconds:g} s every {own_s:g} s cannot show an interval of {interval_s:g} s"
             )
     return recording, [_need(path, interval_s, own_s, codec or found_codec, limits) for interval_s in wanted]
 

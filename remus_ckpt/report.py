@@ -179,7 +179,7 @@ def _codings(found: Recording) -> str:
         for row in rows
     )
     return (
-        f"<h2>What each page codec would have made of it</h2><table><thead><tr>{titles}</tr></thead>"
+        f"<h2>How small each page codec would have made it</h2><table><thead><tr>{titles}</tr></thead>"
         f"<tbody>{cells}</tbody></table>"
         '<p class="note">The pages behind the first copy, each encoded against what it was before. The stream around '
         "them, and what a link compresses besides, are not in it. <code>remus-ckpt plan</code> shows what longer "

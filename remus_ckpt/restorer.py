@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def parts(self) -> Parts:
-        """What the checkpoint holds beside memory. Raises Malformed or UnknownFormat if the manifest cannot be read."""
+        """What it holds besides memory. Raises Malformed or UnknownFormat if the manifest cannot be read."""
         return Parts.unpack(self.device_state)
 
 
@@ -127,16 +127,16 @@ class Anonymous:
 class Restorer:
     """One stream into one memory.
 
-    dialect: what is known of the stream; the rest is detected
+    dialect: what is known about the stream; the rest is detected
     limits: what the stream may claim
     strict: refuse deviations that are otherwise accepted and named in specs/permissive.md
     home: where memory lives; by default in this process
-    digest: the one of the stream's records, if that is known
+    digest: the digest that the stream's records use, if known
     new_digest: makes the digest of a checkpoint
-    start: where in a stream to begin; memory then has no pages, and checkpoints can only be skipped
+    start: where in the stream to begin; memory then has no pages, and checkpoints can only be skipped
 
-    Pass bytes in by `get_buffer` and `buffer_updated`, or by `feed`; `feed_eof` ends them. `next_checkpoint` returns a
-    complete, checked checkpoint; `commit` puts it in force, `skip` passes over it.
+    Pass bytes in with `get_buffer` and `buffer_updated`, or with `feed`; `feed_eof` ends them. `next_checkpoint`
+    returns a complete, checked checkpoint; `commit` puts it in force, `skip` passes over it.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Restorer:
         self.buffer_updated = self.reader.buffer_updated
         self.feed_eof = self.reader.feed_eof
         self.memory: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
-        """uint8[p2m_size, 4096] once the header has come. It holds a checkpoint when `in_force` names one."""
+        """uint8[p2m_size, 4096] once the header has arrived. It holds a checkpoint when `in_force` names one."""
         self.in_force: Checkpoint | None = None
         """The checkpoint that memory holds."""
         self.staged: Checkpoint | None = None
@@ -191,7 +191,7 @@ class Restorer:
         return self._behind[0]
 
     def feed(self, data: Buffer) -> None:
-        """Take in bytes of the stream; they are kept, not copied."""
+        """Add bytes of the stream; they are kept, not copied."""
         self.reader.feed(data)
 
     def checkpoints(self) -> Iterator[Checkpoint]:
@@ -248,7 +248,7 @@ class Restorer:
     def fits(self, whole: Whole) -> bool:
         """Whether a checkpoint that has been walked may be staged in one go.
 
-        Otherwise feed its bytes: what they are, and what is wrong with them, comes out of that.
+        If not, feed its bytes: that finds out what they are, or what is wrong with them.
         """
         limits, pages, size = self.reader.limits, len(whole.pfns), whole.payload_bytes
         cost = size + (whole.batches + len(whole.chunks)) * STAGED_COST_BYTES
@@ -265,7 +265,7 @@ class Restorer:
             return False
 
     def landing(self, most_bytes: int) -> Landing | None:
-        """Where the next checkpoint may land, so that it is walked as it comes; None if it has to be fed."""
+        """Where the next checkpoint may land, to be walked as it arrives; None if it has to be fed."""
         dialect, digest = self.dialect, self.reader.digest
         if not HAS_NATIVE or self.in_force is None or digest is None or dialect.word is None or self.reader.strict:
             return None
@@ -444,7 +444,7 @@ class Restorer:
             raise self._fail(error) from None
 
     def _check_borders(self, joined: NDArray[np.uint8], tail: events.Tail) -> None:
-        """Check rules that the reader could do without: a chunk holds whole pages, and they are announced before it."""
+        """Check rules that the reader does not need: a chunk holds whole pages, and they were announced before it."""
         codec = get_codec(self._codec)
         at = pages = 0
         for event, announced in zip(self._compressed, self._announced, strict=True):

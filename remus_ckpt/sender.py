@@ -73,7 +73,7 @@ class Encoded:
     """Normal pages that `Sender.encode` has encoded, and that are not written yet: at most a page buffer of them.
 
     pfns: int64[n]
-    data: their batches and their COMPRESSED_DATA, as they stand in the stream, uint8[…]
+    data: their batches and their COMPRESSED_DATA, as in the stream, uint8[…]
     payload_bytes: the last ones of data, the encoded pages
     """
 
@@ -83,13 +83,13 @@ class Encoded:
 
 
 Scanned = PageBatch | InReference | Encoded
-"""What the scan of a checkpoint gives."""
+"""What the scan of a checkpoint yields."""
 
 
 class Shape(Protocol):
     """What surrounds the pages in a stream that is not our own.
 
-    leaves_zeros_out: whether the first checkpoint need not carry pages of zeros
+    leaves_zeros_out: whether the first checkpoint may leave out zero pages
     added_pages: how many pages memory has in the stream beyond those of the scans
     """
 
@@ -97,7 +97,7 @@ class Shape(Protocol):
     added_pages: int
 
     def header(self, word: Word, p2m_size: int) -> list[events.Event]:
-        """What stands before the first chunk."""
+        """What precedes the first chunk."""
 
     def missing(self, seen: NDArray[np.bool_]) -> Iterator[PageBatch]:
         """Pages that the first checkpoint carries besides the scan's. seen: bool[p2m_size], those that came."""
@@ -137,9 +137,9 @@ class Sender:
     buffer_pages: pages in the page buffer; by default 8,196, and 8,192 for `rle`
     reference: what deltas are taken against; by default the sender's own full `Shadow`
     position: the position that the first checkpoint follows, None if it is the very first
-    first_epoch: the number of the first checkpoint if it follows nothing
-    digest: the one of the stream's records; with "sha256", those of version 1, which older programs read too
-    shape: what surrounds the pages; by default that of our own streams
+    first_epoch: the number of the first checkpoint if it follows none
+    digest: the digest in the stream's records; "sha256" makes version 1 records, which older programs read too
+    shape: what surrounds the pages; by default the shape of our own streams
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Sender:
         self._stream = EventWriter(word, digest)
         self._started = False
         self.unfinished = False
-        """Whether a checkpoint was begun and not taken to its end."""
+        """Whether a checkpoint was begun and not finished."""
         self.carried: list[NDArray[np.int64]] = []
         """Arrays int64[n]: the pages with data of the last, perhaps interrupted, checkpoint, in the order they came. A
         page is added before the reference changes. Each checkpoint has its own list."""
@@ -192,11 +192,11 @@ class Sender:
 
     @property
     def buffer_pages(self) -> int:
-        """The most pages that one call of `encode` takes."""
+        """The maximum number of pages for one call of `encode`."""
         return self._buffer_pages
 
     def most_bytes(self, pages: int) -> int:
-        """The most bytes that so many pages take in one call of `encode`."""
+        """The maximum number of bytes that this many pages take in one call of `encode`."""
         return self._stream.laid_out_bytes(pages) + pages * self._codec.max_page_bytes
 
     @property
@@ -222,14 +222,13 @@ class Sender:
         self.unfinished = False
 
     def encode(self, pfns: NDArray[np.int64], places: Places, out: NDArray[np.uint8] | None = None) -> Encoded:
-        """Encode normal pages of the checkpoint under way where they lie, and bring the reference up to date.
+        """Encode normal pages of the current checkpoint in place, and update the reference.
 
-        Called by the scan of a checkpoint that is not the first; the scan then gives the result to the checkpoint, or
-        has it withdrawn.
+        Called by the scan of a checkpoint that is not the first; the scan then yields the result, or withdraws it.
 
         pfns: int64[n], ascending, n ≤ `buffer_pages`
-        places: where they lie, in this order; somebody may be writing there, and what is encoded is what the reference
-            then holds
+        places: where the pages are, in this order; writers may be active there, and what is encoded is what the
+            reference then holds
         out: room for `most_bytes(n)`, which must not change until the checkpoint is committed; by default new
         Raises ValueError for pages that do not fit; nothing is changed then.
         """
@@ -261,10 +260,10 @@ class Sender:
         return Encoded(pfns, room[:size], size - front)
 
     def withdraw(self) -> None:
-        """What `encode` has returned in this checkpoint does not go on its way, for instance because the pause in which
-        the pages were encoded has not held. The reference has them and the receiver has not: they are owed.
+        """Discard what `encode` returned in this checkpoint, for instance because the pause was broken. The reference
+        has those pages and the receiver does not, so they are owed.
 
-        Called by the scan, before it gives anything to the checkpoint.
+        Called by the scan, before it yields anything.
         """
         self.owed = np.union1d(self.owed, self.pfns)
         self.reference.invalidate(self.owed)
@@ -281,17 +280,17 @@ class Sender:
         position: Position | None = None,
         memory_bytes: int | None = None,
     ) -> Iterator[list[Buffer]]:
-        """The buffers of one checkpoint, in groups for vectored sends; the caller must take them all.
+        """Yield the buffers of one checkpoint, in groups for vectored sends; the caller must take them all.
 
-        scan: the dirty pages, in batches or already encoded, in the order in which to send them. They are drawn as
-            buffers are taken: a list holds the whole capture; a generator that captures as it goes needs memory for one
-            page buffer only, but waits while that is encoded and written.
+        scan: the dirty pages, in batches or already encoded, in the order in which to send them. It is consumed as
+            buffers are taken: a list holds the whole capture; a generator that captures as it goes needs memory for
+            only one page buffer, but waits while that is encoded and written
         device_state: the user's bytes, which come back with the checkpoint; or a callable that returns them, called
             once the scan has ended
         parts: returns everything that goes with memory, called once the scan has ended; replaces `device_state`
         time_ns: when it was taken, in nanoseconds since 1970
         position: the position that this state already has, if it is being re-encoded; by default a new one is made
-        memory_bytes: how many bytes memory has, if it ends within its last page
+        memory_bytes: the size of memory, if it ends within its last page
 
         Raises ValueError for pages that do not fit. If the caller stops before the end, the receiver has half a
         checkpoint: the sender then refuses to continue, and a new stream needs a new sender.

@@ -30,10 +30,10 @@ EMPTY_CONTEXT = (
 )
 """An HVM context of HEADER and END: well-formed, with no processor in it."""
 NO_CONTEXT = (
-    "no HVM context was given: the stream has one of HEADER and END only. Xen reads it, but the guest has no "
-    "processor: give a real one with --hvm-context FILE"
+    "no HVM context was given, so the stream's has only HEADER and END. Xen reads it, but the guest has "
+    "no processor: give a real one with --hvm-context FILE"
 )
-NO_DEVICE_STATE = "no device state of QEMU's was given: the stream has an empty one"
+NO_DEVICE_STATE = "no QEMU device state was given, so the stream's is empty"
 
 
 def magic_pfns(pages: int) -> tuple[int, int, int]:

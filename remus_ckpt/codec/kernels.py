@@ -36,7 +36,7 @@ _NOT_BUILT: str | None = None
 try:
     _native = extensions.load("codec._native")
 except ImportError as error:
-    _NOT_BUILT = f"the C extension is not there ({error}); it is built where a C compiler is found at installation"
+    _NOT_BUILT = f"the C extension is missing ({error}); it is built at installation if there is a C compiler"
 else:
     _NATIVE, _FEATURES = _native.KERNELS, _native.FEATURES
 

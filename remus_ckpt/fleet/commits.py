@@ -107,7 +107,7 @@ class Commits:
         try:
             thread.start()
         except RuntimeError as error:  # no more threads are allowed
-            raise LinkError(f"no thread for the commit log: {error}") from error
+            raise LinkError(f"cannot start a thread for the commit log: {error}") from error
         self._thread = thread
 
     def look(self) -> None:
@@ -147,8 +147,8 @@ class Commits:
 
     def _fenced(self, term: int) -> Fenced:
         return Fenced(
-            f"{self._name!r} belongs to another side under term {term}, says the commit log: stop, and release nothing "
-            "that was held back",
+            f"according to the commit log, {self._name!r} belongs to another side under term {term}: stop, and "
+            "release nothing that was held back",
             term=term,
         )
 

@@ -85,5 +85,7 @@ def take_over(
         return No(f"it is protected under term {record.term} by {record.where or 'another backup'}, and here {term}")
     if not holds(record.position):
         held = record.where or "another backup"
-        return No(f"the last commit is epoch {record.position.epoch}, at {held}, and what is here was not built on it")
+        return No(
+            f"the last commit is epoch {record.position.epoch}, at {held}, and the state here was not built on it"
+        )
     return Follow(max(term, record.term) + 1)

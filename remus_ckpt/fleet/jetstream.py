@@ -157,7 +157,7 @@ def servers_of(url: str, insecure: bool = False) -> tuple[list[str], str | None,
     """The servers of a URL, each as a URL of its own, the user and the password. Raises LogError."""
     scheme, separator, rest = url.removeprefix("nats+").partition("://")
     if scheme not in ("nats", "tls") or not separator:
-        raise LogError(f"{url!r:.80} is no address of a log: write nats://HOST[:PORT][,HOST…] or tls://…")
+        raise LogError(f"{url!r:.80} is not the address of a log: write nats://HOST[:PORT][,HOST…] or tls://…")
     who, _, hosts = rest.rpartition("@")
     user, _, password = who.partition(":")
     servers = []
@@ -168,7 +168,7 @@ def servers_of(url: str, insecure: bool = False) -> tuple[list[str], str | None,
         except ValueError as error:
             raise LogError(f"{host!r:.80}: {error}") from None
         if not parts.hostname or parts.path or parts.query:
-            raise LogError(f"{host!r:.80} is no HOST[:PORT] of a log")
+            raise LogError(f"{host!r:.80} is not the HOST[:PORT] of a log")
         address = Address("tls" if scheme == "tls" else "tcp", host=parts.hostname, port=port)
         if scheme == "nats" and not insecure:
             _check_plain(address)
@@ -208,7 +208,7 @@ class JetStreamLog:
         if _IDENTITY not in metadata:
             raise LogError(f"{nats}: the stream {STREAM} was not made by `remus-ckpt fleet init`")
         if metadata.get(_SYNCED) not in ("always", "vouched"):
-            raise LogError(f"{nats}: whether its servers sync each record was not checked: see `remus-ckpt fleet init`")
+            raise LogError(f"{nats}: nobody has checked that its servers sync each record: run `remus-ckpt fleet init`")
         self.identity: str = metadata[_IDENTITY]
         self.replicas: int = info.config.num_replicas or 1
         self.is_synced = metadata.get(_SYNCED) == "always"
@@ -247,7 +247,7 @@ class JetStreamLog:
                     if follower is not None:
                         raise Overtaken(f"{name!r}: record {follower.sequence} has come first behind {expected}")
             time.sleep(min(_PAUSE_S, max(deadline - time.monotonic(), 0.0)))
-        raise LogError(f"{self.nats}: the log has not taken a record of {name!r} in {timeout_s:g} s: {why}")
+        raise LogError(f"{self.nats}: the log has not taken a record of {name!r} within {timeout_s:g} s: {why}")
 
     def last(self, name: str) -> Entry | None:
         """See `Log.last`. The stream's leader is asked: other servers may lag behind."""
@@ -335,8 +335,8 @@ def make_log(nats: Nats, *, replicas: int = REPLICAS, monitors: Sequence[str] = 
         peers = {str(peer.name) for peer in cluster.replicas or ()} | {str(cluster.leader)} if cluster else {"server"}
         if not vouched and (unknown := sorted(peers - synced if cluster else peers if not synced else ())):
             raise LogError(
-                f"whether these sync each record is not known: {', '.join(unknown)}: give --monitor for every server, "
-                "or --synced if you are sure"
+                f"it is not known whether these sync each record: {', '.join(unknown)}: give --monitor for every "
+                "server, or --synced if you are sure"
             )
         config.metadata = {**metadata, _SYNCED: "vouched" if vouched else "always"}
         config.metadata.setdefault(_IDENTITY, secrets.token_hex(16))
@@ -354,10 +354,10 @@ def _synced(monitors: Sequence[str]) -> set[str]:
                 found = json.loads(answer.read(_ANSWER_BYTES))
             name, config = found["server_name"], found["jetstream"].get("config", {})
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise LogError(f"{url}: its monitoring says nothing of JetStream: {error}") from None
+            raise LogError(f"{url}: its monitoring does not report on JetStream: {error}") from None
         if not config.get("sync_always"):
             raise LogError(
-                f"{url}: {name} does not sync each record: a power failure could lose commits that were answered. Set "
+                f"{url}: {name} does not sync each record: a power failure could lose acknowledged commits. Set "
                 "`sync_interval: always` in its jetstream block (NATS 2.10 or later)"
             )
         names.add(name)

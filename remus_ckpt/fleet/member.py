@@ -41,7 +41,7 @@ def id_of(store: Path) -> str:
             replace_file(path, f"{secrets.token_hex(4)}\n".encode())
         text = path.read_text().strip()
     if len(text) != 8 or not text.isalnum():
-        raise LogError(f"{path} holds no id of a fleet's member")
+        raise LogError(f"{path} does not hold the id of a fleet member")
     return text
 
 
@@ -139,12 +139,12 @@ class Member:
         try:
             return self._fleet.place(name)
         except (LogError, Malformed) as error:
-            raise RemusError(f"whether {name!r} is protected elsewhere is not known: {error}") from None
+            raise RemusError(f"it is not known whether {name!r} is protected elsewhere: {error}") from None
 
     def _check(self, place: Place | None, term: int) -> None:
         if place is not None and not has(place, self.id, term):
             raise RemusError(
-                f"{place.name!r} is not this backup's any more: backup {place.backup} at {place.address} has it"
+                f"{place.name!r} no longer belongs to this backup: backup {place.backup} at {place.address} has it"
             )
 
     def _run(self) -> None:

@@ -217,9 +217,9 @@ class Placed:
                     self._place, self._revision = found, revision
                 if found is not None and found.is_taken_over and found.term >= term and found != before:
                     raise _fenced(self.name, found.term) from None
-                raise LinkError(f"{self.name!r} has been given to another backup, by another primary") from None
+                raise LinkError(f"another primary has moved {self.name!r} to another backup") from None
         except (LogError, Malformed) as error:
-            raise LinkError(f"whether {self.name!r} is protected here is not known: {error}") from None
+            raise LinkError(f"it is not known whether {self.name!r} is protected here: {error}") from None
         with self._lock:
             self._place, self._revision = place, revision
         self._wants_to_leave = False

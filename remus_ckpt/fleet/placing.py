@@ -342,10 +342,10 @@ def _judge(
     if primary is not None and primary.backup and primary.backup != holder_id:
         there = called(primary.backup, backups)
         if place is not None and place.is_taken_over:
-            return "copying", f"a survivor of {where} is being copied to {there}"
+            return "copying", f"the survivor from {where} is being copied to {there}"
         if holder is not None:
-            return "moving", f"{where} has it until all of it is on {there}"
-        return "copying", f"all of it is being copied to {there}" + ("" if where is None else f"; {where} is gone")
+            return "moving", f"{where} has it until {there} has a full copy"
+        return "copying", f"a full copy is on its way to {there}" + ("" if where is None else f"; {where} is gone")
     if place is not None and place.is_taken_over:
         return "taken over", f"by {where} under term {place.term}: protect the survivor with --term {place.term}"
     if holder is None:
@@ -359,7 +359,7 @@ def _judge(
         case "copying" | "taken over" | "ended":
             return held.state, held.words
         case "disconnected" | "unprotected" if primary is None:
-            return "lost", f"no primary runs it; {held.words}"
+            return "lost", f"it has no primary; {held.words}"
     return "unprotected", held.words
 
 

@@ -53,12 +53,12 @@ class Address:
         if not separator:
             scheme, rest = default_scheme or "", text
         if scheme not in ("tls", "tcp"):
-            raise LinkError(f"{text!r} is no address: write tls://HOST:PORT, tcp://HOST:PORT or unix:PATH")
+            raise LinkError(f"{text!r} is not an address: write tls://HOST:PORT, tcp://HOST:PORT or unix:PATH")
         host, separator, port = rest.rpartition(":")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
-            raise LinkError(f"{text!r}: an IPv6 address stands in brackets, such as [::1]:7411")
+            raise LinkError(f"{text!r}: put an IPv6 address in brackets, such as [::1]:7411")
         if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
             raise LinkError(f"{text!r} names no host and port: write {scheme}://HOST:PORT")
         return cls(cast(Scheme, scheme), host=host, port=int(port))
@@ -113,8 +113,8 @@ def resolve(address: Address, deadline: float, *, passive: bool = False) -> list
 def check_plain(address: Address, where: Any, insecure: bool, option: str) -> None:
     if address.scheme == "tcp" and not insecure and not ipaddress.ip_address(where[0].partition("%")[0]).is_loopback:
         raise LinkError(
-            f"{address}: plain tcp goes to this machine only, since anyone on the way reads and alters it:"
-            f" use tls://, or say {option}"
+            f"{address}: plain tcp is for this machine only, since anyone on the way could read and change the "
+            f"data: use tls://, or give {option}"
         )
 
 

@@ -142,7 +142,7 @@ class Link:
             if event is not None:
                 self._take(event)
             elif time.monotonic() > deadline or give_up():
-                raise LinkError(f"{self.peer} took the connection and has not answered")
+                raise LinkError(f"{self.peer} accepted the connection but has not answered")
             else:
                 self._receive(self._left_s(_LOOK_S))
 
@@ -284,7 +284,7 @@ class Link:
         except StreamError as error:
             # Bytes may have been corrupted in transit: another link may work (specs/session.md §7).
             self._complain(error)
-            self._fail(LinkError(f"{self.peer} sent what it must not: {error}"))
+            self._fail(LinkError(f"{self.peer} broke the protocol: {error}"))
         except RemusError as error:
             self._fail(error)
         except Exception as error:
@@ -305,7 +305,7 @@ class Link:
                 raise Fenced(event.message, term=term)
             case Error(code="fenced"):
                 # A side that has taken over has a term not below ours: this one is mistaken, or lies.
-                raise LinkError(f"{self.peer} refuses term {self._term} for the sake of term {event.term}")
+                raise LinkError(f"{self.peer} refuses term {self._term}: term {event.term} has taken its place")
             case Error():
                 raise Refused(f"{self.peer}: {event.message}", code=event.code)
             case Goodbye():

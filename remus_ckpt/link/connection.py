@@ -171,7 +171,7 @@ class Connection:
                                 self._tls.unwrap()
                             last = self._outgoing.read()
                         self._send_plain([memoryview(last)], deadline)
-                    self._send_fault = "we have hung up"
+                    self._send_fault = "this side closed the connection"
                 finally:
                     self._send_lock.release()
                 self._socket.shutdown(socket.SHUT_WR)
@@ -197,7 +197,7 @@ class Connection:
             self._is_ready = True
         except Late:
             self.close()
-            raise LinkError(f"{self.peer}: no TLS handshake in time: does the other side speak TLS?") from None
+            raise LinkError(f"{self.peer}: no TLS handshake in time: check that the other side uses TLS") from None
         except OSError as error:
             self.close()
             raise LinkError(f"{self.peer}: {say(error)}") from error
@@ -250,7 +250,7 @@ class Connection:
         ours = os.geteuid()
         # Root may send its memory to any user's backup; otherwise both sides must be the same user, or the peer root.
         if uid not in (0, ours) and (self._is_server or ours):
-            raise LinkError(f"{self.peer}: the other side is user {uid}: run both as one user, or as root")
+            raise LinkError(f"{self.peer}: the other side is user {uid}: run both as the same user, or as root")
 
     def send(self, buffers: Sequence[Buffer], timeout_s: float | None) -> None:
         """Send all of the buffers.
@@ -274,7 +274,7 @@ class Connection:
                 else:
                     self._send_tls(self._tls, views, deadline)
             except Late:
-                self._send_fault = f"it did not take what was sent within {timeout_s:g} s"
+                self._send_fault = f"it did not accept the data within {timeout_s:g} s"
                 raise LinkError(f"{self.peer}: {self._send_fault}") from None
             except OSError as error:
                 self._send_fault = say(error)

@@ -71,7 +71,7 @@ class Requests:
         """A field of a result, or of a row in one. Raises LinkError where it is not there, or of another kind."""
         value = result.get(key) if isinstance(result, dict) else None
         if type(value) is not kind:
-            raise LinkError(f"{self.peer} has sent what it must not: {key} is {value!r:.40}")
+            raise LinkError(f"{self.peer} broke the protocol: {key} is {value!r:.40}")
         return value
 
     def _send(self, message: Message, timeout_s: float) -> None:
@@ -88,11 +88,11 @@ class Requests:
                 case Goodbye() as goodbye:
                     raise LinkError(f"{self.peer} has said goodbye: {goodbye.reason}")
                 case None:
-                    size = self._receive_some(deadline, f"has not answered in {timeout_s:.3g} s")
+                    size = self._receive_some(deadline, f"has not answered within {timeout_s:.3g} s")
                     if not size:
                         raise LinkError(
-                            f"{self.peer} has hung up without an answer: is it a backup, and is TLS used on both sides "
-                            "or on none?"
+                            f"{self.peer} hung up without an answer: check that it is a backup, and that both "
+                            "sides or neither use TLS"
                         )
                     self._session.buffer_updated(size)
 

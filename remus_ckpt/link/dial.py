@@ -44,14 +44,17 @@ def connect(
                 check_plain(address, where, insecure, INSECURE_OPTION)
             sock = _dial_one_of(choices, deadline)
     except Late:
-        raise LinkError(f"{address}: no answer within {timeout_s:g} s: is it up, and no firewall between?") from None
+        raise LinkError(
+            f"{address}: no answer within {timeout_s:g} s: check that the host is up and that no "
+            "firewall blocks the port"
+        ) from None
     except OSError as error:
         raise LinkError(f"{address}: {say(error)}") from error
     try:
         connection = Connection(sock, address, tls, server_name)
     except ValueError as error:
         sock.close()
-        raise LinkError(f"{address}: {server_name!r} is no name that a certificate can hold: {error}") from error
+        raise LinkError(f"{address}: {server_name!r} is not a name that a certificate can hold: {error}") from error
     except BaseException:
         sock.close()
         raise

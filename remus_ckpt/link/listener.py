@@ -160,7 +160,7 @@ def _locked_folder(path: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise LinkError(f"{path}: somebody holds a lock on its folder") from None
+                    raise LinkError(f"{path}: another process holds a lock on its folder") from None
                 time.sleep(0.01)
         yield
     finally:
@@ -173,7 +173,7 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(status.st_mode):
-        raise LinkError(f"{path} is there, and is no socket: it is left as it is")
+        raise LinkError(f"{path} exists and is not a socket: remove it, or name another path")
     try:
         dial(socket.AF_UNIX, path, time.monotonic()).close()
     except ConnectionRefusedError:

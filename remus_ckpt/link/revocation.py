@@ -31,7 +31,7 @@ def load_lists(path: Path) -> list[x509.CertificateRevocationList]:
     blocks = _LIST.findall(data)
     # OpenSSL would trust a certificate that it finds here.
     if not blocks or len(blocks) != data.count(b"-----BEGIN"):
-        raise LinkError(f"{path} holds no list of revoked certificates in PEM, a damaged one, or more: {REFRESH}")
+        raise LinkError(f"{path} does not hold exactly one good list of revoked certificates in PEM: {REFRESH}")
     try:
         lists = [x509.load_pem_x509_crl(block) for block in blocks]
         revoked_in(lists)  # entries are parsed when they are read
@@ -65,7 +65,7 @@ def check_lists(
         own = [one for one in lists if issued_by(one, authority)]
         name = authority.subject.rfc4514_string()
         if not own:
-            raise LinkError(f"{path} holds no list of the CA {name!r}, which ca.pem trusts: {REFRESH}")
+            raise LinkError(f"{path} holds no list from the CA {name!r}, which ca.pem trusts: {REFRESH}")
         newest = max(own, key=lambda one: one.last_update_utc)
         if newest.next_update_utc is not None and newest.next_update_utc < now:
             raise LinkError(
@@ -74,8 +74,8 @@ def check_lists(
             )
         if newest.last_update_utc > now:
             raise LinkError(
-                f"{path}: the list of the CA {name!r} is valid from {newest.last_update_utc:%Y-%m-%d %H:%M} UTC on:"
-                " is the clock right?"
+                f"{path}: the list of the CA {name!r} is only valid from {newest.last_update_utc:%Y-%m-%d %H:%M} "
+                "UTC: check the clock"
             )
 
 

@@ -10,19 +10,19 @@ import time
 from remus_ckpt.link.tls import say_tls
 
 _ADVICE = {
-    errno.ECONNREFUSED: "nobody listens there: is the other side running, and the address right?",
-    errno.ENOENT: "no socket is there: is the other side running, and the path right?",
+    errno.ECONNREFUSED: "nobody listens there: check that the other side is running, and the address",
+    errno.ENOENT: "no socket is there: check that the other side is running, and the path",
     errno.EACCES: "not permitted: run as the same user, or as root",
     errno.EHOSTUNREACH: "no route there",
     errno.ENETUNREACH: "no route there",
     errno.ETIMEDOUT: "it no longer answers",
     errno.ECONNRESET: "it hung up",
     errno.EPIPE: "it hung up",
-    errno.EADDRNOTAVAIL: "no interface here has this address",
+    errno.EADDRNOTAVAIL: "no interface of this machine has this address",
 }
 _TO_LISTEN = _ADVICE | {
     errno.EADDRINUSE: "the address is in use: choose another, or stop what listens there",
-    errno.ENOENT: "there is no folder for the socket: make it first",
+    errno.ENOENT: "the socket's folder does not exist: make it first",
     errno.EACCES: "not permitted: choose a folder that this user may write to, or a port above 1023",
 }
 

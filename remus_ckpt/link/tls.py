@@ -111,7 +111,7 @@ class TlsFiles:
             return Judgement(loaded, is_ours, "has been revoked")
         # What an intermediate CA has issued was never one of ours, and stays.
         if before is not None and before.is_ours and not is_ours:
-            return Judgement(loaded, before.is_ours, "is of a CA that is no longer trusted")
+            return Judgement(loaded, before.is_ours, "is from a CA that is no longer trusted")
         return Judgement(loaded, is_ours, None)
 
     def _stamp(self) -> list[tuple[int, int, int]]:
@@ -132,7 +132,9 @@ class TlsFiles:
                 try:
                     if self._loaded.revoked is not None and not self._lists_path.exists():
                         # Copying it anew may remove it for a moment; nobody revoked may come in then.
-                        raise LinkError(f"{self._lists_path} is gone: a restart goes on without it")
+                        raise LinkError(
+                            f"{self._lists_path} is gone: after a restart, no certificate counts as revoked"
+                        )
                     self._loaded = self._load()
                 except (LinkError, OSError) as error:
                     _logger.warning("tls files unusable", extra={"fields": {"reason": str(error)}})
@@ -144,7 +146,7 @@ class TlsFiles:
         except OSError as error:  # the folder may not be read, or its file system is gone
             raise LinkError(f"{error.filename or self.directory}: {error.strerror}") from error
         except UnsupportedAlgorithm as error:
-            raise LinkError(f"{self.directory} holds a key of a kind that is not known here: {_COPY}") from error
+            raise LinkError(f"{self.directory} holds a key of an unknown kind: {_COPY}") from error
 
     def _read(self) -> _Loaded:
         """Raises LinkError, OSError, UnsupportedAlgorithm."""
@@ -152,8 +154,8 @@ class TlsFiles:
             if not path.is_file():
                 if (self.directory / "ca-key.pem").exists():
                     raise LinkError(
-                        f"{self.directory} is the folder of the CA, which stays with you: name one that"
-                        f" `remus-ckpt keys issue {self.directory} NAME` makes, such as {self.directory / 'NAME'}"
+                        f"{self.directory} is the CA's own folder, which must stay with you: name one that "
+                        f"`remus-ckpt keys issue {self.directory} NAME` makes, such as {self.directory / 'NAME'}"
                     )
                 raise LinkError(
                     f"{path} is missing: `remus-ckpt keys issue` makes a folder with ca.pem, cert.pem and key.pem"
@@ -188,7 +190,7 @@ class TlsFiles:
                     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
                 context.load_cert_chain(certificate_path, key_path)
             except OSError as error:
-                raise LinkError(f"{self.directory}: {error}: make it anew with `remus-ckpt keys issue`") from error
+                raise LinkError(f"{self.directory}: {error}: make it again with `remus-ckpt keys issue`") from error
         client.hostname_checks_common_name = False
         # Nobody resumes a session here; a ticket would be bytes on the wire that no frame accounts for.
         server.num_tickets = 0
@@ -210,7 +212,7 @@ class TlsFiles:
         for number, certificate in enumerate(chain):
             where = str(authority_path if 0 < number == len(chain) - 1 else certificate_path)
             if number:
-                where += f": the CA {common_name(certificate.subject)!r}, on which our certificate hangs,"
+                where += f": the CA {common_name(certificate.subject)!r}, which our certificate depends on,"
             if now > certificate.not_valid_after_utc:
                 advice = RENEW if number == 0 else RENEW_CA
                 raise LinkError(
@@ -218,8 +220,7 @@ class TlsFiles:
                 )
             if now < certificate.not_valid_before_utc:
                 raise LinkError(
-                    f"{where} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on:"
-                    " is the clock right?"
+                    f"{where} is only valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC: check the clock"
                 )
         raise AssertionError("a chain that is not valid holds a certificate that is not")
 
@@ -281,8 +282,8 @@ def common_name(name: x509.Name) -> str:
 
 _REASONS = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate does not pass",
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it shows no certificate: it needs --tls-dir, with one of the same CA",
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it demands a certificate of us: give --tls-dir",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it shows no certificate: it needs --tls-dir, with one from the same CA",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it demands a certificate: give --tls-dir",
     "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: both sides need one from the same CA",
     "TLSV1_ALERT_DECRYPT_ERROR": "it does not accept our certificate: both sides need one from the same CA",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate, or its own crl.pem, has expired: " + RENEW,
@@ -292,7 +293,8 @@ _REASONS = {
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not of a kind that it accepts",
     "TLSV1_ALERT_PROTOCOL_VERSION": "it does not speak TLS 1.3",
     "UNSUPPORTED_PROTOCOL": "it does not speak TLS 1.3",
-    "WRONG_VERSION_NUMBER": "what it sends is not TLS: does it use tcp://, or another program's port?",
+    "WRONG_VERSION_NUMBER": "what it sends is not TLS: check that it does not use tcp://, and that the port is "
+    "the right one",
     "HTTP_REQUEST": "it sends HTTP, not TLS",
     "UNEXPECTED_EOF_WHILE_READING": "it hung up in the middle of the handshake",
 }
@@ -315,7 +317,7 @@ def say_tls(error: ssl.SSLError) -> str:
         elif "expired" in error.verify_message:
             advice = f": on that side, {RENEW}; where it is the CA that has expired, {RENEW_CA}"
         elif "not yet valid" in error.verify_message:
-            advice = ": are the clocks of both sides right?"
+            advice = ": check the clocks of both sides"
         elif "issuer" in error.verify_message or "self-signed" in error.verify_message:
             advice = ": both sides need one from the same CA"
         return f"its certificate does not pass: {error.verify_message.rstrip('.')}{advice}"

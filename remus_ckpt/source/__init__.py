@@ -1,7 +1,7 @@
 """Where memory comes from: three seams, and a source made of one of each.
 
-`Memory` gives pages, a `Tracker` says which of them were written, a `Stopper` stops the writers. None of them knows the
-loop that uses them; `SharedFile` and `OwnMemory` put them together.
+`Memory` provides pages, a `Tracker` says which of them were written, a `Stopper` stops the writers. None of them knows
+the loop that uses it; `SharedFile` and `OwnMemory` combine them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Memory(Protocol):
         """
 
     def data_pages(self) -> int | None:
-        """At most how many pages are not zeros, as far as that is known without reading them; None if it is not."""
+        """An upper bound for the pages that are not zeros, if known without reading them; otherwise None."""
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn. May be called at any time. Raises
@@ -56,9 +56,9 @@ class Memory(Protocol):
         `check`."""
 
     def places(self, pfns: NDArray[np.int64]) -> Places:
-        """Where the given pages (pfns ascending) lie. In a pause, after `check`, and valid as long as it lasts.
+        """Where the given pages (pfns ascending) are. In a pause, after `check`; valid as long as the pause lasts.
 
-        Pages that do not lie in this process whole, or that reading would fill, are copied here.
+        Pages that are not whole in this process, or that reading would fill, are copied here.
         """
 
     def close(self) -> None:
@@ -83,18 +83,17 @@ class Tracker(Protocol):
     def reference(self) -> Reference | None:
         """The copy of memory that the tracker compares with; None if it has none, and the sender keeps its own.
 
-        If there is one, the sender must use it as its reference: so there is one copy, not two, and the sender updates
-        it as it takes pages.
+        If there is one, the sender must use it as its reference, and updates it as it takes pages: one copy, not two.
         """
 
     def restart(self) -> Reference | None:
         """Start over, for a receiver whose memory is zeros: all pages that are not zeros count as written.
 
-        Returns the new `reference`. A checkpoint under way must not continue.
+        Returns the new `reference`. A checkpoint in progress must not continue.
         """
 
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
-        """Pass over memory once while writers run, and copy what was written since the last pass, perhaps torn.
+        """Go over memory once while writers run, and copy what was written since the last pass, perhaps torn.
 
         Yields PFNs, ascending, int64[n] with n ≤ 1,024, and their pages, uint8[n, 4096]. The `reference`, if there is
         one, has them already. A page that is written meanwhile counts as written.
@@ -150,9 +149,8 @@ class FileStopper(Stopper, Protocol):
     """Stops other processes that write to a file. If this process dies in between, a guard process resumes them."""
 
     def check_memory(self, memory: FileIdentity) -> None:
-        """Raise SourceError if the processes evidently do not write to that file: others must do so then.
-
-        Called once; `stop` checks that they still do.
+        """Raise SourceError if the processes evidently do not write to that file, so others must. Called once; `stop`
+        checks that they still do.
         """
 
     def processes(self) -> Sequence[Process] | None:
@@ -164,7 +162,7 @@ class Source:
     """Live memory, its writers, the way to find written pages, and what goes with the memory.
 
     device_state: called in each pause; returns bytes that come back with the checkpoint
-    manifest: names what lies in memory (specs/manifest.md §2)
+    manifest: names what memory holds (specs/manifest.md §2)
     """
 
     def __init__(
@@ -188,15 +186,15 @@ class Source:
         return (known() if known else None) or ()
 
     def status(self) -> dict[str, Any]:
-        """What users may want to know of it besides what all sources have. Any thread may call this."""
+        """What users may want to know about it, besides what all sources have. Any thread may call this."""
         return {}
 
     def before_pause(self) -> None:
         """Called right before each pause, while the writers run. Raises SourceError."""
 
     def drain(self, epoch: int) -> None:
-        """Called in each pause, right after the stop: what the writers have put out until now belongs to this
-        checkpoint, and may leave once that is committed."""
+        """Called in each pause, right after the stop: output of the writers up to now belongs to this checkpoint, and
+        may leave once that is committed."""
 
     def parts(self) -> Parts:
         """What goes with memory. Called in a pause; raises what `device_state` raises."""
@@ -204,7 +202,7 @@ class Source:
         return Parts(b"".join((self._device_state(),)), self._manifest)
 
     def data_pages(self) -> int:
-        """About how many pages are not zeros; if that has to be estimated, rather too few. Right after the tracker's
+        """About how many pages are not zeros; an estimate errs on the low side. Call right after the tracker's
         `restart`. Raises SourceError."""
         if (known := self.memory.data_pages()) is not None:
             return known

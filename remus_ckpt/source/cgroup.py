@@ -25,7 +25,7 @@ _IN_MODIFY = 2
 class CgroupFreezer:
     """A cgroup whose processes are frozen and thawed together, including those in cgroups below it and future ones.
 
-    No process may be moved out of it in a pause: that process would run.
+    No process may be moved out of it during a pause: that process would run.
 
     path: its directory, such as /sys/fs/cgroup/system.slice/orders.service
     freeze_timeout_s: how long it may take to freeze (a thread in an uninterruptible wait does not)
@@ -74,7 +74,7 @@ class CgroupFreezer:
 
     def _check_kind(self) -> None:
         if not self.path.is_dir():
-            raise SourceError(f"{self.path} is no directory: name a cgroup of version 2, {_examples()}")
+            raise SourceError(f"{self.path} is not a directory: name a cgroup of version 2, {_examples()}")
         if (self.path / "cgroup.freeze").is_file():
             kind = (self.path / "cgroup.type").read_text().strip()
             if kind in {"threaded", "domain invalid"}:
@@ -84,7 +84,7 @@ class CgroupFreezer:
             raise SourceError(f"{self.path} is the root of all cgroups, which cannot be frozen: name one below it")
         if (self.path / "cgroup.procs").is_file() or (self.path / "freezer.state").is_file():
             raise SourceError(f"{self.path} is a cgroup of version 1: name one of version 2, {_examples()}")
-        raise SourceError(f"{self.path} is no cgroup: name one of version 2, {_examples()}")
+        raise SourceError(f"{self.path} is not a cgroup: name one of version 2, {_examples()}")
 
     def close(self) -> None:
         """Release the cgroup, which is thawed if we had frozen it."""
@@ -100,7 +100,7 @@ class CgroupFreezer:
         self._events = self._freeze = self._witness = self._watch = -1
 
     def check_memory(self, memory: FileIdentity) -> None:
-        """Raise SourceError if there are processes, and none of them can be seen to write to the memory."""
+        """Raise SourceError if there are processes, but none that evidently can write to the memory."""
         self._memory = memory
         faults = self._find_writer(memory)
         if self._writer is None and faults:
@@ -147,8 +147,8 @@ class CgroupFreezer:
                 self._held_at = now
             elif now - self._held_at > self._leaving_s:
                 raise SourceError(
-                    f"no process in {self.path} has {memory.path} mapped any longer: what they work on now is not what "
-                    "is recorded; begin anew with their new file"
+                    f"no process in {self.path} has {memory.path} mapped any longer: they now work on other "
+                    "memory; start again with their new file"
                 )
 
     def processes(self) -> None:
@@ -190,7 +190,7 @@ class CgroupFreezer:
             deadline = time.monotonic() + self._freeze_timeout_s
             while self.alive() and not self._event("frozen"):
                 if time.monotonic() > deadline:
-                    raise SourceError(f"{self.path} was not frozen in {self._freeze_timeout_s:g} s")
+                    raise SourceError(f"{self.path} did not freeze within {self._freeze_timeout_s:g} s")
                 # The kernel also reports changes, but at most every 10 ms.
                 time.sleep(_POLL_S)
             if self._memory is not None:
@@ -202,7 +202,7 @@ class CgroupFreezer:
     def check_stopped(self) -> None:
         """Raise PauseBroken if anyone else has thawed the cgroup since `stop`, even if it is frozen again."""
         if self.alive() and (self._was_written() or not (self._asked() and self._event("frozen"))):
-            raise PauseBroken(f"{self.path} was thawed by somebody else in a pause")
+            raise PauseBroken(f"{self.path} was thawed from elsewhere during a pause")
 
     def resume(self) -> None:
         """Thaw the cgroup."""

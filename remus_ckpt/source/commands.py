@@ -1,4 +1,5 @@
-"""Stopping writers by the user's own commands: for writers with their own way to pause, such as a virtual machine."""
+"""Stopping writers with the user's own commands: for writers that have their own way to pause, such as a virtual
+machine."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ class PauseCommands:
     """Two shell commands: one stops all writers, the other resumes them.
 
     pause, resume: run by `/bin/sh -c`, in the environment of this process, with no input; their standard output is
-        discarded, their error output comes with the error. `resume` also runs if `pause` has failed, and once more if
-        it has failed itself or this process has died in a pause: it must tolerate that.
+        discarded, their error output comes with the error. `resume` also runs if `pause` failed, and again if it failed
+        itself or if this process died during a pause: it must tolerate that.
     timeout_s: how long either may take before it is killed, with all that it has started
     Raises SourceError if either is empty.
     """
@@ -25,7 +26,7 @@ class PauseCommands:
     def __init__(self, pause: str, resume: str, *, timeout_s: float = 10.0) -> None:
         for name, command in (("pause", pause), ("resume", resume)):
             if not command.strip() or "\0" in command:
-                raise SourceError(f"the {name} command {command!r} is none: both must be given")
+                raise SourceError(f"the {name} command {command!r} is empty: both must be given")
         self._commands = {"pause": pause, "resume": resume}
         self._guard: Guard | None = Guard("run", pause, resume, str(timeout_s), timeout_s=timeout_s + _SLACK_S)
 

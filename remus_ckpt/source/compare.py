@@ -1,4 +1,4 @@
-"""Finding written pages by comparison with a copy of memory: the way that always works."""
+"""Finding written pages by comparison with a copy of memory: this always works."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Compare:
     """Compares memory with what the last checkpoint held.
 
     reference: a copy of that, which begins as zeros. The sender that uses it keeps it up to date.
-    why: why the kernel does not find the pages although it might have
+    why: why the kernel does not find the pages although it might
     """
 
     way: Literal["kernel", "compare"] = "compare"
@@ -119,7 +119,7 @@ class Compare:
         return self.written()
 
     def note(self, pfns: NDArray[np.int64]) -> None:
-        """Note pages that will also be in the copy, although `written` has not named them."""
+        """Note pages that will be in the copy too, although `written` has not named them."""
         self._is_filled[pfns] = True
 
     def taken(self) -> None:

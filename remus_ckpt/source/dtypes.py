@@ -46,7 +46,7 @@ def dtype_form(dtype: np.dtype[Any]) -> Any:
     except Malformed:
         again = None
     if again != dtype:
-        raise ValueError(f"dtype {dtype} cannot be written down: it is not made of numpy's own types without objects")
+        raise ValueError(f"dtype {dtype} cannot be stored: it must consist of numpy's own types, without objects")
     return form
 
 
@@ -75,7 +75,7 @@ def read_dtype(form: object, depth: int) -> np.dtype[Any]:
                 raise ValueError("not one of numpy's own types")
             return np.dtype(form)
         if not isinstance(form, dict):
-            raise ValueError("neither a text nor a map")
+            raise ValueError("neither a string nor a map")
         return _sub_array(form, depth) if "base" in form else _structure(form, depth)
     except (ValueError, TypeError, OverflowError) as error:
         raise malformed(f"dtype {reprlib.repr(form)}: {error}", "§4") from None
@@ -100,7 +100,7 @@ def _structure(form: Mapping[Any, Any], depth: int) -> np.dtype[Any]:
     if not len(names) == len(formats) == len(offsets):
         raise ValueError("lists of different lengths")
     if not all(type(name) is str for name in names) or not all(is_size(number) for number in (*offsets, itemsize)):
-        raise ValueError("names are texts, offsets and the itemsize are numbers")
+        raise ValueError("names are strings, offsets and the itemsize are numbers")
     types: Sequence[np.dtype[Any]] = [read_dtype(one, depth + 1) for one in formats]
     if any(at + one.itemsize > itemsize for at, one in zip(offsets, types, strict=True)):
         raise ValueError("a field beyond the item's end")

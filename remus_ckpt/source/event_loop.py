@@ -1,4 +1,4 @@
-"""Stopping an event loop: its coroutines are the writers, and run none of their steps in a pause."""
+"""Stopping an event loop: its coroutines are the writers, and none of their steps runs in a pause."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoopLock:
 
     @contextmanager
     def holding_up(self, loop: EventLoop) -> Iterator[None]:
-        """In the block, this thread's pauses hold up that loop."""
+        """Within the block, this thread's pauses hold up that loop."""
         self._mine.loop = loop
         try:
             yield
@@ -38,7 +38,7 @@ class LoopLock:
             del self._mine.loop
 
     def acquire(self, *, timeout: float) -> bool:
-        """Have the loop wait between two steps. Raises SourceError if it does not get there in time, or is closed."""
+        """Make the loop wait between two steps. Raises SourceError if it does not get there in time, or is closed."""
         loop = getattr(self._mine, "loop", None)
         if loop is None:
             self._stay = None
@@ -47,14 +47,16 @@ class LoopLock:
         try:
             loop.call_soon_threadsafe(stay)
         except RuntimeError as error:
-            raise SourceError(f"the event loop cannot be held up: {error}") from error
+            raise SourceError(f"the event loop cannot be paused: {error}") from error
         if stay.has_come.wait(timeout):
             return True
         stay.may_go.set()  # it does not wait if it gets there after all
-        raise SourceError(f"the event loop has not come to the pause in {timeout:g} s: does one of its steps block it?")
+        raise SourceError(
+            f"the event loop did not reach the pause within {timeout:g} s: look for a step that blocks it"
+        )
 
     def release(self) -> None:
-        """Let the loop run on."""
+        """Resume the loop."""
         if self._stay is not None:
             self._stay.may_go.set()
 

@@ -1,7 +1,7 @@
 """pandas DataFrames: their columns as buffers, and back (specs/manifest.md §5).
 
-Kept are the values, the labels and order of the columns, the index, and the names of both; not the frequency of an
-index of times, nor `attrs`. pandas is imported only where a DataFrame is given or made.
+Values, labels and order of the columns, the index, and the names of both are kept; the frequency of a time index and
+`attrs` are not. pandas is imported only when a DataFrame is given or made.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NUMBERS, _TIMES, _TEXTS = "biufc", "mM", "U"
-"""Kinds of dtypes. Columns have numbers and times, an index may also have texts."""
+"""Kinds of dtypes. Columns have numbers and times; an index may also have strings."""
 _UNITS = frozenset({"s", "ms", "us", "ns"})
-"""What pandas counts time in."""
+"""The units in which pandas counts time."""
 _MAX_INT = (1 << 63) - 1
 
 Label = str | int
@@ -78,14 +78,14 @@ class Frame:
 
 
 def read_frames(rows: object, buffers: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[Frame, ...]:
-    """The frames of a manifest from anywhere. buffers: dtype and shape of each array in it. Raises Malformed."""
+    """The frames of a manifest that is not trusted. buffers: dtype and shape of each array in it. Raises Malformed."""
     if not isinstance(rows, list):
-        raise malformed("frames that are no list", "§5")
+        raise malformed("frames are not a list", "§5")
     left = dict(buffers)
     frames = []
     for row in rows:
         if not isinstance(row, dict):
-            raise malformed("a frame that is no map", "§5")
+            raise malformed("a frame is not a map", "§5")
         columns = [_column(one, left) for one in field(row, "columns", list)]
         labels = [one.label for one in columns]
         if None in labels or len(set(labels)) < len(labels):
@@ -104,13 +104,13 @@ def read_frames(rows: object, buffers: Mapping[str, tuple[np.dtype[Any], tuple[i
 def _column(row: object, left: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], texts: str = "") -> Column:
     """A column; its buffer is taken from those that are left."""
     if not isinstance(row, dict):
-        raise malformed("a column that is no map", "§5")
+        raise malformed("a column is not a map", "§5")
     column = Column(_label(row, "label"), field(row, "buffer", str), row.get("zone"))
     dtype, shape = left.pop(column.buffer, (None, ()))
     if dtype is None or len(shape) != 1 or not _is_kept(dtype, texts):
-        raise malformed(f"{column.buffer!r:.80} is no buffer that a column can be", "§5")
+        raise malformed(f"{column.buffer!r:.80} is not a buffer for a column", "§5")
     if column.zone is not None and (dtype.kind != "M" or not isinstance(column.zone, str) or not _is_zone(column.zone)):
-        raise malformed(f"{column.zone!r:.80} is no time zone that is known here", "§5")
+        raise malformed(f"{column.zone!r:.80} is not a known time zone", "§5")
     return column
 
 
@@ -127,7 +127,7 @@ def _label(row: Mapping[Any, Any], key: str) -> Label | None:
     label = row.get(key)
     if label is None or _is_label(label):
         return label
-    raise malformed(f"{label!r:.80} is no label", "§5")
+    raise malformed(f"{label!r:.80} is not a label", "§5")
 
 
 def _is_label(label: object) -> bool:
@@ -163,7 +163,7 @@ def is_frame(value: object) -> bool:
 
 
 class LiveFrame:
-    """A DataFrame of this process: the memory that its columns lie in.
+    """A DataFrame of this process: the memory of its columns.
 
     frame: how it is made up
     arrays: each buffer, by its name; a column in place, the index as a copy
@@ -180,16 +180,14 @@ class LiveFrame:
                 raise TypeError(_not_kept(name, label, series.dtype))
             values, zone = found
             if not _is_label(label):
-                raise TypeError(f"{name!r} has a column {label!r}, which is neither a text nor a number: rename it")
+                raise TypeError(f"{name!r} has a column {label!r}, which is neither a string nor a number: rename it")
             column = Column(label, f"{name}[{label!r}]", zone)
             if column.buffer in self.arrays:
                 raise ValueError(f"{name!r} has two columns {label!r}: rename one")
             if not values.flags.writeable:
                 raise ValueError(f"column {label!r} of {name!r} is read-only: use a copy (frame = frame.copy())")
             if not values.flags.contiguous:
-                raise ValueError(
-                    f"column {label!r} of {name!r} does not lie in one piece: use a copy (frame = frame.copy())"
-                )
+                raise ValueError(f"column {label!r} of {name!r} is not contiguous: use a copy (frame = frame.copy())")
             self.arrays[column.buffer] = values
             columns.append(column)
         index: range | Column
@@ -201,7 +199,7 @@ class LiveFrame:
             self.arrays[index.buffer] = numbers
         for owner in (frame.columns, frame.index):
             if owner.name is not None and not _is_label(owner.name):
-                raise TypeError(f"{name!r}: the name {owner.name!r} is neither a text nor a number: rename it")
+                raise TypeError(f"{name!r}: the name {owner.name!r} is neither a string nor a number: rename it")
         self.frame = Frame(name, tuple(columns), frame.columns.name, index, frame.index.name)
         self._labels, self._index = frame.columns, frame.index
         self._places = [_place(self.arrays[column.buffer]) for column in columns]
@@ -209,19 +207,20 @@ class LiveFrame:
         self.check()
 
     def check(self) -> None:
-        """Raise SourceError if the frame no longer lies in this memory."""
+        """Raise SourceError if the frame no longer uses this memory."""
         frame = self._frame
         if not frame.columns.is_(self._labels) or not frame.index.is_(self._index):
             raise SourceError(
                 f"the DataFrame {self._name!r} has other columns or another index than when its protection began: "
-                "protect it anew"
+                "protect it again"
             )
         for (label, series), place in zip(frame.items(), self._places, strict=True):
             if (found := _in_place(series)) is None or _place(found[0]) != place:
                 raise SourceError(
-                    f"column {label!r} of {self._name!r} lies in other memory than when its protection began: it was "
-                    "replaced, or pandas copied it when it was written to, because another object shared it. Write in "
-                    f"place, as frame.loc[:, {label!r}] = …, keep no frame[{label!r}] or slice, and protect it anew"
+                    f"column {label!r} of {self._name!r} is in other memory than when its protection began: it "
+                    "was replaced, or pandas copied it on a write because another object shared it. Write in "
+                    f"place, as frame.loc[:, {label!r}] = …, keep no frame[{label!r}] or slice, and protect it "
+                    "again"
                 )
 
 
@@ -260,13 +259,13 @@ def _index_of(name: str, index: pd.Index) -> tuple[range | NDArray[Any], str | N
         if all(isinstance(text, str) for text in texts) and (values := np.array(texts, dtype=str)).tolist() == texts:
             return values, None
     raise TypeError(
-        f"the index of {name!r} is a {type(index).__name__} of {index.dtype}, which is not kept: make it columns "
-        "(frame.reset_index())"
+        f"the index of {name!r} is a {type(index).__name__} of {index.dtype}, which cannot be stored: turn it "
+        "into columns (frame.reset_index())"
     )
 
 
 def join(frame: Frame, arrays: Mapping[str, NDArray[Any]]) -> pd.DataFrame:
-    """A DataFrame of its buffers, with memory of its own. Raises Malformed."""
+    """A DataFrame made of its buffers, with its own memory. Raises Malformed."""
     import pandas as pd
 
     try:
@@ -298,7 +297,7 @@ def _index_again(frame: Frame, arrays: Mapping[str, NDArray[Any]]) -> pd.Index:
 
 
 def faults(frame: Frame, arrays: Mapping[str, NDArray[Any]], target: pd.DataFrame) -> Iterator[str]:
-    """Why the values of a frame do not fit into another one."""
+    """Why the values of a frame do not fit another one."""
     name = frame.name
     labels: Sequence[Any] = [one.label for one in frame.columns]
     if list(target.columns) != labels:
@@ -317,17 +316,18 @@ def faults(frame: Frame, arrays: Mapping[str, NDArray[Any]], target: pd.DataFram
 
 
 def places(name: str, target: pd.DataFrame) -> dict[str, NDArray[Any]]:
-    """Where the columns of a frame lie, by their buffers' names."""
+    """Where the columns of a frame are, by their buffers' names."""
     found = ((f"{name}[{label!r}]", _in_place(series)) for label, series in target.items())
     return {buffer: one[0] for buffer, one in found if one is not None}
 
 
 def values_of(frame: Frame, arrays: Mapping[str, NDArray[Any]]) -> list[Any]:
-    """The values of each column, for `put`. Raises ValueError for those that pandas does not take."""
+    """The values of each column, for `put`. Raises ValueError for values that pandas does not accept."""
     return [_values(column, arrays) for column in frame.columns]
 
 
 def put(values: Sequence[Any], target: pd.DataFrame) -> None:
-    """Set the values of a frame that has no `faults`, as pandas does it: what shares memory with it keeps its own."""
+    """Set the values of a frame that has no `faults`, the way pandas does: objects that share its memory keep their
+    values."""
     for number, column in enumerate(values):
         target.iloc[:, number] = column

@@ -6,14 +6,13 @@
     python guard.py SOCKET qmp PATH
 
 The other side sends one word at a time: S before the processes are stopped, with their pidfds in the mode `continue` (+
-brings more pidfds), and C once they run again. When the socket ends, because the other side is gone, and the last word
-was not C, the guard resumes them: by SIGCONT, by writing 0 to the open file of a cgroup, by the user's command, or by
-QMP at a socket of QEMU's, which serves one client at a time and is free again once the other side is gone. The guard
-also runs the user's commands, each at its word, and answers with the word and the fault, if any: so a pause
-command has ended before the resume command begins, whenever the other side dies.
-The guard ends with the socket. It ignores the signals that a service manager sends to all processes, because stopped
-processes need it until then.
-It imports only the standard library, so that it starts fast and cannot break with the package.
+brings more pidfds), and C once they run again. If the socket ends, because the other side is gone, and the last word
+was not C, the guard resumes them: with SIGCONT, by writing 0 to the open file of a cgroup, with the user's command, or
+over QMP at a QEMU socket, which serves one client at a time and is free again once the other side is gone. The guard
+also runs the user's commands, each at its word, and answers with the word and the fault, if any: so whenever the other
+side dies, a pause command has ended before the resume command begins. The guard ends with the socket. It ignores the
+signals that a service manager sends to all processes, because stopped processes need it until then. It imports only the
+standard library, so that it starts fast and cannot break with the package.
 """
 
 import contextlib
@@ -89,7 +88,7 @@ def _next(words: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _run(command: str, timeout_s: float) -> str:
-    """Run one of the user's commands to its end. Returns what was wrong, or an empty text.
+    """Run one of the user's commands to its end. Returns what was wrong, or an empty string.
 
     The error output goes to a file: a pipe would stay open until the last daemon that the command started has ended. A
     command that takes too long is killed with all that it has started, in any session and process group. Processes left
@@ -120,7 +119,7 @@ def _run(command: str, timeout_s: float) -> str:
             os.close(pidfd)
         if not in_time:
             _kill_all(before)
-            return _tell(f"was not done in {timeout_s:g} s", output)
+            return _tell(f"did not finish within {timeout_s:g} s", output)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return "" if code == 0 else _tell(f"ended with {code}", output)
     except OSError as error:
@@ -134,7 +133,7 @@ def _run(command: str, timeout_s: float) -> str:
 
 
 def _let_run(path: str) -> None:
-    """Tell QEMU to let its guest run. It has ended what it was told before, in order."""
+    """Tell QEMU to resume its guest. QEMU finishes earlier commands first, in order."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
         monitor.settimeout(_QMP_S)
         deadline = time.monotonic() + _QMP_S

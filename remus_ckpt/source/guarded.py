@@ -1,4 +1,4 @@
-"""The near end of a guard process (guard.py)."""
+"""Our end of a guard process (guard.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ os.register_at_fork(after_in_child=_disown)
 
 
 def claim(fd: int) -> io.FileIO | None:
-    """Lock an open file that stands for something to be stopped, and that only those who may stop it can open for
+    """Lock an open file that represents something to be stopped, and that only those who may stop it can open for
     writing.
 
     Returns the file, which then owns the descriptor and holds the lock until it is closed; None, with the descriptor
@@ -62,7 +62,7 @@ def claim(fd: int) -> io.FileIO | None:
 
 
 class Guard:
-    """A process that resumes what we have stopped, if we die before we do so.
+    """A process that resumes what we have stopped if we die first.
 
     arguments: what to guard, as guard.py expects it
     fds: descriptors among the arguments, and claims
@@ -112,7 +112,7 @@ class Guard:
             self._words.send(b"C")
 
     def answer(self, word: bytes) -> str:
-        """What was wrong with the command run at a word, or an empty text. Raises SourceError if the guard is gone."""
+        """What was wrong with the command of a word, or an empty string. Raises SourceError if the guard is gone."""
         # The answer to an earlier word may have come after its caller had given up.
         answer = b""
         while answer[:1] != word:

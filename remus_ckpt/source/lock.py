@@ -1,4 +1,4 @@
-"""Stopping threads of this or other processes by a lock that they hold while they write."""
+"""Stopping threads of this or other processes with a lock that they hold while they write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Lock(Protocol):
 class LockStopper:
     """Stops writers by taking the lock that they hold while they write.
 
-    lock: None if the caller ensures that nobody writes in a pause
+    lock: None if the caller ensures that nothing writes in a pause
     timeout_s: how long a pause waits for the lock
     """
 
@@ -46,8 +46,8 @@ class LockStopper:
         self._held.extend(compress([()], acquire))
         if not self._held:
             raise SourceError(
-                f"the lock was not given back in {self._timeout_s:g} s: "
-                "does a writer hold it too long, or does this thread hold it itself?"
+                f"the lock was not released within {self._timeout_s:g} s: a writer holds it too long, or this "
+                "thread holds it itself"
             )
 
     def resume(self) -> None:
@@ -58,13 +58,13 @@ class LockStopper:
         try:
             deque(starmap(self._lock.release, islice(iter(self._held.pop, None), 1)), maxlen=0)
         except (RuntimeError, ValueError, AssertionError) as error:  # threading's, and multiprocessing's two
-            raise SourceError(f"the lock cannot be given back: {error}") from None
+            raise SourceError(f"the lock cannot be released: {error}") from None
 
     def check_stopped(self) -> None:
         """Raise SourceError if anyone else has released our lock, as far as the lock can tell."""
         locked = getattr(self._lock, "locked", None)
         if locked is not None and not locked():
-            raise SourceError("the lock was given back by somebody else in a pause")
+            raise SourceError("another thread released the lock during a pause")
 
     def alive(self) -> bool:
         """Whether this object has not been closed: the writers are not known here."""

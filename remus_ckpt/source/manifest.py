@@ -36,10 +36,10 @@ class ManifestEntry:
     """One buffer.
 
     name: as the user gave it
-    kind: "array" for numpy's, "bytes" for anything else that is one piece of bytes (an mmap, a bytearray)
+    kind: "array" for numpy arrays, "bytes" for any other contiguous buffer (an mmap, a bytearray)
     dtype, shape, order: of an array; uint8, (nbytes,) and "C" for bytes
     page: the page at whose first byte it begins
-    nbytes: its bytes; the rest of its last page is zeros
+    nbytes: its size; the rest of its last page is zeros
     """
 
     name: str
@@ -56,11 +56,11 @@ class ManifestEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The buffers of a memory, in the order in which they lie there.
+    """The buffers of a memory, in their order there.
 
     frames: DataFrames, whose columns are among the buffers
-    Each begins on a page of its own, right behind the pages of the one before it. Raises ValueError if they do not, or
-    if two have one name.
+    Each buffer begins on a new page, directly after the pages of the one before. Raises ValueError if not, or if two
+    have the same name.
     """
 
     entries: tuple[ManifestEntry, ...]
@@ -84,12 +84,12 @@ class Manifest:
 
     @property
     def pages(self) -> int:
-        """How many pages they take; memory has one at least."""
+        """How many pages they take; memory has at least one."""
         last = self.entries[-1:]
         return max([1, *(entry.page + pages_for(entry.nbytes) for entry in last)])
 
     def pack(self) -> bytes:
-        """The map. Raises ValueError for what nobody would read."""
+        """The map. Raises ValueError if readers would refuse it."""
         rows = [
             {
                 "name": entry.name,
@@ -105,12 +105,12 @@ class Manifest:
         frames = {"frames": [frame.form() for frame in self.frames]} if self.frames else {}
         body = msgpack.packb({"buffers": rows} | frames)
         if len(body) > Limits().manifest_bytes:
-            raise ValueError(f"the names of {len(rows)} buffers take {len(body):,} bytes: nobody would read them")
+            raise ValueError(f"the names of {len(rows)} buffers take {len(body):,} bytes, more than readers accept")
         return bytes(body)
 
     @staticmethod
     def unpack(body: bytes, *, pages: int) -> Manifest:
-        """What `pack` wrote, from anywhere.
+        """Read what `pack` wrote; the source is not trusted.
 
         pages: of the memory that it came with; nothing in it may lie beyond
         Raises Malformed; offsets count from the head in front of the map.
@@ -118,7 +118,7 @@ class Manifest:
         try:
             fields = msgpack.unpackb(body)
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-            raise malformed(f"no msgpack map: {error}", "§2") from None
+            raise malformed(f"not a msgpack map: {error}", "§2") from None
         manifest = _read(fields)
         used = max(0, *(entry.page + pages_for(entry.nbytes) for entry in manifest.entries)) if manifest.entries else 0
         if used > pages:
@@ -129,7 +129,7 @@ class Manifest:
         """The buffers by name, with dtype and shape.
 
         memory: uint8[≥ pages, 4096], C-contiguous
-        copy: arrays of their own; otherwise they are views of `memory`, which can be written where it can
+        copy: return new arrays; otherwise views of `memory`, writable if it is
         """
         if memory.dtype != np.uint8 or memory.shape[1:] != (PAGE_SIZE,) or not memory.flags.c_contiguous:
             raise ValueError(f"memory {memory.dtype}{memory.shape} must be uint8[n, {PAGE_SIZE}], C-contiguous")
@@ -172,14 +172,14 @@ def _check_name(name: str) -> None:
 def _read(fields: object) -> Manifest:
     """The manifest in a decoded map. Raises Malformed."""
     if not isinstance(fields, dict) or not isinstance(rows := fields.get("buffers"), list):
-        raise malformed("no map with a list of buffers", "§2")
+        raise malformed("not a map with a list of buffers", "§2")
     entries = []
     for row in rows:
         if not isinstance(row, dict):
-            raise malformed("a buffer that is no map", "§2")
+            raise malformed("a buffer is not a map", "§2")
         shape = field(row, "shape", list)
         if not all(is_size(number) for number in shape):
-            raise malformed(f"{reprlib.repr(row['shape'])} is no shape", "§3")
+            raise malformed(f"{reprlib.repr(row['shape'])} is not a shape", "§3")
         dtype = read_dtype(row.get("dtype"), 0)
         name, kind, order = field(row, "name", str), field(row, "kind", str), field(row, "order", str)
         page, nbytes = field(row, "page", int), field(row, "bytes", int)
@@ -199,12 +199,12 @@ def arrays_of(checkpoint: Checkpoint, into: Mapping[str, Any] | None = None) -> 
     """What was given to `protect`, by name, and the device state that came with it.
 
     checkpoint: from a store or from any stream of such checkpoints
-    into: existing arrays, buffers and DataFrames, as many as were protected and by the same names. The values are
-        copied into them, and they are returned. Nobody may write to them meanwhile
-    Arrays have their dtype and shape, and are views of the checkpoint's memory; an mmap, a bytearray or shared memory
-    is uint8[n]. A DataFrame is a new one; without pandas, its columns are arrays.
-    Raises NoCheckpoint if the checkpoint was not made by `protect`, Malformed if its manifest is damaged, ValueError if
-    `into` does not fit, with every name that does not; nothing is copied then.
+    into: existing arrays, buffers and DataFrames, exactly those that were protected, under the same names. The values
+        are copied into them, and they are returned. Nothing may write to them meanwhile Arrays have their dtype and
+        shape, and are views of the checkpoint's memory; an mmap, a bytearray or shared memory is uint8[n]. A DataFrame
+        is a new one; without pandas, its columns are arrays. Raises NoCheckpoint if the checkpoint was not made by
+        `protect`, Malformed if its manifest is damaged, and ValueError that lists every mismatch if `into` does not
+        fit; nothing is copied then.
     """
     parts = checkpoint.parts
     if parts.manifest is None:
@@ -291,7 +291,7 @@ def _overlaps(targets: Mapping[str, NDArray[Any]]) -> Iterator[str]:
 
 
 def _span(array: NDArray[Any]) -> tuple[int, int]:
-    """From its lowest byte to behind its highest: views need not be one piece."""
+    """From its lowest byte to just after its highest: views need not be contiguous."""
     start = end = array.__array_interface__["data"][0]
     for size, stride in zip(array.shape, array.strides, strict=True):
         reach = (size - 1) * stride
@@ -300,7 +300,7 @@ def _span(array: NDArray[Any]) -> tuple[int, int]:
 
 
 def bytes_of(name: str, buffer: Any) -> NDArray[np.uint8]:
-    """A piece of bytes (an mmap, a bytearray, shared memory) in place; read-only if it is.
+    """The bytes of a contiguous buffer (an mmap, a bytearray, shared memory) in place; read-only if the buffer is.
 
     Raises TypeError or ValueError.
     """
@@ -312,7 +312,7 @@ def bytes_of(name: str, buffer: Any) -> NDArray[np.uint8]:
     try:
         view = memoryview(buffer)
     except TypeError:
-        raise TypeError(f"{name!r} is {type(buffer).__name__}, no array and no piece of bytes") from None
+        raise TypeError(f"{name!r} is {type(buffer).__name__}, neither an array nor bytes") from None
     if not view.c_contiguous:
-        raise ValueError(f"{name!r} is not one piece")
+        raise ValueError(f"{name!r} is not contiguous")
     return np.frombuffer(view.cast("B"), dtype=np.uint8) if view.nbytes else np.empty(0, dtype=np.uint8)

@@ -1,6 +1,6 @@
-"""Who has the memory of a file, and how: by mappings and by descriptors.
+"""Which processes have the memory of a file, and how: by mappings and by descriptors.
 
-Source: Linux, Documentation/filesystems/proc.rst: /proc/PID/maps, and PROCMAP_QUERY, which kernels from 6.11 on have.
+Source: Linux, Documentation/filesystems/proc.rst: /proc/PID/maps, and PROCMAP_QUERY (Linux 6.11 or later).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FAULTS = {
     READ_ONLY: "has {path} mapped or open read-only, and cannot write to it: name those that do",
     NONE: "has {path} neither mapped nor open: name those that write to it",
 }
-"""What is wrong with one that cannot write to it, and what to do."""
+"""What is wrong with a process that cannot write to it, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells the mappings of one file from all others.
+    """What distinguishes the mappings of one file from all others.
 
     path: for messages
     status: of the open file
@@ -62,7 +62,7 @@ class FileIdentity:
 
 
 class Row(NamedTuple):
-    """A line of /proc/PID/maps. end: behind the last byte; offset: of the first one in the file"""
+    """A line of /proc/PID/maps. end: after the last byte; offset: of the first byte in the file"""
 
     start: int
     end: int
@@ -121,7 +121,7 @@ def holding(task: int, memory: FileIdentity) -> Holding | None:
 
 
 def _reach(spans: list[tuple[int, int]]) -> int:
-    """Up to where spans of a file leave no gap."""
+    """How far spans of a file reach without a gap."""
     reach = 0
     for first, stop in sorted(spans):
         if first > reach:
@@ -131,7 +131,7 @@ def _reach(spans: list[tuple[int, int]]) -> int:
 
 
 def maps_at(maps: int, mapping: Row) -> bool | None:
-    """Whether a mapping is as it was, or larger; None where the kernel cannot say.
+    """Whether a mapping is as it was, or larger; None if the kernel cannot say.
 
     maps: /proc/PID/maps, open; that of a process that has executed another program since has nothing any more
     """

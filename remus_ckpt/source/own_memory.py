@@ -1,6 +1,6 @@
-"""Memory that is this process's own: numpy arrays, DataFrames, mmaps, bytearrays, by name.
+"""This process's own memory: numpy arrays, DataFrames, mmaps, bytearrays, by name.
 
-The buffers lie one behind the other as specs/manifest.md §3 says.
+The buffers follow one another as specs/manifest.md §3 says.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OwnMemory(Source):
     """Named buffers of this process as a source.
 
     buffers: what `Buffers` takes
-    lock: taken in each pause; every writer must hold it while it writes. None: nobody writes in a pause
+    lock: taken in each pause; every writer must hold it while it writes. None: nothing writes in a pause
     lock_timeout_s: how long a pause waits for the lock
     device_state: called in each pause; returns bytes that come back with the checkpoint
     tracking: how written pages are found. "auto": by the kernel if it can and the memory is private. "kernel": only by
@@ -140,10 +140,10 @@ class Buffers:
         self.partial = np.array([first for first, data in pieces if data.ndim == 1], dtype=np.int64)
 
     def _all_of(self, buffers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """The buffers, with those of DataFrames in place of these."""
+        """The buffers, with each DataFrame replaced by its own."""
         for name, buffer in buffers.items():
             if not isinstance(name, str):
-                raise TypeError(f"a buffer is named by a text, not by {name!r}")
+                raise TypeError(f"a buffer's name is a string, not {name!r}")
             self._held.append(_Held(name, buffer))
             if is_frame(buffer):
                 live = LiveFrame(name, buffer)
@@ -163,22 +163,22 @@ class Buffers:
     def check(self) -> None:
         """Raise SourceError if a name of the dict has come to mean another object, or a DataFrame has other memory.
 
-        What is written there would not be seen.
+        Writes there would not be seen.
         """
         for held in self._held:
             if self._named.get(held.name, held.buffer) is not held.buffer:
                 raise SourceError(
-                    f"{held.name!r} is another object than when its protection began: write in place "
-                    f"(array[...] = values, array += 1) instead of naming a new one, or protect it anew"
+                    f"{held.name!r} is another object than when its protection began: write in place (array[...] "
+                    "= values, array += 1) instead of assigning a new one, or protect it again"
                 )
         for live in self._frames:
             live.check()
         self._check_files()
 
     def abandoned(self) -> list[str]:
-        """Arrays that nothing but this object refers to: whoever wrote to them now has others under their names.
+        """Arrays that only this object refers to: their writers now have other arrays under those names.
 
-        By reference counts, which do not know of bare pointers, as ctypes has them.
+        Judged by reference counts, which do not include bare pointers such as those of ctypes.
         """
         ours = 2  # a field, and the argument
         of_dict = 1 if sys.getrefcount(self._named) <= ours else 0
@@ -196,7 +196,7 @@ class Buffers:
                 raise SourceError(f"the file behind {name!r} had {size} bytes and has {area.size()}")
 
     def data_pages(self) -> int | None:
-        """Unknown: arrays have no holes that anyone could ask for."""
+        """Unknown: arrays have no holes to query."""
         return None
 
     def sample(self, first: int, stop: int) -> Pages:
@@ -230,10 +230,10 @@ class Buffers:
         return np.concatenate(found)
 
     def write(self, pfns: NDArray[np.int64], memory: Pages) -> None:
-        """Bring pages, ascending, to what another memory of this layout holds. In a pause, after `check`.
+        """Make pages, ascending, equal to those of another memory of this layout. In a pause, after `check`.
 
-        Only where they differ is anything written, since the first write to a page may cost a fault: an encoder finds
-        and writes that in one pass. What it encodes is not needed.
+        Only differences are written, since the first write to a page may cost a fault: an encoder finds and writes them
+        in one pass. Its output is not needed.
         """
         codec = get_codec("delta")
         room = np.empty(_WRITE_PAGES * codec.max_page_bytes, dtype=np.uint8)
@@ -263,7 +263,7 @@ class Buffers:
         page[len(data) :] = 0
 
     def places(self, pfns: NDArray[np.int64]) -> Places:
-        """Where pages, ascending, lie: in their buffers, except those that a buffer ends within."""
+        """Where pages, ascending, are: in their buffers, except pages within which a buffer ends."""
         if not self._pieces:
             return [(np.zeros((1, PAGE_SIZE), dtype=np.uint8), np.zeros(len(pfns), dtype=np.int64))]
         found = []
@@ -277,7 +277,7 @@ class Buffers:
         return found
 
     def _parts(self, pfns: NDArray[np.int64]) -> Iterator[tuple[int, int, int, NDArray[np.uint8]]]:
-        """Pages, ascending, by the piece that they lie in: pfns[begin:end], the number of its first page, the piece."""
+        """Pages, ascending, by the piece that holds them: pfns[begin:end], the number of its first page, the piece."""
         if not self._pieces:
             return
         numbers = np.searchsorted(self._firsts, pfns, side="right") - 1
@@ -306,7 +306,7 @@ def _look(name: str, buffer: Any, page: int) -> tuple[ManifestEntry, NDArray[np.
     if not buffer.flags.writeable:
         raise ValueError(_immutable(name, buffer, "the array that it shows, or a copy"))
     if not buffer.flags.forc:
-        raise ValueError(f"{name!r} is no contiguous array: name the array that it is a view of")
+        raise ValueError(f"{name!r} is not a contiguous array: name the array that it is a view of")
     order = "C" if buffer.flags.c_contiguous else "F"
     array = buffer.view(np.ndarray)
     # numpy cannot look at items of no size as bytes.

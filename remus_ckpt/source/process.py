@@ -157,8 +157,8 @@ class Process:
                 with suppress(OSError):
                     name = Path(f"/proc/{number}/comm").read_text(errors="replace").strip()
                 return (
-                    f"thread {thread} of process {self.pid} is traced by process {number} ({name}), which can let it "
-                    "run in a pause: detach the tracer first"
+                    f"thread {thread} of process {self.pid} is traced by process {number} ({name}), which can "
+                    "resume it during a pause: detach the tracer first"
                 )
         return None
 

@@ -25,9 +25,9 @@ class Processes:
 
     pids: of processes that we may send signals to
     stop_timeout_s: how long a thread may take to stop (one in an uninterruptible wait does not)
-    patience_s: how long a tracer or a freezer, which may be gone in a moment, may keep them waiting
-    leaving_s: how long a process may live on without the memory: one that ends unmaps it first
-    Raises SourceError if one of them does not exist, is not ours, or is stopped, frozen or traced by somebody else.
+    patience_s: how long to wait for a tracer or a freezer, which may be gone in a moment
+    leaving_s: how long a process may live on without the memory: an ending process unmaps it first
+    Raises SourceError if one of them does not exist, is not ours, or is stopped, frozen or traced by someone else.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Processes:
         self._claims.append(claimed)
         # Whoever stopped it wants it stopped; our pauses would leave it running.
         if process.is_stopped_by_job_control():
-            raise SourceError(f"process {pid} is stopped already: let it run first (kill -CONT {pid})")
+            raise SourceError(f"process {pid} is stopped already: resume it first (kill -CONT {pid})")
         if trouble := process.tracer() or process.freezer():
             raise SourceError(trouble)
 
@@ -116,7 +116,7 @@ class Processes:
         return [*self._named, *self._heirs]
 
     def death_fds(self) -> Sequence[int]:
-        """A descriptor for each process that lives, of those that were named if any; readable when that one dies."""
+        """A descriptor for each living process (of the named ones, if any live), readable when it dies."""
         self._forget_dead()
         return [process.fd for process in self._named or self._heirs]
 
@@ -161,7 +161,7 @@ class Processes:
             raise
 
     def _halt(self, processes: Sequence[Process]) -> None:
-        """Order some processes to stop. From here on it is our duty to resume them."""
+        """Tell some processes to stop. From here on we must resume them."""
         assert self._guard is not None
         stopped = [*self._stopped, *(process for process in processes if process not in self._stopped)]
         self._guard.stopping([process.fd for process in stopped])
@@ -209,7 +209,7 @@ class Processes:
                 self._wait_stopped(parent, deadline)
 
     def _heir(self, pid: int, memory: FileIdentity) -> Process | None:
-        """A child that has the memory; None if it has not, which is checked only once."""
+        """A child that has the memory; None if it does not, which is checked only once."""
         try:
             process = Process(pid)
         except SourceError:
@@ -235,8 +235,8 @@ class Processes:
                 self._lost.pop(process, None)
             elif now - self._lost.setdefault(process, now) > self._leaving_s:
                 raise SourceError(
-                    f"process {process.pid} no longer has {memory.path} mapped, or not all of it: what it works on now "
-                    "is not what is recorded; begin anew with its new file"
+                    f"process {process.pid} no longer has all of {memory.path} mapped: it now works on other "
+                    "memory; start again with its new file"
                 )
 
     def check_stopped(self) -> None:
@@ -244,8 +244,8 @@ class Processes:
         for process in (*self._named, *self._heirs):
             if threads := process.ran():
                 raise PauseBroken(
-                    f"somebody else has let process {process.pid} run in a pause (threads {some(threads)}), "
-                    "by SIGCONT or by tracing it"
+                    f"process {process.pid} was resumed during a pause (threads {some(threads)}), by a SIGCONT or "
+                    "a tracer from elsewhere"
                 )
 
     def resume(self) -> None:

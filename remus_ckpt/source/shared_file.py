@@ -62,7 +62,7 @@ def _tracker(memory: MappedFile, stopper: FileStopper, tracking: Tracking, audit
         if (reason := why_not()) is not None:
             raise Untracked(reason)
         if stopper.processes() is None:
-            raise Untracked("those who write are not known one by one, as they are with --pid")
+            raise Untracked("the writing processes are not known one by one, as they are with --pid")
         watch = memory.watch()
     except Untracked as error:
         if tracking == "kernel":
@@ -96,13 +96,13 @@ class MappedFile:
             self._status = os.fstat(self._fd)
             self.size = self._status.st_size
             if not stat.S_ISREG(self._status.st_mode):
-                raise SourceError(f"{self.path} is no file that could be mapped")
+                raise SourceError(f"{self.path} is not a file that can be mapped")
             if not self.size:
                 raise SourceError(f"{self.path} is empty: there is no memory in it")
             # The path may be another process's descriptor; once that is closed, its number may mean another file.
             self._has_name = not os.path.realpath(os.path.dirname(self.path) or ".").startswith("/proc/")
             self.pages = pages_for(self.size)
-            """The last one is padded with zeros where the size is no multiple of 4,096."""
+            """The last one is padded with zeros if the size is not a multiple of 4,096."""
             whole = self.size // PAGE_SIZE
             self.partial = np.arange(whole, self.pages)
             self._mapped: Pages = np.empty((0, PAGE_SIZE), dtype=np.uint8)
@@ -120,11 +120,11 @@ class MappedFile:
             os.close(fd)
 
     def data_pages(self) -> int | None:
-        """Pages that have room in the file system; the others are holes."""
+        """Pages that are allocated in the file system; the others are holes."""
         return min(os.fstat(self._fd).st_blocks * _BLOCK_BYTES // PAGE_SIZE + 1, self.pages)
 
     def identity(self) -> FileIdentity:
-        """What its mappings are known by, in any process."""
+        """What identifies its mappings, in any process."""
         return FileIdentity.of(self.path, self._fd)
 
     def watch(self) -> FileWatch:
@@ -142,7 +142,7 @@ class MappedFile:
         size = os.fstat(self._fd).st_size
         if size != self.size:
             # Pages beyond a shrunken file's end cannot be touched, and a stream has one size.
-            raise SourceError(f"{self.path} had {self.size} bytes and has {size}: record it anew")
+            raise SourceError(f"{self.path} had {self.size} bytes and now has {size}: start again")
 
     def sample(self, first: int, stop: int) -> Pages:
         """A copy of the pages first…stop as they are now, perhaps torn.
@@ -165,7 +165,7 @@ class MappedFile:
             yield first, self._mapped[first:stop]
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Where the pages begin…end are no holes, as (first, stop), ascending."""
+        """Where the pages begin…end are not holes, as (first, stop), ascending."""
         if not self._has_holes():
             if begin < end:
                 yield begin, end
@@ -196,7 +196,7 @@ class MappedFile:
         except OSError:
             return
         if not os.path.samestat(status, self._status):
-            raise SourceError(f"{self.path} has been replaced by another file under this name: record that one anew")
+            raise SourceError(f"{self.path} was replaced by another file of the same name: start again with that one")
 
     def read(self, pfns: NDArray[np.int64], out: Pages) -> Pages:
         """Copy pages, ascending, to the first rows of `out`, and return these rows."""
@@ -213,7 +213,7 @@ class MappedFile:
         return target
 
     def places(self, pfns: NDArray[np.int64]) -> Places:
-        """Where pages, ascending, lie: in the mapping, except holes and a last page that is filled in part."""
+        """Where pages, ascending, are: in the mapping, except holes and a partly filled last page."""
         mapped = int(np.searchsorted(pfns, len(self._mapped)))
         found: list[tuple[Pages, NDArray[np.int64]]] = []
         if holes := self._holes(pfns[:mapped]):
@@ -235,7 +235,7 @@ class MappedFile:
     def _holes(self, pfns: NDArray[np.int64]) -> list[int]:
         """Which of some whole pages, ascending, are holes, by index: touching a hole would fill it.
 
-        Only these pages are asked about, each once: a list of all extents would take time by the size of the file.
+        Only these pages are queried, each once: listing all extents would take time proportional to the file's size.
         """
         if not self._has_holes():
             return []

@@ -121,7 +121,7 @@ class Store:
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise StoreError(
-                f"{name!r:.80} is no name for a history: 1 to 64 letters, digits, dots, dashes and underscores, "
-                "the first a letter or a digit"
+                f"{name!r:.80} is not a name for a history: use 1 to 64 letters, digits, dots, dashes and "
+                "underscores, beginning with a letter or a digit"
             )
         return self.directory / name

@@ -353,13 +353,13 @@ def _holding(line: list[Archived], at: int | datetime, where: str) -> Archived:
     timed = [one for one in line if one.time is not None]
     found = next((one for one in timed if one.time is not None and one.time >= at), timed[-1] if timed else None)
     if found is None:
-        raise NothingToRestore(f"{where}: nothing was taken by {at}")
+        raise NothingToRestore(f"{where}: no checkpoint was taken by {at}")
     return found
 
 
 def _check(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise StoreError(f"{name!r:.80} is no name for a history")
+        raise StoreError(f"{name!r:.80} is not a name for a history")
     return name
 
 
@@ -397,7 +397,9 @@ def _lines(path: Path, prefix: str) -> list[str]:
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found or not all(line.startswith(prefix) for line in found):
-        raise StoreError(f"{path} is no such file: each line begins with {prefix!r} (age-keygen makes both kinds)")
+        raise StoreError(
+            f"{path} is not such a file: each line must begin with {prefix!r} (age-keygen makes both kinds)"
+        )
     return found
 
 
@@ -414,7 +416,7 @@ def _identities(path: Path) -> list[Any]:
     try:
         return [age.x25519.Identity.from_str(line) for line in lines]
     except Exception:
-        raise StoreError(f"{path}: this is no age identity") from None
+        raise StoreError(f"{path}: not an age identity") from None
 
 
 @contextmanager

@@ -157,13 +157,13 @@ class Chain:
     def check_open(self) -> None:
         """Raises StoreError if nothing may be appended."""
         if self.is_sealed:
-            raise StoreError(f"{self.path}: nothing can follow in this segment any more; a full copy is needed")
+            raise StoreError(f"{self.path}: this segment cannot be continued; a full copy is needed")
 
     def expect_more(self) -> None:
         """Raises Malformed if a complete checkpoint is waiting to be checked."""
         if self.restorer.staged is not None:
             raise Malformed(
-                "bytes behind the end of a checkpoint that has not been committed",
+                "bytes after the end of a checkpoint that has not been committed",
                 offset=self.restorer.staged.end,
                 section="store.md §4.2",
             )
@@ -237,7 +237,7 @@ class Chain:
         while restorer.staged is None and (event := restorer.next_event()) is not None:
             if isinstance(event, _NOT_OURS):
                 raise Malformed(
-                    f"{type(event).__name__} stands in no stream of our own",
+                    f"{type(event).__name__} never occurs in our own streams",
                     offset=event.offset,
                     section="store.md §4.1",
                 )
@@ -308,7 +308,7 @@ class Chain:
         record = record_of(staged)
         at = staged.tail.offset if staged.tail is not None else staged.end
         if reader.buffered:
-            raise Malformed(f"{reader.buffered} bytes behind its end", offset=staged.end, section="store.md §4.2")
+            raise Malformed(f"{reader.buffered} bytes after its end", offset=staged.end, section="store.md §4.2")
         if record.after != position:
             raise Malformed(
                 f"the checkpoint leads to the position {record.after}, not to {position}",
@@ -327,7 +327,7 @@ class Chain:
             raise Malformed(f"its time is {record.time_ns} ns", offset=at, section="store.md §4.2")
         if record.epoch <= highest:
             raise Malformed(
-                f"epoch {record.epoch} behind epoch {highest}, which the store has seen",
+                f"epoch {record.epoch} after epoch {highest}, which the store has already seen",
                 offset=at,
                 section="store.md §4.2",
             )

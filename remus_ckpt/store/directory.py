@@ -56,7 +56,7 @@ class HistoryDirectory:
                 fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreError(
-                    f"{what} is being written by another: a backup that runs has it, and compacts and prunes by itself"
+                    f"{what} is in use: a running backup writes to it, and compacts and prunes by itself"
                 ) from None
 
     @property

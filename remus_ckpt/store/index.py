@@ -432,7 +432,7 @@ class Index:
 
     def _replace(self) -> None:
         """Replace a damaged database by a new one; its rows are read back from the segments."""
-        self.warning = f"{self._path} was damaged, and is made again"
+        self.warning = f"{self._path} was damaged, and is rebuilt"
         self._remove()
         self._waiting.clear()
         self._behind = set(self.known)

@@ -428,7 +428,7 @@ def _extended(
         if index.covers(entry):
             return index
         index.close()  # it is of another segment of that name
-    raise _bad(history, entry, "the segment holds another checkpoint in its place", entry.start)
+    raise _bad(history, entry, "the segment has another checkpoint in its place", entry.start)
 
 
 def _bad(history: History, entry: Entry, reason: str, offset: int) -> BadCheckpoint:
@@ -441,7 +441,7 @@ def _bad(history: History, entry: Entry, reason: str, offset: int) -> BadCheckpo
         pass  # pruned since
     good = newest_before([one.epochs for one in history.contents()], entry.epoch)
     return BadCheckpoint(
-        f"{reason}, but only sometimes: checkpoint {entry.epoch} cannot be relied on; look after the disk",
+        f"{reason}, but only sometimes: checkpoint {entry.epoch} is unreliable; check the disk",
         segment=entry.segment,
         epoch=entry.epoch,
         good=good,

@@ -170,7 +170,7 @@ class Recovery:
                 or (sequence_of(name) > oldest and not was_pruned(self.indexed[name], kept_or_pruned))
             ]
         for name in gone:
-            self._warn([f"{name}: the index names it, and it is not there"])
+            self._warn([f"{name}: the index lists it, but it is missing"])
             self._see(-1, self.indexed[name])
             lost = self.indexed[name].epochs
             damaged[name] = "it is gone" + (f", and with it checkpoints {lost[0]} to {lost[-1]}" if lost else "")
@@ -304,7 +304,7 @@ def _damage_of(contents: Contents, known: Contents | None, fd: int, written: int
     elif contents.last is None:
         reason = "it holds no whole checkpoint"
     elif size > end and holds_a_record(fd, contents.last.position, end, written, size):
-        reason = f"behind byte {end} a checkpoint does not follow, and one stands further on"
+        reason = f"no checkpoint follows byte {end}, but there is one further on"
     if reason is not None and lost:
         reason += f"; checkpoints {lost[0]} to {lost[-1]} are lost"
     return reason

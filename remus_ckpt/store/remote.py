@@ -101,7 +101,7 @@ class Remote(History):
         if isinstance(key, int):
             return super().__getitem__(key)
         if self._name is not None:
-            raise ValueError(f"{self.where} is a history, and holds no names")
+            raise ValueError(f"{self.where} is a history: it has no names")
         named = Remote.__new__(Remote)
         named._begin(self._backup, key, self.limits)
         return named
@@ -344,7 +344,7 @@ class _Backup:
             yield
         except StreamError as error:
             self.hang_up()
-            raise LinkError(f"{self.address} sent what it must not: {error}") from error
+            raise LinkError(f"{self.address} broke the protocol: {error}") from error
         except LinkError:
             self.hang_up()
             raise
@@ -352,7 +352,7 @@ class _Backup:
     def fault(self, what: str) -> LinkError:
         """The error for a result that breaks the rules; the session ends."""
         self.hang_up()
-        return LinkError(f"{self.address} sent what it must not: {what} (session.md §3.13)")
+        return LinkError(f"{self.address} broke the protocol: {what} (session.md §3.13)")
 
     def post(self, method: str, **arguments: Any) -> None:
         """Send a request."""

@@ -110,4 +110,4 @@ def _is_text(value: Any) -> bool:
 
 
 def _refuse(value: Any) -> NoReturn:
-    raise Malformed(f"{value!r:.80} is no row of a history", section=_SECTION, chunk="REPLY")
+    raise Malformed(f"{value!r:.80} is not a row of a history", section=_SECTION, chunk="REPLY")

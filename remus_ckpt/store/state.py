@@ -128,7 +128,7 @@ def load_state(directory: Path) -> State:
     except FileNotFoundError:
         if is_history(directory):
             raise StoreError(
-                f"{path} is lost: put it back as specs/store.md §3 says; the segments beside it are left as they are, "
+                f"{path} is lost: restore it as specs/store.md §3 says; the segments beside it are not touched, "
                 "and each can be read as a stream"
             ) from None
         raise StoreError(f"{directory} holds no checkpoints of a name: it has no {FILE}") from None
@@ -141,7 +141,7 @@ def load_state(directory: Path) -> State:
         json.dumps(fields, ensure_ascii=False).encode()  # a lone surrogate could not be printed
         if type(fields["format"]) is int and fields["format"] > FORMAT:
             raise StoreError(
-                f"{path}: the store has format {fields['format']}, this program knows {FORMAT}: use a later one"
+                f"{path}: the store has format {fields['format']}, this program knows {FORMAT}: use a newer program"
             )
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r:.40}")
@@ -161,8 +161,8 @@ def load_state(directory: Path) -> State:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise StoreError(
-            f"{path} cannot be read ({reason}): put it right as specs/store.md §3 says; the segments beside it may be "
-            "whole"
+            f"{path} cannot be read ({reason}): repair it as specs/store.md §3 says; the segments beside it may "
+            "be intact"
         ) from error
     return state
 
@@ -258,7 +258,7 @@ class StateFile:
 
 
 def _not_json(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _finite(text: str) -> float:

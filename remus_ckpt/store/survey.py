@@ -18,7 +18,7 @@ from remus_ckpt.store.segments import Contents, Entry, first_epoch_of, is_segmen
 from remus_ckpt.store.state import State, load_state
 from remus_ckpt.store.unwritten import data_end
 
-_GONE = "it is not there any more"
+_GONE = "it is gone"
 _TRIES = 3
 
 
@@ -168,7 +168,7 @@ class Surveyor:
                     name = gone[number]
                     missing.append(Lost(name, 0, str(state.damaged.get(name, _GONE)), part))
                 else:
-                    reason = f"it begins with checkpoint {one.first.epoch}, and what came before that is missing"
+                    reason = f"it begins with checkpoint {one.first.epoch}; the checkpoints before that are missing"
                     missing.append(Lost(one.name, 0, reason, part))
         explained = {one.segment for one in missing}
         lost = [one for one in lost if one.epochs or one.segment not in explained] + missing
@@ -177,7 +177,7 @@ class Surveyor:
             # The index has been rebuilt since; this is the only trace left of what was lost.
             newest = next((one for one in reversed(contents) if one.last is not None), None)
             segment, byte = (names[-1], 0) if newest is None else (newest.name, newest.end)
-            lost.append(Lost(segment, byte, "what was durable behind this is lost", range(highest + 1, seen + 1)))
+            lost.append(Lost(segment, byte, "everything durable after this is lost", range(highest + 1, seen + 1)))
         return sorted(lost, key=lambda one: sequence_of(one.segment))
 
     def _gone(

@@ -97,8 +97,8 @@ class MappedFile:
         size, whole = os.fstat(self.fd).st_size, len(self.has_room)
         if pages_for(size) < whole:
             raise WarmCopyDamaged(
-                f"{self.path}: the warm copy has {size} bytes of {whole * PAGE_SIZE}: somebody has cut it; it is made "
-                "anew from the segments"
+                f"{self.path}: the warm copy has {size} bytes of {whole * PAGE_SIZE}: something has truncated it; "
+                "it is rebuilt from the segments"
             )
 
     def sync(self) -> None:
@@ -172,7 +172,7 @@ class MemoryPlace:
         """Why so many bytes more have no room in memory, None if they have."""
         if (free := free_memory() - _promised()) >= size:
             return None
-        return f"it may take {_mib(size)} of memory, and {_mib(max(free, 0))} can be had"
+        return f"it may take {_mib(size)} of memory, and {_mib(max(free, 0))} are available"
 
     def open(self) -> int:
         """A new file without a name. Raises OSError."""

@@ -346,8 +346,8 @@ class Bridge:
         except OSError as error:
             self._owner.close()  # a late reply would be taken for that to the next request
             raise BridgeError(
-                f"the bridge process does not answer ({error.strerror or error}): nothing that it holds leaves, "
-                "until it is started again"
+                f"the bridge process does not answer ({error.strerror or error}): the frames that it holds stay "
+                "held until it is started again"
             ) from error
 
 

@@ -476,7 +476,7 @@ class Bridge:
         if word == "take":
             return self._take(connection, give)
         if connection is not self._owner:
-            raise _Wrong("another owns the bridge: take it first")
+            raise _Wrong("another client owns the bridge: take it first")
         if word == "make_room":
             self._makes_room = True
             for nic in self._nics:

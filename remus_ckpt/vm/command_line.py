@@ -45,14 +45,14 @@ _LOCAL = _set("pidfile D d trace msg sandbox overcommit runas run-with chroot us
 """Of this host only: they do not travel."""
 
 _REFUSED = {
-    "snapshot": "what the guest writes to its disks would be in a file that nobody keeps: leave it out",
+    "snapshot": "what the guest writes to its disks would go to a temporary file: leave it out",
     "daemonize": "QEMU must stay a child of this command: leave it out",
     "incoming": "QEMU would wait for another machine's state: leave it out",
     "loadvm": "load it with QMP after the start: leave it out",
     "mem-path": "RAM gets a file of its own: leave it out",
     "mem-prealloc": "RAM gets a file of its own: leave it out",
     "numa": "RAM has to be one piece: leave it out",
-    "readconfig": "what stands in that file is not seen here: write it on the command line",
+    "readconfig": "the contents of that file are not seen here: write them on the command line",
     "vnc": "a screen is memory of a graphics adapter, which is not saved: leave it out, and use a serial console",
     "spice": "a screen is memory of a graphics adapter, which is not saved: leave it out, and use a serial console",
     "virtfs": "QEMU does not save a mounted shared folder: leave it out",
@@ -157,14 +157,14 @@ class CommandLine:
     def parse(cls, words: Sequence[str]) -> CommandLine:
         """Read a command line, program first. Raises VmError with everything that cannot be protected."""
         if not words:
-            raise VmError("no QEMU command line: put it behind --")
+            raise VmError("no QEMU command line: put it after --")
         return _Reader(words[0]).read(words[1:])
 
     @classmethod
     def from_peer(cls, qemu: str, arguments: Sequence[str]) -> CommandLine:
         """Read the portable form that came from another host. Raises VmError if it is not one."""
         if not _PROGRAM.fullmatch(qemu):
-            raise VmError(f"{qemu!r:.60} is no QEMU: its name must be qemu-system-…")
+            raise VmError(f"{qemu!r:.60} is not a QEMU: its name must be qemu-system-…")
         found = cls.parse([qemu, *arguments])
         if found.portable != tuple(arguments):
             raise VmError(f"the command line of the guest is not in its portable form: {list(found.portable)!r:.300}")
@@ -296,7 +296,7 @@ class _Reader:
 
     def read(self, words: Sequence[str]) -> CommandLine:
         if not _PROGRAM.fullmatch(os.path.basename(self.program)):
-            raise VmError(f"{self.program} is no QEMU: give its command line, which begins with qemu-system-…")
+            raise VmError(f"{self.program} is not a QEMU: give a command line that begins with qemu-system-…")
         rest = iter(words)
         for word in rest:
             if not word.startswith("-") or word == "-":
@@ -428,7 +428,7 @@ class _Reader:
 
     def _smbios(self, value: str) -> str:
         if {"file", "path"} & set(dict(pairs_of(value, ""))):
-            raise VmError("-smbios: a file of it is not read here: give the fields one by one")
+            raise VmError("-smbios: files are not read here: give the fields one by one")
         return value
 
     def _fw_cfg(self, value: str) -> str:
@@ -504,7 +504,9 @@ class _Reader:
         if not _DEVICES.fullmatch(driver):
             raise VmError(f"-device {driver}: not known to keep all of its state where QEMU saves it: leave it out")
         if is_on(pairs, "share-rw"):
-            raise VmError(f"-device {driver},share-rw=on: a disk that others write to as well is not the guest's alone")
+            raise VmError(
+                f"-device {driver},share-rw=on: a disk that others write to cannot be protected: leave it out"
+            )
         if named := sorted(key for key in _DEVICE_FILES & set(pairs) if pairs[key]):
             raise VmError(
                 f"-device {driver},{named[0]}={pairs[named[0]]}: it would name a file of one host: leave it out"
@@ -525,8 +527,8 @@ class _Reader:
             return
         if name == "net" or pairs.get("type") != "tap":
             raise VmError(
-                f"-{name} {value}: what the guest sends is held in front of a TAP device: use -nic tap,ifname=NAME or "
-                "-netdev tap,id=ID,ifname=NAME, or -nic none"
+                f"-{name} {value}: what the guest sends can only be held at a TAP device: use -nic "
+                "tap,ifname=NAME or -netdev tap,id=ID,ifname=NAME, or -nic none"
             )
         if unknown := sorted(set(pairs) - (_NIC_KEYS if name == "nic" else _NETDEV_KEYS)):
             raise VmError(f"-{name} {unknown[0]}: not known here: leave it out")
@@ -561,7 +563,9 @@ class _Reader:
             self.changes.append("-vga none: the memory of a graphics adapter is not saved")
         if not self.given & (_NETWORK | {"nodefaults"}):
             self._both("-nic", "none")
-            self.changes.append("-nic none: QEMU's own network could not be held: use -nic tap,ifname=NAME for one")
+            self.changes.append(
+                "-nic none: QEMU's own network could not be held; for a network, use -nic tap,ifname=NAME"
+            )
         if self.is_nographic:
             # As -nographic, without the terminal that only this host has.
             self.portable += ("-display", "none")

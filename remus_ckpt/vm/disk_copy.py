@@ -97,8 +97,9 @@ def copies_of(
         image = images / f"{disk.ident}.{disk.seed.hex()}.raw"
         if not image.exists():
             raise VmError(
-                f"{image} does not exist: the disk {disk.ident} has been copied anew since this checkpoint, and "
-                "what it was then is not kept: start a later one, or take the memory alone with `remus-ckpt restore`"
+                f"{image} does not exist: the disk {disk.ident} has been copied again since this checkpoint, and "
+                "its state at that time was not kept: start a later one, or take the memory alone with "
+                "`remus-ckpt restore`"
             )
         copy = DiskCopy(DiskMoment(image, disk, data), disk.size, folder / f"{disk.ident}.nbd")
         stack.callback(copy.close)

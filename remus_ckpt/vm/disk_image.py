@@ -87,7 +87,7 @@ class DiskImages:
             with self._lock:
                 known = (self._at.get(disk.ident), self._copied.get(disk.ident))
             if (disk.seed, disk.start) not in known:
-                raise StoreError(f"the image of the disk {disk.ident} does not stand where this checkpoint begins")
+                raise StoreError(f"the image of the disk {disk.ident} is not at the state where this checkpoint begins")
         if disks:
             VmPart.unpack(device_state)
 
@@ -142,7 +142,7 @@ class DiskImages:
             for disk in disks:
                 if self._at.get(disk.ident) != (disk.seed, disk.stop):
                     state = "a guest has run on it" if _ran(self._path(disk)).exists() else "it is missing, or ahead"
-                    raise StoreError(f"{self._path(disk)}: {state}, so that no guest can go on from this checkpoint")
+                    raise StoreError(f"{self._path(disk)}: {state}, so no guest can continue from this checkpoint")
             return {disk.ident: self._path(disk) for disk in disks}
 
     def newest(self, disks: Sequence[DiskPart]) -> dict[str, Path]:
@@ -150,7 +150,9 @@ class DiskImages:
         with self._lock:
             for disk in disks:
                 if self._at.get(disk.ident, (b"", 0))[0] != disk.seed:
-                    raise StoreError(f"{self._path(disk)} is missing: the disk is copied anew with the next checkpoint")
+                    raise StoreError(
+                        f"{self._path(disk)} is missing: the disk is copied again with the next checkpoint"
+                    )
             return {disk.ident: self._path(disk) for disk in disks}
 
     def hand_over(self, disks: Sequence[DiskPart]) -> None:
@@ -330,7 +332,7 @@ def _noted(path: Path) -> int:
 
 def _at(fd: int, offset: int, length: int) -> bytes:
     if type(offset) is not int or offset < 0:
-        raise ValueError(f"{offset!r:.40} is no place on a disk")
+        raise ValueError(f"{offset!r:.40} is not an offset on a disk")
     return os.pread(fd, length, offset)
 
 

@@ -220,7 +220,7 @@ class DiskMoment:
                 self.write(write.offset, bytes(write.length) if write.data is None else write.data)
         except OSError as error:
             self.close()
-            raise VmError(f"{image}: {error.strerror}: what the disk {disk.ident} was is not kept") from error
+            raise VmError(f"{image}: {error.strerror}: earlier states of the disk {disk.ident} are not kept") from error
         except BaseException:
             self.close()
             raise
@@ -251,8 +251,8 @@ class DiskMoment:
         if stands in (None, self._disk.start):
             return self._disk.start
         raise VmError(
-            f"{self._image}: what the disk {self._disk.ident} was at this checkpoint is not kept any more: start a "
-            "later one, or take the memory alone with `remus-ckpt restore`"
+            f"{self._image}: the state of the disk {self._disk.ident} at this checkpoint is no longer kept: start "
+            "a later one, or take the memory alone with `remus-ckpt restore`"
         )
 
     def refresh(self) -> None:
@@ -276,9 +276,9 @@ class DiskMoment:
             self._undo.append(fd)
             self._at = 0
         if self._image.with_name(f"{self._image.name}.ran").exists():
-            raise VmError(f"{self._image}: the guest has gone on from this image, and changes it")
+            raise VmError(f"{self._image}: the guest continues on this image, and changes it")
         if noted is not None and noted > max(self._end, self._disk.stop):
-            raise VmError(f"{self._image}: what the disk was is not kept any more")
+            raise VmError(f"{self._image}: this state of the disk is no longer kept")
 
     def _take(self, record: _Record) -> None:
         at = record.at

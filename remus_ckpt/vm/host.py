@@ -48,7 +48,7 @@ def _read(path: str) -> tuple[int, bytes]:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise VmError(f"{path} is no regular file: QEMU must find the same contents on both hosts")
+            raise VmError(f"{path} is not a regular file: QEMU must find the same contents on both hosts")
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if (known := _digests.get(key)) is None:
             digest = hashlib.sha256()

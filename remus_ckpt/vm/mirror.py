@@ -63,7 +63,7 @@ class DiskMirror:
             deadline = time.monotonic() + _READY_S
             while not self._running_job()["ready"]:
                 if time.monotonic() > deadline:
-                    raise VmError(f"the mirror of the disk {device} has not begun in {_READY_S:g} s")
+                    raise VmError(f"the mirror of the disk {device} did not begin within {_READY_S:g} s")
                 time.sleep(_POLL_S)
         except VmError:
             with suppress(VmError):  # QEMU has ended
@@ -79,7 +79,7 @@ class DiskMirror:
         if not self._cancel(_ORDERLY_S, force=False):
             with _stopped(self._monitor):
                 if not self._cancel(_END_S, force=True):
-                    raise VmError(f"the mirror of the guest's disk does not end in {_END_S:g} s")
+                    raise VmError(f"the mirror of the guest's disk did not end within {_END_S:g} s")
         with suppress(VmError):  # it may be gone with its job
             self._monitor.execute("blockdev-del", {"node-name": self._name})
 
@@ -96,7 +96,7 @@ class DiskMirror:
 
     def _running_job(self) -> dict[str, Any]:
         if (job := self._job()) is None or not _is_well(job):
-            raise VmError("the mirror of the guest's disk has failed: the guest goes on, its disk is not protected")
+            raise VmError("the mirror of the guest's disk has failed: the guest runs on, but its disk is not protected")
         return job
 
     def _job(self) -> dict[str, Any] | None:
@@ -167,7 +167,7 @@ class DiskReader:
             self._socket.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 7, len(choice)) + choice)
             while (kind := self._option_reply()) != 1:
                 if kind >= 1 << 31:
-                    raise VmError(f"{path}: the export {export!r} cannot be had (NBD reply {kind:#x})")
+                    raise VmError(f"{path}: the export {export!r} was refused (NBD reply {kind:#x})")
         except OSError as error:
             self.close()
             raise VmError(f"{path}: {error.strerror or error}") from error

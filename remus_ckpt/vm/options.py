@@ -34,7 +34,7 @@ def pairs_of(value: str, first: str) -> Iterator[tuple[str, str]]:
         except ValueError:
             found = None
         if not isinstance(found, dict) or not all(isinstance(one, (str, int, bool)) for one in found.values()):
-            raise VmError(f"{value!r:.80}: this form of an option cannot be read here: write key=value,…")
+            raise VmError(f"{value!r:.80}: this form of an option is not supported: write key=value,…")
         for key, one in found.items():
             yield key, ("on" if one else "off") if isinstance(one, bool) else str(one)
         return

@@ -65,7 +65,7 @@ class Machine:
         if self.version[:2] != here.version[:2]:
             found.append(f"QEMU is {_dotted(self.version)} there and {_dotted(here.version)} here: install the same")
         if self.kvm and not here.kvm:
-            found.append("the guest runs on KVM there, and this host has none that can be used (/dev/kvm)")
+            found.append("the guest runs on KVM there, and KVM cannot be used here (/dev/kvm)")
         if self.cpu and self.cpu != here.cpu:
             found.append(_cpu_difference(self.cpu, here.cpu))
         for path, (size, digest) in self.files.items():
@@ -75,7 +75,7 @@ class Machine:
             elif size_here != size:
                 found.append(f"{path} has {size} bytes there and {size_here} here: copy it from there")
             elif digest != digest_here:
-                found.append(f"{path} has other contents here: copy it from there")
+                found.append(f"{path} has different contents here: copy it from there")
         return found
 
 
@@ -114,7 +114,7 @@ class DiskPart:
         if type(self.ident) is not str or type(self.seed) is not bytes or any(type(one) is not int for one in whole):
             raise TypeError("a field of a disk has another type")
         if not (re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", self.ident) and len(self.seed) == SEED_BYTES):
-            raise ValueError(f"{self.ident!r:.70} is no disk")
+            raise ValueError(f"{self.ident!r:.70} is not a disk")
         if not (0 < self.size <= MAX_DISK_BYTES and not self.size % SECTOR and 0 <= self.start <= self.stop):
             raise ValueError(f"a disk of {self.size} bytes, written from {self.start} to {self.stop}")
 

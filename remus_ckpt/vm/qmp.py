@@ -122,7 +122,7 @@ class Qmp:
                 is_full = isinstance(error, BlockingIOError)
                 deadline = begun + (max(wait_s, self._timeout_s) if is_full else wait_s)
                 if not is_starting():
-                    raise VmError("QEMU has ended before it could be reached: see what it has written above") from None
+                    raise VmError("QEMU ended before it could be reached: see its output above") from None
                 if time.monotonic() >= deadline:
                     raise VmError(
                         f"{self.path}: no QEMU answers there ({error.strerror or error}): give it "
@@ -166,8 +166,8 @@ class Qmp:
             data = connection.recv(_ONCE_BYTES)
         except TimeoutError:
             raise VmError(
-                f"{self.path}: QEMU has not answered `{what}` in {wait_s:g} s: is it frozen, another client at "
-                "this socket, or does a disk hang?"
+                f"{self.path}: QEMU has not answered `{what}` within {wait_s:g} s: check whether it is frozen, "
+                "whether another client uses this socket, and whether a disk hangs"
             ) from None
         except OSError as error:
             raise VmError(f"{self.path}: QEMU does not do `{what}`: {error.strerror or error}") from error

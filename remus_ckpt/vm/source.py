@@ -41,11 +41,11 @@ SLOW_STOP_S = 1.0
 _FDSET = 7411
 _RAN = frozenset({"running", "suspended"})
 _OTHERS = {
-    "inmigrate": "it waits for a migration to come in",
-    "finish-migrate": "somebody is migrating it",
+    "inmigrate": "it waits for an incoming migration",
+    "finish-migrate": "it is being migrated",
     "postmigrate": "it has been migrated away",
-    "restore-vm": "somebody is loading a snapshot",
-    "save-vm": "somebody is saving a snapshot",
+    "restore-vm": "it is loading a snapshot",
+    "save-vm": "it is saving a snapshot",
     "colo": "it is one half of a COLO pair",
 }
 """States in which somebody else is busy with the machine."""
@@ -151,7 +151,7 @@ class QmpStopper:
         state = str(self._answer(self._qmp.begin([("query-status", {})])[0])["status"])
         self._listen(look=False)
         if state in _OTHERS:
-            raise VmError(f"QEMU (process {self.process.pid}): {_OTHERS[state]}; protection needs it for itself")
+            raise VmError(f"QEMU (process {self.process.pid}): {_OTHERS[state]}; protection needs exclusive use of it")
         self._state = state
 
     def stop(self) -> None:
@@ -226,9 +226,7 @@ class QmpStopper:
         """Raise PauseBroken if the guest was let run after the stop and before that time."""
         for event in events:
             if event["event"] == "RESUME" and self._stopped_at < (at := _time_of(event)) < before:
-                raise PauseBroken(
-                    f"somebody else has let the guest run in a pause, by another monitor of QEMU, at {at:.6f}"
-                )
+                raise PauseBroken(f"another monitor of QEMU resumed the guest during a pause, at {at:.6f}")
 
     def _over(self) -> None:
         if self._guard is not None:
@@ -378,7 +376,7 @@ def ram_of(qmp: Qmp) -> tuple[str, str]:
             raise VmError(f"the RAM of QEMU (process {qmp.pid}) is not shared: {how}")
         file = str(get(path, "mem-path"))
     except VmError as error:
-        raise VmError(f"the RAM of QEMU (process {qmp.pid}) is no file of its own: {how} ({error})") from None
+        raise VmError(f"the RAM of QEMU (process {qmp.pid}) is not in a file of its own: {how} ({error})") from None
     if (number := file.removeprefix("/proc/self/fd/")) != file:
         return backend, f"/proc/{qmp.pid}/fd/{number}"
     # The file may have lost its name, and QEMU may see other directories than we do.
@@ -389,8 +387,8 @@ def ram_of(qmp: Qmp) -> tuple[str, str]:
                 if os.readlink(f"{folder}/{number}") in (file, f"{file} (deleted)"):
                     return backend, f"{folder}/{number}"
     except OSError as error:
-        raise VmError(f"QEMU (process {qmp.pid}) may not be looked at: run as its user or as root") from error
-    raise VmError(f"QEMU (process {qmp.pid}) has {file} open nowhere: {how}")
+        raise VmError(f"QEMU (process {qmp.pid}) may not be inspected: run as its user or as root") from error
+    raise VmError(f"QEMU (process {qmp.pid}) does not have {file} open: {how}")
 
 
 def command_of(pid: int) -> list[str]:

@@ -105,9 +105,9 @@ class StandbyQemu:
         deadline = time.monotonic() + LOAD_S
         while (found := self.qmp.execute("query-migrate").get("status")) != "completed":
             if found in ("failed", "cancelled") or not self.alive():
-                raise VmError("QEMU does not take the device state: is it of the same version, with the same devices?")
+                raise VmError("QEMU refuses the device state: check that it has the same version and the same devices")
             if time.monotonic() > deadline:
-                raise VmError(f"QEMU has not taken the device state in {LOAD_S:g} s")
+                raise VmError(f"QEMU has not loaded the device state within {LOAD_S:g} s")
             time.sleep(_POLL_S)
 
     def go_on(self, *, is_running: bool = True, and_outlive: bool = True) -> None:

@@ -20,9 +20,9 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _IFF_UP = 0x0001
 _MAX_NAME_BYTES = 15
 _REASONS = {
-    errno.EBUSY: "another program has it; end that one, or name another device",
-    errno.EPERM: "it needs root, or a device that was made for this user: ip tuntap add {} mode tap user {}",
-    errno.EINVAL: "there is a device of this name, but of another kind; make it with: ip tuntap add {} mode tap",
+    errno.EBUSY: "another program has it: stop that program, or name another device",
+    errno.EPERM: "it needs root, or a device made for this user: ip tuntap add {} mode tap user {}",
+    errno.EINVAL: "there is a device of this name, but of another kind: make it with ip tuntap add {} mode tap",
 }
 
 
@@ -45,7 +45,7 @@ def open_tap(name: str) -> Tap:
     """
     encoded = name.encode()
     if not 0 < len(encoded) <= _MAX_NAME_BYTES or b"%" in encoded or b"/" in encoded:
-        raise BridgeError(f"no TAP device can be called {name!r}: 1 to {_MAX_NAME_BYTES} bytes, without % and /")
+        raise BridgeError(f"{name!r} is not a name for a TAP device: 1 to {_MAX_NAME_BYTES} bytes, without % and /")
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:

@@ -159,7 +159,7 @@ def test_a_log_is_made_only_where_each_record_is_synced() -> None:
             JetStreamLog(nats)
         with pytest.raises(LogError, match="is not known"):
             make_log(nats, replicas=1)
-        with pytest.raises(LogError, match="was not checked"):
+        with pytest.raises(LogError, match="nobody has checked"):
             JetStreamLog(nats)
         make_log(nats, replicas=1, vouched=True)
         assert not JetStreamLog(nats).is_synced

@@ -371,5 +371,5 @@ def test_one_who_cannot_be_tracked_is_an_error_only_where_the_kernel_is_demanded
 
 def test_where_nobody_is_named_nothing_is_known() -> None:
     watch: Any = Refusing()
-    with pytest.raises(Untracked, match="no process is named"):
+    with pytest.raises(Untracked, match="no writing process is named"):
         ProcessesWatch(watch, list, must=False).written()

@@ -141,7 +141,7 @@ MAP_ANEW = (
         ("os.pwrite(file, b'x', 3 * 4096)", "system call"),
         ("os.posix_fallocate(file, 0, 4096)", "system call"),
         ("pid = os.fork() or (area.__setitem__(3 * 4096, 1), os._exit(0)); os.waitpid(pid, 0)", "child"),
-        (MAP_ANEW, "mapped anew"),
+        (MAP_ANEW, "remapped"),
     ],
     ids=["mmap", "munmap", "mremap", "pwrite", "fallocate", "child", "mapped anew"],
 )
@@ -163,7 +163,7 @@ def test_a_process_without_a_mapping_is_never_known(path: Path, worker: Mapper) 
     with watch_of(path, [worker]) as watch:
         worker.do("area[3 * 4096] = 1; mappings.clear(); del area")
         for _ in range(2):
-            with pytest.raises(Untracked, match="nowhere"):
+            with pytest.raises(Untracked, match="does not have"):
                 watch.written([worker])
         worker.do("area = mmap.mmap(file, size)")
         with pytest.raises(Untracked, match="mappings"):

@@ -167,7 +167,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         ({"version": (10, 0, 2)}, "QEMU is 7.2.22 there and 10.0.2 here"),
         ({"files": {}}, "/boot/vmlinuz is missing here"),
         ({"files": {"/boot/vmlinuz": (6, b"d" * 32)}}, "has 5 bytes there and 6 here"),
-        ({"files": {"/boot/vmlinuz": (5, b"e" * 32)}}, "other contents"),
+        ({"files": {"/boot/vmlinuz": (5, b"e" * 32)}}, "different contents"),
     ],
 )
 def test_a_host_that_differs_is_told_how(here: dict[str, Any], words: str) -> None:

@@ -143,7 +143,7 @@ def _check_process(pid: int) -> None:
         raise Untracked(f"process {pid} is in seccomp's strict mode")
     # A shadow stack would reject the return into the frame.
     if "shstk" in status.get("x86_Thread_features", ""):
-        raise Untracked(f"process {pid} has a shadow stack, which forbids to lay a frame on its stack")
+        raise Untracked(f"process {pid} has a shadow stack, which forbids placing a frame on its stack")
 
 
 def _trace(pid: int, pidfd: int) -> int:
@@ -218,8 +218,8 @@ class _Tracee:
             linux.ptrace(Request.SEIZE, self._thread, 0, linux.TRACESYSGOOD)
         except PermissionError:
             raise Untracked(
-                f"process {self._pid} may not be traced: by its user or root alone, where no debugger is attached and "
-                "no security module (Yama) forbids it"
+                f"process {self._pid} may not be traced: only its user or root may, if no debugger is attached "
+                "and no security module (Yama) forbids it"
             ) from None
         try:
             self._stop()
@@ -380,9 +380,7 @@ class _Tracee:
         at_fpu = (stack - _RED_ZONE - len(fpu)) // 64 * 64
         at_frame = (at_fpu - _FRAME.size) // 16 * 16 - 8
         if stack - at_frame > _STACK_ROOM // 2:
-            raise Untracked(
-                f"the FPU's state of process {self._pid} takes {len(fpu)} bytes: too much to lay on a stack"
-            )
+            raise Untracked(f"the FPU state of process {self._pid} takes {len(fpu)} bytes: too much for a stack")
         segments = (
             registers["cs"] & 0xFFFF,
             registers["gs"] & 0xFFFF,

@@ -95,7 +95,7 @@ class KernelTracker:
         """The pages that the kernel names, and those before that no checkpoint has taken."""
         was_known, self._is_known = self._is_known, False
         found = None
-        why = "" if was_known else self.why or "what was written before was not noted"
+        why = "" if was_known else self.why or "earlier writes were not recorded"
         if self._watch is not None:
             try:
                 found = self._watch.written()
@@ -192,12 +192,12 @@ class ProcessesWatch:
         """By all processes together."""
         processes = self._processes()
         if not processes:
-            raise Untracked("no process is named that writes")
+            raise Untracked("no writing process is named")
         return self._watch.written(processes)
 
     def peek(self) -> NDArray[np.int64]:
         """Not offered for the memory of other processes."""
-        raise Untracked("what other processes have written is only told once")
+        raise Untracked("what other processes wrote is reported only once")
 
     def renew(self) -> None:
         """Take in children, and whoever else is new."""

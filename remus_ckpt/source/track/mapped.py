@@ -78,7 +78,7 @@ class FileWatch:
         self._followed: dict[Writer, _Followed] = {}
         self._refused: dict[Writer, str] = {}
         if linux.file_system(fd) == linux.HUGETLBFS:
-            raise Untracked("the file is on hugetlbfs: the kernel notes writes to huge pages only")
+            raise Untracked("the file is on hugetlbfs: the kernel records writes to whole huge pages only")
         try:
             self._writes = linux.watch_writes(fd)
         except OSError as error:
@@ -129,11 +129,11 @@ class FileWatch:
         doubts = []
         with suppress(BlockingIOError):
             while os.read(self._writes, _EVENTS_BYTES):
-                doubts = ["somebody has written to the file by a system call"]
+                doubts = ["a system call has written to the file"]
         if doubts:
             self._on_call()
         if gone := self._let_go(processes):
-            doubts.append(f"process {gone[0].pid} has ended, or has the file no more")
+            doubts.append(f"process {gone[0].pid} has ended, or no longer has the file")
         found: list[NDArray[np.int64]] = []
         is_ascending = len(processes) == 1
         for process in processes:
@@ -198,12 +198,12 @@ class _Followed:
             # Reopened each time: an open pagemap stays with the memory that the process had when it was opened.
             pagemap = self.process.open("pagemap")
         except (OSError, IndexError) as error:
-            raise Untracked(f"process {pid} cannot be looked at: {error}") from None
+            raise Untracked(f"process {pid} cannot be inspected: {error}") from None
         doubt = ""
         if faults != self._faults:
             doubt = f"a child of process {pid} has ended, which may have written"
         if not rows:
-            doubt = f"process {pid} has the file mapped nowhere"
+            doubt = f"process {pid} does not have the file mapped"
         elif rows != self._rows.keys():
             doubt = f"process {pid} has changed its mappings"
         self._rows = {row: is_watched for row, is_watched in self._rows.items() if row in rows}

@@ -48,7 +48,7 @@ class Spans:
             for area in self._areas:
                 _check_mappings(area, shared=shared)
                 if not self._userfault.register(area.start, area.stop):
-                    raise Untracked(f"{_some(area.names)} can only be read: whoever writes it does so elsewhere")
+                    raise Untracked(f"{_some(area.names)} is read-only here: its writers have it mapped elsewhere")
             self._pagemap = open_pagemap()
             self.arm()
         except BaseException:
@@ -117,8 +117,8 @@ class _Area(NamedTuple):
 
 def _lost(area: _Area) -> SourceError:
     return SourceError(
-        f"the memory of {_some(area.names)} at {area.start:#x}-{area.stop:#x} was freed, moved or mapped anew while it "
-        "was protected"
+        f"the memory of {_some(area.names)} at {area.start:#x}-{area.stop:#x} was freed, moved or remapped "
+        "while it was protected"
     )
 
 
@@ -177,8 +177,8 @@ def _check_mappings(area: _Area, *, shared: bool) -> None:
     for page_size, is_shared in _mappings(area):
         if page_size != PAGE_SIZE:
             raise Untracked(
-                f"{_some(area.names)} lies in huge pages of {page_size:,} bytes (hugetlbfs), of which the kernel does "
-                "not note writes to 4,096 bytes"
+                f"{_some(area.names)} is in huge pages of {page_size:,} bytes (hugetlbfs), where the kernel does "
+                "not record writes to 4,096 bytes"
             )
         if is_shared and not shared:
             raise Untracked(f"{_some(area.names)} is shared memory, to which other processes may write")

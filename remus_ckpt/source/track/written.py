@@ -87,7 +87,7 @@ class Userfault:
             if error.errno == errno.ENOMEM:
                 raise MemoryGone("it has ended, or executed another program") from None
             reason = {
-                errno.EBUSY: "somebody else watches some of it with a userfaultfd",
+                errno.EBUSY: "another userfaultfd watches some of it",
                 errno.EINVAL: "some of it is not mapped, or mapped in a way that userfaultfd does not take",
             }.get(error.errno or 0, error.strerror)
             raise Untracked(f"memory at {start:#x}-{stop:#x} cannot be watched: {reason}") from None
@@ -138,7 +138,7 @@ class Scanner:
         except OSError as error:
             if error.errno == errno.EPERM:
                 raise Unwatched(
-                    f"memory at {start:#x}-{stop:#x} is not watched any longer: it was freed, moved or mapped anew"
+                    f"memory at {start:#x}-{stop:#x} is no longer watched: it was freed, moved or remapped"
                 ) from None
             raise Untracked(_words(error)) from None
         if len(found) == 1:  # in a pause each call of numpy counts

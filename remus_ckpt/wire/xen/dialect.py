@@ -83,8 +83,8 @@ def detect_header(dialect: Dialect, front: bytes, offset: int) -> Dialect:
                 what = f"this is {found.title}, not a legacy save stream"
             else:
                 what = (
-                    f"no format that is known here begins with {front.hex(' ')}; `convert --from raw` reads a memory "
-                    "image; if this is a legacy save stream, give its --word and --guest"
+                    f"no known format begins with {front.hex(' ')}; if this is a memory image, `convert --from "
+                    "raw` reads it; if it is a legacy save stream, give its --word and --guest"
                 )
             raise UnknownFormat(what, offset=offset, section="stream.md §1.2")
     return replace(dialect, word=word, guest=guest)

@@ -136,7 +136,7 @@ class HeaderReader(StreamReader[events.Event]):
         front = yield from self.inbox.peek(DETECT_BYTES)
         if front.startswith(V2_MAGIC):
             raise UnknownFormat(
-                "behind the file header stands a Xen v2 stream; only the legacy stream is read",
+                "a Xen v2 stream follows the file header; only the legacy stream is read",
                 offset=start,
                 section="stream.md §2.3",
             )

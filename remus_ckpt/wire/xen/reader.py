@@ -232,7 +232,7 @@ class Reader(HeaderReader):
         (number,) = yield from self.inbox.unpack(chunks.I32)
         if number > MAX_BATCH_ENTRIES:
             self.refuse(
-                f"a batch of {number} entries; it has {MAX_BATCH_ENTRIES} at most", start, "stream.md §5", "batch"
+                f"a batch of {number} entries; it has at most {MAX_BATCH_ENTRIES}", start, "stream.md §5", "batch"
             )
         if number > 0:
             yield from self._batch(number, start)
