@@ -47,7 +47,7 @@ def test_the_size_of_memory_is_that_of_qemu(text: str, memory: int) -> None:
         ("-drive file=/x,if=virtio -drive file=/x,if=ide", "twice"),
         ("-drive file=/x,id=d,if=none -drive file=/y,id=d,if=none", "twice"),
         ("-drive file=/x,id=../d", "letters"),
-        ("-drive file=/x,if=none,id=d -device virtio-blk-pci,drive=d,share-rw=on", "alone"),
+        ("-drive file=/x,if=none,id=d -device virtio-blk-pci,drive=d,share-rw=on", "others write to"),
         ("-hda /x.img", "not known"),
         ("disk.img", "-drive file=disk.img"),
         ("-drive if=pflash,file=/x,readonly=on", "firmware"),

@@ -1,4 +1,4 @@
-"""A tracker that asks the kernel, and compares where the kernel cannot know."""
+"""A tracker that asks the kernel, and compares memory where the kernel cannot know."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from remus_ckpt.source.track.mapped import FileWatch, Writer
 from remus_ckpt.source.track.spans import Spans
 
 Tracking = Literal["auto", "kernel", "compare"]
-"""How written pages are found: by the kernel where it can, by it or not at all, by comparison."""
+"""How written pages are found: by the kernel if possible, only by the kernel, or by comparison."""
 
 AUDIT_PAUSES = 1000
 
@@ -26,33 +26,33 @@ class Watch(Protocol):
     """What the kernel watches."""
 
     def begin(self) -> None:
-        """Watch from here on, while it is written; forget what was before. Raises SourceError."""
+        """Start watching, while writers run; earlier writes are forgotten. Raises SourceError."""
 
     def written(self) -> NDArray[np.int64]:
         """The pages written since the last time, int64[n], ascending. In a pause.
 
-        Raises Untracked where some may be missing; what is written from here on is found all the same, where it can be.
+        Raises Untracked if some may be missing; later writes are still found, if possible.
         """
 
     def peek(self) -> NDArray[np.int64]:
         """Like `written`, but the next time names them again."""
 
     def renew(self) -> None:
-        """Take in whoever has come to those who write, while they run."""
+        """Add new writers, while all run."""
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
 
 
 class KernelTracker:
-    """Written pages as the kernel tells them, with a comparison for what it does not know.
+    """Written pages as the kernel reports them, with a comparison for what it does not know.
 
-    compare: has the copy of memory that a comparison needs; the sender's reference, as ever
-    audit: every so many pauses everything is compared too; 0 for never. A page that was missed is sent, counted in
-        `missed_pages`, and ends the tracking: comparison finds the pages from there on
+    compare: has the copy of memory that a comparison needs, which is also the sender's reference
+    audit: everything is also compared once every this many pauses; 0 for never. A missed page is sent, counted in
+        `missed_pages`, and ends the tracking: from then on, comparison finds the pages
 
     way: "kernel" or "compare": how the last pages were found
-    why: why they were compared; empty where they were not
+    why: why they were compared; empty if they were not
     """
 
     def __init__(self, compare: Compare, watch: Watch, *, audit: int = 0) -> None:
@@ -74,13 +74,13 @@ class KernelTracker:
         return self._compare.reference
 
     def restart(self) -> Shadow:
-        """Begin anew."""
+        """Start over."""
         self._is_known = False
         self._pending = np.empty(0, dtype=np.int64)
         return self._compare.restart()
 
     def copy_live(self) -> Iterator[tuple[NDArray[np.int64], Pages]]:
-        """Copy the pages that differ; what is written from the beginning on is with the kernel."""
+        """Copy the pages that differ; from the start, the kernel knows what is written meanwhile."""
         self._is_known = False
         if self._watch is not None:
             self._watch.begin()
@@ -88,11 +88,11 @@ class KernelTracker:
         self._is_known = self._watch is not None
 
     def estimate(self) -> int:
-        """By comparison of a sixteenth."""
+        """Estimate by comparing a sixteenth of memory."""
         return self._compare.estimate()
 
     def written(self) -> NDArray[np.int64]:
-        """The pages that the kernel names, and those before that no checkpoint has taken."""
+        """The pages that the kernel names, and earlier ones that no checkpoint has taken."""
         was_known, self._is_known = self._is_known, False
         found = None
         why = "" if was_known else self.why or "earlier writes were not recorded"
@@ -125,7 +125,7 @@ class KernelTracker:
         return np.union1d(self._pending, found) if len(self._pending) else found
 
     def _check(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Compare everything, too. Returns what was found either way."""
+        """Also compare everything. Returns the pages found either way."""
         differing = self._compare.written()
         missed = np.setdiff1d(np.setdiff1d(differing, found), self._pending)
         if not len(missed):
@@ -141,13 +141,13 @@ class KernelTracker:
             watch.close()
 
     def taken(self) -> None:
-        """The checkpoint has them."""
+        """The checkpoint has taken them."""
         self._pending = np.empty(0, dtype=np.int64)
         if self._watch is not None:
             self._watch.renew()
 
     def close(self) -> None:
-        """Let go of what is watched."""
+        """Release what is watched."""
         self._is_known = False
         if self._watch is not None:
             self._watch.close()
@@ -163,14 +163,14 @@ class OwnWatch:
         self.close = spans.close
 
     def renew(self) -> None:
-        """Nobody comes."""
+        """Does nothing: there are no other writers."""
 
 
 class ProcessesWatch:
     """A file, and the processes that have it mapped.
 
-    processes: gives those who write now
-    must: whether each must let itself be tracked
+    processes: returns the processes that write now
+    must: whether tracking must work for each of them
     """
 
     def __init__(self, watch: FileWatch, processes: Callable[[], Sequence[Writer]], *, must: bool) -> None:
@@ -180,7 +180,7 @@ class ProcessesWatch:
         self.close = watch.close
 
     def begin(self) -> None:
-        """Take in all processes."""
+        """Add all processes."""
         self.renew()
         if self._must and (refused := self._watch.refused):
             raise Untracked("; ".join(refused))
@@ -189,7 +189,7 @@ class ProcessesWatch:
             self._watch.written(self._processes())
 
     def written(self) -> NDArray[np.int64]:
-        """By all processes together."""
+        """The pages written by all processes together."""
         processes = self._processes()
         if not processes:
             raise Untracked("no writing process is named")
@@ -200,5 +200,5 @@ class ProcessesWatch:
         raise Untracked("what other processes wrote is reported only once")
 
     def renew(self) -> None:
-        """Take in children, and whoever else is new."""
+        """Add children, and any other new processes."""
         self._watch.attach(self._processes())

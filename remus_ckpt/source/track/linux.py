@@ -46,7 +46,7 @@ CALLS = {
 
 
 def calls() -> Calls | None:
-    """The numbers for this machine; None where they are not known."""
+    """The numbers for this machine; None if unknown."""
     return CALLS.get(platform.machine()) if ctypes.sizeof(ctypes.c_void_p) == 8 else None
 
 
@@ -61,8 +61,8 @@ def _check(result: int) -> int:
 
 USER_MODE_ONLY = 1
 USERFAULTFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
-"""Where vm.unprivileged_userfaultfd is 0, only root may do without USER_MODE_ONLY. Asynchronous protection needs no
-handler, so writes by the kernel on behalf of system calls are not affected."""
+"""If vm.unprivileged_userfaultfd is 0, only root may omit USER_MODE_ONLY. Asynchronous protection needs no handler, so
+writes by the kernel on behalf of system calls are not affected."""
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
@@ -73,7 +73,7 @@ _MODE_WP = 2
 
 
 class Feature(IntFlag):
-    """UFFD_FEATURE_*, those that are asked for."""
+    """The UFFD_FEATURE_* flags that we request."""
 
     PAGEFAULT_FLAG_WP = 1 << 0
     WP_HUGETLBFS_SHMEM = 1 << 12
@@ -98,12 +98,12 @@ def userfaultfd() -> Descriptor:
 
 
 def handshake(fd: int) -> None:
-    """Ask for asynchronous write-protection. Raises OSError: EINVAL where the kernel does not have it."""
+    """Request asynchronous write-protection. Raises OSError: EINVAL if the kernel does not have it."""
     fcntl.ioctl(fd, UFFDIO_API, bytearray(_API.pack(UFFD_API, FEATURES, 0)))
 
 
 def register(fd: int, start: int, stop: int) -> None:
-    """Let a range be write-protected. Raises OSError: EBUSY where another userfaultfd has some of it."""
+    """Register a range for write-protection. Raises OSError: EBUSY if another userfaultfd has some of it."""
     fcntl.ioctl(fd, UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, stop - start, _MODE_WP, 0)))
 
 
@@ -127,9 +127,9 @@ def pagemap_scan(
     """Find the pages written in a range, and protect them again in the same step.
 
     vector, length: address of an array of struct page_region and how many it holds; 0 and 0 to protect only
-    protect: otherwise they are only found
+    protect: False only finds them
     Returns (regions filled in, address up to which the range was walked).
-    Raises OSError: EPERM where some of the range is mapped but not registered. What is not mapped is passed by.
+    Raises OSError: EPERM if some of the range is mapped but not registered. Unmapped addresses are skipped.
     """
     flags = (_WP_MATCHING if protect else 0) | _CHECK_WPASYNC
     written = _PAGE_IS_WRITTEN
@@ -148,7 +148,7 @@ _SHARED, _NEXT, _FILE_BACKED = 0x08, 0x10, 0x20
 
 
 class Mapping(NamedTuple):
-    """A shared mapping of a file. stop: behind its last byte; offset: in the file; device: major and minor"""
+    """A shared mapping of a file. stop: after its last byte; offset: in the file; device: major and minor"""
 
     start: int
     stop: int
@@ -158,9 +158,9 @@ class Mapping(NamedTuple):
 
 
 def shared_mappings(maps: int) -> list[Mapping] | None:
-    """The shared mappings of files in a process, by its opened /proc/PID/maps; None where the kernel cannot be asked.
+    """The shared mappings of files in a process, by its opened /proc/PID/maps; None if the kernel cannot be asked.
 
-    Reading that file, which lists every mapping as text, takes six times as long where 73 are listed. Raises OSError.
+    Reading that file, which lists every mapping as text, takes six times as long for 73 mappings. Raises OSError.
     """
     found: list[Mapping] = []
     at = 0
@@ -184,7 +184,7 @@ _MS_ASYNC = 1
 def is_mapped(start: int, stop: int) -> bool:
     """Whether all of a range of this process's addresses is mapped.
 
-    msync(MS_ASYNC) does nothing but walk the mappings, and says ENOMEM where there is a gap.
+    msync(MS_ASYNC) only walks the mappings, and returns ENOMEM at a gap.
     """
     if _libc.msync(start, stop - start, _MS_ASYNC) == 0:
         return True
@@ -200,9 +200,9 @@ _IN_MODIFY = 0x2
 
 
 def watch_writes(fd: int) -> int:
-    """A descriptor that is readable when somebody has written to an open file by a system call.
+    """A descriptor that becomes readable when a system call has written to an open file.
 
-    write(), truncate(), fallocate(): all but writes through mappings. Raises OSError.
+    write(), truncate(), fallocate(): everything but writes through mappings. Raises OSError.
     """
     watch = _check(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
     try:
@@ -227,7 +227,7 @@ def file_system(fd: int) -> int:
 
 
 class Request(IntEnum):
-    """PTRACE_*, those that are used."""
+    """The PTRACE_* requests that we use."""
 
     CONT = 7
     DETACH = 17
@@ -302,7 +302,7 @@ def rseq_address(thread: int) -> int:
 
 
 def seccomp_filter(thread: int, number: int) -> bytes | None:
-    """A seccomp filter of a stopped tracee, as instructions of 8 bytes; None behind the last. Raises OSError."""
+    """A seccomp filter of a stopped tracee, as instructions of 8 bytes; None after the last. Raises OSError."""
     try:
         length = ptrace(Request.SECCOMP_GET_FILTER, thread, number, 0)
     except FileNotFoundError:

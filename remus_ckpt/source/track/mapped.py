@@ -35,7 +35,7 @@ class Writer(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its pid here."""
+        """Its pid in our namespace."""
 
     @property
     def fd(self) -> int:
@@ -46,7 +46,7 @@ class Writer(Protocol):
 
 
 class _Row(NamedTuple):
-    """A shared mapping of the file. stop: behind its last byte; offset: in the file"""
+    """A shared mapping of the file. stop: after its last byte; offset: in the file"""
 
     start: int
     stop: int
@@ -58,7 +58,7 @@ class FileWatch:
 
     fd: the open file
     device, inode: as /proc/PID/maps lists it
-    pages: what is behind them in a mapping is not told
+    pages: writes beyond them in a mapping are not reported
     on_call: called in `written` when a system call has written to the file, or punched a hole in it
     One thread at a time may use it.
     """
@@ -171,7 +171,7 @@ class FileWatch:
 
 
 class _Followed:
-    """One process, and the mappings of it that are watched."""
+    """One process, and its mappings that are watched."""
 
     def __init__(self, process: Writer, scanner: Scanner) -> None:
         self.process = process
@@ -182,7 +182,7 @@ class _Followed:
 
     @property
     def mappings(self) -> int:
-        """Of the file, how many it has."""
+        """How many mappings of the file it has."""
         return len(self._rows)
 
     def close(self) -> None:
@@ -257,7 +257,7 @@ class _Followed:
 
 
 def rows_in(maps: bytes, device: tuple[int, int], inode: int) -> set[_Row]:
-    """The same from the text of /proc/PID/maps. The lines of other files, hundreds, are not looked at."""
+    """The same from the text of /proc/PID/maps. The lines of other files, often hundreds, are not parsed."""
     listed = b" %02x:%02x %d " % (*device, inode)
     rows = set()
     at = 0

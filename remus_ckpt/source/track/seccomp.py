@@ -17,7 +17,7 @@ _SCRATCH_WORDS = 16
 
 ALLOW = 0x7FFF0000
 LOG = 0x7FFC0000
-"""What lets a call pass. All else answers it in its place, asks somebody, or kills."""
+"""The actions that let a call pass. Any other answers for the kernel, asks someone, or kills."""
 KILL = 0
 _ACTION = 0xFFFF0000
 

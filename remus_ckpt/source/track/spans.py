@@ -1,4 +1,4 @@
-"""Watches buffers of this process, at any address, even several on one page: which of their pages were written."""
+"""Watches buffers of this process, at any address, even several on one page, for written pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from remus_ckpt.source.track.written import Runs, Scanner, Unwatched, Userfault,
 
 
 class Span(NamedTuple):
-    """A piece of memory. name: for messages; address: of its first byte; pfn: its page 0 has in the source"""
+    """A piece of memory. name: for messages; address: of its first byte; pfn: number of its page 0 in the source"""
 
     name: str
     address: int
@@ -29,8 +29,8 @@ class Span(NamedTuple):
 class Spans:
     """Some pieces of this process's memory, watched.
 
-    They are registered by whole pages: a write beside a span on the same page counts as a write to it. A page under two
-    spans counts for both.
+    They are registered as whole pages: a write next to a span, on the same page, counts as a write to it. A page under
+    two spans counts for both.
 
     shared: take shared mappings too; writes to them by other processes are not seen
     Raises Untracked, with the name, for what cannot be watched.
@@ -67,7 +67,7 @@ class Spans:
             os.close(pagemap)
 
     def arm(self) -> None:
-        """Forget what was written until now."""
+        """Forget earlier writes."""
         for area in self._areas:
             try:
                 self._scanner.arm(self._pagemap, area.start, area.stop)
@@ -108,7 +108,7 @@ class Spans:
 
 
 class _Area(NamedTuple):
-    """Whole pages that lie side by side, and whose they are."""
+    """Adjacent whole pages, and the names they belong to."""
 
     start: int
     stop: int
@@ -136,7 +136,7 @@ def _areas(spans: Sequence[Span]) -> list[_Area]:
 
 
 def _pfns_of(span: Span, runs: Runs) -> NDArray[np.int64]:
-    """The pages of a span that have a byte in some runs."""
+    """The pages of a span that have at least one byte in some runs."""
     # A page of a span that does not begin on a page border lies on two.
     first_page = span.address // PAGE_SIZE
     last_page = (span.address + span.nbytes - 1) // PAGE_SIZE
@@ -152,7 +152,7 @@ def _pfns_of(span: Span, runs: Runs) -> NDArray[np.int64]:
 
 
 def expand(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers of runs: first, first + 1 … for each. Takes time by the numbers, in no loop over them."""
+    """The numbers of runs: first, first + 1 … for each. Vectorised."""
     ends = np.cumsum(count)
     total = int(ends[-1]) if len(ends) else 0
     numbers: NDArray[np.int64] = np.arange(total, dtype=np.int64)
@@ -169,10 +169,10 @@ _SHARED = 8
 
 
 def _check_mappings(area: _Area, *, shared: bool) -> None:
-    """Raise Untracked if some of it is of hugetlbfs, or shared where it must not be.
+    """Raise Untracked if some of it is hugetlbfs, or shared where it must not be.
 
-    The kernel notes writes to whole pages of hugetlbfs, 2 MiB or 1 GiB. Transparent huge pages are split by the first
-    write to them, and are exact.
+    On hugetlbfs the kernel records writes only for whole pages of 2 MiB or 1 GiB. Transparent huge pages are split by
+    the first write to them, and are exact.
     """
     for page_size, is_shared in _mappings(area):
         if page_size != PAGE_SIZE:
@@ -185,7 +185,7 @@ def _check_mappings(area: _Area, *, shared: bool) -> None:
 
 
 def _mappings(area: _Area) -> list[tuple[int, bool]]:
-    """(page size, is it shared?) of all mappings that an area lies in."""
+    """(page size, is it shared?) of all mappings that cover an area."""
     found = []
     with open("/proc/self/maps", "rb") as maps:
         at = area.start

@@ -30,7 +30,7 @@ _REGIONS = 4096
 
 
 class Unwatched(Untracked):
-    """Some of a range is mapped and not watched."""
+    """Some of a range is mapped but not watched."""
 
 
 class MemoryGone(Untracked):
@@ -38,7 +38,7 @@ class MemoryGone(Untracked):
 
 
 class Userfault:
-    """A userfaultfd: what it has registered is watched until it is closed, here and wherever else it is held.
+    """A userfaultfd: what it has registered is watched until all holders have closed it.
 
     file: from `linux.userfaultfd`, or of another process; closed with this
     Raises Untracked if the kernel cannot protect asynchronously.
@@ -56,7 +56,7 @@ class Userfault:
 
     @classmethod
     def of_this_process(cls) -> Userfault:
-        """One over this process's memory. Raises Untracked."""
+        """A userfaultfd for this process's memory. Raises Untracked."""
         if mmap.PAGESIZE != PAGE_SIZE:
             raise Untracked(f"this machine's pages have {mmap.PAGESIZE} bytes, not {PAGE_SIZE}")
         try:
@@ -73,10 +73,11 @@ class Userfault:
         self.close()
 
     def register(self, start: int, stop: int) -> bool:
-        """Take a range of addresses, whole pages. It is watched from `Scanner.arm` on.
+        """Register a range of addresses, whole pages. It is watched from `Scanner.arm` on.
 
-        Returns False, and leaves it, where it is a mapping that can never be written.
-        Raises Untracked if it cannot be watched: somebody else does so, or some of it is not mapped; MemoryGone.
+        Returns False, and registers nothing, if the mapping can never be written.
+        Raises Untracked if it cannot be watched, because another userfaultfd does or because some of it is not mapped;
+        MemoryGone.
         """
         try:
             linux.register(-1 if self._file.closed else self._file.fileno(), start, stop)
@@ -106,7 +107,7 @@ class Scanner:
     def arm(self, pagemap: int, start: int, stop: int) -> None:
         """Protect all pages of a range: `written` finds writes from here on.
 
-        Takes 10 to 30 ms a GiB that is in use; pages that were never touched take as much when memory is 4 KiB a page.
+        Takes 10 to 30 ms per GiB in use; untouched pages take as long where memory has 4 KiB pages.
         Raises Untracked as `written` does.
         """
         self._walk(pagemap, start, stop, is_told=False)
@@ -114,8 +115,8 @@ class Scanner:
     def written(self, pagemap: int, start: int, stop: int) -> Runs:
         """The pages of a range written since it was armed or last asked about; they are protected again.
 
-        Raises Unwatched if some of it is mapped and not watched: other memory has taken its place. What was written is
-        not known then. A range that is not mapped tells nothing: see `linux.is_mapped`.
+        Raises Unwatched if some of it is mapped but not watched, because other memory has taken its place. Then it is
+        unknown what was written. A range that is not mapped reports nothing: see `linux.is_mapped`.
         """
         return self._walk(pagemap, start, stop, is_told=True)
 
@@ -151,8 +152,8 @@ class Scanner:
 def in_order(regions: NDArray[np.int64]) -> Runs:
     """Runs of what lies in some regions, int64[n, 2] as (first, stop).
 
-    The kernel says of some calls that it has walked less far than it has (walk_end stays where its own buffer of 512
-    regions was full the last time). The next call begins there, and finds again what is written meanwhile.
+    For some calls the kernel reports a shorter walk than it made (walk_end stays where its own buffer of 512 regions
+    was last full). The next call begins there, and finds again what was written in between.
     """
     first, stop = regions[:, 0], regions[:, 1]
     order = np.argsort(first, kind="stable")
@@ -164,7 +165,7 @@ def in_order(regions: NDArray[np.int64]) -> Runs:
 
 
 def why_not() -> str | None:
-    """Why writes to this process's memory cannot be tracked by the kernel, as words; None if they can. It is tried."""
+    """Why the kernel cannot track writes to this process's memory; None if it can. This is tried out."""
     try:
         userfault = Userfault.of_this_process()
     except Untracked as error:
@@ -200,7 +201,7 @@ def open_pagemap() -> int:
 
 
 def _words(error: OSError) -> str:
-    """Why a call of tracking failed."""
+    """Why a tracking call failed."""
     return {
         errno.ENOSYS: f"this kernel ({platform.release()}) has no userfaultfd, or a filter (seccomp) hides it",
         errno.EPERM: "userfaultfd is not permitted here: a filter (seccomp) or a security module forbids it",
