@@ -24,7 +24,7 @@ MARKERS = {
     "kill": ("ends real processes at random instants", "--all"),
     "hostile": ("peers that lie, stall or flood a real backup", "--all"),
     "brokers": ("starts NATS servers, some of which it kills", "--all"),
-    "slow": ("tries very many cases, or commands on two hosts with a slow link", "--all"),
+    "slow": ("tries very many cases, boots guest after guest, or runs commands on two hosts with a slow link", "--all"),
     "browser": ("drives Chromium; needs that of Debian, or is skipped", "--all"),
     "root": ("mounts file systems, makes cgroups and namespaces", "root"),
     "qemu": ("boots virtual machines", "qemu"),

@@ -78,7 +78,7 @@ def test_it_runs_on_when_its_tracer_dies_at_any_step(threads: str, target_progra
         killed = 0
         for _ in range(many(1, 3)):
             for is_after in (False, True):
-                for step in range(1, 60):
+                for step in range(1, 60, many(3, 1)):
                     pid = os.fork()
                     if not pid:
                         linux.ptrace = tracking.Dying(step, is_after=is_after)
@@ -91,7 +91,7 @@ def test_it_runs_on_when_its_tracer_dies_at_any_step(threads: str, target_progra
                     killed += 1
                 else:
                     pytest.fail("more steps than there are")
-        assert killed >= many(30, 90)
+        assert killed >= many(10, 90)
         fetch(target).close()
         assert target.is_untouched()
         assert target.end() == "right"

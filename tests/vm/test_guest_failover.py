@@ -27,7 +27,7 @@ from vm_qemu import Qemu
 from remus_ckpt.errors import BridgeError
 from remus_ckpt.vm.bridge import Bridge, guest_pair
 
-pytestmark = [pytest.mark.root, pytest.mark.qemu]
+pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_what_is_no_nbd_server_is_refused(tmp_path: Path, said: bytes) -> None:
         server.join()
 
 
+@pytest.mark.slow
 @pytest.mark.qemu
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_mirror_that_ends_while_the_guest_writes_harms_no_qemu(tmp_path: Path, dies: bool) -> None:

@@ -16,7 +16,7 @@ from remus_ckpt import open_store
 from remus_ckpt.errors import VmError
 from remus_ckpt.vm.qmp import Qmp
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from services import command, until
 
 from remus_ckpt.vm.qmp import Qmp
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 SIZE = 1 << 20
 
 

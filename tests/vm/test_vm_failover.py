@@ -17,7 +17,7 @@ from services import LONG_S, until
 
 from remus_ckpt.vm.qmp import Qmp
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 AUTOMATIC = ("--lease", "500ms", "--auto-failover", "--fence", "true")
 
 

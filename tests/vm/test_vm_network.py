@@ -21,7 +21,7 @@ from conftest import many
 from services import until
 from vm_qemu import Client, guest_files
 
-pytestmark = [pytest.mark.root, pytest.mark.qemu]
+pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.slow]
 GUEST = "10.83.9.2"
 
 

@@ -33,6 +33,7 @@ def protectors(qmp: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.qemu
 def test_a_survivor_is_protected_again_once_a_backup_is_there(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
