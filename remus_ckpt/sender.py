@@ -213,7 +213,7 @@ class Sender:
         May be called again after an interrupt.
         """
         if self.sent is None:
-            raise ValueError("no checkpoint was sent: begin a new stream with a new sender")
+            raise ValueError("no checkpoint was sent: start a new stream with a new sender")
         self.unfinished = True
         self._stream.abandon()
         self.position = position
@@ -296,7 +296,7 @@ class Sender:
         checkpoint: the sender then refuses to continue, and a new stream needs a new sender.
         """
         if self.unfinished:
-            raise ValueError("the checkpoint before was not taken to its end; begin a new stream with a new sender")
+            raise ValueError("the previous checkpoint was not finished; start a new stream with a new sender")
         own_pages = self.p2m_size - self._shape.added_pages
         if memory_bytes is not None and pages_for(memory_bytes) != own_pages:
             raise ValueError(f"memory of {memory_bytes} bytes does not end in the last of {own_pages} pages")

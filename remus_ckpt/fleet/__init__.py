@@ -1,1 +1,1 @@
-"""Many names on many hosts: the commit log, on an engine that others keep (specs/fleet.md)."""
+"""Many names on many hosts, and the commit log, on NATS JetStream (specs/fleet.md)."""

@@ -1,4 +1,4 @@
-"""A backup's side of the commit log: a takeover is a record in it before it is anything else."""
+"""A backup's side of the commit log: a takeover is recorded there before anything else happens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from remus_ckpt.wire.record import Position
 
 
 class Denied(RemusError):
-    """The log says that this backup must not take over, and why. It has not."""
+    """The log forbids this backup to take over, and the message says why. It has not taken over."""
 
 
 class Claims:
@@ -29,7 +29,7 @@ class Claims:
         self._name = name
         self._where = where
         self.known_identity: str | None = None
-        """What `identity` has last returned."""
+        """What `identity` returned last."""
 
     @property
     def identity(self) -> str:
@@ -59,7 +59,7 @@ class Claims:
         """Append a takeover; returns its term, which is above `term`.
 
         term, newest, holds: as for `decisions.take_over`
-        Raises Denied if it is not in the log; LogError if that is not known.
+        Raises Denied if it is not in the log; LogError if that is unknown.
         """
         while True:
             last = last_of(self._log, self._name)

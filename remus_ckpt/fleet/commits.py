@@ -1,4 +1,4 @@
-"""A primary's side of the commit log: which of the checkpoints that its backup holds are in the log too."""
+"""A primary's side of the commit log: which checkpoints on its backup are also in the log."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PAUSE_S = 0.2
 
 
 def last_of(commit_log: Log, name: str) -> Last:
-    """The last record of a name. Raises LogError, and Malformed if it is none of ours."""
+    """The last record of a name. Raises LogError, and Malformed if it is not one of ours."""
     entry = commit_log.last(name)
     return Last() if entry is None else Last(entry.sequence, Record.unpack(entry.data))
 
 
 class Commits:
-    """Appends a record for the newest checkpoint that the backup holds; one record stands for all before it.
+    """Appends a record for the newest checkpoint that the backup holds; one record covers all before it.
 
     run: of the primary, 16 bytes
     on_logged: called with a position once the log has it, in the thread that appends
@@ -67,20 +67,20 @@ class Commits:
         self._logged: Position | None = None
         self._ended: Fenced | None = None
         self.trouble: str | None = None
-        """Why the log takes nothing now; None while it does."""
+        """Why the log accepts nothing now; None while it does."""
         self.append_s: float | None = None
         """How long the last append took."""
 
     @property
     def identity(self) -> str:
-        """Which log this is. Raises LinkError while that is not known."""
+        """Which log this is. Raises LinkError while that is unknown."""
         try:
             return self._log.identity
         except LogError as error:
             raise LinkError(str(error)) from error
 
     def begin_run(self) -> None:
-        """Before the first hello: note what is in the log by now. Raises LinkError if it does not answer."""
+        """Before the first hello: note what the log holds now. Raises LinkError if it does not answer."""
         if self._since is None:
             self._since = self._read().sequence
 
@@ -132,7 +132,7 @@ class Commits:
         self.check()
 
     def forget(self) -> None:
-        """What was put is not to be appended any more, if it has not been."""
+        """Do not append what was put, unless that has already happened."""
         self._wanted = None
 
     def check(self) -> None:

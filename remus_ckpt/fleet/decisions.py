@@ -1,7 +1,7 @@
 """Who may write the next record of a name (specs/fleet.md §4): pure decisions. No clock, no I/O, no memory.
 
-The caller reads the last record, decides, and appends its own behind the one that it has read. If another record has
-come first, it reads again and decides again. So each decision is in force only if nothing has happened since.
+The caller reads the last record, decides, and appends its own record after it. If another record came first, it reads
+and decides again. So a decision takes effect only if nothing has happened since.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Last:
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """Append behind the record that was read. term: of the record to append"""
+    """Append after the record that was read. term: of the record to append"""
 
     term: int
 
 
 @dataclass(frozen=True, slots=True)
 class Mine:
-    """The takeover is in the log already, under this term."""
+    """The takeover is already in the log, under this term."""
 
     term: int
 
@@ -44,7 +44,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class No:
-    """A takeover from here would lose what was committed, or would be the second one."""
+    """A takeover from here would lose committed checkpoints, or would be the second one."""
 
     reason: str
 
@@ -53,8 +53,8 @@ def commit(last: Last, *, term: int, run: bytes, since: int) -> Follow | Ended:
     """Whether a primary may append a commit.
 
     term, run: its own
-    since: the last sequence when this run began. A takeover under its own term that was there by then is the one that
-        it survived; another primary of its term that has committed after that is the one that goes on
+    since: the last sequence when this run began. A takeover under its own term that was already there is the one that
+        it came from; if another primary of its term has committed since then, that one continues instead
     """
     record = last.record
     if record is None or record.writer == run or record.term < term:
@@ -71,7 +71,7 @@ def take_over(
 
     term, store: of its store
     newest: what it would continue from
-    holds: whether a position is `newest`, or one of those that `newest` was built on
+    holds: whether a position is `newest`, or one that `newest` was built on
     """
     record = last.record
     if record is None:

@@ -1,7 +1,7 @@
-"""What the members of a fleet know of each other: leases, and where each name is (specs/fleet.md §6).
+"""What the members of a fleet know about each other: leases, and where each name is (specs/fleet.md §6).
 
-Two buckets of the brokers. What is in the leases is gone when its writer has not renewed it: it says who is alive, and
-nothing is safe because of it. A place stays, and is replaced only by a writer that has read the one before.
+The brokers hold two buckets. A lease vanishes unless its writer renews it: it shows who is alive, and no safety rests
+on it. A place stays, and only a writer that has read the previous one can replace it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from remus_ckpt.observe.log import log
 _LEASES = "remus-leases"
 _PLACES = "remus-places"
 _HISTORY = 8
-"""Places that are kept of a name: only the last counts, the others tell what happened."""
+"""Places kept of each name: only the last counts, the others show what happened."""
 _ASK_S = 5.0
-"""How long the brokers get for an answer: longer than they need to replace a leader, mostly."""
+"""How long the brokers get for an answer: usually longer than they need to replace a leader."""
 _LAST_S = 1.0
-"""For a lease that ends by itself, too."""
+"""The same for withdrawing a lease, which would end by itself too."""
 _PAUSE_S = 0.2
 _BATCH = 500
 _PREFIX = "nats+"
-"""tls:// alone is the address of a backup."""
+"""A plain tls:// is the address of a backup."""
 
 T = TypeVar("T")
 _R = TypeVar("_R", Held, Backup, Place, Protected)
 
 
 def is_fleet(address: str) -> bool:
-    """Whether an address is one of brokers: nats://HOST[:PORT][,HOST…], or nats+tls://…"""
+    """Whether an address names brokers: nats://HOST[:PORT][,HOST…], or nats+tls://…"""
     return address.startswith(("nats://", f"{_PREFIX}tls://"))
 
 
@@ -50,14 +50,14 @@ def split_fleet(address: str) -> tuple[str, str | None]:
 
 
 def check_url(url: str, insecure: bool) -> None:
-    """Check, before the first try, for faults that no number of tries would change. Raises LogError."""
+    """Check, before the first try, for faults that retries cannot fix. Raises LogError."""
     if find_spec("nats") is None:
         raise LogError("a fleet needs nats-py: pip install 'remus_ckpt[fleet]'")
     servers_of(url.removeprefix(_PREFIX), insecure)
 
 
 def make_buckets(nats: Nats, replicas: int = REPLICAS) -> None:
-    """Make the two buckets, if they are not there. Raises LogError."""
+    """Make the two buckets if they do not exist. Raises LogError."""
     from nats.js.api import KeyValueConfig, StorageType
 
     places = KeyValueConfig(
@@ -85,13 +85,13 @@ def make_buckets(nats: Nats, replicas: int = REPLICAS) -> None:
 
 
 class Fleet:
-    """The fleet that these brokers know. The connection is made when it is first needed, and again if it is lost.
+    """The fleet on these brokers. The connection is made on first use, and again if it is lost.
 
     url: nats://HOST[:PORT][,HOST[:PORT]…], or nats+tls://… with our certificate
     tls: our certificate, for nats+tls://
     insecure: allow nats:// to other machines
     Any thread may call any method; each raises LogError if the brokers do not answer within seconds, or after `close`.
-    Raises LogError for a URL that cannot be meant, or without nats-py.
+    Raises LogError for a malformed URL, or without nats-py.
     """
 
     def __init__(self, url: str, *, tls: TlsFiles | None = None, insecure: bool = False) -> None:
@@ -117,12 +117,12 @@ class Fleet:
     # Leases
 
     def announce(self, record: Backup | Protected) -> None:
-        """Say for another LEASE_S that this is so."""
+        """Announce this for another LEASE_S."""
         key = _key(record)
         self._ask("renew a lease", lambda js: _put(js, _LEASES, key, pack(record)))
 
     def withdraw(self, record: Backup | Protected) -> None:
-        """Take back at once what was announced."""
+        """Withdraw an announcement at once."""
         key = _key(record)
         self._ask("end a lease", lambda js: _delete(js, _LEASES, key), timeout_s=_LAST_S)
 
@@ -153,7 +153,7 @@ class Fleet:
     def put(self, place: Place, revision: int) -> int:
         """Replace the record with this number (0: there must be none); returns the new record's.
 
-        Raises Overtaken if another has been first; LogError if it is not known whether this one has been written.
+        Raises Overtaken if another writer was first; LogError if it is unknown whether this record was written.
         """
         key, data = f"name.{token_of(place.name)}", pack(place)
 
@@ -173,15 +173,15 @@ class Fleet:
             raise error from None
 
     def leaving(self) -> set[str]:
-        """The ids of the backups that are to be left."""
+        """The ids of the backups that all names should leave."""
         return set(self._keys(_PLACES, "leaving."))
 
     def is_leaving(self, id: str) -> bool:
-        """Whether a backup is to be left."""
+        """Whether all names should leave a backup."""
         return self._get(_PLACES, f"leaving.{id}")[0] is not None
 
     def set_leaving(self, id: str, leaves: bool) -> None:
-        """Have a backup left by all its names; or let it take names again."""
+        """Tell all names to leave a backup, or let it take names again."""
         key = f"leaving.{id}"
         self._ask("say that a backup is left", lambda js: (_put if leaves else _drop)(js, _PLACES, key, b"1"))
 
@@ -249,7 +249,7 @@ class Fleet:
         is_repeated: bool = True,
         timeout_s: float = _ASK_S,
     ) -> T:
-        """Have the brokers do something; again until it is done or the time is over, if that may be repeated."""
+        """Make the brokers do something; if it may be repeated, retry until it is done or the time is over."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:

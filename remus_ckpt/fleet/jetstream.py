@@ -1,6 +1,6 @@
 """The commit log on NATS JetStream: one replicated stream, with a subject for each name (specs/fleet.md §2).
 
-nats-py is asyncio: one loop, in a thread of its own, serves all connections of a process; callers block.
+nats-py is asyncio: one loop, in its own thread, serves all connections of a process; callers block.
 
 Source: NATS, "JetStream wire API reference" and "Publishing to streams" (Nats-Expected-Last-Subject-Sequence).
 """
@@ -33,7 +33,7 @@ _SYNCED = "remus_ckpt.sync"
 PORT = 4222
 REPLICAS = 3
 KEPT = 1000
-"""Records that are kept of each name: only the last is needed, the others tell what happened."""
+"""Records kept of each name: only the last is needed, the others show what happened."""
 _TRY_S = 2.0
 """How long one try may take: a request can hang while a leader dies, and is then repeated."""
 _PAUSE_S = 0.1
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class _Loop:
-    """The event loop of this process, in a thread of its own; a forked child has none, and makes another."""
+    """The event loop of this process, in its own thread; a forked child makes a new one."""
 
     _guard = threading.Lock()
     _current: _Loop | None = None
@@ -60,7 +60,7 @@ class _Loop:
             return cls._current
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """Wait for work that the loop does. Raises TimeoutError, and what the work raises."""
+        """Run work in the loop and wait for it. Raises TimeoutError, and what the work raises."""
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), self._loop)
         try:
             return future.result(timeout_s + _TRY_S)
@@ -72,8 +72,8 @@ class _Loop:
 class Nats:
     """A connection to NATS servers, for callers that block. It reconnects by itself; any thread may call any method.
 
-    url: nats://HOST[:PORT][,HOST[:PORT]…], or tls://… with our certificate; a user and a password may stand in it as
-        USER:PASSWORD@ before the first host
+    url: nats://HOST[:PORT][,HOST[:PORT]…], or tls://… with our certificate; USER:PASSWORD@ may precede the first
+        host
     tls: needed for tls://
     insecure: allow nats:// to other machines
     Raises LogError if no server answers, or nats-py is not installed.
@@ -101,7 +101,7 @@ class Nats:
         """The client of nats-py; to be used in the loop only, with `run`."""
 
         async def ignore(*_: Any) -> None:
-            """What goes wrong is raised by the call that it stops."""
+            """Failures are raised by the calls that they affect."""
 
         async def connect() -> Any:
             return await nats.connect(
@@ -135,7 +135,7 @@ class Nats:
         return self.client is not None and self.client.is_connected
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float = APPEND_S) -> T:
-        """Wait for work that the loop does. Raises what is in `failures`."""
+        """Run work in the loop and wait for it. Raises what is in `failures`."""
         return self._loop.run(work, timeout_s)
 
     def jetstream(self) -> Any:
@@ -193,7 +193,7 @@ def _say(error: BaseException) -> str:
 
 
 class JetStreamLog:
-    """A `Log` on a stream that `make_log` has made. Raises LogError if there is none, or it keeps less than it must."""
+    """A `Log` on a stream made by `make_log`. Raises LogError if there is none, or if it keeps less than it must."""
 
     def __init__(self, nats: Nats) -> None:
         self.nats = nats
@@ -212,7 +212,7 @@ class JetStreamLog:
         self.identity: str = metadata[_IDENTITY]
         self.replicas: int = info.config.num_replicas or 1
         self.is_synced = metadata.get(_SYNCED) == "always"
-        """Whether all servers synced each record when they were looked at; otherwise a user has vouched for it."""
+        """Whether all servers were found to sync each record; otherwise a user has vouched for it."""
 
     def append(self, name: str, data: bytes, *, expected: int, key: str, timeout_s: float = APPEND_S) -> int:
         """See `Log.append`."""
@@ -292,16 +292,16 @@ def _subject(name: str) -> str:
 
 
 def token_of(name: str) -> str:
-    """A name as one token of a subject, or a key of a bucket: a dot would part it, and a name has no equals sign."""
+    """A name as one token of a subject, or a key of a bucket: a dot would split it, and no name has an equals sign."""
     return name.replace(".", "=")
 
 
 def make_log(nats: Nats, *, replicas: int = REPLICAS, monitors: Sequence[str] = (), vouched: bool = False) -> None:
     """Make the stream of the commit log; if it is there, check its servers again.
 
-    monitors: http://HOST:PORT of the servers' monitoring, to see that they sync each record
-    vouched: the user knows that they do
-    Raises LogError if a server does not sync each record, or if that is not known.
+    monitors: http://HOST:PORT of the servers' monitoring, to check that they sync each record
+    vouched: the user vouches that they do
+    Raises LogError if a server does not sync each record, or if that is unknown.
     """
     from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 

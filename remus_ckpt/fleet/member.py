@@ -1,4 +1,4 @@
-"""A backup's part in a fleet: it says that it is alive, lets go of what others have, and asks before it takes over.
+"""A backup's part in a fleet: it announces itself, releases names that others have, and asks before it takes over.
 
 Source of the rules: specs/fleet.md §6.4.
 """
@@ -27,7 +27,7 @@ _ID = ".member"
 """The file in a store that says which member of a fleet it is; no name begins with a dot."""
 _WORDS_CHARS = 200
 _MOST_WITH_WORDS = 1_000
-"""Names of which more is said than their state: a record of the brokers has at most 1 MiB."""
+"""The maximum number of names reported in full: a record on the brokers has at most 1 MiB."""
 CLAIM_S = 20.0
 PAUSE_S = 0.5
 _ANYWHERE = frozenset({"0.0.0.0", "::", "*"})
@@ -46,7 +46,7 @@ def id_of(store: Path) -> str:
 
 
 def addresses_for(listening: Iterable[str]) -> list[str]:
-    """Where others reach a backup that listens at these addresses, by the name of this host where it listens at all."""
+    """Where others reach a backup that listens at these addresses; this host's name stands for all its addresses."""
     found = []
     for text in listening:
         address = Address.parse(text)
@@ -63,10 +63,10 @@ class Member:
     store: the directory of the backup's store
     max_names: how many names it takes
     status: the backup's, for each name (`Names.status`), with the health of each
-    let_go: closes the store of a name that another backup has; its files stay
+    let_go: closes the store of a name that another backup has; its files remain
     take_over: promotes the store of a name; takes as long as that does. Raises RemusError
 
-    A thread of its own, from `start` to `close`; any thread may call the other methods.
+    It has its own thread, from `start` to `close`; any thread may call the other methods.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Member:
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
 
     def start(self, addresses: Iterable[str]) -> None:
-        """Say from now on that this backup is alive. addresses: where primaries reach it"""
+        """Announce from now on that this backup is alive. addresses: where primaries reach it"""
         self.addresses = tuple(addresses)
         self._thread.start()
 
     def close(self) -> None:
-        """Say no more. The lease is left to end by itself: a backup that is soon back keeps its names."""
+        """Stop announcing. The lease ends by itself: a backup that is soon back keeps its names."""
         self._end.set()
         self._fleet.close()
 
@@ -108,11 +108,11 @@ class Member:
         self._check(self._place(name)[0], term)
 
     def claim(self, name: str, term: int, *, is_certain: bool = False) -> None:
-        """Before a name is promoted under this term: have the fleet know, so that its primary cannot go elsewhere.
+        """Before a name is promoted under this term: record that in the fleet, so that its primary cannot go elsewhere.
 
-        is_certain: it is in the commit log that this backup has taken over, whoever the fleet believes to have the name
-        May be called again. Raises RemusError if another backup has the name, or the brokers do not answer: nothing may
-        be promoted then, unless is_certain.
+        is_certain: the commit log says that this backup has taken over, whichever backup has the name in the fleet
+        May be called again. Raises RemusError if another backup has the name, or if the brokers do not answer: then
+        nothing may be promoted, unless is_certain.
         """
         place, revision = self._place(name)
         if not is_certain:
@@ -195,9 +195,9 @@ class Member:
         return found["role"] == "standby" and not found["connected"]
 
     def _complete(self, name: str) -> None:
-        """The fleet has it that this backup took a name over, and the store does not: it was interrupted in between.
+        """The fleet has a takeover by this backup that its store does not have: it was interrupted in between.
 
-        Primaries are fenced off by that record. So the takeover has happened, and only has to be carried out.
+        That record fences primaries. So the takeover has happened, and only has to be completed.
         """
 
         def complete() -> None:
@@ -216,7 +216,7 @@ class Member:
                     log("let go", name=place.name, backup=place.backup, address=place.address)
 
     def _begin(self, what: str, work: Callable[..., None], *arguments: Any) -> None:
-        """Do something that a disk may hold up, beside the lease; not twice at a time."""
+        """Do something that a disk may hold up, without holding up the lease; never twice at a time."""
         if (before := self._working.get(what)) is None or not before.is_alive():
             self._working[what] = threading.Thread(target=work, args=arguments, name=what, daemon=True)
             with suppress(RuntimeError):  # no more threads are allowed: the next turn tries again

@@ -1,4 +1,4 @@
-"""A commit log by its address: opened when it is first needed, so that a service can start before its brokers."""
+"""A commit log by its address: opened on first use, so a service can start before its brokers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from remus_ckpt.link.tls import TlsFiles
 class OpenedLog:
     """A `Log` that connects when it is first used, and tries again the next time if that fails.
 
-    url, tls, insecure: as for `Nats`; a URL that cannot be meant raises LogError at once, and so does
+    url, tls, insecure: as for `Nats`; a malformed URL raises LogError at once, and so does
         a missing nats-py
     Any thread may call any method.
     """

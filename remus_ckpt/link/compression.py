@@ -1,4 +1,4 @@
-"""The second stage: whether data for a link are compressed once more, after the page codec."""
+"""The second stage: whether to compress data for a link once more, after the page codec."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLE_BYTES = 1 << 18
 _SAMPLE_EVERY_BYTES = 32 << 20
 _SMALL_BYTES = 4096
 _RATES = 8
-"""Of this many measurements the fastest counts: the others waited for a processor or a disk."""
+"""The fastest of this many measurements counts: the others waited for a processor or a disk."""
 _ALLOWANCE_S = 0.003
 _WORK_S, _LONG_BYTES, _LONG_WORK_S = 3e-9, 16 << 20, 50e-9
 """How much of an answer's time may be both sides' own work: in all, for each byte, and for each byte of a first copy,
@@ -23,7 +23,7 @@ which waits for fresh memory and for a disk. If that is all of it, compression g
 
 
 def measure_with(packing: Packing) -> Callable[[memoryview, Compression], tuple[float, float]]:
-    """What a `Chooser` measures samples with."""
+    """The function with which a `Chooser` measures samples."""
 
     def measure(sample: memoryview, name: Compression) -> tuple[float, float]:
         begin = time.perf_counter()
@@ -56,7 +56,7 @@ class Chooser:
         self._round_trip_s = float("inf")
         # Owned by the sending thread:
         self.reasons: tuple[str, ...] = ("told so",)
-        """Why the choice is what it is, in words."""
+        """The reason for the choice, in words."""
         self.choice: Compression = "none"
         """What was chosen last."""
         self._candidates: list[Compression] = []

@@ -1,7 +1,7 @@
 """Connections between primary and backup: mutual TLS 1.3, Unix sockets, and plain TCP on loopback.
 
-This module owns sockets, deadlines and certificates. It carries bytes and knows nothing of frames; the frames above it
-tell a complete stream from a truncated one. Every wait has a deadline, and `close()` from any thread can end it.
+This module owns sockets, deadlines and certificates. It carries bytes and knows nothing about frames; the frames tell a
+complete stream from a truncated one. Every wait has a deadline, and `close()` from any thread can end it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CIPHER_BYTES = 128 << 10
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 """Seconds, seconds, count: a peer whose machine is gone is noticed in half a minute, without any heartbeat."""
 _USER_TIMEOUT_MS = 120_000
-"""One that takes nothing for so long is gone too; a disk that hangs for a while must not look like it."""
+"""A peer that accepts nothing for that long is gone too; a disk that hangs for a while must not look like that."""
 
 
 class _Use:
@@ -67,7 +67,7 @@ class Connection:
     peer: the address of the other side and, after the handshake, the name in its certificate or its process number
     certificate_name: that name alone, None without TLS
     rights: what the certificate of the other side allows it; everything without TLS
-    bytes_sent, bytes_received: what was carried, without what TLS adds
+    bytes_sent, bytes_received: payload, without what TLS adds
     """
 
     # TLS runs on buffers in memory, not on the socket. OpenSSL allows one call at a time for one connection, so each
@@ -121,7 +121,7 @@ class Connection:
         self.close()
 
     def fileno(self) -> int:
-        """The descriptor, for a poll; -1 when closed. Readiness says nothing of bytes that TLS holds already."""
+        """The descriptor, for a poll; -1 when closed. Readiness says nothing about bytes that TLS already holds."""
         return self._socket.fileno()
 
     def is_writable(self) -> bool:
@@ -337,7 +337,7 @@ class Connection:
 
         view: writable, not empty, format "B"
         timeout_s: for the first byte; 0 takes only what is there
-        The end is an end whether the peer said that it would come or not: the frames above know if it came too early.
+        An unannounced end counts as an end too: the frames above know if it came too early.
         Raises TimeoutError, and LinkError when the link is broken.
         """
         if not len(view):
@@ -388,7 +388,7 @@ class Connection:
             return size
 
     def _fetch(self, deadline: float | None) -> int:
-        """Encrypted bytes from the socket to where TLS reads them; 0 at the end."""
+        """Move encrypted bytes from the socket to where TLS reads them; 0 at the end."""
         size = self._receive_plain(self._cipher, deadline)
         if size:
             self._incoming.write(self._cipher[:size])

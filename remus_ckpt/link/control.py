@@ -68,7 +68,7 @@ class Requests:
         return reply.result
 
     def field(self, result: object, key: str, kind: type[_T]) -> _T:
-        """A field of a result, or of a row in one. Raises LinkError where it is not there, or of another kind."""
+        """A field of a result, or of a row in one. Raises LinkError if it is missing, or of another type."""
         value = result.get(key) if isinstance(result, dict) else None
         if type(value) is not kind:
             raise LinkError(f"{self.peer} broke the protocol: {key} is {value!r:.40}")

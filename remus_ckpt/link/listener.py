@@ -32,8 +32,8 @@ class Listener:
 
     tls: needed for tls://, unused otherwise
     insecure: allow plain tcp:// on an address that other machines can reach
-    address: where it really listens, with the port that was chosen for port 0
-    A Unix socket has mode 0600; one that lies there already is replaced if nobody listens behind it.
+    address: where it actually listens, with the port that was chosen for port 0
+    A Unix socket has mode 0600; an existing one is replaced if nothing listens on it.
     Raises LinkError.
     """
 
@@ -88,7 +88,7 @@ class Listener:
         return self._socket.fileno()
 
     def accept(self) -> Connection | None:
-        """Take the peer that waits, without shaking hands yet; None if there is none, or none could be taken.
+        """Accept the waiting peer, without a handshake yet; None if there is none, or none could be accepted.
 
         Never waits. Raises LinkError when the listener is closed.
         """
@@ -131,7 +131,7 @@ class Listener:
         self._socket.close()
 
     def close(self) -> None:
-        """Stop listening; connections live on. Wakes a poll. May be called twice, and from any thread."""
+        """Stop listening; connections remain. Wakes a poll. May be called twice, and from any thread."""
         with self._lock:
             if self._socket.fileno() < 0:
                 return

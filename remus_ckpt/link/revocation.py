@@ -1,6 +1,6 @@
 """Certificates that their CA has revoked: the lists in crl.pem (RFC 5280, section 5; specs/keys.md §3).
 
-OpenSSL looks into the lists at each handshake. `revoked_in` is for connections that are open when a list arrives.
+OpenSSL checks the lists at each handshake. `revoked_in` is for connections that are open when a list arrives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LIST = re.compile(re.escape(_BEGIN) + rb".*?-----END X509 CRL-----", re.DOTALL)
 
 
 def load_lists(path: Path) -> list[x509.CertificateRevocationList]:
-    """All lists of a PEM file. Raises LinkError where there is none, or one is cut or cannot be read."""
+    """All lists of a PEM file. Raises LinkError if there is none, or if one is truncated or cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -41,7 +41,7 @@ def load_lists(path: Path) -> list[x509.CertificateRevocationList]:
 
 
 def issued_by(one: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
-    """Whether its issuer's name and signature are those of that CA, whatever the time is."""
+    """Whether its issuer's name and signature are those of that CA, whatever the time."""
     try:
         return one.issuer == authority.subject and one.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
     except Exception:  # of several kinds, among them one for each kind of key
@@ -54,7 +54,7 @@ def check_lists(
     authorities: Iterable[x509.Certificate],
     now: datetime,
 ) -> None:
-    """Check that each CA has a list that is in force; without one, OpenSSL refuses whatever the CA issued.
+    """Check that each CA has a valid list; without one, OpenSSL refuses everything that the CA issued.
 
     A CA that has expired needs none.
     Raises LinkError.
@@ -80,10 +80,10 @@ def check_lists(
 
 
 def revoked_in(lists: Iterable[x509.CertificateRevocationList]) -> Revoked:
-    """What the lists hold."""
+    """The certificates that the lists revoke."""
     return frozenset((one.issuer.public_bytes(), entry.serial_number) for one in lists for entry in one)
 
 
 def is_in(revoked: Revoked, certificate: x509.Certificate) -> bool:
-    """Whether the lists hold that certificate."""
+    """Whether the lists revoke that certificate."""
     return (certificate.issuer.public_bytes(), certificate.serial_number) in revoked

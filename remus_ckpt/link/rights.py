@@ -18,10 +18,10 @@ _MAY, _NAME = f"{_SCHEME}may:", f"{_SCHEME}name:"
 class Rights:
     """What one certificate allows.
 
-    actions: what its holder may do; None: everything, what is added in later versions too
+    actions: what its holder may do; None: everything, including what later versions add
     names: for which names; None: for any
-    unknown: limits that are not understood here. A certificate with any of them allows nothing: it may be limited
-        further than we know
+    unknown: limits that this version does not understand. A certificate with any of them allows nothing: it may be more
+        limited than we know
     """
 
     actions: frozenset[Action] | None = None
@@ -48,7 +48,7 @@ class Rights:
 
     @classmethod
     def limited(cls, actions: Iterable[str], names: Iterable[str]) -> Rights:
-        """Rights to these actions and names; where none are given, to all. Raises ValueError for what is neither."""
+        """Rights to these actions and names, or to all if none are given. Raises ValueError for anything else."""
         rights = cls.of([*(_MAY + action for action in actions), *(_NAME + name for name in names)])
         if rights.unknown:
             words = " and ".join(repr(uri.removeprefix(_MAY).removeprefix(_NAME)) for uri in rights.unknown)

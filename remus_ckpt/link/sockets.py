@@ -1,4 +1,4 @@
-"""What all sockets of ours share: deadlines, waiting, and what an error of the system means to a user."""
+"""What all our sockets share: deadlines, waiting, and what a system error means to a user."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TO_LISTEN = _ADVICE | {
 
 
 def say(error: OSError, *, to_listen: bool = False) -> str:
-    """What went wrong with a connection, or where one wanted to listen, and what to do."""
+    """What went wrong with a connection or with listening, and what to do."""
     if isinstance(error, ssl.SSLError):
         return say_tls(error)
     return (_TO_LISTEN if to_listen else _ADVICE).get(error.errno or 0, error.strerror or str(error))
@@ -43,7 +43,7 @@ class Late(Exception):
 
 
 def wait(fd: int, event: int, deadline: float | None) -> None:
-    """Until the descriptor is ready. Raises Late."""
+    """Wait until the descriptor is ready. Raises Late."""
     poll = select.poll()
     poll.register(fd, event)
     left = None if deadline is None else max(0.0, deadline - time.monotonic())

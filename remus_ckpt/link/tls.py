@@ -28,7 +28,7 @@ _COPY = "copy it again from where `remus-ckpt keys` made it, or make a new folde
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What one reading of the files gave."""
+    """The result of reading the files once."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext
@@ -40,10 +40,10 @@ class _Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What our files say of a peer's certificate.
+    """What our files say about a peer's certificate.
 
-    by: the reading of the files that says it
-    is_ours: whether a CA in ca.pem issued it; None: not known
+    by: the reading of the files on which this is based
+    is_ours: whether a CA in ca.pem issued it; None: unknown
     fault: why it may not stay, as the end of a sentence; None if it may
     """
 
@@ -56,10 +56,10 @@ class TlsFiles:
     """The folder that says who we are and whom we trust: ca.pem, cert.pem and key.pem, as `keys issue` makes it.
 
     directory: the folder
-    certificate_name: the name to expect in a server's certificate, where it is not the host of the address
+    certificate_name: the name to expect in a server's certificate, if not the host of the address
     ca.pem may hold several CAs, in any order: one that has expired does no harm while a
     good one issued our certificate.
-    cert.pem may hold intermediate CAs behind our certificate.
+    cert.pem may hold intermediate CAs after our certificate.
     crl.pem, which may be missing, holds the lists of revoked certificates, one of each CA in ca.pem.
     The files are read again when they have changed, so that a renewed certificate needs no restart; while they cannot
     be used, the last good ones stay in use.
@@ -226,7 +226,7 @@ class TlsFiles:
 
 
 def load_certificates(path: Path) -> list[x509.Certificate]:
-    """All certificates of a PEM file, in its order. Raises LinkError where there is none, or one cannot be read."""
+    """All certificates of a PEM file, in order. Raises LinkError if there is none, or if one cannot be read."""
     try:
         return x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as error:
@@ -238,10 +238,10 @@ def load_certificates(path: Path) -> list[x509.Certificate]:
 def chains(
     presented: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
 ) -> Iterator[tuple[x509.Certificate, ...]]:
-    """Every way from a certificate to one that is trusted, whatever the time is: (it, its issuer, …, the trusted one).
+    """Every chain from a certificate to a trusted one, whatever the time: (it, its issuer, …, the trusted one).
 
-    presented: the certificate, then those that may lie between, in any order
-    authorities: those that are trusted
+    presented: the certificate, then possible intermediates, in any order
+    authorities: the trusted certificates
     """
 
     def climb(below: tuple[x509.Certificate, ...]) -> Iterator[tuple[x509.Certificate, ...]]:
@@ -266,7 +266,7 @@ def ends(chain: Sequence[x509.Certificate]) -> datetime:
 
 
 def was_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Whether its issuer's name and signature are those of that CA, whatever the time is."""
+    """Whether its issuer's name and signature are those of that CA, whatever the time."""
     try:
         certificate.verify_directly_issued_by(authority)
     except Exception:  # of several kinds, among them one for each kind of key
@@ -275,7 +275,7 @@ def was_issued_by(certificate: x509.Certificate, authority: x509.Certificate) ->
 
 
 def common_name(name: x509.Name) -> str:
-    """The common name, or the whole name where it has none."""
+    """The common name, or the whole name if it has none."""
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if found else name.rfc4514_string()
 
@@ -298,11 +298,11 @@ _REASONS = {
     "HTTP_REQUEST": "it sends HTTP, not TLS",
     "UNEXPECTED_EOF_WHILE_READING": "it hung up in the middle of the handshake",
 }
-"""OpenSSL's name of what went wrong → what that means here."""
+"""OpenSSL's name for what went wrong → what that means here."""
 
 
 def say_tls(error: ssl.SSLError) -> str:
-    """What an error of TLS means, and what to do."""
+    """What a TLS error means, and what to do."""
     if isinstance(error, ssl.SSLCertVerificationError):
         advice = ""
         if "mismatch" in error.verify_message:

@@ -221,7 +221,7 @@ class History:
             if may_be if then.time_ns is None else then.time_ns <= until:
                 raise _is_lost(then, survey, reached + 1)
         if found is None:
-            raise NoCheckpoint(f"{self.where}: no checkpoint that was taken at {at} or before; {held}")
+            raise NoCheckpoint(f"{self.where}: no checkpoint was taken at {at} or before; {held}")
         return found
 
     def _find_until(self, survey: Survey, time_ns: int) -> Entry | None:

@@ -1,4 +1,4 @@
-"""Frames by which a guest's network learns that the guest is now behind another port. Bytes only, no I/O.
+"""Frames that tell a network behind which port a guest is now. Bytes only, no I/O.
 
 Source: RFC 826 and RFC 5227 (ARP), RFC 903 (RARP), RFC 4861 (unsolicited neighbour advertisements).
 """
@@ -16,7 +16,7 @@ _ALL_NODES_MAC = bytes.fromhex("333300000001")
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """What a guest's NIC is called.
+    """The addresses of a guest's NIC.
 
     macs: of 6 bytes each
     ips: each with the MAC it belongs to, of 4 or 16 bytes

@@ -1,13 +1,13 @@
-"""The near end of a bridge process (bridge_process.py): a guest's output waits there for its checkpoint.
+"""Our end of a bridge process (bridge_process.py), where a guest's output waits for its checkpoint.
 
 For each checkpoint, in this order:
 
-    make_room() · stop the guest · mark(epoch) · copy its memory · let the guest run · … · once the epoch is committed,
+    make_room() · stop the guest · mark(epoch) · copy its memory · resume the guest · … · once the epoch is committed,
     release(epoch)
 
-At a failover the bridge of the dead guest drops what was not committed (`drop`), or it is gone with its host. The
-standby gets a socket of `guest_pair` when it starts; once it runs, `attach` connects that to the network, and
-`announce` tells the network where the guest is now.
+At a failover, the bridge of the dead guest drops what was not committed (`drop`), or is gone with its host. The standby
+gets a socket of `guest_pair` when it starts. Once it runs, `attach` connects that socket to the network, and `announce`
+tells the network where the guest is now.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Mode = Literal["hold", "pass", "shut"]
 _PROCESS = Path(__file__).with_name("bridge_process.py")
 _SOCKET_BYTES = 8 * MIB
 _ANNOUNCE_AFTER_S = (0.0, 0.05, 0.2, 0.5, 1.0)
-"""A network that is just about to find out may miss the first."""
+"""A network that is still reconverging may miss the first."""
 MAX_NICS = 16
 _START_S = 30.0
 _ANSWER_S = 2.0
 _END_S = 5.0
 
 _orphans: list[subprocess.Popen[bytes]] = []
-"""Bridges that go on without us, so that their guests can be protected again. Popen complains unless they are kept."""
+"""Bridges that run on without us, so that their guests can be protected again. Popen complains unless they are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class NicStatus:
 
     held: not committed yet
     leaving: committed, and about to be written to the TAP device
-    dropped: never committed, or sent while nobody protected the guest
-    refused: what the TAP device did not take, and what is not a frame
+    dropped: never committed, or sent while the guest was unprotected
+    refused: not accepted by the TAP device, or not a frame
     incoming_lost: frames from the network to a guest that was just ending
     """
 
@@ -109,7 +109,7 @@ class BridgeStatus:
 
 
 def guest_pair() -> tuple[socket.socket, socket.socket]:
-    """A cable: our end, for `attach`, and the guest's, whose descriptor QEMU inherits as
+    """A cable with two ends: ours, for `attach`, and the guest's, whose descriptor QEMU inherits as
     `-netdev dgram,id=…,local.type=fd,local.str=N`. One message is one frame, and a full socket makes QEMU wait."""
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in pair:
@@ -122,9 +122,9 @@ def guest_pair() -> tuple[socket.socket, socket.socket]:
 class Bridge:
     """Owns a bridge process: between the NICs of one guest and TAP devices of this host.
 
-    If this process dies, nothing that was not committed leaves any more; if the bridge dies, nothing leaves at all
-    until `restart`. Any thread may call any method; each waits for the bridge, which takes well below a millisecond.
-    All raise BridgeError if the bridge is gone, or refuses.
+    If this process dies, nothing uncommitted leaves any more; if the bridge dies, nothing leaves at all until
+    `restart`. Any thread may call any method; each waits for the bridge, which takes well under a millisecond. All
+    raise BridgeError if the bridge is gone, or refuses.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Bridge:
         taps: of the guest's NICs, in their order: names for `open_tap`, or devices, which then belong to the bridge
         listen: where others may ask for the status, and take the bridge when we are gone; only root and our user can
         held_frames, held_bytes: how much may wait for commits before the guest must wait too
-        Raises BridgeError if a device, the socket or the process cannot be had.
+        Raises BridgeError if a device, the socket or the process is not available.
         """
         if len(taps) > MAX_NICS:
             raise BridgeError(f"{len(taps)} NICs: a bridge has at most {MAX_NICS}")
@@ -261,11 +261,11 @@ class Bridge:
         return count
 
     def hold(self) -> None:
-        """From now on, what the guest sends waits for a commit."""
+        """From now on, frames from the guest wait for a commit."""
         self._set_mode("hold")
 
     def let_pass(self) -> None:
-        """The guest is not protected: what it sends leaves at once, and what is held leaves now."""
+        """The guest is unprotected: its frames leave at once, and held frames leave now."""
         self._set_mode("pass")
 
     def _set_mode(self, mode: Mode) -> None:
@@ -289,7 +289,7 @@ class Bridge:
                     self._request({"do": "send", "nic": number, "frames": some, "after_s": _ANNOUNCE_AFTER_S})
 
     def status(self) -> BridgeStatus:
-        """How the bridge and its NICs are."""
+        """The state of the bridge and its NICs."""
         with self._lock:
             reply = self._request({"do": "status"})
         return BridgeStatus(

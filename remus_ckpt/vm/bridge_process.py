@@ -1,4 +1,4 @@
-"""The bridge process: holds back what a guest sends until the checkpoint that contains the sending is committed.
+"""The bridge process: holds back a guest's frames until the checkpoint after they were sent is committed.
 
     python bridge_process.py SETTINGS
 
@@ -6,14 +6,14 @@ A guest's NIC is at one end of a SOCK_SEQPACKET pair (QEMU: `-netdev dgram,local
 frame; this process has the other end, and a TAP device. A frame from the TAP passes to the guest at once. A frame from
 the guest joins the epoch that is running; `mark` ends that epoch and `release` lets its frames go, in their order.
 
-Whoever starts the bridge owns it, over a SOCK_SEQPACKET socket of requests and replies, each one JSON object. If the
-owner is gone, the frames that are held are dropped and so is all that the guest sends from then on, until another owner
-takes the bridge: nothing leaves without a commit. Only a guest in the mode `pass`, which nobody protects, goes on. The
+The process that starts the bridge owns it, over a SOCK_SEQPACKET socket of requests and replies, each one JSON object.
+If the owner is gone, held frames are dropped, and so is everything that the guest sends until another owner takes the
+bridge: nothing leaves without a commit. Only for an unprotected guest, in the mode `pass`, traffic continues. The
 process ends when it has neither an owner nor a guest. It ignores the signals that a service manager sends to all
 processes, because a guest that is protected again needs it until then.
 
-Bounded: from `held_frames` or `held_bytes` on, nothing more is read from the guests, whose own queues then fill, until
-frames have left. QEMU throws away what it cannot send when it stops; so from `make_room`, which comes before a stop, to
+Bounded: beyond `held_frames` or `held_bytes`, nothing more is read from the guests, whose own queues then fill, until
+frames have left. QEMU discards what it cannot send when it stops; so from `make_room`, which precedes a stop, to
 `mark`, more may be held.
 
 It imports only the standard library, so that it starts fast and cannot break with the package.
@@ -60,7 +60,7 @@ Frames = list[tuple[float, bytes]]
 
 
 class Queue:
-    """What a guest has sent and the network has not got yet. Without I/O and clock.
+    """Frames that a guest has sent and the network has not received yet. No I/O, no clock.
 
     held: of epochs that are not committed; the last of them is running
     leaving: committed, in their order
@@ -198,7 +198,7 @@ class Nic:
 
 
 class Bridge:
-    """All NICs of one guest, and those who ask.
+    """All NICs of one guest, and the bridge's clients.
 
     settings: what `bridge.py` sends; see there
     """
@@ -251,7 +251,7 @@ class Bridge:
         return max(self._planned[0][0] - time.monotonic(), 0.0) if self._planned else -1.0
 
     def _look(self) -> None:
-        """Tell the poll what is to be waited for."""
+        """Tell the poll what to wait for."""
         wanted = dict.fromkeys(self._connections, select.EPOLLIN)
         if self._listener is not None and len(self._connections) < MAX_CONNECTIONS:
             wanted[self._listener.fileno()] = select.EPOLLIN
@@ -423,7 +423,7 @@ class Bridge:
             self._admit(self._listener.accept()[0])
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer one request, or say farewell to who is gone."""
+        """Answer one request, or forget a client that is gone."""
         fds: list[int] = []
         give: list[int] = []
         try:
@@ -456,7 +456,7 @@ class Bridge:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Nobody is left who could commit what is held."""
+        """No owner is left who could commit what is held."""
         self._planned.clear()
         for nic in self._nics:
             nic.drop()

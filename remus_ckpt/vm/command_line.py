@@ -1,8 +1,8 @@
-"""QEMU's command line: what of it can be protected, what protection adds to it, and its form for another host.
+"""QEMU's command line: what can be protected, what protection adds, and the form for another host.
 
-Whatever is not known here is refused by name. On the standby's side that is a matter of safety, not only of state: the
-command line comes from a peer, and is read there by the same tables, so that it can start nothing but QEMU, and can
-name no file whose contents the peer does not know (`part.Machine.files`).
+Anything unknown is refused by name. On the standby's side this is a matter of safety, not only of state: the command
+line comes from a peer and is read by the same tables, so it can start nothing but QEMU, and can name no file whose
+contents the peer does not know (`part.Machine.files`).
 
 Source: QEMU, qemu-options.hx and softmmu/vl.c (7.2 to 10.0).
 """
@@ -42,7 +42,7 @@ _PORTABLE = _set(
 _CONSOLES = _set("serial parallel monitor debugcon")
 """Each is a character device: the other host has its own."""
 _LOCAL = _set("pidfile D d trace msg sandbox overcommit runas run-with chroot user gdb qmp qmp-pretty mon k L")
-"""Of this host only: they do not travel."""
+"""For this host only: they do not travel."""
 
 _REFUSED = {
     "snapshot": "what the guest writes to its disks would go to a temporary file: leave it out",
@@ -63,7 +63,7 @@ _REFUSED = {
     "preconfig": "QEMU would wait for commands: leave it out",
     "curses": "use -nographic",
 }
-"""Known to be impossible, and the way out."""
+"""Known to be impossible, and what to do instead."""
 
 _DEVICES = re.compile(
     r"virtio-(net|blk|scsi|rng|serial|keyboard|mouse|tablet)(-pci(-(non-)?transitional)?)?|virtserialport|virtconsole"
@@ -197,7 +197,7 @@ class CommandLine:
         sockets: Sequence[int] = (),
         disks: Mapping[str, Path | str] | None = None,
     ) -> list[str]:
-        """The command line of a QEMU that waits to go on with this guest. `ram` holds its memory by then.
+        """The command line of a QEMU that waits to continue this guest. `ram` holds its memory by then.
 
         console: makes a character device for this host, such as "null", from a name such as "serial0"
         sockets: as for `with_memory`
@@ -553,7 +553,7 @@ class _Reader:
             self._both("-device", self._device(f"{driver},netdev={ident}" + (f",mac={mac}" if mac else "")))
 
     def _defaults(self) -> None:
-        """What QEMU adds by itself and cannot be protected is switched off."""
+        """Switch off what QEMU adds by itself and what cannot be protected."""
         self._add_cards()
         if not self.memory_bytes:
             self.memory_bytes = _DEFAULT_MEMORY

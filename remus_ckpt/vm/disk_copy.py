@@ -23,7 +23,7 @@ _ZEROES = bytes(4 * MIB)
 
 
 class DiskCopy:
-    """Serves one QEMU, until `close`. What it writes is its own.
+    """Serves one QEMU until `close`. QEMU's writes stay in the copy.
 
     moment: closed with this object; path: for a Unix socket
     """

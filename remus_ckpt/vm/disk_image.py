@@ -1,13 +1,13 @@
-"""The images of a guest's disks on its backup: each stands at the last committed checkpoint (specs/disk.md §4).
+"""The images of a guest's disks on its backup: each is at the last committed checkpoint (specs/disk.md §4).
 
     IDENT.SEED.part    a copy that is coming in, block by block, while the guest runs on
     IDENT.SEED.raw     a copy that is complete; from the first checkpoint on that names its seed, the image
     IDENT.SEED.raw.undo.… what was overwritten: the image as it was at earlier checkpoints (disk_undo.py)
     IDENT.SEED.raw.ran a guest has run on that image, or may have: it is no checkpoint's any more, and is kept
 
-The log of a checkpoint is in the checkpoint, so that one commit is that of memory and disks. It is written to the image
-behind that commit, and whatever dies meanwhile, writing it once more brings the image there. So the newest checkpoint
-says where an image stands. A note beside it, IDENT.SEED.raw.at, only tells one that is ahead of a history from which
+The log of a checkpoint is part of the checkpoint, so one commit covers memory and disks. The log is written to the
+image after that commit; if anything dies meanwhile, writing it again brings the image there. So the newest checkpoint
+says where an image is. A note beside it, IDENT.SEED.raw.at, only reveals an image that is ahead of a history from which
 checkpoints were lost.
 """
 

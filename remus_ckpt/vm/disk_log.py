@@ -1,6 +1,6 @@
-"""What a guest writes to a disk, in its order, as bytes (specs/disk.md §3). No I/O, no clock.
+"""What a guest writes to a disk, in order, as bytes (specs/disk.md §3). No I/O, no clock.
 
-A position is a number of bytes of the log since it began. It always stands between two writes.
+A position is the number of log bytes since the log began. It is always between two writes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def writes(log: Buffer, disk_bytes: int) -> Iterator[Write]:
 
 
 class WriteLog:
-    """The writes that may still be asked for. Any thread may call any method."""
+    """The writes that may still be requested. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all
@@ -71,12 +71,12 @@ class WriteLog:
 
     @property
     def end(self) -> int:
-        """The position behind the newest write."""
+        """The position after the newest write."""
         return self._end
 
     @property
     def held_bytes(self) -> int:
-        """Of the writes that are not forgotten."""
+        """Bytes of the writes that are not forgotten."""
         with self._lock:
             return self._end - self._starts[0] if self._starts else 0
 
@@ -98,7 +98,7 @@ class WriteLog:
         return found
 
     def forget(self, before: int) -> None:
-        """Nobody will ask for what was written before this position."""
+        """Forget writes before this position: they will not be requested."""
         with self._lock:
             count = bisect_left(self._starts, before)
             del self._writes[:count], self._starts[:count]

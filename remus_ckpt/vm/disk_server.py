@@ -1,13 +1,13 @@
-"""The disk server: an NBD server in a process of its own that keeps what a guest writes (specs/disk.md §1).
+"""The disk server: an NBD server in a separate process that keeps what a guest writes (specs/disk.md §1).
 
     python -m remus_ckpt.vm.disk_server SETTINGS
 
 QEMU mirrors the guest's disk to it (`blockdev-mirror`, write-blocking). For each checkpoint:
 
-    stop the guest · mark() says where its writes end · let it run · read(…) · the checkpoint is committed · forget(…)
+    stop the guest · mark() says where its writes end · resume it · read(…) · the checkpoint is committed · forget(…)
 
-A mirror is worth nothing after it has missed a single write. So from the moment when its client is gone or a write has
-failed, `mark` fails for good: another server and another mirror are needed, and a new copy of the disk.
+A mirror is worthless once it has missed a single write. So from the moment when its client is gone or a write has
+failed, `mark` fails for good: another server, another mirror and a new copy of the disk are needed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True, slots=True)
 class DiskStatus:
-    """How a disk server is.
+    """The state of a disk server.
 
     trouble: why it misses writes; empty if it does not
     is_connected: whether QEMU is
