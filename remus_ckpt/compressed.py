@@ -1,7 +1,7 @@
 """Compressed files, read up to the last byte that can still be decompressed: xz, gzip, bzip2, lz4 and zstd.
 
 A file is a series of members (gzip), streams (xz, bzip2) or frames (lz4, zstd), with padding between and after them.
-Each step takes a bounded number of bytes and gives a bounded number, whatever the bytes claim to hold.
+Each step consumes and produces a bounded number of bytes, whatever the bytes claim to hold.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Inflater:
         self.junk_bytes = 0
         """Bytes after the last member that are neither zeros nor another member."""
         self.position = 0
-        """How much of the file has been read, in bytes."""
+        """Bytes of the file that have been read."""
         self._file = file
         self._back = b""  # bytes to be read again
         self._log: bytearray | None = None  # for a pipe: the bytes of the member so far
@@ -319,10 +319,10 @@ class Inflater:
 
 
 class Lzop:
-    """Decompresses lzop data in a file with the command `lzop`: Python has no library of its own for them.
+    """Decompresses lzop data in a file with the command `lzop`: Python's standard library cannot.
 
     fd: of the file; start: where the data begin
-    Raises FileNotFoundError if there is no such command. A fault shows as an end that is too early, as with a cut.
+    Raises FileNotFoundError if there is no such command. A fault shows as a premature end, like a truncation.
     """
 
     name = "lzop"

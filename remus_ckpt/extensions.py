@@ -1,7 +1,7 @@
-"""The C extensions: which sources each is built from, and whether the one that is there was built from these.
+"""The C extensions: which sources each is built from, and whether the installed one was built from these.
 
-An extension of other sources would take its arguments for something else. Where the sources lie beside the package, as
-in a checkout, they are compared; where they do not, the two were installed together. `setup.py` reads this file too, so
+An extension built from other sources would misread its arguments. If the sources are beside the package, as in a
+checkout, they are compared; if they are not, the two were installed together. `setup.py` reads this file too, so
 it imports nothing of the package before it has to.
 """
 
@@ -35,7 +35,7 @@ def fingerprint(name: str, package: Path = PACKAGE) -> str | None:
 
 
 def load(name: str) -> Any:
-    """The extension. Raises ImportError if it was not built, KernelUnavailable if it was built from other sources."""
+    """Load the extension. Raises ImportError if it was not built, KernelUnavailable if built from other sources."""
     # By name: a failure of the plain statement would read like a circular import.
     module = importlib.import_module(f"remus_ckpt.{name}")
     wanted = fingerprint(name)

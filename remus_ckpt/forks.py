@@ -1,6 +1,6 @@
-"""A fork copies its parent's descriptors, and would keep locks, listeners and commands of a parent that has died.
+"""A fork copies its parent's descriptors, and would keep the locks, listeners and commands of a dead parent alive.
 
-Whoever holds such descriptors lets go of them in a fork: what the parent does with them is not changed by that.
+Holders of such descriptors release them in a fork; that does not affect the parent.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Protocol
 
 
 class Disowning(Protocol):
-    """What a fork has no part in."""
+    """Something that a fork must not keep."""
 
     def disown(self) -> None:
         """In a fork: close our copies of the descriptors.
 
-        Takes no lock: a thread that is not here may hold it. Ends nothing that the parent goes on with. Raises nothing.
+        Takes no lock: a thread that does not exist here may hold it. Ends nothing that the parent still uses. Raises
+        nothing.
         """
 
 
@@ -24,7 +25,7 @@ _live: weakref.WeakSet[Disowning] = weakref.WeakSet()
 
 
 def disown_in_forks(holder: Disowning) -> None:
-    """Have `disown` called in each fork, for as long as the holder lives."""
+    """Call `disown` in each fork, for as long as the holder lives."""
     _live.add(holder)
 
 

@@ -1,4 +1,4 @@
-"""Memory as an array: fresh, used again, written to an image file, hashed, and compared with another."""
+"""Memory as an array: fresh, reused, written to an image file, hashed, compared."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def zeros(pages: int) -> Pages:
 
 
 def keep_freed() -> None:
-    """Have this process use freed memory again, in pieces of up to 32 MiB, not fresh memory: of that, the kernel
-    clears each page at its first use, and a copy takes four times as long. For a process through which many megabytes a
-    second go; up to 192 MiB stay with it."""
+    """Make this process reuse freed memory, in pieces of up to 32 MiB, instead of fresh memory, where the kernel clears
+    each page on first use and a copy takes four times as long. For a process that moves many megabytes a second; up to
+    192 MiB stay with it."""
     if (mallopt := getattr(_libc, "mallopt", None)) is not None:  # musl has none
         for option, value in _MALLOPT.values():
             mallopt(option, value)

@@ -1,4 +1,4 @@
-"""What a stream needs besides memory so that a real Xen starts it (specs/formats.md §10)."""
+"""What a stream needs besides memory so that a real Xen can start the guest (specs/formats.md §10)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class StartsInXen:
         return [events.Header(word=word, guest="hvm", p2m_size=p2m_size)]
 
     def missing(self, seen: NDArray[np.bool_]) -> Iterator[PageBatch]:
-        """Every page that did not come: Xen allocates only pages that it is told of."""
+        """Every page that was not sent: Xen allocates only pages that it is told about."""
         return blank_pages(np.flatnonzero(~seen), with_data=True)
 
     def closing(self, is_first: bool) -> list[events.Event]:

@@ -79,7 +79,7 @@ class Store:
         return [name for name in self.candidates() if self.may_hold(name)]
 
     def candidates(self) -> list[str]:
-        """Entries that may be histories. None is opened, so this never waits for a disk that only one of them is on.
+        """Entries that may be histories. None is opened, so this never waits for a disk that holds only one of them.
 
         Raises StoreError.
         """
@@ -92,8 +92,7 @@ class Store:
         return sorted(name for name in found if _NAME.fullmatch(name))
 
     def may_hold(self, name: str) -> bool:
-        """Whether a history of this name exists, or an entry that we are not permitted to read: opening it reports
-        why."""
+        """Whether a history of this name exists, or an entry that we may not read: opening it reports why."""
         try:
             return is_history(self._path(name))
         except (OSError, StoreError):

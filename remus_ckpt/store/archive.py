@@ -68,12 +68,12 @@ class Archived:
 
     @property
     def identity(self) -> tuple[int, int, str]:
-        """Two segments that agree in this hold the same checkpoints."""
+        """Two segments with the same identity hold the same checkpoints."""
         return self.epochs[0], self.epochs[-1], self.digest
 
     @classmethod
     def of(cls, contents: Contents, *, is_encrypted: bool = False) -> Archived:
-        """What a segment with at least one checkpoint becomes."""
+        """The archived form of a segment with at least one checkpoint."""
         assert contents.last is not None
         time: datetime | None = None
         if contents.last.time_ns is not None:
@@ -83,7 +83,7 @@ class Archived:
 
     @classmethod
     def parse(cls, key: str, size: int, stored: datetime | None) -> Archived | None:
-        """What a key names; None if it is none of ours."""
+        """What a key names; None if it is not one of ours."""
         if not (found := _KEY.fullmatch(key)):
             return None
         first, last, time, digest, suffix = found.groups()
@@ -96,7 +96,7 @@ class Archived:
         return cls(range(int(first), int(last) + 1), taken, digest, bool(suffix), size, stored)
 
     def contents(self) -> Contents:
-        """For the rules of retention."""
+        """Its contents, for the retention rules."""
         time_ns = None if self.time is None else int(self.time.timestamp()) * 10**9
         first, last = (
             Entry(Position(epoch, bytes.fromhex(self.digest)), time_ns, self.key, 0, self.bytes, 0, False)
@@ -108,9 +108,9 @@ class Archived:
 class Archive:
     """An object store with segments under the names of their histories.
 
-    url: s3://BUCKET/PREFIX, gs://…, az://…, or file:///DIRECTORY; who may read and write there is in the environment,
-        as the provider's own tools expect it (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT, …)
-    recipients: a file with age recipients ("age1…", one in each line), for whom new segments are encrypted
+    url: s3://BUCKET/PREFIX, gs://…, az://…, or file:///DIRECTORY; credentials come from the environment, as the
+        provider's own tools expect them (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT, …)
+    recipients: a file with age recipients ("age1…", one per line), for whom new segments are encrypted
     identity: a file with age identities ("AGE-SECRET-KEY-1…"), to read what is encrypted
     create: make a DIRECTORY that does not exist
     Raises StoreError, here and from every method.
@@ -152,13 +152,13 @@ class Archive:
         return self._recipients is not None
 
     def names(self) -> list[str]:
-        """The names of which there is anything, ascending."""
+        """The names that have anything archived, ascending."""
         with self._reaching("list"):
             found = self._obstore.list_with_delimiter(self._store)["common_prefixes"]
         return sorted(name for one in found if _NAME.fullmatch(name := str(one).rstrip("/")))
 
     def segments(self, name: str) -> list[Archived]:
-        """The segments of a name, in the order in which they were put there: all of them are durable."""
+        """The segments of a name, in the order in which they were stored; all are durable."""
         _check(name)
         self._settle(name)
         found: list[Archived] = []
@@ -173,8 +173,8 @@ class Archive:
         return sorted(found, key=lambda one: (one.stored or datetime.min.replace(tzinfo=UTC), one.epochs[0]))
 
     def put(self, name: str, path: Path) -> Archived:
-        """Put a closed segment there, once all its bytes have been checked. Nothing appears under its key before it is
-        whole. Raises NoCheckpoint if it has been pruned."""
+        """Store a closed segment, once all its bytes have been checked. Nothing appears under its key before it is
+        complete. Raises NoCheckpoint if it has been pruned."""
         _check(name)
         try:
             contents = scan(path)
@@ -209,7 +209,7 @@ class Archive:
                     write_all(descriptor, [piece])
 
     def _settle(self, name: str) -> None:
-        """In a directory: whoever put something there may have died before its name was durable."""
+        """In a directory: a writer may have died before the name of its file was durable."""
         if self._directory is not None and (folder := self._directory / name).is_dir():
             with guarding(folder):
                 sync_directory(folder)
@@ -217,7 +217,7 @@ class Archive:
     def get(self, name: str, archived: Archived, path: Path, *, limits: Limits | None = None) -> Contents:
         """Fetch a segment into a new file, and check every byte.
 
-        Raises StoreError, which names the object, if it is missing, or holds something else than its key says.
+        Raises StoreError, which names the object, if it is missing or does not hold what its key says.
         """
         key = f"{name}/{archived.key}"
         where = f"{self.url}/{key}"
@@ -261,7 +261,7 @@ class Archive:
 
     @property
     def _advice(self) -> str:
-        """What to look at when an object store cannot be reached."""
+        """What to check if an object store cannot be reached."""
         scheme = self.url.partition("://")[0]
         if scheme == "file":
             return ""
@@ -281,10 +281,10 @@ def fetch(
 ) -> list[Contents]:
     """Rebuild a history from an archive: all of it, or only the segment that has one checkpoint.
 
-    history: a directory that does not exist yet; it appears once everything is there. A call that is made again after
-        an interruption keeps what has come
-    at: the epoch or the time of the checkpoint that is wanted; None: everything
-    progress: called with the bytes of each object that has come
+    history: a directory that does not exist yet; it appears once everything is there. If a call was interrupted, the
+        next one keeps what has arrived
+    at: the epoch or time of the wanted checkpoint; None: everything
+    progress: called with the bytes of each object that has arrived
     limits: what the streams may claim
     Returns what the segments hold, oldest first. Raises StoreError, NothingToRestore.
     """
@@ -318,7 +318,7 @@ def fetch(
 
 
 def _fetch_one(archive: Archive, name: str, one: Archived, path: Path, limits: Limits | None) -> Contents:
-    """Fetch a segment, unless an earlier fetch that was interrupted has."""
+    """Fetch a segment, unless an earlier, interrupted fetch already did."""
     if path.exists():
         with guarding(path, "output"):
             found = scan(path, limits=limits)
@@ -331,9 +331,10 @@ def _fetch_one(archive: Archive, name: str, one: Archived, path: Path, limits: L
 
 
 def line_of(segments: Iterable[Archived]) -> list[Archived]:
-    """The segments that follow each other up to the one that was archived last, oldest first.
+    """The segments that lead up to the one archived last, oldest first.
 
-    Two backups may have archived under one name, before and after a failover: what the later one replaced is left out.
+    Two backups may have archived under one name, before and after a failover: segments that the later one replaced are
+    left out.
     """
     line: list[Archived] = []
     for one in reversed(list(segments)):
@@ -369,7 +370,7 @@ def _pieces(file: Any) -> Iterator[bytes]:
 
 
 def _no_more(stream: Iterable[Any], size: int, where: str) -> Iterator[bytes]:
-    """The pieces of an object, as long as they are no more than were listed."""
+    """The pieces of an object, up to its listed size."""
     for piece in stream:
         size -= len(piece)
         if size < 0:
@@ -421,7 +422,7 @@ def _identities(path: Path) -> list[Any]:
 
 @contextmanager
 def _encrypted(plain: Any, recipients: list[Any]) -> Iterator[Iterator[bytes]]:
-    """What age makes of a file, piece by piece."""
+    """A file encrypted by age, piece by piece."""
     reading, writing = os.pipe()
     faults: list[BaseException] = []
 

@@ -1,8 +1,8 @@
-"""Puts the closed segments of a store into an archive, until stdin ends.
+"""Copies the closed segments of a store into an archive until stdin ends.
 
-`python -m remus_ckpt.store.archiver DIRECTORY URL [RECIPIENTS]`, a process of its own: what it does must never make a
-checkpoint wait. It prints a line of JSON when something changes: {"name": …, "newest": the last archived epoch or
-null, "waiting": segments, "waiting_bytes": …, "error": null or words}
+`python -m remus_ckpt.store.archiver DIRECTORY URL [RECIPIENTS]`, a separate process: no checkpoint must ever wait for
+it. It prints a line of JSON when something changes: {"name": …, "newest": the last archived epoch or null, "waiting":
+segments, "waiting_bytes": …, "error": null or words}
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Lag:
     """How far an archive is behind a history.
 
     newest: the last archived epoch, None for none
-    waiting: closed segments that are not there; waiting_bytes: of their files
-    error: why the last one could not be put there, None if it could
+    waiting: closed segments that are not archived; waiting_bytes: of their files
+    error: why the last one could not be archived, None if it was
     """
 
     name: str
@@ -46,8 +46,8 @@ class Lag:
 
 
 def push(archive: Archive, history: History, name: str, known: list[Archived]) -> Iterator[Archived | None]:
-    """Put there what is closed and missing, oldest first; yields each as it is archived, and None in between to give
-    way.
+    """Archive closed segments that are missing, oldest first; yields each once it is archived, and None in between to
+    give way.
 
     known: what the archive has, which grows. Raises StoreError.
     """
@@ -60,7 +60,7 @@ def push(archive: Archive, history: History, name: str, known: list[Archived]) -
 
 
 def waiting(history: History, known: list[Archived]) -> list[Contents]:
-    """The segments that will not grow any more and are not archived, oldest first. Raises StoreError."""
+    """The closed segments that are not archived, oldest first. Raises StoreError."""
     names = list_segments(history.directory)
     state = load_state(history.directory)
     closed = set(names if state.role == "promoted" else names[:-1]) - state.damaged.keys()

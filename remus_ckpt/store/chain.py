@@ -23,11 +23,11 @@ from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.whole import HAS_NATIVE, Landing, Whole, write_early
 
 _BASE_COPIES, _BASE_EXTRA_BYTES = 4, 64 * MIB
-"""The most that a base may hold: a first copy covers memory more than once, but never this often."""
+"""The maximum size of a base: a first copy covers memory more than once, but never this often."""
 _EARLY_BYTES = 256 << 10
-"""So many bytes go to the disk while the rest of the checkpoint arrives: the sync then has less to wait for."""
+"""This many bytes are written out while the rest of the checkpoint arrives, so that the sync has less to wait for."""
 LANDING_BYTES = 64 * MIB
-"""A checkpoint of more bytes is parsed as it comes, and takes no more memory than its pages do."""
+"""A larger checkpoint is parsed as it arrives, and takes no more memory than its pages."""
 _NOT_OURS = (
     events.FileHeader,
     events.VcpuInfo,
@@ -40,7 +40,7 @@ _NOT_OURS = (
     events.LastCheckpoint,
     events.TailPv,
 )
-"""Chunks that no stream of ours has, and that a compaction would lose."""
+"""Chunks that our own streams never have, and that a compaction would lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Arriving:
     """What has arrived of a checkpoint that is not durable yet.
 
     is_base: it begins a new stream
-    since: when its first byte came, on the monotonic clock
+    since: when its first byte arrived, on the monotonic clock
     """
 
     is_base: bool
@@ -62,11 +62,12 @@ class Chain:
 
     end: the first byte after its last durable checkpoint; written: the first byte after everything received
     room: the first byte after the space that was written ahead of the data; `written` if there is none
-    growing: held while the file grows or is cut: another thread writes space behind `room`
-    early: the first byte that has not begun to go to the disk
-    began_at: when the first byte of the checkpoint being received came, on the monotonic clock
+    growing: held while the file grows or is cut: another thread writes space after `room`
+    early: the first byte whose write-out has not been started
+    began_at: when the first byte of the checkpoint being received arrived, on the monotonic clock
     shift: a byte's offset in the segment minus its offset in the restorer's stream
-    landing: where checkpoints land that are walked as they come, once there was one; is_landing: whether this one does
+    landing: where checkpoints land that are walked as they arrive, once there was one; is_landing: whether this one
+    does
     is_sealed: nothing may be appended
     compact_over, compact_behind: bytes of deltas, and number of checkpoints, after which the next compaction is due
     """
@@ -169,14 +170,14 @@ class Chain:
             )
 
     def _begin(self) -> None:
-        """Before the first byte of a checkpoint: see whether it may land."""
+        """Before the first byte of a checkpoint: find out whether it may land."""
         self.landing = self.landing or self.restorer.landing(LANDING_BYTES)
         self.is_landing = self.landing is not None
         if self.landing is not None:
             self.landing.clear()
 
     def get_buffer(self) -> memoryview:
-        """The buffer for the next bytes; tell `received` how many came."""
+        """The buffer for the next bytes; tell `received` how many arrived."""
         if self.written == self.end:
             self._begin()
         if self.landing is not None and self.is_landing:
@@ -184,7 +185,7 @@ class Chain:
         return self.restorer.get_buffer()
 
     def received(self, data: memoryview) -> None:
-        """Take in what came into the buffer. Raises StreamError, StoreError."""
+        """Process the bytes that arrived in the buffer. Raises StreamError, StoreError."""
         landing = self.landing
         if landing is None or not self.is_landing:
             self.restorer.buffer_updated(len(data))
@@ -210,14 +211,14 @@ class Chain:
             self._leave_landing()
 
     def _leave_landing(self) -> None:
-        """Have what has landed parsed, as all that follows in this checkpoint."""
+        """Parse what has landed, and everything else of this checkpoint."""
         assert self.landing is not None
         self.is_landing = False
         self.restorer.feed(self.landing.data)
         self._read()
 
     def feed(self, data: Buffer) -> None:
-        """Take in bytes from elsewhere. Raises like `received`."""
+        """Process bytes from elsewhere. Raises like `received`."""
         if self.written == self.end:
             self._begin()
         left = memoryview(data).cast("B")
@@ -243,7 +244,7 @@ class Chain:
                 )
 
     def take_whole(self, whole: Whole) -> bool:
-        """Take in a checkpoint that has been walked: it may be synced, and staged behind that. False if it was fed.
+        """Take a checkpoint that has been walked: it may be synced, and staged after that. False if it was fed.
 
         Raises StreamError, StoreError.
         """
@@ -260,7 +261,7 @@ class Chain:
         return True
 
     def _write_early(self, data: memoryview) -> None:
-        """`append` a whole checkpoint behind the base, and `start_writing`: in one call, where the space is there."""
+        """`append` a whole checkpoint after the base and `start_writing`, in one call, if there is space for it."""
         stop = self.written + len(data)
         if not HAS_NATIVE or stop > self.room or self.early != self.written:
             self.append(data)
@@ -291,7 +292,7 @@ class Chain:
             self.start_writing()
 
     def start_writing(self) -> None:
-        """Have the disk begin with what it has not begun with: a sync then has less to wait for."""
+        """Start writing out what has not been started: a sync then has less to wait for."""
         if self.written > self.early:
             start_writing(self.fd, self.early, self.written - self.early)
             self.early = self.written
@@ -362,7 +363,7 @@ class Chain:
 
     @property
     def ahead(self) -> int:
-        """Bytes of the space that was written ahead."""
+        """Bytes of space that was written ahead."""
         return self.room - self.written
 
     def give_back(self) -> int:

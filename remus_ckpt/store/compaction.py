@@ -27,7 +27,7 @@ from remus_ckpt.wire.xen.writer import EventWriter
 
 COMPACT_BYTES = 64 * MIB
 COMPACT_BYTES_FOR_TIERS = 16 * MIB
-"""A tier keeps a whole segment for one checkpoint: the deltas of a small memory must not be most of it."""
+"""A tier keeps a whole segment for one checkpoint: for a small memory, deltas must not be most of the segment."""
 COMPACT_CHECKPOINTS = 20_000
 _CHUNK_PAGES = 256
 _FEW_PAGES = 1024
@@ -37,11 +37,11 @@ _MAX_ROUNDS = 4
 
 
 class Compaction:
-    """One new segment in the making, written by a thread of its own.
+    """One new segment being written, by its own thread.
 
     lock: held by whoever changes memory; the thread takes it to copy 1 MiB at a time
     memory, home: the warm copy, and its file
-    shape, digest: of the stream, which goes on in the new segment
+    shape, digest: of the stream, which continues in the new segment
     path: of the new file
     on_ready: called with the lock held when only a few pages are left; it may call `close`
     on_failed: called with the lock held if the file could not be written
@@ -232,7 +232,7 @@ class Compactor:
         note: Callable[[str], None],
     ) -> None:
         self.current: Compaction | None = None
-        """The compaction under way."""
+        """The current compaction."""
         self._lock = lock
         self._bytes, self._checkpoints = compact_bytes, compact_checkpoints
         self._on_ready, self._note = on_ready, note
@@ -242,7 +242,7 @@ class Compactor:
         return self._bytes is not None and chain.is_long(self._bytes, self._checkpoints)
 
     def begin(self, chain: Chain, path: Path) -> None:
-        """Begin to write a base from the chain's warm copy. Raises StoreError."""
+        """Start writing a base from the chain's warm copy. Raises StoreError."""
         assert chain.shape is not None and chain.restorer.in_force is not None
         compaction = Compaction(
             self._lock,

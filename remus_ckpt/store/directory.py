@@ -22,10 +22,10 @@ WARM = "warm"
 
 
 class HistoryDirectory:
-    """The directories of a history and of its warm copy: nobody else writes there from `take` to `release`.
+    """The directories of a history and of its warm copy: no one else writes there from `take` to `release`.
 
     warm_directory: holds the warm copy, in a directory of the history's name; None: the history itself holds it
-    in_memory: the warm copy lies in memory if it has room there
+    in_memory: the warm copy is in memory if there is room
     """
 
     def __init__(self, path: Path, name: str, warm_directory: Path | None, *, in_memory: bool = False) -> None:
@@ -122,7 +122,7 @@ class HistoryDirectory:
         return MappedFile(path) if self.memory is None else WarmCopy(path, self.memory)
 
     def room_for_base(self, data_bytes: int, ahead_bytes: int) -> Room:
-        """The room for a full copy with so many bytes of pages; `ahead_bytes` of the segments are given back for it.
+        """The room for a full copy with this many bytes of pages; `ahead_bytes` of the segments are freed for it.
         Raises StoreError."""
         is_on_disk = self.memory is None or self.memory.why_not(data_bytes) is not None
         return room_for_base(data_bytes, self.segments, self.warm if is_on_disk else SHARED_MEMORY, ahead_bytes)

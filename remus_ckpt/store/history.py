@@ -61,7 +61,7 @@ class Bad:
     byte: its offset in the segment; section: the rule it breaks, None if bytes are merely missing
     epoch: of the bad checkpoint, None if unknown
     good: the newest epoch up to the bad one that can be restored, None if there is none
-    unreachable: epochs known to have been there that are in no other segment
+    unreachable: epochs known to have been there and in no other segment
     """
 
     segment: str
@@ -99,7 +99,7 @@ class Report:
 class History:
     """The checkpoints of one name.
 
-    directory: of that name; raises StoreError if it is no history, or one of a later format
+    directory: of that name; raises StoreError if it is not a history, or one of a later format
     limits: what its streams may claim
     """
 
@@ -123,7 +123,7 @@ class History:
         return self.state.name
 
     def reading(self) -> AbstractContextManager[object]:
-        """A block in which several calls belong together: a history on another machine keeps its connection there."""
+        """A block for several calls: within it, a history on another machine keeps its connection."""
         return nullcontext()
 
     # Contents
@@ -133,13 +133,13 @@ class History:
         return self._surveyor.survey()
 
     def contents(self) -> list[Contents]:
-        """What the segments hold, oldest first: taken from the index or, where it is silent, from the segments."""
+        """What the segments hold, oldest first, taken from the index or, if it has no answer, from the segments."""
         return list(self.survey().contents)
 
     def checkpoints(self, *, newest_first: bool = False) -> Iterator[Entry]:
         """The durable checkpoints by epoch, each once, from the newest segment that holds it; streamed, not collected.
 
-        Raises StoreError. While a writer is at work, the last one may be about to be acknowledged or refused;
+        Raises StoreError. While a writer is active, the last one may be about to be acknowledged or refused, and
         checkpoints pruned meanwhile may be left out.
         """
         yield from self._listing.by_epoch(self.survey().contents, newest_first=newest_first)
@@ -149,7 +149,7 @@ class History:
         return list(self.checkpoints())
 
     def lost(self) -> list[Lost]:
-        """Checkpoints that were durable and are gone, as far as any trace of them is left; oldest first."""
+        """Checkpoints that were durable and are gone, as far as there is any trace of them; oldest first."""
         return list(self.survey().lost)
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class History:
         return self.survey().count
 
     def __getitem__(self, number: int) -> Stored:
-        """A checkpoint by its place: 0 is the oldest, -1 the newest. To find one by epoch or time, use `at`.
+        """A checkpoint by index: 0 is the oldest, -1 the newest. To find one by epoch or time, use `at`.
 
         Raises IndexError if there are not that many, StoreError.
         """
@@ -258,7 +258,7 @@ class History:
         verify: read and check all bytes of its segment up to it; otherwise, if a page index has it, each page is read
             once, and what is read is checked
         Raises NoCheckpoint, BadCheckpoint if it has changed on disk, StoreError; with `into` like `arrays_of` too.
-        Nothing is copied into `into` before all has been read and is known to fit.
+        Nothing is copied into `into` before everything has been read and is known to fit.
         """
         checkpoint, _ = self._read(at, Anonymous(), progress, verify=verify)
         if into is not None:
@@ -283,10 +283,10 @@ class History:
         raise faults.pop(0)
 
     def memory(self, at: int | datetime | None = None) -> NDArray[np.uint8]:
-        """uint8[memory_bytes]: the memory of a checkpoint, at hand in milliseconds: pages are read as they are touched.
+        """uint8[memory_bytes]: the memory of a checkpoint, ready in milliseconds: pages are read as they are touched.
 
-        It is memory of this process and may be written to; it stays valid while the history goes on. A page that has
-        changed on disk ends the process with SIGBUS: `Moment.memory` says more. Raises like `restore`.
+        It is memory of this process, may be written to, and stays valid while the history grows. Touching a page that
+        has changed on disk kills the process with SIGBUS: see `Moment.memory`. Raises like `restore`.
         """
         with self.moment(at) as moment:
             return moment.memory().reshape(-1)[: moment.memory_bytes]
@@ -305,7 +305,7 @@ class History:
         complete.
 
         sync: make the file durable before returning; verify: as for `restore`
-        written: what the file is, for what is said where there is no room for it
+        written: what the file is, for the message if there is no room for it
         The memory of the returned checkpoint is that file, mapped. Raises like `restore`.
         """
         target = Path(path)
@@ -416,7 +416,7 @@ class History:
     def check(self, entry: Entry) -> None:
         """Read all bytes of a checkpoint's segment up to its end.
 
-        Raises BadCheckpoint that says what is wrong with them, where, and what is left; NoCheckpoint if they are gone.
+        Raises BadCheckpoint, which says what is wrong, where, and what is left; NoCheckpoint if they are gone.
         """
         self._replay(entry, Nowhere(), None)
 

@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 _THREADS = 2
 _SLICE_PAGES = 512
-"""Pages that are read at a time if they go on to a file or a comparison: so many stay in the cache meanwhile …"""
+"""Pages read at a time if they go to a file or a comparison: this many stay in the cache meanwhile …"""
 _LARGE_SLICE_PAGES = 4096
 """… and if they stay in memory."""
 _HELD_BYTES = 64 << 20
-"""The deltas are read into memory in one go if they have at most so many bytes."""
+"""The deltas are read into memory in one go if they have at most this many bytes."""
 _TAIL_HEAD_BYTES = chunks.HVM_MAGIC_PFNS.size + 4 + chunks.SIGNATURE_BYTES + 4
 
 
 class Moment:
     """One checkpoint of a history on this machine. Any thread may read it; `close` must come last.
 
-    It stays valid while the history goes on, even if its segment is pruned.
+    It stays valid while the history grows, even if its segment is pruned.
     """
 
     def __init__(self, history: History, entry: Entry, fd: int, index: PageIndex) -> None:
@@ -66,7 +66,7 @@ class Moment:
         self._fd = fd
         self._source: Source = self._view.source(fd)
         self.pages = self._view.shape.p2m_size
-        """How many pages memory has."""
+        """The number of pages of memory."""
         stated = self.record.memory_bytes
         self.memory_bytes = self.pages * PAGE_SIZE if stated is None else stated
         """Bytes of memory; the rest of its last page is padding."""
@@ -172,7 +172,7 @@ class Moment:
         return out.reshape(-1)[start : start + size].tobytes()
 
     def _rebuild(self, error: Unreadable) -> None:
-        """The index or the segment is damaged. If it is the index, a new one takes its place. Raises BadCheckpoint."""
+        """The index or the segment is damaged. If it is the index, replace it with a new one. Raises BadCheckpoint."""
         with self._lock:
             if self._is_rebuilt:
                 return
@@ -290,11 +290,11 @@ class Moment:
         return found
 
     def memory(self) -> Pages:
-        """uint8[pages, 4096]: memory of this process that is filled as it is touched, or at once where the kernel does
-        not allow that. It may be written to, and stays valid without this object.
+        """uint8[pages, 4096]: memory of this process that is filled as it is touched, or at once if the kernel does not
+        allow that. It may be written to, and stays valid without this object.
 
-        A page that cannot be read, or has changed on disk, ends the process that touches it with SIGBUS, as a mapped
-        file does whose disk fails. A forked child does not have it. Raises like `read`, if it is filled at once.
+        If a page cannot be read or has changed on disk, touching it kills the process with SIGBUS, like a mapped file
+        on a failing disk. A forked child does not have this memory. Raises like `read` if it is filled at once.
         """
         arguments = native_arguments(self._source)
         if arguments is not None and (memory := self._lazily()) is not None:
@@ -324,9 +324,9 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 class _Server:
-    """A thread that fills pages of a mapping as they are touched; it never holds the GIL meanwhile.
+    """A thread that fills pages of a mapping as they are touched, without ever holding the GIL.
 
-    is_ready: whether it does; otherwise there was no thread, or no memory for it
+    is_ready: whether it runs; otherwise there was no thread or memory for it
     """
 
     def __init__(self, fault_fd: int, view: View, segment: int, address: int) -> None:
@@ -357,7 +357,7 @@ class _Server:
         os.close(ready)
 
     def stop(self) -> None:
-        """End the thread; nobody can touch the memory any more."""
+        """End the thread; nothing can touch the memory any more."""
         os.write(self._stop, b"s")  # a forked child may have the pipe too: to close it would not be enough
         os.close(self._stop)
 
@@ -432,7 +432,7 @@ def _extended(
 
 
 def _bad(history: History, entry: Entry, reason: str, offset: int) -> BadCheckpoint:
-    """The error for a checkpoint that cannot be read: all of it is read once more to say what is wrong, and where."""
+    """The error for a checkpoint that cannot be read: it is read again completely, to find what is wrong and where."""
     try:
         history.check(entry)
     except BadCheckpoint as error:

@@ -1,6 +1,6 @@
 """A history on another machine, read through its backup (specs/session.md §3.13).
 
-All is checked here as it is for a history on this machine: the backup only says what there is, and sends bytes.
+Everything is checked here, as for a history on this machine: the backup only lists what there is and sends bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from remus_ckpt.wire.digest import DigestName
 
 _TIMEOUT_S = 60.0
 _AHEAD = 64
-"""Pieces of a segment that are asked for before the first of them has come: enough for 1 Gbit/s over 100 ms. Only one
+"""Pieces of a segment requested before the first of them has arrived: enough for 1 Gbit/s over 100 ms. Only one
 is in memory at a time; the others wait on the backup's disk."""
 _MAX_ROWS = 1_000_000
 """Names, segments or losses that a backup may list."""
@@ -50,17 +50,17 @@ class Remote(History):
     """Checkpoints on another machine: `Remote("tls://host:7411/orders", tls_dir="keys/me")[-1].arrays()`.
 
     address: of a backup and, after a slash, a name there: tls://HOST:PORT/NAME, unix:PATH/NAME, tcp://HOST:PORT/NAME.
-        Without a name, `names` lists those that there are, and `remote["orders"]` is the history of one.
+        Without a name, `names` lists the existing ones, and `remote["orders"]` is the history of one.
     tls_dir: a folder made by `remus-ckpt keys issue`, for tls://
     insecure: allow plain tcp:// to another machine
     limits: what its streams may claim
     timeout_s: for each connection and each answer; a large answer comes in small pieces
 
-    It is read like any `History`, and every byte is checked here. Each call connects and hangs up again; in a `with`
-    block, all calls of a thread share one connection. A connection that breaks while a checkpoint is being read is
-    made anew, and reading continues where it was.
-    The methods also raise LinkError if the backup cannot be reached, sends what it must not, or does not answer in
-    time, and Refused if it says no.
+    It reads like any `History`, and every byte is checked here. Each call opens and closes a connection; in a `with`
+    block, all calls of a thread share one. If a connection breaks while a checkpoint is being read, it is reopened, and
+    reading continues where it was.
+    The methods also raise LinkError if the backup cannot be reached, breaks the protocol, or does not answer in time,
+    and Refused if it refuses.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Remote(History):
     @overload
     def __getitem__(self, key: str) -> Remote: ...
     def __getitem__(self, key: int | str) -> Stored | Remote:
-        """A name's history; or, of a history, a checkpoint by its place. Raises IndexError, StoreError, ValueError."""
+        """The history of a name; or, in a history, a checkpoint by index. Raises IndexError, StoreError, ValueError."""
         if isinstance(key, int):
             return super().__getitem__(key)
         if self._name is not None:
@@ -288,7 +288,7 @@ class _RemoteListing(Listing):
             epochs = epochs[len(page) :]
 
     def walk(self, contents: Contents) -> Iterator[Entry]:
-        """None: a checkpoint whose position is not the one that was listed is not the one that was asked for."""
+        """None: a checkpoint whose position is not the listed one is not the requested one."""
         return iter(())
 
     def find(self, contents: Contents, epoch: int) -> Entry | None:
@@ -339,7 +339,7 @@ class _Backup:
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """What the other side sends against the rules ends the session, and is a LinkError."""
+        """A violation of the protocol by the other side ends the session, and is a LinkError."""
         try:
             yield
         except StreamError as error:
@@ -402,7 +402,7 @@ class _Pieces:
         return size
 
     def drop(self) -> None:
-        """Take what is still coming, so that the session can be used for something else."""
+        """Drain what is still arriving, so that the session can be used for something else."""
         if self._sizes:
             self._backup.hang_up()
 

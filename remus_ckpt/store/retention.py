@@ -11,7 +11,7 @@ from typing import Literal
 from remus_ckpt.store.segments import Contents
 
 MAX_IN_TIERS = 5_000
-"""The most periods that all tiers together may keep: there may be a gap before each, and store.json names the gaps."""
+"""Maximum number of periods of all tiers together: there may be a gap before each, and store.json lists the gaps."""
 _2000_NS = 946_684_800 * 10**9
 _MINUTE_NS, _HOUR_NS, _DAY_NS = (seconds * 10**9 for seconds in (60, 3600, 86_400))
 _MONDAY = 3
@@ -35,20 +35,20 @@ _PERIODS: dict[str, Callable[[int], int]] = {
 TIERS = tuple(_PERIODS)
 
 Rule = Literal["count", "age", "tiers", "size", "free"]
-"""Why a segment goes: a limit calls for it; or there are tiers, and none wants it."""
+"""Why a segment goes: a limit requires it; or there are tiers, and none wants it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
     """What is kept; None: no such rule. Whole segments are removed, but never the one that holds the newest checkpoint.
 
-    A segment goes as soon as `count` or `age_s` calls for it, unless a tier wants it; with tiers and neither of these,
-    it goes unless a tier wants it. Of those left, the oldest go until `bytes` and `free` are met.
+    A segment goes as soon as `count` or `age_s` no longer covers it, unless a tier wants it. With tiers alone, a
+    segment goes unless a tier wants it. Of those left, the oldest go until `bytes` and `free` are met.
 
     count: a segment goes if at least this many checkpoints are in newer ones
     age_s: a segment goes if its newest checkpoint is more than this many seconds older than the newest of all
-    bytes: the most that all segments may have together
-    free: the least bytes of the file system that are to stay free
+    bytes: the maximum size of all segments together
+    free: the minimum number of bytes that stay free in the file system
     minutely to yearly: the tiers: each wants the first checkpoint of each of the newest so many minutes, hours, days,
         weeks (from Monday), months or years that have any, in UTC
 
@@ -214,7 +214,7 @@ def times_taken(
 
 
 def _pairs(segments: Sequence[Contents]) -> list[tuple[Contents, Contents | None]]:
-    """Each segment, newest first, with the one after it."""
+    """Each segment, newest first, with its successor."""
     newest_first = segments[::-1]
     return list(zip(newest_first, [None, *newest_first], strict=False))
 

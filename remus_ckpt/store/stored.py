@@ -47,7 +47,7 @@ class Stored:
         return None if time_ns is None else datetime.fromtimestamp(time_ns / 1e9, UTC)
 
     def arrays(self) -> dict[str, Any]:
-        """What was given to `protect`, by name: new arrays and DataFrames (`arrays_of` says which).
+        """What was given to `protect`, by name, as new arrays and DataFrames (see `arrays_of`).
 
         Raises NoCheckpoint if the checkpoint was not made by `protect`; otherwise like `restore`.
         """
@@ -58,7 +58,7 @@ class Stored:
         return self.history.restore(self.epoch, into=into)
 
     def memory(self) -> NDArray[np.uint8]:
-        """Its memory, each page of which is read when it is touched: see `History.memory`."""
+        """Its memory, whose pages are read as they are touched: see `History.memory`."""
         return self.history.memory(self.epoch)
 
     def save(self, path: str | Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""What the segments of a history hold, and which of their checkpoints are lost (specs/store.md §4.3, §8)."""
+"""What the segments of a history hold, and which checkpoints are lost (specs/store.md §4.3, §8)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lost:
     """Checkpoints that were durable and are missing (specs/store.md §4.3).
 
     segment: the one that held them; if that is unknown, the one after them
-    byte: where its whole checkpoints end, 0 if it is gone
+    byte: the end of its whole checkpoints, 0 if it is gone
     epochs: of the missing checkpoints, as far as known
     time_ns: when the first of them was taken, None if unknown
     """
@@ -265,7 +265,7 @@ class Surveyor:
 
 
 def _ends_at(path: Path, end: int, size: int) -> bool:
-    """Whether nothing has been written behind these bytes of a file. Raises OSError."""
+    """Whether nothing was written after these bytes of a file. Raises OSError."""
     if end == size:
         return True
     fd = open_to_read(path)
