@@ -33,9 +33,9 @@ _fstatfs = getattr(_libc, "fstatfs", None)
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _STATFS_BYTES = 256
 _IN_PLACE = (0xEF53, 0x58465342)
-"""ext2 to ext4, and XFS, by `f_type`. Others may write a block that is overwritten to a new place, as btrfs does."""
+"""ext2 to ext4, and XFS, by `f_type`. Others, such as btrfs, may move a block when it is overwritten."""
 Written = Literal["store", "warm copy", "output"]
-"""What a file is: the user's own output, or a backup's, whose work goes on."""
+"""What a file is: the user's own output, or a backup's, which keeps running."""
 _GOES_ON = "what was committed is intact, and a backup then goes on by itself"
 _INSTEAD: dict[Written, tuple[str, str]] = {
     "store": ("keep less", _GOES_ON),
@@ -59,7 +59,7 @@ def told(error: OSError, path: str | Path | None, written: Written = "store") ->
 
 
 def what_next(error: OSError, written: Written) -> str:
-    """What to do about a disk that takes nothing more, as the end of a sentence; empty for other errors."""
+    """What to do about a full disk, as the end of a sentence; empty for other errors."""
     instead, then = _INSTEAD[written]
     match error.errno:
         case errno.ENOSPC:
@@ -73,7 +73,7 @@ def what_next(error: OSError, written: Written) -> str:
 
 @contextmanager
 def naming_file(name: str | Path) -> Iterator[None]:
-    """Have an OSError name its file, as one that comes from a descriptor does not."""
+    """Make an OSError name its file, which one from a descriptor does not."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def free_bytes(path: str | Path) -> int:
-    """What is free in the file system of a path, without what is reserved for root. Raises OSError."""
+    """Free bytes in the file system of a path, without those reserved for root. Raises OSError."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
 
@@ -110,7 +110,7 @@ def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
 
 
 def start_writing(fd: int, start: int, size: int) -> None:
-    """Have the kernel begin to write these bytes to the disk, so that a sync finds less to do. It may refuse."""
+    """Tell the kernel to start writing these bytes to the disk, so that a sync has less to do. It may refuse."""
     if _sync_file_range is not None:
         _sync_file_range(fd, start, size, _WRITE)
 
@@ -122,7 +122,7 @@ def write_back(fd: int, start: int, size: int) -> None:
 
 
 def overwrites_in_place(fd: int) -> bool:
-    """Whether the file system of a file is known to keep a block where it is when it is overwritten."""
+    """Whether the file system of a file is known to overwrite blocks in place."""
     found = ctypes.create_string_buffer(_STATFS_BYTES)
     if _fstatfs is None or _fstatfs(fd, found):
         return False
@@ -208,8 +208,8 @@ def write_again(fd: int, start: int, end: int) -> None:
 def make_directory(path: Path) -> None:
     """Make a directory of mode 0700 and any missing parents, durably.
 
-    Each is synced into its parent before anything goes into it. So only the deepest existing one may lack its sync, if
-    its maker died at that moment: it gets one now. Raises OSError.
+    Each is synced into its parent before anything is put into it. So only the deepest existing one may lack its sync,
+    if its maker died at that moment: it gets one now. Raises OSError.
     """
     there, missing = path.absolute(), []
     while not there.is_dir():
@@ -259,7 +259,7 @@ def appearing(path: Path, *, sync: bool = True) -> Iterator[int]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what `appearing` left of a path when it was killed. Nobody else may be making it. Raises OSError."""
+    """Remove what `appearing` left of a path when it was killed. No one else may be writing it. Raises OSError."""
     for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * (2 * _TOKEN_BYTES)}"):
         left.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """The checkpoint loop: pause, take the dirty pages, resume, encode, deliver; and again after the interval.
 
-The first checkpoint copies all of memory while the source runs, pauses it only for what changed meanwhile, and then
-sends the copy.
+The first checkpoint copies all of memory while the source runs, pauses it only for what changed in the meantime, and
+then sends the copy.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Taken:
 
     sent: Sent
     dirty: NDArray[np.int64]
-    """The pages that the pause found. The first checkpoint sends more: it copies all before its pause."""
+    """The pages that the pause found. The first checkpoint sends more: it copies everything before its pause."""
     pause_s: float
-    """From the order to stop to the order to run on, without what `on_paused` took."""
+    """From the order to stop until the order to resume, without the time of `on_paused`."""
     blocked_s: float
-    """The part of the pause that went into writing; only a bounded capture writes there."""
+    """The part of the pause spent on writing; only a bounded capture writes there."""
     encode_s: float
     """Encoding and writing outside the pause."""
     steps_s: Mapping[str, float]
-    """The time of each step. The rest of the pause is the check that it has held, and a bounded capture's writing."""
+    """The time of each step. The rest of the pause is the check that it held, and a bounded capture's writing."""
     capture: Capture
     """What was done to the pages in the pause."""
     capture_why: str
@@ -62,10 +62,10 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Copying:
-    """How far a first copy has got.
+    """The progress of a first copy.
 
-    number: of the present pass over memory, from 1
-    done_pages: of memory, that this pass has gone over; pages: of memory
+    number: of the current pass over memory, from 1
+    done_pages: pages of memory that this pass has covered; pages: of memory
     began_at: when this pass began, on the monotonic clock
     is_sent: whether the copy is complete and now being sent, which is pass 1 again
     """
@@ -78,7 +78,7 @@ class Copying:
 
     @property
     def share(self) -> float:
-        """Of memory, that has been sent."""
+        """The share of memory that has been sent."""
         return self.done_pages / self.pages if self.is_sent else 0.0
 
     def status(self, now: float) -> dict[str, Any]:
@@ -105,15 +105,15 @@ class Copying:
 
 
 NOT_COPYING: dict[str, Any] = dict.fromkeys(("copy_pass", "copy_share", "copy_bytes_s", "copy_left_s"))
-"""The status of a first copy while there is none: the pass, the share of memory that it has gone over, bytes of memory
-per second since it began, and seconds until it ends at this rate."""
+"""The status of a first copy, with the values while there is none: the pass, the share of memory that it has covered,
+bytes of memory per second since it began, and seconds until it ends at this rate."""
 
 
 class Output(Protocol):
     """Where checkpoints go: a file, or a link to a backup."""
 
     def write(self, buffers: list[Buffer]) -> None:
-        """Take all of the buffers. They may be kept, and do not change, until `commit` returns."""
+        """Accept all of the buffers. They may be kept, and do not change, until `commit` returns."""
 
     def commit(self, sent: Sent) -> None:
         """Everything written since the last commit is a whole checkpoint. May wait before it accepts the next one."""
@@ -122,7 +122,7 @@ class Output(Protocol):
         """Descriptors that become readable when `check` has something to raise."""
 
     def check(self) -> None:
-        """Raise the error that has happened to the output meanwhile, if any."""
+        """Raise the error that has occurred in the output meanwhile, if any."""
 
 
 class StopSignal(Flag):
@@ -139,13 +139,13 @@ class StopSignal(Flag):
 
 
 class CheckpointLoop:
-    """Takes checkpoints of a source until it is stopped, its time is over, or no writer is left.
+    """Takes checkpoints of a source until it is stopped, its time is up, or no writer is left.
 
     interval_s: running time of the source between two pauses
     duration_s: total time, None for no end
-    max_pause_s: pages are encoded in the pause, where they lie, unless the pause is then expected to take longer than
-        this; then they are copied, and encoded after it, if there is room from an earlier pause. The pause is shorter
-        so, and all of the checkpoint longer. 0 for always copying
+    max_pause_s: pages are encoded in the pause, in place, unless that is expected to make the pause longer than this;
+        then, if there is room from an earlier pause, they are copied, and encoded afterwards. That makes the pause
+        shorter and the whole checkpoint longer. 0 for always copying
     bounded: hold at most one page buffer of the capture, encoded, and write it in the pause, however long that takes
     on_capture: called with the epoch just before the source is paused
     on_copying: called often in the first checkpoint, while memory is copied and while the copy is sent
@@ -194,7 +194,7 @@ class CheckpointLoop:
         self.ended = ""
         """Why the loop ended: "stopped", "duration" or "source gone"."""
         self.copying: Copying | None = None
-        """How far the first copy has got, None without one. Any thread may read it."""
+        """The progress of the first copy, None without one. Any thread may read it."""
 
     def run(self) -> Iterator[Taken]:
         """Take checkpoints, and yield each once it has been written.
@@ -273,7 +273,7 @@ class CheckpointLoop:
         )
 
     def _scan(self, pause: _Pause) -> Iterator[Scanned]:
-        """The pages of a checkpoint. What is drawn after the pause was copied or encoded in it."""
+        """Yield the pages of a checkpoint. Those drawn after the pause were copied or encoded in it."""
         is_first = self._sender.sent is None
         copied = self._copy_live() if is_first else None
         if self._on_capture is not None:
@@ -321,7 +321,7 @@ class CheckpointLoop:
                 yield self._sender.encode(dirty[start : start + part_pages], [(captured, index)])
 
     def _encode(self, pfns: NDArray[np.int64], pause: _Pause) -> Encoded:
-        """A page buffer, encoded in the pause. If that does not hold, the sender must withdraw it."""
+        """Encode a page buffer in the pause. If the pause is broken, the sender must withdraw it."""
         before = pause.steps_s["encode"]
         with pause.timed("encode"):
             out = None if self._bounded else self._rooms.take(self._sender.most_bytes(len(pfns)))
@@ -351,8 +351,8 @@ class CheckpointLoop:
     def _copy_live(self) -> NDArray[np.bool_]:
         """All of memory, perhaps torn. Returns which pages may be other than zeros, bool[pages].
 
-        The first pass is slower than any other, since it fills fresh memory: so there is a second one where more than a
-        little was written meanwhile. More follow for as long as each halves what the pause will find, by the tracker's
+        The first pass is slower than any other, since it fills fresh memory, so there is a second one if more than a
+        little was written meanwhile. More follow as long as each halves what the pause will find, by the tracker's
         estimate.
         """
         copied = np.zeros(self._memory.pages, dtype=bool)
@@ -378,7 +378,8 @@ class CheckpointLoop:
         raise AssertionError  # it counts without end
 
     def _copy_to_reference(self, dirty: NDArray[np.int64]) -> None:
-        """What a pause has found. If it does not hold, the next one finds these pages again: nothing has been sent."""
+        """Copy what a pause has found. If the pause is broken, the next one finds these pages again: nothing has been
+        sent."""
         for start in range(0, len(dirty), MAX_BATCH_ENTRIES):
             part = dirty[start : start + MAX_BATCH_ENTRIES]
             scatter(self._memory.read(part, self._room(len(part))), self._sender.reference.pages, part)
@@ -424,7 +425,7 @@ class Totals:
         self._pauses: deque[float] = deque(maxlen=_KEPT_PAUSES)
 
     def add(self, taken: Taken) -> None:
-        """Take in one checkpoint."""
+        """Add one checkpoint."""
         self.checkpoints += 1
         self.longest_pause_s = max(self.longest_pause_s, taken.pause_s)
         self._pauses.append(taken.pause_s)
@@ -464,7 +465,7 @@ class Totals:
         )
 
     def line(self, taken: Taken) -> str:
-        """The present figures, for the live line."""
+        """The current figures, for the live line."""
         sent = taken.sent
         share = ratio(sent.stream_bytes, sent.pages * PAGE_SIZE)
         shown = "     -" if share is None else f"{share:6.1%}"

@@ -17,29 +17,29 @@ from remus_ckpt.pages import pages_for
 from remus_ckpt.source import Stopper
 
 STEPS = ("stop", "drain", "find", "copy", "encode", "state", "resume")
-"""The steps of a pause: stop the writers, mark what they have put out, find the pages, copy or encode them, take what
-goes with memory (the device state), resume the writers."""
+"""The steps of a pause: stop the writers, mark their output, find the pages, copy or encode them, take what goes with
+memory (the device state), resume the writers."""
 
 MAX_PAUSE_S = 0.025
-"""By default, pages are encoded in the pause as long as it is not expected to take more than this."""
+"""By default, pages are encoded in the pause if it is not expected to take longer than this."""
 
 Capture = Literal["encode", "copy"]
-"""What is done to the pages in the pause: they are encoded where they lie, or copied, and encoded after it."""
+"""What happens to the pages in the pause: they are encoded in place, or copied and encoded afterwards."""
 
 _ROOM_PAGES = 1 << 14
 _PAGE_S = 0.6e-6
-"""What encoding a page in the pause takes, where nothing has been measured yet."""
+"""The time to encode a page in the pause, as long as nothing has been measured."""
 _MEASURED_PAGES = 256
-"""With fewer pages, what is measured is mostly something else."""
+"""With fewer pages, a measurement shows mostly something else."""
 
 
 class Captures:
     """Decides what is done to the pages in a pause.
 
-    max_pause_s: a pause that is expected to take longer than this must not be spent on encoding, if copying is shorter
+    max_pause_s: a pause that is expected to take longer than this must not be spent on encoding if copying is shorter
 
-    way: what was decided last; why: the reason, where it is a copy
-    wanted_pages: room for copies of so many pages is to be made outside a pause; 0 for none
+    way: what was decided last; why: the reason, if it is a copy
+    wanted_pages: make room for copies of this many pages outside a pause; 0 for none
     """
 
     def __init__(self, max_pause_s: float) -> None:
@@ -51,9 +51,9 @@ class Captures:
         self.wanted_pages = 0
 
     def choose(self, pages: int, so_far_s: float, *, room_pages: int, is_first: bool = False) -> bool:
-        """Whether to encode so many pages, in a pause that has lasted so long.
+        """Whether to encode this many pages, in a pause that has already lasted this long.
 
-        room_pages: room for copies that is there
+        room_pages: available room for copies
         """
         expected_s = so_far_s + pages * self._page_s
         self.way, self.why, self.wanted_pages = "encode", "", 0
@@ -78,25 +78,25 @@ class Captures:
         return self.way == "encode"
 
     def encoded(self, pages: int, seconds: float) -> None:
-        """Note what that has taken."""
+        """Note how long that took."""
         if pages >= _MEASURED_PAGES:
             self._page_s += (seconds / pages - self._page_s) / 4
 
 
 class Rooms:
-    """Where encoded pages lie until their checkpoint is committed: used again for the next, for fresh memory costs a
-    fault per page. A room takes memory as far as it was ever filled."""
+    """Where encoded pages are kept until their checkpoint is committed; reused for the next, because fresh memory costs
+    a fault per page. A room takes memory as far as it was ever filled."""
 
     def __init__(self) -> None:
         self._rooms: list[NDArray[np.uint8]] = []
         self._number = self._used = 0
 
     def clear(self) -> None:
-        """Begin anew with the first room."""
+        """Start over with the first room."""
         self._number = self._used = 0
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """So many bytes; call `keep` next."""
+        """Room for this many bytes; call `keep` next."""
         while self._number < len(self._rooms):
             if len(self._rooms[self._number]) - self._used >= size:
                 return self._rooms[self._number][self._used :]
@@ -105,7 +105,7 @@ class Rooms:
         return self._rooms[-1]
 
     def keep(self, size: int) -> None:
-        """So many of these bytes are in use until `clear`."""
+        """This many of these bytes are in use until `clear`."""
         self._used += size
 
 
@@ -145,16 +145,16 @@ class Pause:
 
     @property
     def capture_s(self) -> float:
-        """The part of the pause that went into stopping the writers, and finding and taking pages and parts."""
+        """The part of the pause spent on stopping the writers, and on finding and taking pages and parts."""
         return sum(self.steps_s[step] for step in STEPS if step != "resume")
 
     @property
     def so_far_s(self) -> float:
-        """How long the present pause has lasted."""
+        """How long the current pause has lasted."""
         return time.monotonic() - self._began
 
     def end(self) -> None:
-        """Check that the pause has held, and resume the writers. Raises SourceError if it has not."""
+        """Check that the pause held, and resume the writers. Raises SourceError if it did not."""
         witness = time.monotonic()
         try:
             self._stopper.check_stopped()

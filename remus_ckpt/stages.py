@@ -1,7 +1,7 @@
-"""What pages go through on their way to a link: the page coding with its cache, and a compression behind it.
+"""What pages go through on their way to a link: the page coding with its cache, then a compression.
 
-One decision, a pure function of what was measured, for our own sessions (session.md) and for streams of QEMU
-(qemu-ram.md §10). It says its reasons, so that whoever reads the statistics sees why.
+One decision, a pure function of measurements, for our own sessions (session.md) and for QEMU streams (qemu-ram.md §10).
+It gives its reasons, so that the statistics show them.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from dataclasses import dataclass, field
 from itertools import product
 
 MARGIN = 0.8
-"""A change must promise a fifth less time, so that the choice does not flip back and forth."""
+"""A change must promise to save a fifth of the time, so that the choice does not flip back and forth."""
 LEAST_GAIN = 0.95
-"""Pages are no longer encoded if that takes more than this part of the time: it takes memory and a processor too."""
+"""Pages are no longer encoded if that takes more than this share of the time: it also costs memory and a processor."""
 MANY_MISSES = 0.1
 """Of the pages that are sent: with more, a larger cache is tried."""
 RETRY_ROUNDS = 16
-"""Rounds without the coding after which it is tried again: what the guest does may have changed."""
+"""Rounds without the coding after which it is tried again: the guest's behaviour may have changed."""
 _PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cached:
-    """What is known of the page coding and its cache.
+    """What is known about the page coding and its cache.
 
     pages: that went through the cache in the last round that encoded; 0: there was none yet
     hits: those of them that the cache had
-    sent_bytes: what became of the hits, in bytes
+    sent_bytes: bytes sent for the hits
     bytes_s: bytes of pages per second that are looked up and encoded; None: not measured
-    plain_bytes_s: and that are only put into the stream
+    plain_bytes_s: the same for pages that are only put into the stream
     slots: of the cache; 0: it is off
-    most_slots: that it may have
-    idle_rounds: since it is off
+    most_slots: maximum of slots
+    idle_rounds: rounds since it is off
     """
 
     pages: int = 0
@@ -52,7 +52,7 @@ class Seen:
     link_bytes_s: None: not measured
     gains: compression → bytes/s in, and bytes out per byte in; those that both sides have
     compression: in use
-    cached: None: whether pages are encoded is not to be decided, the stream says it
+    cached: None: the stream determines whether pages are encoded, so that is not decided here
     """
 
     link_bytes_s: float | None = None
@@ -67,7 +67,7 @@ class Choice:
 
     encodes: whether pages are encoded
     slots: of the cache
-    compression: behind the coding, "none" for none
+    compression: after the coding, "none" for none
     reasons: why, in words
     """
 
@@ -78,9 +78,9 @@ class Choice:
 
 
 def decide(seen: Seen) -> Choice:
-    """Whatever delivers pages soonest: coding, compressing and sending do not overlap.
+    """Choose whatever delivers pages soonest: coding, compressing and sending do not overlap.
 
-    Without a measurement nothing is compressed, and pages are encoded: the first rounds show whether that pays.
+    Without a measurement nothing is compressed, and pages are encoded: the first rounds show whether that pays off.
     """
     cached = seen.cached
     is_coded = cached is None or cached.slots > 0
@@ -129,7 +129,7 @@ def _costs(seen: Seen) -> dict[tuple[bool, str], float]:
 
 
 def _slots(cached: Cached | None) -> tuple[int, tuple[str, ...]]:
-    """How large a cache that is on is to be, and why."""
+    """The size of a cache that is on, and why."""
     if cached is None:
         return 0, ()
     if not cached.slots:
@@ -146,7 +146,7 @@ def _mib(slots: int) -> str:
 
 
 def _told(costs: Mapping[tuple[bool, str], float], best: tuple[bool, str], seen: Seen) -> str:
-    """The choice and its cost beside the cheapest of the others."""
+    """The choice and its cost, next to the cheapest alternative."""
 
     def name(way: tuple[bool, str]) -> str:
         coding = [] if seen.cached is None else ["encode" if way[0] else "do not encode"]

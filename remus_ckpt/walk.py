@@ -26,11 +26,11 @@ Pairs = tuple[NDArray[np.int64], Pages, Pages]
 
 
 _FRONT_BYTES = 64
-"""An image may begin like a stream by chance, but not go on like one for long."""
+"""By chance, an image may begin like a stream, but it does not continue like one for long."""
 
 
 class Walk:
-    """Reads a stream from end to end, and collects what there is to report."""
+    """Reads a stream from end to end, and collects what to report."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Walk:
 
 
 class _Unread(Anonymous):
-    """A home for memory that nobody reads: it has the right size, but is never written."""
+    """A home for memory that is never read: it has the right size, but is never written."""
 
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
         """Does nothing."""
@@ -203,7 +203,7 @@ def walk_stream(
     max_memory: in GiB
     home: where memory lives; by default in this process
     is_read: whether memory will be read; if not, everything is checked, but no page is kept
-    is_legacy: take it for a legacy stream, whatever its first bytes say
+    is_legacy: treat it as a legacy stream, whatever its first bytes say
     """
     limits = Limits(memory_bytes=max_memory * GIB)
     kept = home if is_read else _Unread()
@@ -337,7 +337,7 @@ def print_deviations(walk: Walk) -> None:
 
 
 def differing(one: Checkpoint, other: Checkpoint) -> Iterator[Pairs]:
-    """The pages that differ between two checkpoints, each in a memory of its own, ascending."""
+    """The pages that differ between two checkpoints, each in its own memory, ascending."""
 
     def part(memory: Pages, at: int) -> Pages:
         pages = memory[at : at + MAX_BATCH_ENTRIES]

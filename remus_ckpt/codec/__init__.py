@@ -25,7 +25,7 @@ class Codec:
 
     name: one of `CODECS`
     kernel: the name of the kernel that runs it
-    max_page_bytes: the most that an encoder of this coding writes for one page
+    max_page_bytes: the maximum that an encoder of this coding writes for one page
     """
 
     def __init__(self, name: str, kernel: kernels.Kernel) -> None:
@@ -57,8 +57,8 @@ class Codec:
         reference_index: integers[n], the reference of each page; −1: it has none and goes full. By default the i-th
             encoded page has the i-th reference, and there must be as many references as pages.
         full: bool[n], pages that go full whatever their reference holds
-        update: bring the references up to date in the same pass. If a reference is listed twice, its second use
-            sees what the first has left there.
+        update: also update the references, in the same pass. If a reference is listed twice, its second use sees what
+            the first has left there.
         out: writable bytes to encode into, with room for n × `max_page_bytes`
 
         Returns the encoded bytes, back to back.
@@ -132,8 +132,8 @@ class Codec:
         encoded: one encoded page for each of `pages`, or for each of `index`
         pages: uint8[…, 4096], C-contiguous, writable, holding what the encoder had as references
         index: integers[n], which of `pages`
-        checked: what `check` returned for these very bytes and n pages. They are then not walked again, so a wrong
-            value is as bad as a wild pointer; leave it out if `check` has not run.
+        checked: what `check` returned for exactly these bytes and n pages. They are not walked again, so a wrong value
+            is as bad as a wild pointer; leave it out if `check` has not run.
 
         Returns the number of bytes consumed.
         Raises Malformed, with the offset in `encoded`; `pages` is untouched then.

@@ -1,8 +1,7 @@
-"""The cache through which pages go into a QEMU stream: what of them the receiver holds (specs/qemu-ram.md §10).
+"""The cache for pages on their way into a QEMU stream: what the receiver holds (specs/qemu-ram.md §10).
 
-A page has one slot, by its number. A slot is taken from the page that is in it only if that page was not sent for two
-rounds: where more pages are hot than there are slots, as many of them as there are slots stay, instead of each driving
-the next one out.
+A page has one slot, by its number. A slot is taken from its page only if that page was not sent for two rounds. So if
+there are more hot pages than slots, as many as there are slots stay, instead of each evicting the next.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _SLACK = 128
 
 
 class Count(IntEnum):
-    """Where a number stands in `PageCache.counts`, in the order of `remus_sending`."""
+    """The index of each number in `PageCache.counts`, in the order of `remus_sending`."""
 
     ZERO = 0
     PLAIN = 1
@@ -41,7 +40,7 @@ class Count(IntEnum):
 
 
 def room_for(pages: int) -> int:
-    """Bytes that `PageCache.records` needs for so many pages."""
+    """Bytes that `PageCache.records` needs for this many pages."""
     return pages * (_WORD_BYTES + MAX_PAGE_BYTES) + _SLACK
 
 
@@ -64,7 +63,7 @@ class PageCache:
         self.age = 0
         """The number of this round."""
         self.counts: NDArray[np.int64] = np.zeros(len(Count), dtype=np.int64)
-        """int64[7]: what became of the pages since the beginning, by `Count`."""
+        """int64[7]: what has become of the pages since the start, by `Count`."""
         self._native = kernels.choose_sending(kernel)
         self._codec = get_codec("xbzrle", kernel=kernel)
 
@@ -99,7 +98,8 @@ class PageCache:
         return memoryview(out)[:size]
 
     def resized(self, slots: int) -> PageCache:
-        """A cache of another size with what fits of this one; where two pages want one slot, the one sent last."""
+        """A cache of another size with what fits of this one; if two pages want the same slot, the one sent last gets
+        it."""
         other = PageCache(slots)
         other.age, other.counts = self.age, self.counts
         other._native, other._codec = self._native, self._codec
@@ -122,7 +122,7 @@ class PageCache:
         out: NDArray[np.uint8],
         encodes: bool,
     ) -> int:
-        """What the native function does, a page at a time."""
+        """The same as the native function, a page at a time."""
         places = range(len(pages)) if index is None else index.tolist()
         if len(places) != len(numbers) or len(out) < room_for(len(numbers)):
             raise ValueError(f"{len(numbers)} pages, {len(places)} places and {len(out)} bytes for them")

@@ -1,8 +1,7 @@
 """Space written ahead of a segment's data, so that checkpoints overwrite it instead of growing the file
 (specs/store.md §4.4).
 
-The sync of a file that has grown costs its file system an entry in the journal; a block that is there already costs
-none.
+Syncing a file that has grown costs its file system a journal entry; an existing block costs none.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from remus_ckpt.store.chain import Chain
 from remus_ckpt.store.unwritten import SECTOR, marks
 
 AHEAD_BYTES = 32 * MIB
-"""The most space that is written ahead of one history."""
+"""The maximum space written ahead of one history."""
 PIECE_BYTES = 64 << 10
-"""Written at a time: few enough that a checkpoint which needs more space than there is does not wait for long."""
+"""Bytes written at a time: few enough that a checkpoint which needs more space does not wait for long."""
 LEAST_BYTES = 256 << 10
 _FREE_SHARE = 16
-"""At most one byte in this many that are free is taken."""
+"""At most one free byte in this many is taken."""
 _AHEAD_S = 4.0
 REFILL = 4
 """Space for this long, at the rate of the checkpoints; more is written when a quarter of it is left."""
 WINDOW_S = 1.0
-"""Over which the rate is found."""
+"""The time over which the rate is measured."""
 IDLE_S = 30.0
 _PAUSE_S = 30.0
-"""After a failure."""
+"""Seconds to wait after a failure."""
 
 
 def start(run: Callable[[], None]) -> None:
@@ -62,7 +61,7 @@ class Ahead:
         self._job: _Job | None = None
 
     def stored(self, chain: Chain, size: int) -> None:
-        """A checkpoint of so many bytes is durable in the chain: write more space if little is left."""
+        """A checkpoint of this many bytes is durable in the chain: write more space if little is left."""
         now = self._stored_at = time.monotonic()
         self._bytes += size
         if (passed := now - self._since) >= WINDOW_S:
@@ -95,7 +94,7 @@ class Ahead:
                 job.chain.give_back()
 
     def give_back(self, chain: Chain | None) -> int:
-        """Cut the space off; returns its bytes. The file then ends where its data ends."""
+        """Cut off the space; returns its bytes. The file then ends where its data ends."""
         if self._job is not None:
             self._job.cancel()
             self._job = None
@@ -127,7 +126,7 @@ class _Job:
         self._is_over = False
 
     def cancel(self) -> None:
-        """The thread ends soon, and begins no further piece. The caller holds the lock."""
+        """End the thread soon, before another piece. The caller holds the lock."""
         self._is_over = True
 
     def run(self) -> None:

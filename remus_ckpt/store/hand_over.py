@@ -25,7 +25,7 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 class HandOver:
     """Hands out a checkpoint once per term; store.json says which one. The caller holds the writer's lock.
 
-    directory: of the warm copy, on disk; memory: where images are that are handed out in memory
+    directory: of the warm copy, on disk; memory: for images that are handed out in memory
     """
 
     def __init__(self, directory: Path, state: StateFile, history: History, memory: MemoryPlace | None) -> None:
@@ -46,7 +46,7 @@ class HandOver:
         return self._given.get("position") == str(position)
 
     def position(self, newest: Position | None) -> Position | None:
-        """The position that was handed out: `newest` or an earlier one. None if nothing was, or it is not known."""
+        """The position that was handed out: `newest` or an earlier one. None if nothing was, or if it is unknown."""
         if self.is_at(newest):
             return newest
         with suppress(RemusError):

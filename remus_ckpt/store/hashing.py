@@ -38,7 +38,7 @@ class ThreadedDigest:
         self._waiting: deque[Future[object]] = deque()
 
     def update(self, data: Any) -> None:
-        """Take in bytes, now or soon."""
+        """Add bytes, now or soon."""
         view = memoryview(data)
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > _MAX_WAITING):
             self._waiting.popleft().result()
@@ -49,7 +49,7 @@ class ThreadedDigest:
         self._waiting.append(self._pool.submit(self._hash.update, bytes(view) if is_used_again else view))
 
     def digest(self) -> bytes:
-        """The digest of everything taken in."""
+        """The digest of everything added."""
         while self._waiting:
             self._waiting.popleft().result()
         return self._hash.digest()

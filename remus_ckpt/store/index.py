@@ -1,7 +1,7 @@
 """The index of a history: a table of what its segments hold, so that they need not be read (specs/store.md §5).
 
-The segments are the truth: where the index is missing, behind or unreadable, it is rebuilt from them. No object holds
-all rows in memory: a segment is summed up by its first and last row, and the others are read when they are needed.
+The segments are the truth: an index that is missing, behind or unreadable is rebuilt from them. No object holds all
+rows in memory: a segment is summed up by its first and last row, and the others are read when needed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _Statement = tuple[str, str, tuple[object, ...]]
 
 
 class Unreadable(Exception):
-    """The index has no answer, or none that can be believed.
+    """The index has no answer, or no credible one.
 
     is_damage: its contents can never be read again; otherwise the disk or the system has failed, perhaps temporarily
     """
@@ -181,7 +181,7 @@ def reading(path: Path) -> Iterator[Rows | None]:
 
 
 def read_index(path: Path) -> dict[str, Contents] | None:
-    """What an index says each segment holds, oldest first; None if it cannot be read. Writes nothing."""
+    """What each segment holds according to the index, oldest first; None if it cannot be read. Writes nothing."""
     with reading(path) as rows:
         try:
             return None if rows is None else rows.segments()
@@ -236,7 +236,7 @@ def _entry_of(row: tuple[object, ...]) -> Entry:
 
 
 def _follow(one: Entry, other: Entry) -> None:
-    """Raises ValueError unless the second is the next checkpoint behind the first."""
+    """Raises ValueError unless the second is the checkpoint right after the first."""
     if one.end != other.start or one.epoch + 1 != other.epoch:
         raise ValueError("a row is missing or altered")
 
@@ -284,9 +284,9 @@ class Index:
         self._over = threading.Event()
 
     def load(self) -> dict[str, Contents]:
-        """What the database says of the segments. A damaged database is removed, and a new one begun.
+        """What the database says about the segments. A damaged database is removed, and a new one is begun.
 
-        Raises StoreError if the disk or the system fails: what only the index knows must not be lost by that.
+        Raises StoreError if the disk or the system fails: information that only the index has must not be lost by that.
         """
         try:
             if stat.S_ISREG(self._path.stat().st_mode):

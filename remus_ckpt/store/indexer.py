@@ -1,6 +1,6 @@
 """Keeps the page indexes of a store up to date: `python -m remus_ckpt.store.indexer DIRECTORY`, until stdin ends.
 
-A process of its own, of the lowest priority: what it does must never make a checkpoint wait.
+A separate process with the lowest priority: no checkpoint must ever wait for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from remus_ckpt.store.moment import index_pages
 from remus_ckpt.store.segments import list_segments
 
 PAUSE_S = 5.0
-"""Between two looks."""
+"""Seconds between two looks."""
 
 
 def keep_indexing(store: Store, end: int) -> None:

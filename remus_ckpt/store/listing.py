@@ -1,4 +1,4 @@
-"""The checkpoints of a history: from the index or, where it is silent, from the segments (specs/store.md §8)."""
+"""The checkpoints of a history: from the index or, if it has no answer, from the segments (specs/store.md §8)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Listing:
             put(rest)
 
     def of(self, contents: Contents, newest_first: bool = False) -> Iterator[Entry]:
-        """The checkpoints of a segment: from the index or, where it is silent, from the segment itself."""
+        """The checkpoints of a segment: from the index or, if it has no answer, from the segment itself."""
         given: int | None = None
         with suppress(index.Unreadable), index.reading(self._index) as rows:
             for entry in rows.entries(contents, backward=newest_first) if rows else ():

@@ -64,7 +64,7 @@ class File:
 
 
 class Tree:
-    """The files of a history. Checkpoints that come or go meanwhile come and go here."""
+    """The files of a history. As checkpoints come and go, so do their files."""
 
     def __init__(self, history: History) -> None:
         self._history = history
@@ -108,7 +108,7 @@ class Tree:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def target(self, path: Path) -> str:
-        """Where a link points to."""
+        """The target of a link."""
         match path:
             case ("newest",):
                 newest = self._look().newest
@@ -185,13 +185,13 @@ def _epoch(name: str) -> int:
 
 
 def _quoted(name: str) -> str:
-    """A name as a file has it."""
+    """A name in the form of a file name."""
     quoted = name.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
     return quoted.replace(".", "%2E") if quoted in {".", ".."} else quoted
 
 
 def _time_name(time_ns: int) -> str:
-    """A time that is not before `time_ns`, and after it by less than a microsecond."""
+    """A time at or after `time_ns`, by less than a microsecond."""
     try:
         return (_1970 + timedelta(microseconds=-(-time_ns // 1_000))).isoformat().replace("+00:00", "Z")
     except OverflowError:

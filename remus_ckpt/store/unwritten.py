@@ -1,7 +1,7 @@
 """What a segment holds where no data has been written yet: marks, one for each sector (specs/store.md §4.4).
 
-A mark holds the offset of its sector, so it is no data, nor a part of another file. A sector with its mark was never
-written, and this says where the data ends, also after a loss of power that kept some of the last bytes and not others.
+A mark holds the offset of its sector, so it is neither data nor a part of another file. A sector with its mark was
+never written. That shows where the data ends, even after a loss of power that kept only some of the last bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SECTOR = 512
-"""The least that a disk writes as a whole."""
+"""The smallest unit that a disk writes as a whole."""
 MARK = b"remus_ckpt: no data yet\n"
 _WORDS = len(MARK) // 8 + 1
 """Words of 8 bytes in a mark with the offset of its sector."""
@@ -34,8 +34,8 @@ def data_end(fd: int, start: int, size: int) -> int:
     """The first byte, from `start` on, that was never written; if there is none, the end. Raises OSError.
 
     start: the end of the last whole checkpoint; size: of the file
-    A file system may also say that a file has grown, and have zeros there: if nothing else comes before the first mark,
-    or the end, nothing was written either.
+    A file system may also record that a file has grown, with zeros there: if nothing else precedes the first mark, or
+    the end, nothing was written either.
     """
     at = start - start % SECTOR
     block_bytes, is_all_zeros = _FIRST_BLOCK_BYTES, True

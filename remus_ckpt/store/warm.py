@@ -154,8 +154,8 @@ class MappedFile:
 
 
 class MemoryPlace:
-    """Where warm copies of a history are that lie in memory: they have no name, and go with the process. What is handed
-    out gets a name in a directory of its own.
+    """The place of a history's warm copies in memory: they have no name, and vanish with the process. What is handed
+    out gets a name in its own directory.
 
     history: the directory of the history; name: its name
     """
@@ -166,10 +166,10 @@ class MemoryPlace:
         self.directory = self._all / f"{name}-{key}"
         """Holds what was handed out; made when that happens."""
         self.on_disk_for: str | None = None
-        """Why the newest warm copy lies on disk, None if it does not."""
+        """Why the newest warm copy is on disk, None if it is not."""
 
     def why_not(self, size: int) -> str | None:
-        """Why so many bytes more have no room in memory, None if they have."""
+        """Why this many more bytes have no room in memory, None if they do."""
         if (free := free_memory() - _promised()) >= size:
             return None
         return f"it may take {_mib(size)} of memory, and {_mib(max(free, 0))} are available"
@@ -179,7 +179,7 @@ class MemoryPlace:
         return os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def make(self) -> None:
-        """Make the directory. Raises OSError, also if somebody else has made it."""
+        """Make the directory. Raises OSError, also if someone else made it."""
         for path in (self._all, self.directory):
             with suppress(FileExistsError):
                 path.mkdir(mode=0o700)
@@ -266,7 +266,7 @@ _in_memory: weakref.WeakSet[WarmCopy] = weakref.WeakSet()
 
 
 def _promised() -> int:
-    """What the warm copies of this process may still take."""
+    """Memory that the warm copies of this process may still take."""
     return sum(one.promised for one in _in_memory)
 
 

@@ -103,7 +103,8 @@ class Reader(HeaderReader):
         )
 
     def rewind(self, boundary: Boundary) -> None:
-        """Drop everything after a boundary, including an error, and continue there: its bytes must come (again)."""
+        """Drop everything after a boundary, including an error, and continue there: the bytes after it must be fed
+        (again)."""
         self.dialect = boundary.dialect
         self.deviations = {deviation.name: copy.copy(deviation) for deviation in boundary.deviations}
         self.epoch = boundary.epoch
@@ -125,8 +126,8 @@ class Reader(HeaderReader):
         return self._digest
 
     def fits(self, whole: Whole) -> bool:
-        """Whether a checkpoint that has been walked follows the last one that was read, and is right in all that this
-        reader checks, except for its pages."""
+        """Whether a walked checkpoint follows the last one read, and passes every check of this reader, except for its
+        pages."""
         inbox, dialect, digest = self.inbox, self.dialect, self._digest
         base = inbox.offset
         if (
@@ -152,7 +153,7 @@ class Reader(HeaderReader):
         return True
 
     def take_whole(self, whole: Whole) -> events.TailHvm:
-        """Take a checkpoint that `fits`: the next bytes to come are those behind it."""
+        """Take a checkpoint that `fits`: the next bytes are those after it."""
         inbox, base = self.inbox, self.inbox.offset
         inbox.settle()
         inbox.received(len(whole.data))

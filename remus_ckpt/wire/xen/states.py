@@ -90,7 +90,7 @@ KINDS: dict[type[events.Event], EventKind] = {
 
 
 class Course:
-    """Walks the table, and keeps what decides the layout of a tail."""
+    """Walks the table, and keeps what determines the layout of a tail."""
 
     def __init__(self) -> None:
         self.state = StreamState.FRONT
@@ -113,7 +113,7 @@ class Course:
         return self.state is StreamState.COMPRESSED_BODY
 
     def step(self, event: events.Event) -> StreamState | None:
-        """Advance by one event; returns None if it may not stand here."""
+        """Advance by one event; returns None if it is not allowed here."""
         kind = KINDS[type(event)]
         if kind is EventKind.TAIL and self.last_checkpoint:
             kind = EventKind.LAST_TAIL

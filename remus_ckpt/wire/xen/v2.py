@@ -1,7 +1,7 @@
 """Xen's v2 stream: the one table of records, the headers, and what a stream says as frozen events (specs/xen-v2.md).
 
-Since Xen 4.6. libxc's part holds memory and processors; libxl's, where it is there, stands around it and holds the
-device model. `V2Reader` makes these events, `V2Writer` takes them. What the legacy stream has too is an event of
+Since Xen 4.6. libxc's part holds memory and processors; libxl's, if present, surrounds it and holds the device
+model. `V2Reader` makes these events, `V2Writer` takes them. What the legacy stream has too is an event of
 `events`: `FileHeader`, `Batch` (PAGE_DATA), `TscInfo` and `EndOfStream`.
 """
 
@@ -87,7 +87,7 @@ KNOWN_TYPE.flags.writeable = False
 
 
 class Layer(Enum):
-    """Who wrote a record."""
+    """The layer that wrote a record."""
 
     LIBXC = "libxc"
     LIBXL = "libxl"
@@ -264,11 +264,11 @@ def parameter_number(name: str) -> int:
 
 
 LOOK_BYTES = 48
-"""How many of its first bytes tell a v2 stream from others: xl's header has its flags there."""
+"""How many first bytes distinguish a v2 stream: xl's header has its flags there."""
 
 
 def is_v2(front: bytes) -> bool:
-    """Whether a v2 stream begins with these bytes, `LOOK_BYTES` of them where there are so many."""
+    """Whether a v2 stream begins with these bytes, up to `LOOK_BYTES` of them."""
     if front.startswith((V2_MAGIC, LIBXL_MAGIC, SUSPEND_MAGIC)):
         return True
     if front.startswith(FRONTS["xl"].magic) and len(front) >= 40:

@@ -1,10 +1,10 @@
-"""A checkpoint of our own, walked by the extension: in one call if all of it is there, or else as it comes.
+"""One of our own checkpoints, walked by the extension: in one call if it is complete, or else as it arrives.
 
-The parsers take any bytes in any pieces, and are what decides. This only recognises the plain form that a sender gives
-to its checkpoints after the first: batches of normal pages, COMPRESSED_DATA with just these pages, the end of the body,
-and a tail with a record (specs/stream.md §5, §6, §9); in a session the DATA around them, and the COMMIT behind them
-(specs/session.md §2, §3.5). Whatever is not exactly that, or breaks a rule, is left to the parsers. Without the
-extension, everything is. No I/O, no clock.
+The parsers accept any bytes in any pieces, and they decide. This module only recognises the plain form that a sender
+gives its checkpoints after the first: batches of normal pages, COMPRESSED_DATA with exactly these pages, the end of the
+body, and a tail with a record (specs/stream.md §5, §6, §9); in a session, also the DATA around them and the COMMIT
+after them (specs/session.md §2, §3.5). Anything else, and anything that breaks a rule, is left to the parsers. Without
+the extension, everything is. No I/O, no clock.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _GROWTH = 4
 
 
 class Whole:
-    """What a whole checkpoint holds.
+    """The contents of a whole checkpoint.
 
     data: its bytes in the stream, valid until the next walk; word, p2m_size: by which they were read
-    pfns: int64[n], of its pages; batches: in how many they came
+    pfns: int64[n], of its pages; batches: their number
     chunks: where in data the encoded pages of a chunk begin, their bytes, and how many they are
     tail, record_at: offsets of the tail and the record in data
     epoch, before, after, device_state: of the record, of which only the form was checked; before: a digest
-    digest: of all bytes before the last 32, if it has been computed as they came
+    digest: of all bytes before the last 32, if it was computed as they arrived
     """
 
     __slots__ = ("_found", "_pfns", "_record", "after", "chunks", "data", "digest", "epoch", "p2m_size", "word")
@@ -87,7 +87,7 @@ class Whole:
 
     @property
     def record(self) -> CheckpointRecord:
-        """What the record says: made when it is first asked for, since a checkpoint is written without it."""
+        """The record, made on first use: a checkpoint is written without it."""
         if self._record is None:
             _, _, _, epoch, before, _, time_ns, is_delta, is_blake3, device_state, memory_bytes = self._found[:11]
             self._record = CheckpointRecord(
@@ -128,7 +128,7 @@ class Whole:
 
 
 class _Walks:
-    """What both walks have: what they expect, and room for what they find. most_bytes: of the stream of a checkpoint"""
+    """What both walks share: expectations, and room for results. most_bytes: of the stream of a checkpoint"""
 
     def __init__(self, word: int, p2m_size: int, most_bytes: int) -> None:
         self.word, self.p2m_size, self.most_bytes = word, p2m_size, most_bytes
@@ -153,7 +153,7 @@ class Walker(_Walks):
         self._has_checksums = has_checksums
 
     def wanted(self, data: memoryview) -> int:
-        """How many bytes must be there before it can be said whether a whole checkpoint begins here; 0 if none does."""
+        """How many bytes are needed to tell whether a whole checkpoint begins here; 0 if none does."""
         size: int = _native.wanted(data, self.most_bytes)
         return size
 
@@ -166,10 +166,11 @@ class Walker(_Walks):
 
 
 class Landing(_Walks):
-    """Where the stream's bytes of one checkpoint after the other lie in one piece, walked and hashed as they come.
+    """One contiguous block of memory for the stream's bytes of one checkpoint after another, walked and hashed as they
+    arrive.
 
-    most_bytes: of a checkpoint; memory grows up to that as bytes come, and is kept for the next one
-    digest: the one of the stream
+    most_bytes: of a checkpoint; memory grows up to that as bytes arrive, and is kept for the next one
+    digest: the stream's digest
     Only with the extension.
     """
 
@@ -183,13 +184,13 @@ class Landing(_Walks):
         """The next bytes begin a checkpoint."""
         self.size = 0
         self.whole: Whole | None = None
-        """The checkpoint, once all of it has come."""
+        """The checkpoint, once it is complete."""
         self._state = bytearray(_native.STATE_BYTES)
         self._hash, self._hashed = new_digest(self._digest), 0
 
     @property
     def data(self) -> memoryview:
-        """What has come of the checkpoint; valid until `clear`."""
+        """The bytes of the checkpoint that have arrived; valid until `clear`."""
         return memoryview(self._memory)[: self.size]
 
     def get_buffer(self) -> memoryview:
@@ -202,8 +203,8 @@ class Landing(_Walks):
         return memoryview(self._memory)[self.size :]
 
     def took(self, size: int) -> bool:
-        """Bytes have come into the room: walk them. False if they are not the plain form of a checkpoint; if all of it
-        has come, `whole` is that."""
+        """Walk bytes that have arrived in the room. False if they are not the plain form of a checkpoint; once it is
+        complete, `whole` is the checkpoint."""
         self.size += size
         found = _native.stream(
             self.data, self.word, self.p2m_size, self.most_bytes, self._pfns, self._chunks, self._state
@@ -214,15 +215,15 @@ class Landing(_Walks):
         return found is not None
 
     def hash(self) -> None:
-        """Hash what has come so far."""
+        """Hash what has arrived so far."""
         if (stop := self.size - DIGEST_BYTES) > self._hashed:
             self._hash.update(self.data[self._hashed : stop])
             self._hashed = stop
 
 
 def durable_ack(data: memoryview) -> tuple[Position, int] | None:
-    """The position of the Ack for a durable checkpoint that these bytes of a session begin with, and where its frame
-    ends; None if they begin with anything else. Only with the extension."""
+    """If these bytes of a session begin with the Ack for a durable checkpoint: its position, and where its frame ends;
+    otherwise None. Only with the extension."""
     found = _native.ack(data)
     return None if found is None else (Position(found[0], found[1]), found[2])
 

@@ -22,7 +22,7 @@ from remus_ckpt.wire.xen.dialect import FRONTS, Word
 from remus_ckpt.wire.xen.states import BODIES, TRANSITIONS, Course, EventKind, StreamState
 
 _JOINED_BYTES = 128 << 10
-"""A device state of up to so many bytes is copied, so that the end of a checkpoint is one piece: cheaper to handle."""
+"""A device state of up to this many bytes is copied, so that the end of a checkpoint is one piece, which is cheaper."""
 _END = chunks.I32.pack(chunks.END_OF_BODY)
 _TAIL = chunks.HVM_MAGIC_PFNS.pack(0, 0, 0) + chunks.U32.pack(0) + Signature.REMUS.value
 """Of our own streams, in front of the record's length."""
@@ -61,7 +61,7 @@ class EventWriter:
         self._state = self._seen(b"")  # of the last end: it seldom changes
 
     def _seen(self, device_state: bytes) -> tuple[bytes, bytes, bytes]:
-        """A device state, its digest, and what stands before it in a record."""
+        """A device state, its digest, and what precedes it in a record."""
         return device_state, digest_of(self._digest, device_state), device_state_head(len(device_state))
 
     def abandon(self) -> None:
@@ -96,7 +96,7 @@ class EventWriter:
     def prepare_end(
         self, *, epoch: int, time_ns: int | None, codec: str, before: Position | None, memory_bytes: int | None
     ) -> Ending:
-        """Make what of the end of a checkpoint of our own does not depend on its body: while nobody waits for it."""
+        """Prepare the part of our checkpoint's end that does not depend on its body, while nothing waits for it."""
         record = CheckpointRecord(
             epoch=epoch,
             time_ns=time_ns,
@@ -147,7 +147,7 @@ class EventWriter:
         return closing, after
 
     def laid_out_bytes(self, pages: int) -> int:
-        """What `lay_out` takes for so many pages."""
+        """Bytes that `lay_out` needs for this many pages."""
         batches = -(-pages // MAX_BATCH_ENTRIES)
         return (batches + 1) * chunks.I32.size + (pages + 1) * self.word
 
@@ -167,7 +167,7 @@ class EventWriter:
         out[at:].data[:] = self._id(ChunkId.COMPRESSED_DATA) + self._word(payload_bytes)
 
     def write_laid_out(self, data: NDArray[np.uint8]) -> list[Buffer]:
-        """Write what `lay_out` has made, and the payload behind it. Raises ValueError outside a compressed body.
+        """Write what `lay_out` made, and the payload after it. Raises ValueError outside a compressed body.
 
         It is hashed when more is written, so that it can be sent before: it must not change until then.
         """
