@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from remus_ckpt.wire.record import Position
 _KEY = re.compile(r"(\d{20})-(\d{20})-(\d{8}T\d{6}Z|no-time)-([0-9a-f]{64})\.remus(\.age)?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _TIME = "%Y%m%dT%H%M%SZ"
+_1970 = datetime(1970, 1, 1, tzinfo=UTC)
 _PIECE_BYTES = 8 << 20
 """Sent and received at a time."""
 _MAX_SEGMENTS = 1_000_000
@@ -289,25 +290,33 @@ def fetch(
     Returns what the segments hold, oldest first. Raises StoreError, NothingToRestore.
     """
     line = line_of(archive.segments(_check(name)))
-    if at is not None:
-        line = [_holding(line, at, f"{archive.url}/{name}")]
     if not line:
         raise NothingToRestore(f"{archive.url}/{name}: nothing is archived under this name")
+    wanted = line if at is None else _nearest_first(line, at, f"{archive.url}/{name}")
     making = history.with_name(f".{history.name}.fetching")  # a history is there as a whole, or not at all
     folder = making / DIRECTORY
     with guarding(history, "output"):
         if history.exists():
             raise StoreError(f"{history} exists already: choose another store, or move it away")
         make_directory(folder)
-    found = []
-    for number, one in enumerate(line):
+    found: list[Contents] = []
+    for number, one in enumerate(wanted):
         path = folder / segment_name(one.epochs[0], number)
-        found.append(_fetch_one(archive, name, one, path, limits))
+        contents = _fetch_one(archive, name, one, path, limits)
         progress(one.bytes)
-    wanted = {one.name for one in found}
+        if at is None:
+            found.append(contents)
+        elif isinstance(at, int) or not _is_after(contents.first, at):
+            found, line = [contents], [one]
+            break
+        else:
+            path.unlink()
+    if not found:
+        raise NothingToRestore(f"{archive.url}/{name}: no checkpoint was taken by {at}")
+    names = {one.name for one in found}
     with guarding(history, "output"):
         for other in folder.iterdir():
-            if other.name not in wanted:  # of a fetch that wanted something else
+            if other.name not in names:  # of a fetch that wanted something else
                 other.unlink()
         missing = [range(before.epochs.stop, after.epochs[0]) for before, after in pairwise(line)]
         save_state(making, State(name).with_pruned(filter(None, missing)))
@@ -343,19 +352,28 @@ def line_of(segments: Iterable[Archived]) -> list[Archived]:
     return line[::-1]
 
 
-def _holding(line: list[Archived], at: int | datetime, where: str) -> Archived:
-    """The segment to read for one checkpoint."""
+def _nearest_first(line: list[Archived], at: int | datetime, where: str) -> list[Archived]:
+    """The segments that may have the checkpoint to restore, the most likely one first.
+
+    For a time, the last checkpoint that was taken by then is in the first of them that does not begin after it: a key
+    says when the last checkpoint was taken, to the second, and not when the first was.
+    """
     if isinstance(at, int):
         # Of two segments that have it, the later begins with it.
         found = next((one for one in reversed(line) if at in one.epochs), None)
         if found is None:
             raise NothingToRestore(f"{where}: checkpoint {at} is not archived")
-        return found
+        return [found]
     timed = [one for one in line if one.time is not None]
-    found = next((one for one in timed if one.time is not None and one.time >= at), timed[-1] if timed else None)
-    if found is None:
-        raise NothingToRestore(f"{where}: no checkpoint was taken by {at}")
-    return found
+    second = at.replace(microsecond=0)
+    ahead = next((number for number, one in enumerate(timed) if one.time is not None and one.time > second), len(timed))
+    return timed[: ahead + 1][::-1]
+
+
+def _is_after(first: Entry | None, at: datetime) -> bool:
+    """Whether a segment whose first checkpoint is this one begins after a time."""
+    at_ns = (at - _1970) // timedelta(microseconds=1) * 1_000
+    return first is not None and first.time_ns is not None and first.time_ns > at_ns
 
 
 def _check(name: str) -> str:

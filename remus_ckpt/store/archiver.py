@@ -80,7 +80,7 @@ def keep_archiving(store: Store, archive: Archive, end: int, tell: Callable[[Lag
         with suppress(RemusError):
             names = store.names()
         for name in names:
-            error = None
+            history = error = None
             try:
                 history = store[name]
                 if name not in known:
@@ -90,15 +90,19 @@ def keep_archiving(store: Store, archive: Archive, end: int, tell: Callable[[Lag
                         return
             except RemusError as failure:
                 error, pause = str(failure), _ANEW_S
-            with suppress(RemusError, OSError):
-                lag = _lag(history, name, known.get(name, []), error)
-                if told.get(name) != lag:
-                    told[name] = lag
-                    tell(lag)
+            lag = _lag(history, name, known.get(name, []), error)
+            if told.get(name) != lag:
+                told[name] = lag
+                tell(lag)
 
 
-def _lag(history: History, name: str, known: list[Archived], error: str | None) -> Lag:
-    left = waiting(history, known)
+def _lag(history: History | None, name: str, known: list[Archived], error: str | None) -> Lag:
+    """history: None if it cannot be opened, which `error` says"""
+    left: list[Contents] = []
+    try:
+        left = [] if history is None else waiting(history, known)
+    except (RemusError, OSError) as failure:
+        error = error or str(failure)
     newest = max((one.epochs[-1] for one in known), default=None)
     return Lag(name, newest, len(left), sum(one.end for one in left), error)
 

@@ -14,13 +14,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import many
 from power import Power
-from store_support import fill, memory_at
+from store_support import Source, commit, fill, memory_at
 
 from remus_ckpt.errors import NothingToRestore, RemusError, StoreError
 from remus_ckpt.store import History, Store, archiver
@@ -84,6 +85,33 @@ def test_one_checkpoint_by_epoch_or_time(history: History, tmp_path: Path) -> No
         fetch(archive, "others", tmp_path / "at" / "others")
     with pytest.raises(StoreError, match="exists already"):
         fetch(archive, "orders", tmp_path / "at-0" / "orders")
+
+
+def test_by_a_time_comes_what_the_history_itself_has_for_it(tmp_path: Path) -> None:
+    """A key says when the last checkpoint was taken, and only to the second; the first may be much later than the last
+    of the segment before."""
+    begun = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    offsets_ms = [0, 250, 500, 750, 1000, 1250, 1500, 60_000, 60_250]
+    with Store(tmp_path / "store").writer("orders") as writer:
+        source = Source()
+        writer.begin(full=True)
+        for number, offset_ms in enumerate(offsets_ms):
+            if number == 7:  # another primary begins anew
+                source = Source(position=writer.position)
+                writer.begin(full=True)
+            time_ns = int(begun.timestamp()) * 10**9 + offset_ms * 10**6
+            commit(writer, source.checkpoint(time_ns), source.position)
+            if number in (2, 4, 8):
+                writer.compact(wait=True)
+    history = Store(tmp_path / "store")["orders"]
+    archive = archive_in(tmp_path)
+    assert len(archived(history, archive)) == 4
+    for number, at_ms in enumerate([0, 10, 510, 760, 990, 1010, 1999, 30_000, 60_100, 90_000]):
+        at = begun + timedelta(milliseconds=at_ms)
+        fetch(archive, "orders", tmp_path / f"{number}" / "orders", at=at)
+        assert Store(tmp_path / f"{number}")["orders"].at(at).position == history.at(at).position
+    with pytest.raises(NothingToRestore, match="no checkpoint was taken by"):
+        fetch(archive, "orders", tmp_path / "before" / "orders", at=begun - timedelta(milliseconds=1))
 
 
 def test_what_is_encrypted_needs_the_identity(history: History, tmp_path: Path) -> None:
@@ -291,6 +319,30 @@ def test_what_is_pruned_meanwhile_is_no_fault(history: History, tmp_path: Path) 
     next(steps)
     history.path_of(list_segments(history.directory)[0]).unlink()
     assert len([one for one in steps if one is not None]) == 2
+
+
+def test_a_name_that_cannot_be_read_keeps_no_other_from_being_archived(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        with Store(tmp_path / "store").writer(name) as writer:
+            source = fill(writer, 3)
+            writer.compact(wait=True)
+            fill(writer, 2, source)
+    (tmp_path / "store" / "a" / "store.json").unlink()
+    (tmp_path / "store" / "c" / "store.json").write_text("{}")
+    end, stop = os.pipe()
+    told: dict[str, archiver.Lag] = {}
+
+    def tell(lag: archiver.Lag) -> None:
+        told[lag.name] = lag
+        if len(told) == 3:
+            os.write(stop, b"x")
+
+    archiver.keep_archiving(Store(tmp_path / "store"), archive_in(tmp_path), end, tell)
+    os.close(end)
+    os.close(stop)
+    assert told["b"] == archiver.Lag("b", 2, 0, 0)
+    assert "is lost" in str(told["a"].error)
+    assert "cannot be read" in str(told["c"].error)
 
 
 def test_the_process_says_how_far_it_is(history: History, tmp_path: Path) -> None:
