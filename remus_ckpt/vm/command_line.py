@@ -22,6 +22,8 @@ RAM_ID = "remus-ram"
 _PROGRAM = re.compile(r"qemu-system-[a-z0-9_]+")
 _DEFAULT_MEMORY = 128 << 20
 _IDENT = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_GLOBAL = re.compile(r"([^.=,]{1,63})\.([^=,]{1,63})=(.*)", re.DOTALL)
+"""QEMU takes whatever does not look like this for driver=…,property=…,value=…"""
 _UNITS = {"": 1 << 20, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MAX_MEMORY = 1 << 50
 
@@ -36,7 +38,7 @@ _OTHER_FLAGS = _set("S s daemonize snapshot nographic curses preconfig mem-preal
 
 _PORTABLE = _set(
     "name uuid m smp cpu machine M accel kernel initrd append bios boot rtc smbios fw_cfg global action "
-    "watchdog-action device cdrom object vga display"
+    "watchdog-action device object vga display"
 )
 """Options with a value that travel, after the checks below."""
 _CONSOLES = _set("serial parallel monitor debugcon")
@@ -218,6 +220,8 @@ class CommandLine:
                 words.append(f"{chardev_of(console(ident))},id={ident}")
             elif name == "drive":
                 words.append(self._drive_here(next(rest), disks or {}))
+            elif name == "cdrom":
+                words[-1:] = ["-drive", _cdrom_of(next(rest))]
         added = additions(self.memory_bytes, ram, qmp)
         return [self.program, *words, *added, "-S", "-incoming", "defer"]
 
@@ -226,10 +230,21 @@ class CommandLine:
         pairs = dict(pairs_of(value, "file"))
         ident = pairs.get("id", "")
         if ident not in {disk.ident for disk in self.disks}:
-            return value
+            return _as_raw(pairs)
         if (image := images.get(ident)) is None:
             raise VmError(f"the disk {ident} of the guest has no image here")
         return joined(pairs | {"file": str(image)})
+
+
+def _as_raw(pairs: dict[str, str]) -> str:
+    """A -drive that the guest only reads. QEMU would take the format from the contents, and with it names of other
+    files, such as that below a qcow2."""
+    return joined(pairs | {"format": "raw"} if pairs.get("file") else pairs)
+
+
+def _cdrom_of(path: str) -> str:
+    """The -drive that -cdrom stands for."""
+    return _as_raw({"file": path, "index": "2", "media": "cdrom"})
 
 
 def additions(memory_bytes: int, ram: str | Path, qmp: str | Path) -> list[str]:
@@ -367,6 +382,8 @@ class _Reader:
             self._chardev(value)
         elif name == "drive":
             self._drive(value)
+        elif name == "cdrom":
+            self._cdrom(value)
         elif name in _LOCAL:
             self.here += (f"-{name}", value)
         elif name in _PORTABLE:
@@ -437,9 +454,8 @@ class _Reader:
         return value
 
     def _global(self, value: str) -> str:
-        driver, _, rest = value.partition(".")
-        key, _, setting = rest.partition("=")
-        if "," in driver or (key in _DEVICE_FILES and setting) or driver in ("migration", "driver"):
+        match = _GLOBAL.fullmatch(value)
+        if not match or match[1] == "migration" or (match[2] in _DEVICE_FILES and match[3]):
             raise VmError(f"-global {value}: not known to be safe to protect: leave it out")
         return value
 
@@ -455,8 +471,10 @@ class _Reader:
             raise VmError(f"-bios {value}: give its absolute path")
         return self._file(value)
 
-    def _cdrom(self, value: str) -> str:
-        return self._file(value.removeprefix("file:"))
+    def _cdrom(self, value: str) -> None:
+        path = self._file(value.removeprefix("file:"))
+        self.here += ("-drive", _cdrom_of(path))
+        self.portable += ("-cdrom", path)
 
     def _drive(self, value: str) -> None:
         pairs = dict(pairs_of(value, "file"))
@@ -469,8 +487,11 @@ class _Reader:
             # QEMU takes what stands before a colon for the name of a protocol.
             pairs["file"] = os.path.abspath(path.removeprefix("file:"))
         if not path or is_on(pairs, "readonly", "read-only") or pairs.get("media") == "cdrom":
+            if pairs.get("format", "raw") != "raw":
+                raise VmError(f"-drive {value}: a disk that the guest only reads must be raw: others name more files")
             self.files += [pairs["file"]] if path else []
-            self._both("-drive", joined(pairs))
+            self.here += ("-drive", _as_raw(pairs))
+            self.portable += ("-drive", joined(pairs))
             return
         if pairs.get("format", "raw") not in ("raw", "qcow2"):
             raise VmError(f"-drive {value}: a disk that the guest writes to must be raw or qcow2")
@@ -485,7 +506,7 @@ class _Reader:
         self.portable += ("-drive", joined(pairs | {"format": "raw"}))  # as the backup's image is
 
     def _object(self, value: str) -> str:
-        pairs = dict(pairs_of(value, "qom-type"))
+        pairs = dict(pairs_of(value, "qom-type", may_be_json=True))
         kind = pairs.get("qom-type", "")
         if kind == "rng-random" and pairs.get("filename", "/dev/urandom") in ("/dev/urandom", "/dev/random"):
             return value
@@ -496,7 +517,7 @@ class _Reader:
         return value
 
     def _device(self, value: str) -> str:
-        pairs = dict(pairs_of(value, "driver"))
+        pairs = dict(pairs_of(value, "driver", may_be_json=True))
         driver = pairs.get("driver", "")
         for pattern, why in _DEVICE_REFUSED:
             if pattern.fullmatch(driver):
@@ -521,7 +542,7 @@ class _Reader:
         self.portable += ("-chardev", f"null,id={ident}")
 
     def _network(self, name: str, value: str) -> None:
-        pairs = dict(pairs_of(value, "type"))
+        pairs = dict(pairs_of(value, "type", may_be_json=name == "netdev"))
         if value == "none":
             self._both(f"-{name}", "none")
             return

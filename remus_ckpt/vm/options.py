@@ -23,12 +23,16 @@ def escaped(text: str) -> str:
     return text.replace(",", ",,")
 
 
-def pairs_of(value: str, first: str) -> Iterator[tuple[str, str]]:
-    """The keys and values of "a,b=c,…", in which two commas mean one. first: the key of a first value without one
+def pairs_of(value: str, first: str, *, may_be_json: bool = False) -> Iterator[tuple[str, str]]:
+    """The keys and values of "a,b=c,…", in which two commas mean one.
 
-    Raises VmError for a JSON object with more than plain values.
+    first: the key of a first value without one
+    may_be_json: QEMU reads this option as a JSON object too; in others it would find other keys in one than we do
+    Raises VmError for a JSON object where there can be none, or with more than plain values.
     """
     if value.startswith("{"):
+        if not may_be_json:
+            raise VmError(f"{value!r:.80}: this option cannot be JSON: write key=value,…")
         try:
             found = json.loads(value)
         except ValueError:

@@ -68,6 +68,8 @@ class Machine:
             found.append("the guest runs on KVM there, and KVM cannot be used here (/dev/kvm)")
         if self.cpu and self.cpu != here.cpu:
             found.append(_cpu_difference(self.cpu, here.cpu))
+        unnamed = sorted(here.files.keys() - self.files.keys())
+        found += [f"{path} would be read here, and nothing says what it holds there" for path in unnamed]
         for path, (size, digest) in self.files.items():
             size_here, digest_here = here.files.get(path, (None, None))
             if size_here is None:

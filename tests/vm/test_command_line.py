@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,9 @@ def test_the_standby_has_consoles_of_its_own_and_waits() -> None:
     assert text.endswith("-S -incoming defer")
 
 
+PLAIN = ["-m", "64M", "-display", "none", "-vga", "none", "-nic", "none"]
+
+
 @pytest.mark.parametrize(
     ("program", "arguments"),
     [
@@ -151,9 +155,14 @@ def test_the_standby_has_consoles_of_its_own_and_waits() -> None:
         ("qemu-system-x86_64;reboot", []),
         (QEMU, ["-serial", "file:/etc/passwd"]),
         (QEMU, ["-D", "/etc/passwd"]),
-        (QEMU, ["-m", "64M", "-display", "none", "-vga", "none", "-nic", "none", "-pidfile", "/etc/passwd"]),
+        (QEMU, [*PLAIN, "-pidfile", "/etc/passwd"]),
         (QEMU, ["-chardev", "file,id=a,path=/etc/passwd"]),
         (QEMU, ["-nographic"]),
+        (QEMU, [*PLAIN, "-fw_cfg", '{"name":"x,file=/etc/shadow,name=opt/z"}']),
+        (QEMU, [*PLAIN, "-machine", '{"type":"x,type=pc,initrd=/etc/shadow,append=y"}']),
+        (QEMU, [*PLAIN, "-global", "driver=a.b,driver=virtio-rng-pci,property=romfile,value=/etc/shadow"]),
+        (QEMU, [*PLAIN, "-drive", "file=/seed.img,readonly=on,format=qcow2"]),
+        (QEMU, [*PLAIN, "-drive", "file=/seed.img,media=cdrom,format=vmdk"]),
     ],
 )
 def test_a_peer_can_start_nothing_but_a_guest(program: str, arguments: list[str]) -> None:
@@ -201,3 +210,16 @@ def test_a_disk_travels_as_the_image_that_the_other_host_has() -> None:
     assert not any(here in word or "/b,,c" in word for word in words), "a peer names no file that QEMU writes here"
     with pytest.raises(VmError, match="no image"):
         there.as_standby("/ram", "/qmp", lambda _: "null", disks={"data": Path("/i2")})
+
+
+def test_a_disk_that_is_only_read_names_no_other_file() -> None:
+    line = parse("-cdrom /a,,b.iso -drive file=/seed.img,readonly=on,if=virtio -drive if=ide,media=cdrom")
+    there = CommandLine.from_peer(QEMU, line.portable)
+    assert there.files == ("/a,,b.iso", "/seed.img")
+    for words in (line.here, there.as_standby("/ram", "/qmp", lambda _: "null")):
+        given = [value for option, value in pairwise(words) if option in ("-drive", "-cdrom")]
+        assert given == [
+            "file=/a,,,,b.iso,index=2,media=cdrom,format=raw",
+            "file=/seed.img,readonly=on,if=virtio,format=raw",
+            "if=ide,media=cdrom",
+        ]

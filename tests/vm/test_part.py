@@ -168,6 +168,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         ({"files": {}}, "/boot/vmlinuz is missing here"),
         ({"files": {"/boot/vmlinuz": (6, b"d" * 32)}}, "has 5 bytes there and 6 here"),
         ({"files": {"/boot/vmlinuz": (5, b"e" * 32)}}, "different contents"),
+        ({"files": MACHINE.files | {"/etc/shadow": (5, b"e" * 32)}}, "/etc/shadow would be read here"),
     ],
 )
 def test_a_host_that_differs_is_told_how(here: dict[str, Any], words: str) -> None:
