@@ -21,7 +21,7 @@ export function theme(redraw) {
   });
 }
 
-// The context of a canvas as large as it is shown; null while it is not.
+// The context of a canvas at the size at which it is shown; null while it is not shown.
 function context(canvas) {
   const scale = devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
@@ -136,7 +136,7 @@ export function drawHeat(canvas, columns, kept, memoryBytes, memory) {
   const busy = total.filter(Boolean).length;
   const said = busy
     ? `From the beginning of memory (top) to its end; brighter is more. ${busy} of ${HEAT_PARTS} parts have changed, ` +
-      `most of all ${place(part)} to ${place(part + 1)}: about ${Math.round(total[part]).toLocaleString("en-US")} pages.`
+      `mostly ${place(part)} to ${place(part + 1)}: about ${Math.round(total[part]).toLocaleString("en-US")} pages.`
     : "No page has changed in the last minutes.";
   const found = context(canvas);
   if (!found) return said;

@@ -1,5 +1,5 @@
-// The page: what /events says, drawn. It keeps the last minutes of two figures of each name for the list, and all
-// figures of the one name that is open. Whatever a name, a primary or a log line says is put in as text, never as HTML.
+// The page draws what /events says. For the list it keeps the last minutes of two figures of each name, and for the one
+// name that is open, all figures. Anything from a name, a primary or a log line is inserted as text, never as HTML.
 
 import { drawHeat, drawKept, drawLine, drawPlot, HEAT_PARTS, theme } from "./draw.js";
 import { ago, bytes, clock, count, memory, milliseconds, number, percent, rate } from "./words.js";
@@ -191,7 +191,7 @@ function summarize() {
   const parts = [...states].sort((a, b) => b[1].level - a[1].level).map(([state, { many }]) => `${many} ${state}`);
   put(by("overall"), parts.length ? parts.join(", ") : "no names");
   document.title = `${states.size && [...states.values()].some(({ level }) => level > 1) ? "! " : ""}remus-ckpt`;
-  // What concerns a backup, and none of its names.
+  // What concerns a backup rather than one of its names.
   const notices = [];
   for (const { label, health, report, isSilent } of sources.values()) {
     const said = Object.values(report?.names ?? {}).map((found) => found.health.state);
@@ -260,7 +260,7 @@ function showOpen() {
 // An answer of the server; with `error` in it if there is none.
 async function fetchJson(path, options) {
   try {
-    // Not relative to the page: where that was opened with its password in the address, it may not be fetched from.
+    // Not relative to the page: if its address has the password in it, a relative address cannot be fetched.
     const answer = await fetch(new URL(path, location.href), options);
     return await answer.json().catch(() => ({ error: `the server answers ${answer.status}` }));
   } catch (error) {
@@ -389,8 +389,8 @@ function route() {
 by("take-over").addEventListener("click", () => {
   const found = sources.get(open.source).report.names[open.name];
   put(by("confirm-title"), `Fail over ${open.name}?`);
-  put(by("confirm-words"), `The backup is promoted and goes on from epoch ${count(found.epoch)}, the newest that is ` +
-    "committed. From then on it refuses the old primary. This cannot be taken back.");
+  put(by("confirm-words"), `The backup is promoted and continues from epoch ${count(found.epoch)}, the newest ` +
+    "committed one. From then on it refuses the old primary. This cannot be undone.");
   put(by("confirm-fault"), "");
   by("fence-choice").hidden = found.fence === null || found.fence === undefined;
   for (const choice of document.querySelectorAll("[name=how]")) choice.checked = false;
@@ -434,7 +434,7 @@ function connect() {
     lostAt = null;
   });
   events.addEventListener("whole", async () => {
-    // All sources have been told of once.
+    // All sources have been reported once.
     await fetchPast();
     for (const row of rows.values()) drawRow(row);
     route();
@@ -443,8 +443,8 @@ function connect() {
   events.addEventListener("error", () => {
     if (lostAt === null) {
       lostAt = Date.now() / 1000;
-      const words = `The server of this page has not answered since ${clock(lostAt)}. What is shown is from before; ` +
-        "the page tries again until it answers.";
+      const words = `This page's server has not answered since ${clock(lostAt)}. The figures are from before; ` +
+        "the page keeps trying.";
       by("faults").replaceChildren(make("p", {}, words));
       for (const row of rows.values()) row.tr.classList.add("stale");
       by("detail").classList.add("stale");
