@@ -179,7 +179,7 @@ def sync_file_system(path: Path) -> bool:
 def sync_names_above(path: Path) -> None:
     """Make every name on the path from the root of the file system to a directory durable.
 
-    Whoever copied or moved a store there may have synced none of them. Raises OSError.
+    If a store was copied or moved there, none of them may have been synced. Raises OSError.
     """
     path = path.resolve()
     device = path.stat().st_dev
@@ -273,7 +273,7 @@ def _open_spare(spare: Path) -> int:
     with suppress(FileNotFoundError):
         status = os.lstat(spare)
         if status.st_nlink != 1 or not stat.S_ISREG(status.st_mode):
-            spare.unlink()  # it was store.json, and somebody has hard-linked that
+            spare.unlink()  # it was store.json, and that has been hard-linked
     return os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 

@@ -17,7 +17,7 @@ class Descriptor(io.FileIO):
     `next(map(Descriptor, map(open_it, (argument,)), ("r+",)))`.
     """
 
-    __del__ = io.FileIO.close  # or it would warn that nobody did; in C, where no signal's handler can raise
+    __del__ = io.FileIO.close  # or it would warn that it was not closed; in C, where no signal's handler can raise
 
 
 class Flag:
@@ -44,7 +44,7 @@ class Flag:
             file.write(_ONE)
 
     def clear(self) -> None:
-        """Clear the flag. Whoever waits for work clears it before looking for work: a `set` in between is kept."""
+        """Clear the flag. A thread that waits for work clears it before it looks for work, so no `set` is lost."""
         if (file := self._file) is not None and self._pid == os.getpid():
             file.read(len(_ONE))
 

@@ -48,7 +48,7 @@ class Limits:
     machine_name_bytes: int = 1024
     """The name of the machine in a QEMU stream."""
     description_bytes: int = 16 * MIB
-    """The JSON behind the device sections of a QEMU stream."""
+    """The JSON after the device sections of a QEMU stream."""
     multifd_packet_bytes: int = 4 * MIB
     """The data of one packet of a multifd channel: 512 KiB of memory, compressed or not."""
     snapshots: int = 65_536

@@ -241,7 +241,7 @@ class CheckpointLoop:
         pause = _Pause(self._stopper, lambda: self._on_paused(epoch) if self._on_paused else None)
         try:
             try:
-                # Each group of buffers has been encoded and is written while the scan stands still.
+                # Each group of buffers has been encoded and is written while the scan waits.
                 for group in self._sender.checkpoint(
                     self._scan(pause),
                     parts=lambda: self._parts,

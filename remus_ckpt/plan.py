@@ -121,7 +121,7 @@ def _need(path: str | Path, interval_s: float, own_s: float, codec: StreamCodec,
         pages.append(sender.sent.pages)
         sizes.append(sender.sent.stream_bytes)
         ended = time_ns
-    # The first is the copy of all; it is told apart.
+    # The first is the full copy, which is reported separately.
     return Need(interval_s, max((ended - began) / 1e9, interval_s), np.array(pages[1:]), np.array(sizes[1:]))
 
 

@@ -28,7 +28,7 @@ CACHE_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Pages of one block that are to be sent.
+    """Pages of one block to be sent.
 
     block: its name
     numbers: int64[n], of the pages in the block
@@ -48,7 +48,7 @@ class QemuSender:
     blocks: of its memory, sizes in whole pages
     configuration: None: the stream has none
     number: of the section ram
-    says_switchover: whether SWITCHOVER_START stands in front of its END
+    says_switchover: whether SWITCHOVER_START precedes its END
     cache_bytes: the most that the cache may take; rounded down to a power of two of pages
     is_fixed: always encode, with the cache at its largest, instead of what `stages.decide` says
     kernel: require one of `kernels.KERNELS`

@@ -29,7 +29,7 @@ class Recording:
     sizes: bytes of stream; pages: that it carries
     memory_bytes: of all memory
     codec: of the stream, None where it has no checkpoint of ours
-    encoded: what the pages behind the first copy take in each coding, each page against what it was before: bytes,
+    encoded: what the pages after the first copy take in each coding, each page against what it was before: bytes,
         without the stream around them
     columns: int64[n, PARTS], pages by the part of memory that they lie in; each of so many checkpoints, the last of
         fewer; the first copy is not in it
@@ -69,7 +69,7 @@ class Recording:
 
     @property
     def changed_bytes(self) -> int:
-        """Of the pages behind the first copy."""
+        """Bytes of the pages after the first copy."""
         return sum(self.pages[1:]) * PAGE_SIZE
 
     def _add(self, checkpoint: Checkpoint) -> None:
@@ -94,7 +94,7 @@ class Recording:
 def read_recording(path: str | Path, *, dialect: Dialect | None = None, limits: Limits | None = None) -> Recording:
     """Read a stream once, with two copies of its memory.
 
-    Raises StreamError behind the last good checkpoint, OSError.
+    Raises StreamError after the last good checkpoint, OSError.
     """
     found = Recording()
     reference: Pages | None = None

@@ -62,9 +62,9 @@ def _head(title: str, found: Recording) -> str:
             ("Taken", f"{_time(first)} to {_time(last)}"),
             ("Interval, median", f"{found.interval_s * 1e3:,.3g} ms"),
         ]
-    facts += [("First copy", say_bytes(found.first_copy_bytes)), ("Stream behind it", say_bytes(sum(found.sizes[1:])))]
+    facts += [("First copy", say_bytes(found.first_copy_bytes)), ("Stream after it", say_bytes(sum(found.sizes[1:])))]
     if (share := ratio(sum(found.sizes[1:]), found.changed_bytes)) is not None:
-        facts += [("Pages behind it, raw", say_bytes(found.changed_bytes)), ("Ratio", f"{share:.1%}")]
+        facts += [("Pages after it, raw", say_bytes(found.changed_bytes)), ("Ratio", f"{share:.1%}")]
     rows = "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts)
     return f'<h2>What it holds</h2><dl id="facts">{rows}</dl>'
 
@@ -84,7 +84,7 @@ def _time_lines(found: Recording) -> Iterable[str]:
 
 
 def _where(found: Recording) -> tuple[str, str]:
-    """The ends of a time line: behind the first copy, and the last checkpoint."""
+    """The ends of a time line: after the first copy, and the last checkpoint."""
     ends = [(found.times_ns[at], found.epochs[at]) for at in (1, -1)]
     first, last = (f"epoch {epoch:,}" + ("" if time is None else f", {_time(time)}") for time, epoch in ends)
     return first, last

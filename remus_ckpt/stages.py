@@ -115,7 +115,7 @@ def _costs(seen: Seen) -> dict[tuple[bool, str], float]:
     """Seconds per byte of pages, by way: (are they encoded, how are they compressed)."""
     assert seen.link_bytes_s is not None
     cached = seen.cached
-    # Seconds, and bytes out, per byte of pages; what was not measured goes on as it is.
+    # Seconds, and bytes out, per byte of pages; what was not measured stays as it is.
     codings = {cached is None or cached.slots > 0: (0.0, 1.0)}
     if cached is not None and cached.pages and cached.bytes_s and cached.plain_bytes_s:
         raw = (cached.pages - cached.hits) * _PAGE_BYTES

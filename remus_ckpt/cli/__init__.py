@@ -156,7 +156,7 @@ def main() -> NoReturn:
         _complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of our output has closed the pipe, which is nobody's error.
+        # The reader of our output has closed the pipe, which is not an error.
         _drop_output()
         sys.exit(1)
     except MemoryError:

@@ -136,7 +136,7 @@ def _place(path: Path, command: str, key: str) -> str:
 
 
 def key_of(param: Any) -> str:
-    """The name of a parameter in a file, as it stands in the help."""
+    """The name of a parameter in a file, as in the help."""
     is_option = param.param_type_name == "option"
     return str(max(param.opts, key=len).lstrip("-") if is_option else param.name)
 

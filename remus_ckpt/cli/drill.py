@@ -72,7 +72,7 @@ def drill(
 ) -> None:
     """Restore the newest checkpoint to a temporary image, checking every byte, and let a command of yours try it.
 
-    Nothing in the store changes, nobody is promoted, and the backup keeps receiving; the image is removed at the end.
+    Nothing in the store changes, nothing is promoted, and the backup keeps receiving; the image is removed at the end.
     The exit code is 0 if the newest checkpoint is good and the command, if any, accepts it; 20 if that checkpoint is
     bad, even if an older one is good (the command then tries that one); 1 if the command refuses it.
 

@@ -248,7 +248,7 @@ def backup(
         **({} if max_names is None else {"max_names": max_names, "max_connections": max(2 * max_names, 256)}),
     )
     begin()
-    # Before the store is created: whoever names a port that is in use must choose another store or another port.
+    # Before the store is created: a user who names a port in use must choose another store or another port.
     for address, tls in places:
         Listener(address, tls=tls, insecure=insecure).close()
     configure_logs(log_format)

@@ -30,7 +30,7 @@ def watch(
     as_json: bool,
     draw: Callable[[dict[str, Any], float], Group] | None = None,
 ) -> None:
-    """Show a backup's status until `stop` is set; while it does not answer, say so and go on asking.
+    """Show a backup's status until `stop` is set; while it does not answer, say so and keep asking.
 
     ask: returns the report of `status`; raises RemusError
     draw: what to show of a report at a Unix time; None: a backup's names

@@ -114,7 +114,7 @@ class Brokers:
     def start(self, number: int) -> None:
         """Start one that is not running."""
         with open(self.directory / f"{number}.log", "ab") as out:
-            # A cluster that nobody ends would stay for ever.
+            # Otherwise a forgotten cluster would run for ever.
             words = [self._program, "-c", str(self.directory / f"{number}.conf")]
             if self._hosts:
                 words = self._hosts[number].inside(*words)

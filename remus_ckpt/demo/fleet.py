@@ -101,7 +101,7 @@ def _kill_and_watch(
     _await(look, "not all names were protected again")
     taken = max(moved.values())
     say(f"all protected {taken:.2f} s after the death of their backup, of which up to {LEASE_S:g} s are its lease")
-    time.sleep(1.0)  # commits go on there
+    time.sleep(1.0)  # commits continue there
     for name, primary in primaries.items():
         if primary.poll() is not None:
             raise RemusError(f"the primary of {name} has ended: see {folder}")

@@ -31,7 +31,7 @@ from remus_ckpt.session.messages import (
 from remus_ckpt.wire.record import Position
 
 _FLUSH_BYTES = 256 << 10
-"""So many bytes of a checkpoint are sent while more of it is made: the backup stores them meanwhile."""
+"""This many bytes of a checkpoint are sent while more of it is made, so that the backup stores them in the meantime."""
 _WELCOME_S = 30.0
 _GOODBYE_S = 1.0
 _LOOK_S = 0.25
@@ -271,7 +271,7 @@ class Link:
                     if (fault := self._connection.distrust()) is not None:
                         raise LinkError(f"{self.peer}: its certificate {fault}")
                 if now >= beat:
-                    # If the connection is stalled, a heartbeat would wait, and hold up whoever wants to send.
+                    # If the connection is stalled, a heartbeat would wait, and hold up other senders.
                     if self._connection.is_writable() and self._sending.acquire(blocking=False):
                         try:
                             if not self._outgoing.is_over:  # nothing may follow a goodbye

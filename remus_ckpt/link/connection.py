@@ -415,7 +415,7 @@ class Connection:
             except ssl.SSLError as error:
                 self._receive_fault = say(error)
                 if got:
-                    return got  # whole records, checked; the fault is behind them
+                    return got  # whole records, checked; the fault is after them
                 raise LinkError(f"{self.peer}: {self._receive_fault}") from error
             size = self._receive_plain(self._cipher, deadline)
             with self._tls_lock:

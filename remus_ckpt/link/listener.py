@@ -178,9 +178,9 @@ def _remove_stale(path: str) -> None:
         dial(socket.AF_UNIX, path, time.monotonic()).close()
     except ConnectionRefusedError:
         os.unlink(path)
-    except Late:  # somebody whose queue is full
-        raise LinkError(f"{path}: somebody listens there already") from None
+    except Late:  # a listener whose queue is full
+        raise LinkError(f"{path}: another process listens there already: stop it, or name another path") from None
     except OSError as error:
         raise LinkError(f"{path}: {say(error)}") from error
     else:
-        raise LinkError(f"{path}: somebody listens there already")
+        raise LinkError(f"{path}: another process listens there already: stop it, or name another path")

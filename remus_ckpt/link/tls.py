@@ -105,7 +105,7 @@ class TlsFiles:
         try:
             found = x509.load_der_x509_certificate(certificate)
         except ValueError:
-            return Judgement(loaded, None, "cannot be read")  # OpenSSL has read it and we cannot: nobody knows
+            return Judgement(loaded, None, "cannot be read")  # OpenSSL has read it and we cannot: no verdict
         is_ours = any(was_issued_by(found, authority) for authority in loaded.authorities)
         if loaded.revoked and is_in(loaded.revoked, found):
             return Judgement(loaded, is_ours, "has been revoked")
@@ -131,7 +131,7 @@ class TlsFiles:
                 self._seen = stamp
                 try:
                     if self._loaded.revoked is not None and not self._lists_path.exists():
-                        # Copying it anew may remove it for a moment; nobody revoked may come in then.
+                        # Copying it again may remove it for a moment, in which no revoked peer may get in.
                         raise LinkError(
                             f"{self._lists_path} is gone: after a restart, no certificate counts as revoked"
                         )
@@ -179,7 +179,7 @@ class TlsFiles:
         for context in (server, client):
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.verify_mode = ssl.CERT_REQUIRED
-            # Each CA in ca.pem is trusted as it stands, whoever issued it.
+            # Each CA in ca.pem is trusted as it is, whoever issued it.
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             try:
                 context.load_verify_locations(
@@ -192,7 +192,7 @@ class TlsFiles:
             except OSError as error:
                 raise LinkError(f"{self.directory}: {error}: make it again with `remus-ckpt keys issue`") from error
         client.hostname_checks_common_name = False
-        # Nobody resumes a session here; a ticket would be bytes on the wire that no frame accounts for.
+        # Sessions are never resumed; a ticket would be bytes on the wire that no frame accounts for.
         server.num_tickets = 0
         return _Loaded(server, client, expires, tuple(authorities), revoked_in(lists) if lists else None)
 

@@ -72,7 +72,7 @@ class StoreDisks(Collector):
         return [size, free]
 
     def _begin(self) -> list[_Look]:
-        """Look at every device at which nobody is looking; the lock is held."""
+        """Start a look at every device that none looks at yet; the lock is held."""
         places: dict[int, dict[str, Path]] = defaultdict(dict)
         for name, (device, segments) in self._places.items():
             places[device][name] = segments
@@ -84,7 +84,7 @@ class StoreDisks(Collector):
 
 
 class _Look:
-    """One look at the stores of a file system, in a thread of its own.
+    """One look at the stores of a file system, in its own thread.
 
     found: their bytes and the free ones, by name; complete once `is_over` is set
     """

@@ -31,7 +31,7 @@ def http_address(where: str, what: str) -> Address:
 
 
 class HttpServer:
-    """Serves a WSGI application from threads of its own.
+    """Serves a WSGI application from its own threads.
 
     where: HOST:PORT, or a port alone, which listens on this machine only
     app: finds "remus_ckpt.go_on" in its environ, and may call it with the seconds that the request may take from then

@@ -20,7 +20,7 @@ class EventLoop(Protocol):
 class LoopLock:
     """A `Lock` that holds up an event loop, for a thread that takes checkpoints on behalf of its coroutines.
 
-    In any other thread it does nothing: there the caller waits, and ensures that nobody else writes. One pause at a
+    In any other thread it does nothing: there the caller waits, and ensures that nothing else writes. One pause at a
     time; any thread may end it.
     """
 

@@ -137,7 +137,7 @@ class Manifest:
             raise ValueError(f"the buffers take {self.pages} pages, memory has {len(memory)}")
         found = {}
         for entry in self.entries:
-            # An empty one may stand behind the last page.
+            # An empty one may follow the last page.
             at = entry.page * PAGE_SIZE if entry.nbytes else 0
             order: Literal["C", "F"] = "F" if entry.order == "F" else "C"
             array: NDArray[Any] = np.ndarray(entry.shape, entry.dtype, memory.data, at, order=order)

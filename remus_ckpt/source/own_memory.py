@@ -161,7 +161,7 @@ class Buffers:
         self._named = {}
 
     def check(self) -> None:
-        """Raise SourceError if a name of the dict has come to mean another object, or a DataFrame has other memory.
+        """Raise SourceError if a name of the dict now means another object, or if a DataFrame has other memory.
 
         Writes there would not be seen.
         """

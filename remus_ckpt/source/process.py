@@ -148,7 +148,7 @@ class Process:
         return ""
 
     def tracer(self) -> str | None:
-        """Who traces one of its threads, and what to do; None if nobody does."""
+        """The tracer of one of its threads, and what to do; None if there is none."""
         for thread in list(self._list()):
             status = self._read(thread, "status", 65536, keep=False).decode(errors="replace")
             number = next((line.split()[1] for line in status.splitlines() if line.startswith("TracerPid:")), "0")

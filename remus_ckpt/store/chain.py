@@ -284,7 +284,7 @@ class Chain:
                 )
         if self.written == self.end:
             self.began_at = time.monotonic()
-        # Within the space nobody else writes: a checkpoint never waits there for whoever makes more of it.
+        # Nothing else writes within the space: a checkpoint there never waits for the thread that makes more of it.
         with guarding(self.path), self.growing if self.written + len(data) > self.room else nullcontext():
             self.written += write_all(self.fd, [data])
             self.room = max(self.room, self.written)

@@ -39,7 +39,7 @@ _MAX_ROUNDS = 4
 class Compaction:
     """One new segment being written, by its own thread.
 
-    lock: held by whoever changes memory; the thread takes it to copy 1 MiB at a time
+    lock: held while memory is changed; the thread takes it to copy 1 MiB at a time
     memory, home: the warm copy, and its file
     shape, digest: of the stream, which continues in the new segment
     path: of the new file

@@ -429,7 +429,7 @@ class History:
         reason = "its bytes are cut off" if fault is None else fault.message
         offered = "no checkpoint before it is there" if good is None else f"the newest before it is {good}"
         return BadCheckpoint(
-            f"{reason}; checkpoint {epoch} and those behind it in this segment cannot be read, {offered}",
+            f"{reason}; checkpoint {epoch} and those after it in this segment cannot be read, {offered}",
             segment=entry.segment,
             epoch=epoch,
             good=good,
@@ -457,7 +457,7 @@ class History:
                 if one.fault is None and size > one.end:
                     known = indexed.get(name)
                     unwritten_from, is_more = self._behind(one, size)
-                    while is_more:  # a writer may have gone on within its space meanwhile
+                    while is_more:  # a writer may have continued within its space meanwhile
                         end, one = one.end, scan(path, known=one, end=size, limits=self.limits)
                         if one.end == end or one.fault is not None:
                             break

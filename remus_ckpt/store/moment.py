@@ -315,7 +315,7 @@ class Moment:
         server = _Server(fault_fd, self._view, self._fd, address)
         if not server.is_ready:
             return None
-        # Whoever refers to the memory keeps the mapping: when that goes, nobody can touch it any more.
+        # References to the memory keep the mapping: when it goes, nothing can touch it any more.
         weakref.finalize(area, server.stop).atexit = False
         return memory
 
@@ -352,7 +352,7 @@ class _Server:
                 os.close(fd)
             self.is_ready = False
             return
-        # Once it has answered, it needs no GIL: whoever touches a page may hold it.
+        # Once it has answered, it needs no GIL: the toucher of a page may hold it.
         self.is_ready = os.read(ready, 1) == b"r"
         os.close(ready)
 
@@ -488,7 +488,7 @@ def _index_segment(history: History, directory: Path, one: Contents, until: Call
         with index:
             before = index.count
             try:
-                with suppress(StreamError):  # whoever reads it is told
+                with suppress(StreamError):  # its readers find out
                     index.extend(fd, one.last, history.limits, until)
             except Damaged:
                 PageIndex.create(directory, one.name).close()  # the next turn fills it

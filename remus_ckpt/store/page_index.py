@@ -113,11 +113,11 @@ class View:
 
 
 class Damaged(Exception):
-    """What an index says cannot be true: it must be built anew."""
+    """The contents of an index are impossible: it must be rebuilt."""
 
 
 class PageIndex:
-    """The index of one segment, in a directory of its own or in files without a name.
+    """The index of one segment, in its own directory or in files without a name.
 
     Only one process may `extend` an index in a directory: see `owning`. Any may read it meanwhile.
     """
@@ -147,7 +147,7 @@ class PageIndex:
 
     @classmethod
     def create(cls, directory: Path, segment: str) -> Self:
-        """A new index in place of whatever is there. Raises OSError."""
+        """A new index, replacing whatever is there. Raises OSError."""
         path = directory / segment
         if path.exists():
             aside = directory / f"{segment}.old"
@@ -426,7 +426,7 @@ class _Builder:
         left = np.arange(len(pfns))
         while len(left):
             # A page that is listed twice is applied twice: each pass takes the first of each page that is left, and
-            # whatever comes behind a page that lies in two chunks waits for it.
+            # whatever follows a page that is split over two chunks waits for it.
             _, first = np.unique(pfns[left], return_index=True)
             taken = left[np.sort(first)]
             split = np.flatnonzero(~is_whole[taken])
@@ -498,7 +498,7 @@ class _Builder:
         self._append(records)
 
     def _close(self, tail: events.TailHvm, start: int, reader: Reader) -> None:
-        """Add the row of the checkpoint that has come to its end."""
+        """Add the row of the checkpoint that has ended."""
         assert tail.record is not None
         index, pages = self._index, len(self._heads)
         shape = Shape(tail.record.codec, reader.dialect.word or 8, pages)  # type: ignore[arg-type]
@@ -568,7 +568,7 @@ def _row_crc(row: np.void) -> int:
 
 
 def _mapped(fd: int, size: int) -> Buffer:
-    """The first bytes of a file; nobody makes it shorter."""
+    """The first bytes of a file, which never shrinks."""
     return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)) if size else b""
 
 
@@ -584,7 +584,7 @@ def _copy(source: int, target: int, size: int) -> None:
 
 @contextmanager
 def owning(history: Path) -> Iterator[Path | None]:
-    """The directory of a history's page indexes, for whoever may write there; None while somebody else does, or if it
+    """The directory of a history's page indexes, for a process that may write there; None while another does, or if it
     belongs to another user or cannot be written."""
     directory = history / DIRECTORY
     lock = -1

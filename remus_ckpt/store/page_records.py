@@ -166,7 +166,7 @@ def _crc(record: np.void, data: bytes) -> int:
 
 
 def page_sum(page: NDArray[np.uint8]) -> int:
-    """The sum that stands for the bytes of a page in its checksum (specs/store.md §5.2)."""
+    """The sum that represents the bytes of a page in its checksum (specs/store.md §5.2)."""
     halves = page.view("<u4") + _keys()
     return int((halves[0::2].astype(np.uint64) * halves[1::2]).sum(dtype=np.uint64))
 

@@ -22,7 +22,7 @@ _BATCH = 16
 """Few enough that a checkpoint which waits for their removal is not late."""
 _FREE_PAUSE_S = 30.0
 """Some file systems (btrfs) take this long to free what was removed: until then, no more is removed for it. Nor is it
-while somebody reads what was removed."""
+while something reads what was removed."""
 
 
 class Pruner:
@@ -174,7 +174,7 @@ class Pruning:
 
 
 def _with_gaps(state: State, gaps: Iterable[range], oldest: str) -> State:
-    """The state with those of the gaps that are behind the beginning of the oldest segment."""
+    """The state with the gaps that come after the beginning of the oldest segment."""
     gaps = [gap for gap in gaps if gap.start > first_epoch_of(oldest)]
     return state if gaps == state.pruned else state.with_pruned(gaps)
 

@@ -267,7 +267,7 @@ class Recovery:
         return contents, None
 
     def _take_length(self, contents: Contents, known: Contents | None, size: int) -> None:
-        """Note where an older segment must be cut, because nothing was written behind its last checkpoint."""
+        """Note where an older segment must be cut, because nothing was written after its last checkpoint."""
         if contents.last is None or contents.end == size or (known is not None and known.end > contents.end):
             return
         fd = open_to_read(self._segments / contents.name)

@@ -414,7 +414,7 @@ class _Pieces:
                 # A request that changed on its way is refused as malformed.
                 is_answer = isinstance(error, Refused) and error.code != "malformed"
                 if is_answer or self._fetched == self._broken_at:
-                    raise  # or nothing has come since
+                    raise  # or nothing has arrived since
                 self._broken_at = self._asked = self._fetched
                 self._sizes.clear()
 

@@ -53,7 +53,7 @@ def contents_of(row: Any) -> Contents:
 
 
 def row_of_lost(lost: Lost) -> Row:
-    """A loss: its segment, byte, reason, the first epoch and the one behind the last, and the time of the first."""
+    """A loss: its segment, byte, reason, the first epoch and the one after the last, and the time of the first."""
     return [lost.segment, lost.byte, lost.reason[:REASON_CHARS], lost.epochs.start, lost.epochs.stop, lost.time_ns]
 
 

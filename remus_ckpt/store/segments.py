@@ -288,7 +288,7 @@ def scan(
 
 
 def walk_again(fd: int, contents: Contents, size: int, limits: Limits | None = None) -> int:
-    """If a fault has ended the reading of a segment: read it again behind its last checkpoint, to the end of its data.
+    """If a fault has ended the reading of a segment: read it again after its last checkpoint, to the end of its data.
     Returns where that is, or `size`; a fault that was only that the data ended is taken back.
 
     size: of the segment, as far as it was read. Raises OSError.
@@ -299,7 +299,7 @@ def walk_again(fd: int, contents: Contents, size: int, limits: Limits | None = N
     for _ in range(_TRIES):
         if contents.fault is None:
             break
-        # What was read may have been half overwritten, by a writer that has gone on meanwhile.
+        # What was read may have been half overwritten, by a writer that continued meanwhile.
         contents.fault = None
         for _ in walk_bytes(reader_of(fd), contents, end=written, limits=limits):
             pass
@@ -357,7 +357,7 @@ def boundary_behind(contents: Contents) -> Boundary:
 def holds_a_record(fd: int, position: Position, start: int, written: int, size: int) -> bool:
     """Whether the bytes from `start` to `size` contain a whole record of a checkpoint that follows `position`.
 
-    written: the first byte that was never written, or `size`; behind it, the record of the very next checkpoint proves
+    written: the first byte that was never written, or `size`; after it, the record of the very next checkpoint proves
         nothing, since that one lacks bytes
     If so, they are not a checkpoint that was cut off, whatever their first bytes say. Any other record is part of
     memory that happens to hold a save stream. Raises OSError.

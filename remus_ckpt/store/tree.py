@@ -166,7 +166,7 @@ class Tree:
             except NoCheckpoint:
                 raise _missing() from None
             while len(self._moments) > _MAX_OPEN:
-                self._moments.popitem(last=False)  # whoever has a file of it open keeps it
+                self._moments.popitem(last=False)  # open files of it keep it
             return self._moments[epoch]
 
     def _manifest(self, moment: Moment) -> Manifest | None:

@@ -276,7 +276,7 @@ class Bridge:
     def announce(self, addresses: Sequence[Addresses] = ()) -> None:
         """Tell each NIC's network that the guest is here now, five times in the next second.
 
-        addresses: of each NIC, such as `status` of another bridge has told; what this one has seen is added
+        addresses: of each NIC, such as `status` of another bridge reports; what this one has seen is added
         """
         for number, nic in enumerate(self.status().nics):
             told = addresses[number] if number < len(addresses) else Addresses()
@@ -356,7 +356,7 @@ def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(pid)
         try:
-            # The number may have come again meanwhile, for any process.
+            # Any process may have the number by now.
             if _PROCESS.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 select.select([pidfd], [], [], _END_S)

@@ -360,7 +360,7 @@ class Bridge:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno == errno.EBADFD:  # somebody has removed the device
+                if error.errno == errno.EBADFD:  # the device was removed
                     nic.has_tap = nic.is_tap_full = False
                 return
             if nic.guest is None:
@@ -445,7 +445,7 @@ class Bridge:
                 os.close(fd)
         try:
             socket.send_fds(connection, [json.dumps(reply).encode()], give)
-        except OSError:  # whoever asks and does not read the answers is as good as gone
+        except OSError:  # a client that does not read the answers is as good as gone
             self._farewell(connection)
 
     def _farewell(self, connection: socket.socket) -> None:

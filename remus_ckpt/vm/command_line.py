@@ -203,7 +203,7 @@ class CommandLine:
 
         console: makes a character device for this host, such as "null", from a name such as "serial0"
         sockets: as for `with_memory`
-        disks: the raw image of each disk here, by its ident, or whatever QEMU opens in place of it
+        disks: the raw image of each disk here, by its ident, or whatever QEMU opens instead
         Raises VmError if a disk has no image here.
         """
         words, counts = [], dict.fromkeys(_CONSOLES, 0)
@@ -226,7 +226,7 @@ class CommandLine:
         return [self.program, *words, *added, "-S", "-incoming", "defer"]
 
     def _drive_here(self, value: str, images: Mapping[str, Path | str]) -> str:
-        """A -drive of the portable form, with the image that a disk has here in place of its own file."""
+        """A -drive of the portable form, with the disk's image here instead of its own file."""
         pairs = dict(pairs_of(value, "file"))
         ident = pairs.get("id", "")
         if ident not in {disk.ident for disk in self.disks}:
@@ -484,7 +484,7 @@ class _Reader:
         if pairs.get("if") in ("pflash", "mtd"):
             raise VmError(f"-drive {value}: {_REFUSED['pflash']}")
         if path:
-            # QEMU takes what stands before a colon for the name of a protocol.
+            # QEMU takes what precedes a colon for the name of a protocol.
             pairs["file"] = os.path.abspath(path.removeprefix("file:"))
         if not path or is_on(pairs, "readonly", "read-only") or pairs.get("media") == "cdrom":
             if pairs.get("format", "raw") != "raw":

@@ -72,9 +72,9 @@ class DiskImages:
         self.folder = folder
         self._lock = threading.Lock()  # guards all
         self._at: dict[str, tuple[bytes, int]] = {}
-        """Where the image of each disk stands, for a checkpoint to continue from: seed and position in the log."""
+        """The position of each disk's image, from which a checkpoint continues: seed and position in the log."""
         self._copied: dict[str, tuple[bytes, int]] = {}
-        """Where each complete copy stands that no checkpoint has named yet."""
+        """The position of each complete copy that no checkpoint has named yet."""
         self._undo: dict[str, tuple[bytes, UndoLog]] = {}
         """What each image was before; with its seed."""
 
@@ -102,7 +102,7 @@ class DiskImages:
         path = self._path(disk)
         self._at.pop(disk.ident, None)
         if not path.exists() or _ran(path).exists():
-            return  # the disk must be copied anew before there can be another checkpoint
+            return  # the disk must be copied again before there can be another checkpoint
         with guarding(path):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -241,7 +241,7 @@ class DiskImages:
         return {}
 
     def _done(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A copy is complete, and stands at this position of the log."""
+        """A copy is complete, at this position of the log."""
         disk, position = _disk(arguments), int(arguments["position"])
         with self._opened(arguments, is_coming=True) as (fd, _):
             os.fsync(fd)

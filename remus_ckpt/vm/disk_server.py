@@ -56,7 +56,7 @@ class DiskStatus:
 
     trouble: why it misses writes; empty if it does not
     is_connected: whether QEMU is
-    end: the position behind the newest write; held_bytes: of writes that are not forgotten
+    end: the position after the newest write; held_bytes: of writes that are not forgotten
     """
 
     trouble: str
@@ -139,7 +139,7 @@ class DiskServer:
         self._ask(self._slow, _SLOW_S, do="forget", before=before)
 
     def close(self) -> None:
-        """End the server. A guest that waits for it goes on, without the mirror."""
+        """End the server. A guest that waits for it continues without the mirror."""
         self.disown()
         self._process.kill()
         self._process.wait()

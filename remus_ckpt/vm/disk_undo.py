@@ -1,6 +1,6 @@
 """What the images of a guest's disks held before a checkpoint was written to them (specs/disk.md §4).
 
-    IDENT.SEED.raw                 stands at the newest checkpoint
+    IDENT.SEED.raw                 is at the newest checkpoint
     IDENT.SEED.raw.undo.START      what was overwritten since the position START of the log, checkpoint after checkpoint
 
 `UndoLog` is the backup's: it keeps what is about to be overwritten. `DiskMoment` reads a disk as it was at an earlier
@@ -174,7 +174,7 @@ class UndoLog:
 
 
 def _contents(fd: int, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """uint8[n, 4096]: these blocks of a file; what is behind its end is zero."""
+    """uint8[n, 4096]: these blocks of a file; beyond its end, zeros."""
     found = np.zeros((len(blocks), BLOCK_BYTES), np.uint8)
     begins = [0, *(np.flatnonzero(np.diff(blocks) != 1) + 1).tolist(), len(blocks)]
     for first, last in pairwise(begins if len(blocks) else ()):
@@ -193,7 +193,7 @@ def _data_in(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 class DiskMoment:
-    """A disk as it was at a checkpoint, which may be written to: what is written is seen by nobody else.
+    """A disk as it was at a checkpoint, which may be written to; no one else sees the writes.
 
     image: of the disk on the backup
     disk, log: what the checkpoint says of it, and has written to it
@@ -226,7 +226,7 @@ class DiskMoment:
             raise
 
     def _noted(self) -> int | None:
-        """Where the image stands, or is about to; None before the first checkpoint."""
+        """The position of the image, or where it is about to be; None before the first checkpoint."""
         with suppress(OSError, ValueError):
             return int(self._image.with_name(f"{self._image.name}.at").read_bytes()[:20])
         return None

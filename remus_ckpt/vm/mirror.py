@@ -40,7 +40,7 @@ def disk_of(monitor: Monitor, device: str) -> tuple[str, int]:
 class DiskMirror:
     """A job of QEMU: from the end of this call on, each write of the guest completes only when a server has it too.
 
-    What was written before is not copied. The guest goes on if the mirror fails; then the server refuses every `mark`.
+    What was written before is not copied. The guest runs on if the mirror fails; then the server refuses every `mark`.
 
     A job that ends by an error, or by force, while a write of the guest is under way makes QEMU (7.2 and 10.0) write to
     memory that it has freed: `mirror_run` frees `in_flight_bitmap` before it waits for such writes. So an error only
@@ -110,7 +110,7 @@ def _is_well(job: dict[str, Any]) -> bool:
 
 @contextmanager
 def _stopped(monitor: Monitor) -> Iterator[None]:
-    """The guest stands still, for some milliseconds, and then runs on if it ran."""
+    """Stop the guest for some milliseconds; resume it if it ran."""
     is_running = monitor.execute("query-status", {})["running"]
     if is_running:
         monitor.execute("stop", {})

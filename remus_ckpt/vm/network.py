@@ -131,7 +131,7 @@ class GuestNetwork:
         self._holds = False
 
     def go_on(self) -> None:
-        """The guest goes on here, unprotected: let through what it sends, and tell the network. Raises BridgeError."""
+        """The guest continues here, unprotected: let its frames pass, and tell the network. Raises BridgeError."""
         self.let_pass()
         self._bridge.announce()
 

@@ -40,7 +40,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a host must have in common with the guest's own, so that its QEMU can go on with the guest.
+    """What a host must have in common with the guest's own, so that its QEMU can continue the guest.
 
     qemu: name of the program, such as "qemu-system-x86_64"
     version: of QEMU; its micro version may differ
@@ -228,7 +228,7 @@ def _disks(fields: dict[str, Any]) -> tuple[DiskPart, ...]:
 
 
 def _logs(view: memoryview, at: int, disks: Sequence[DiskPart]) -> tuple[list[memoryview], int]:
-    """The logs behind the device state that begins at `at`, and where they begin. Raises Malformed."""
+    """The logs after the device state that begins at `at`, and where they begin. Raises Malformed."""
     if not disks:
         return [], len(view)
     sizes = [disk.stop - disk.start for disk in disks]

@@ -52,7 +52,7 @@ Message = dict[str, Any]
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A command that has been given, and its answer once that has come."""
+    """A command that was given, and its answer once it has arrived."""
 
     command: str
     answer: Message | None = None
@@ -67,7 +67,7 @@ class Qmp:
     pid: of QEMU, as the kernel says
 
     One thread at a time; a second one waits. Nothing is read between two calls: QEMU keeps what it has to say.
-    Raises VmError if nobody answers there.
+    Raises VmError if nothing answers there.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Qmp:
         try:
             self.pid = _pid_of(self._socket)
             deadline = time.monotonic() + timeout_s
-            while not self._events:  # the greeting, which is no event, but stands here too
+            while not self._events:  # the greeting, which is not an event, but arrives here too
                 self._read(deadline, "connect", timeout_s)
             self._events.clear()
             self.execute("qmp_capabilities")
@@ -118,7 +118,7 @@ class Qmp:
                 return connection
             except OSError as error:
                 connection.close()
-                # EAGAIN: as many wait there as can. Those who have given up count until QEMU has come to them.
+                # EAGAIN: the queue is full. Clients that have given up count until QEMU gets to them.
                 is_full = isinstance(error, BlockingIOError)
                 deadline = begun + (max(wait_s, self._timeout_s) if is_full else wait_s)
                 if not is_starting():
@@ -214,7 +214,7 @@ class Qmp:
     def finish(self, pending: Sequence[Pending], *, timeout_s: float | None = None) -> list[Any]:
         """Wait for answers, and return them.
 
-        Raises VmError, for the first that failed, once all have been answered; those behind it were done all the same.
+        Raises VmError, for the first that failed, once all have been answered; those after it were done all the same.
         """
         wait_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + wait_s
@@ -240,7 +240,7 @@ class Qmp:
         """What QEMU has reported since the last call, oldest first. Raises VmError if QEMU is gone and all that it has
         reported was returned.
 
-        look: also at what has come since the last answer
+        look: also at what has arrived since the last answer
         """
         with self._lock:
             if look and self._socket is not None:

@@ -48,7 +48,7 @@ _OTHERS = {
     "save-vm": "it is saving a snapshot",
     "colo": "it is one half of a COLO pair",
 }
-"""States in which somebody else is busy with the machine."""
+"""States in which something else is busy with the machine."""
 _REPORTED = frozenset({"RESET", "SHUTDOWN", "POWERDOWN", "GUEST_PANICKED", "BLOCK_IO_ERROR", "WATCHDOG"})
 _OTHER_MEMORY = re.compile(r"^\s*(\S+)\s+\d+ [KMG]iB\s+0x", re.MULTILINE)
 _KNOWN_MEMORY = re.compile(r"/rom@etc/\S+|pc\.bios|pc\.rom|bios\.bin|\S+\.rom|isa-bios")
@@ -146,7 +146,7 @@ class QmpStopper:
     def look(self) -> None:
         """Ask QEMU for its state. Call this right before `stop`, so that the pause does not contain the question.
 
-        Raises VmError if somebody else is busy with the machine.
+        Raises VmError if something else is busy with the machine.
         """
         state = str(self._answer(self._qmp.begin([("query-status", {})])[0])["status"])
         self._listen(look=False)
@@ -168,7 +168,7 @@ class QmpStopper:
         try:
             for event in self._listen():  # what a user has done since `look`
                 state = {"STOP": "paused", "RESUME": "running"}.get(str(event["event"]), state)
-            # Of what somebody else does from here on, the event is younger than this.
+            # Events of anything that others do from here on are younger than this.
             self._stopped_at = time.time()
             stopping, self._saving = self._qmp.begin([("stop", {}), ("xen-save-devices-state", saving)])
             self._answer(stopping)
@@ -202,7 +202,7 @@ class QmpStopper:
         return state
 
     def check_stopped(self) -> None:
-        """Raise PauseBroken if somebody else has let the guest run since `stop`, as far as QEMU has reported it.
+        """Raise PauseBroken if something else has resumed the guest since `stop`, as far as QEMU has reported it.
 
         `resume` looks again, when QEMU has reported everything.
         """

@@ -1,9 +1,9 @@
-"""A paused QEMU that goes on with a guest: its RAM file is filled by others, its device state comes last.
+"""A paused QEMU that continues a guest: others fill its RAM file, and its device state comes last.
 
     QEMU … -S -incoming defer      started ahead; with -incoming it writes nothing to its RAM
     RAM file                       the checkpoint's memory, at any time before the load
     getfd, migrate-incoming  -->   the device state, through a pipe
-    cont                     -->   the guest goes on
+    cont                     -->   the guest continues
 
 It can be used once. After `cont`, the RAM file is the guest's, and nobody else's again: QEMU keeps translated code, so
 that pages changed under it would not be seen, and what the guest has written is no checkpoint's.
@@ -49,7 +49,7 @@ class Running(Protocol):
 class StandbyQemu:
     """A QEMU that was started with `CommandLine.as_standby`, and what becomes of it.
 
-    process: killed by `close`, unless the guest has gone on
+    process: killed by `close`, unless the guest has continued
     network: closed with this object; None if the guest has none, or none here
     qmp_path: its control socket; longer paths than the kernel takes are the caller's fault
     One thread at a time.
@@ -127,7 +127,7 @@ class StandbyQemu:
             self.process.let_be()
 
     def close(self) -> None:
-        """Hang up. A guest that has not gone on is killed."""
+        """Hang up. A guest that has not continued is killed."""
         self.qmp.close()
         self._hang_up()
         self._end()

@@ -109,7 +109,7 @@ class CheckpointRecord:
 
     def split(self) -> tuple[bytes, bytes]:
         """What `pack` returns, without the digest after, and without the name and the bytes of the device state: what
-        stands before the digest, and behind the state. The state must be empty."""
+        precedes the digest, and follows the state. The state must be empty."""
         front, _, back = self.pack().rpartition(device_state_head(0))
         return front[:-DIGEST_BYTES], back
 
@@ -169,7 +169,7 @@ class CheckpointRecord:
 
 
 def device_state_head(size: int) -> bytes:
-    """What stands before a device state of so many bytes in a record: its name, and the head of MessagePack's `bin`."""
+    """What precedes a device state of this many bytes in a record: its name, and the head of MessagePack's `bin`."""
     number = size.bit_length()
     head = b"\xc4" if number <= 8 else b"\xc5" if number <= 16 else b"\xc6"
     return b"\xacdevice_state" + head + size.to_bytes(1 << (head[0] - 0xC4), "big")

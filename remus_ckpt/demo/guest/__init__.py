@@ -39,7 +39,7 @@ def build(folder: Path, root: Path = Path("/")) -> Path:
     """Build whatever a guest lacks; its `kernel` and `initramfs` are then in the folder. Returns the folder.
 
     root: where /boot and /lib/modules are looked for
-    Raises OSError, which says what to do, if no kernel is to be had or a tool is missing or fails.
+    Raises OSError, which says what to do, if no kernel is available or a tool is missing or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:

@@ -8,7 +8,7 @@
     pidfd_getfd(n)           │ on, it gets  close(n)
     set registers            │ back by      stops
     mask, registers as before┘ itself
-    DETACH                                  runs on; a blocking call goes on waiting, for what was left of its time
+    DETACH                                  runs on; a blocking call continues to wait, for the rest of its time
 
 Only this thread stops, for a millisecond; the others run on. If we die at any step, the kernel detaches the tracer: the
 thread then executes `syscall; ret`, and returns into its C library's signal return, which restores registers, FPU and
@@ -415,8 +415,8 @@ class _Tracee:
     def _check_stack(self, stack: int) -> None:
         """Raise _Again if what lies below its stack pointer may be in use.
 
-        A goroutine's stack, for one, lies in the heap and may end right there. That of a thread of a C library is its
-        own mapping, with one behind it that cannot be touched; the first thread's is the kernel's.
+        A goroutine's stack, for one, is in the heap and may end right there. The stack of a C library's thread is its
+        own mapping, followed by one that cannot be touched; the first thread's is the kernel's.
         """
         for below, mapping in zip((None, *self._maps), self._maps, strict=False):
             if mapping.start <= stack - _STACK_ROOM and stack <= mapping.stop and mapping.flags[:2] == "rw":

@@ -137,7 +137,7 @@ def _areas(spans: Sequence[Span]) -> list[_Area]:
 
 def _pfns_of(span: Span, runs: Runs) -> NDArray[np.int64]:
     """The pages of a span that have at least one byte in some runs."""
-    # A page of a span that does not begin on a page border lies on two.
+    # A page of a span that does not begin at a page boundary covers two pages of memory.
     first_page = span.address // PAGE_SIZE
     last_page = (span.address + span.nbytes - 1) // PAGE_SIZE
     begin = int(np.searchsorted(runs[:, 0] + runs[:, 1], first_page, side="right"))

@@ -46,7 +46,7 @@ class Userfault:
 
     def __init__(self, file: Descriptor) -> None:
         self._file = file
-        # A forked child's copy would keep watching, and keep the memory from whoever watches it next.
+        # A forked child's copy would keep watching, and no one else could watch the memory.
         disown_in_forks(self)
         try:
             linux.handshake(file.fileno())
@@ -150,7 +150,7 @@ class Scanner:
 
 
 def in_order(regions: NDArray[np.int64]) -> Runs:
-    """Runs of what lies in some regions, int64[n, 2] as (first, stop).
+    """The runs in some regions, int64[n, 2] as (first, stop).
 
     For some calls the kernel reports a shorter walk than it made (walk_end stays where its own buffer of 512 regions
     was last full). The next call begins there, and finds again what was written in between.

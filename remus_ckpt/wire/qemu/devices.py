@@ -39,7 +39,7 @@ def description_of(end: bytes, most: int) -> dict[str, Any] | None:
 
 
 def _find_description(tail: bytes, most: int) -> tuple[int, dict[str, Any] | None, int]:
-    """Where the end of the device sections is, the description behind it, and where that ends."""
+    """Where the device sections end, the description after them, and where that ends."""
     at, tries = len(tail), 0
     while tries < _TRIES and (at := tail.rfind(_FRONT, 0, at)) >= 0:
         begin = at + len(_FRONT) + U32.size

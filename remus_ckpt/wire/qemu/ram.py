@@ -334,7 +334,7 @@ class Ram:
         return present
 
     def _mapped_pages(self, block: events.RamBlock, present: NDArray[np.bool_]) -> Parser:
-        """§5: the pages that are there, run by run; what stands in the place of absent ones is passed over."""
+        """§5: the pages that are there, run by run; whatever is in the place of absent ones is skipped."""
         size = block.page_size
         start = self._inbox.offset
         edges = np.flatnonzero(np.diff(present, prepend=False, append=False))

@@ -47,7 +47,7 @@ class Reader(StreamReader[events.Event]):
         self._live: dict[int, tuple[str, int]] = {}  # live sections by id: name, version
         self._ram = Ram(self)
         self._ended = False  # MemoryEnd has gone out
-        self._whole = 0  # the first byte behind the last whole item
+        self._whole = 0  # the first byte after the last whole item
         self._end: events.EndOfStream | None = None
         self._parser = self._stream()
 
@@ -63,7 +63,7 @@ class Reader(StreamReader[events.Event]):
         return text.decode("utf-8", "backslashreplace")
 
     def state_page_size(self, size: int, offset: int, section: str) -> None:
-        """The stream states the page size. Refuse one that nobody has, or that contradicts what was known."""
+        """The stream states the page size. Refuse an impossible one, or one that contradicts what was known."""
         if size not in sections.PAGE_SIZES:
             self.unknown(f"pages of {size} bytes; {sections.PAGE_SIZES} are read", offset, section)
         if self.page_size not in (None, size):

@@ -18,7 +18,7 @@ MAPPED = struct.Struct(">I3Q")  # version, page size, offsets of bitmap and page
 
 
 class SectionType(IntEnum):
-    """The first byte of everything behind the header (§2)."""
+    """The first byte of everything after the header (§2)."""
 
     EOF = 0x00
     START = 0x01

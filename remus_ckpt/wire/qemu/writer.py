@@ -73,7 +73,7 @@ def entry(block: events.RamBlock, configuration: events.Configuration | None) ->
 
 
 def mapped(size: int, page_size: int, at: int) -> tuple[bytes, int]:
-    """The header of a block of that size in a mapped-ram file, which stands at this offset (§5).
+    """The header of a block of that size in a mapped-ram file, which is at this offset (§5).
 
     Returns it, and where the pages begin.
     """
@@ -125,7 +125,7 @@ def records(
 
 
 def naming(word: Buffer, block: str) -> bytes:
-    """A record's word with the name of its block in place of CONTINUE (§4.2)."""
+    """A record's word with the name of its block instead of CONTINUE (§4.2)."""
     (value,) = U64.unpack(word)
     return U64.pack(value ^ RamFlag.CONTINUE) + _string(block)
 

@@ -12,7 +12,7 @@ _MOST_ENTRIES = 1 << 16
 
 
 def to_xenstore(toolstack: bytes, word: int) -> bytes | None:
-    """The keys and values, each ended by a NUL, that a TOOLSTACK of libxl's stands for; None if it is none.
+    """The keys and values, each ended by a NUL, that a TOOLSTACK of libxl's contains; None if it is not one.
 
     word: bytes of the toolstack's unsigned long; with 8, four bytes of padding follow each name
     """

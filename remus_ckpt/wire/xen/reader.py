@@ -454,7 +454,7 @@ class Reader(HeaderReader):
         if record is None:
             if self._position is not None:
                 self.refuse("a checkpoint without a record follows one that has it", here, "stream.md §9.2", "tail")
-            self._sums = None  # not one of ours: nobody needs its digest
+            self._sums = None  # not one of ours: its digest is not needed
         return events.TailHvm(
             magic_pfns=magic_pfns,
             context=context.tobytes(),
@@ -512,7 +512,7 @@ class Reader(HeaderReader):
         return b"", record
 
     def _check_record(self, record: CheckpointRecord, digest: DigestName, start: int) -> None:
-        """§9.2 to §9.4. digest: the one that the record carries; start: where it stands"""
+        """§9.2 to §9.4. digest: the one that the record carries; start: its offset"""
         if record.digest != digest:
             self.refuse(
                 f"the record names the digest {record.digest} and carries {digest}", start, "stream.md §9.4", "tail"

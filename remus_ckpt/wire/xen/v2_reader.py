@@ -180,7 +180,7 @@ class V2Reader(StreamReader[events.Event]):
         yield from self._headers()
         while (yield from self._run()) is Kind.CHECKPOINT:
             yield from self._border(is_last=False)
-        # Xen's converter puts the device model behind the last record.
+        # Xen's converter puts the device model after the last record.
         front = yield from self.inbox.peek(chunks.SIGNATURE_BYTES)
         if self.guest == "hvm" and front == Signature.XL.value:
             start = self._offset

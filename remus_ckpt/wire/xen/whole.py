@@ -229,7 +229,7 @@ def durable_ack(data: memoryview) -> tuple[Position, int] | None:
 
 
 def end_frames(size: int, crc: int, after: Position, before: Position, stream_bytes: int, pages: int) -> bytes:
-    """The 16 bytes of the header of a DATA frame with a payload of that size and checksum, and behind them the COMMIT
+    """The 16 bytes of the header of a DATA frame with a payload of that size and checksum, and after them the COMMIT
     frame of the checkpoint that it ends. after: one epoch behind before. Only with the extension."""
     made: bytes = _native.end_frames(after.digest, before.digest, after.epoch, size, crc, stream_bytes, pages)
     return made

@@ -33,7 +33,7 @@ class Ending:
     """The end of a checkpoint of our own, as far as it can be made before its body.
 
     epoch: of the checkpoint; held: what the digest of its position begins with
-    front, back: of its record, in front of the digest of its position and behind its device state
+    front, back: of its record, before the digest of its position and after its device state
     """
 
     epoch: int
