@@ -353,8 +353,8 @@ def protect(
 
     If the link breaks, this command reconnects; meanwhile the processes keep running and nothing is committed. If
     another side has taken over, it runs the --on-fenced command and stops with exit code 22: output that still waits
-    for a commit must never be released. That command gets REMUS_NAME, REMUS_TERM (of the takeover), REMUS_EPOCH (the
-    last one committed) and REMUS_PIDS (living writers, with --pid).
+    for a commit must never be released. The --on-fenced command gets REMUS_NAME, REMUS_TERM (of the takeover),
+    REMUS_EPOCH (the last one committed) and REMUS_PIDS (living writers, with --pid).
 
     Example: remus-ckpt protect /dev/shm/orders --pid 4711 --to tls://backup:7411 --tls-dir keys/orders --name orders
 
