@@ -1,8 +1,13 @@
-"""The primary: protects one source. It sends checkpoints, learns which are committed, and reconnects when it must.
+"""The primary: protects one source. The user's calls are here; what they set in motion is in
 
-The window (window.py) bounds what is sent but not yet acknowledged, and keeps commits right after an interrupt: a call
-that finds a half-sent checkpoint takes the link down, and the next session settles what the backup holds. Output that
-waits for commits is in release.py. Nothing here holds a lock that an interrupt could leave held (turns.py).
+    stream.py    what is sent, where each session takes it up, and what of it is committed
+    linking.py   the link, and how it is replaced
+    sending.py   checkpoints on their way from the loop to the link
+    alone.py     the primary outside a fleet, and without a commit log
+
+An interrupt may end a call anywhere. The next one that finds a half-sent checkpoint takes the link down, and the next
+session settles what the backup holds (window.py). Nothing here holds a lock that an interrupt could leave held
+(turns.py).
 """
 
 from __future__ import annotations
@@ -10,47 +15,35 @@ from __future__ import annotations
 import logging
 import math
 import os
-import select
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from remus_ckpt.errors import Fenced, LinkError, Refused, StreamError, UnknownFormat
-from remus_ckpt.fleet.commits import Commits
+from remus_ckpt.errors import Fenced, LinkError, Refused
 from remus_ckpt.fleet.engine import Log
 from remus_ckpt.fleet.placed import Placed
 from remus_ckpt.link.client import Link
 from remus_ckpt.link.connection import Connection
-from remus_ckpt.loop import NOT_COPYING, CheckpointLoop, Copying, StopSignal, Taken
+from remus_ckpt.loop import NOT_COPYING, Copying, StopSignal, Taken
 from remus_ckpt.observe.log import log
-from remus_ckpt.observe.metrics import Metrics, flatten
-from remus_ckpt.pages import PAGE_SIZE, Buffer
+from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.pause import MAX_PAUSE_S
-from remus_ckpt.sender import Sender, Sent
-from remus_ckpt.service.backoff import STRANGER, Backoff
+from remus_ckpt.sender import Sender
+from remus_ckpt.service.alone import OneBackup
 from remus_ckpt.service.fenced import OnFenced
+from remus_ckpt.service.linking import Linking
 from remus_ckpt.service.realtime import Realtime
 from remus_ckpt.service.release import Committed
-from remus_ckpt.service.turns import Bell, Turns, deadline_in
-from remus_ckpt.service.window import Window
-from remus_ckpt.session.frames import COMPRESSIONS
-from remus_ckpt.session.messages import LEVELS, Ack, Begin, Hello, Level, StreamShape
+from remus_ckpt.service.sending import Sending
+from remus_ckpt.service.stream import LAST_COMMIT_S, Stream
+from remus_ckpt.service.turns import Bell, Deadline, Turns, deadline_in
+from remus_ckpt.session.messages import Level
 from remus_ckpt.source import Source
-from remus_ckpt.version import __version__
-from remus_ckpt.wire.digest import DEFAULT_DIGEST, DIGESTS, DigestName
+from remus_ckpt.wire.digest import DEFAULT_DIGEST, DigestName
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.dialect import StreamCodec, Word
 
-_SAY_S = 10.0
-"""A checkpoint that waits longer than this is worth a line in the log."""
-_LAST_LINK_S = 2.0
-"""How long an ending primary tries to get a new link, so that what it has sent is committed."""
-_LAST_COMMIT_S = 10.0
-"""Minimum time that an ending primary waits for commits over a working link."""
-_CONNECT_S = 10.0
-"""How long a try to connect may take."""
 _MAX_UNRELEASED = 1000
 """Commits that may wait for on_commit; then checkpoints wait too."""
 
@@ -113,58 +106,69 @@ class Primary:
         self._pid = os.getpid()
         self._source = source
         self._connect = connect
-        self._placed = placed
-        self._codec: StreamCodec = codec
-        self._word: Word = word
-        self._interval_s = interval_s
+        self._placed = placed or OneBackup(connect)
         self._duration_s = duration_s
-        self._max_pause_s = max_pause_s
-        self._wait: Level = wait
-        self._compression = compression
-        self._digests: tuple[DigestName, ...] = (digest, *(name for name in reversed(DIGESTS) if name != digest))
-        self._on_paused = on_paused
-        self._phase = on_phase or (lambda name, epoch: None)
-        self._turn = on_turn or (lambda: None)
         self.metrics = metrics or Metrics()
         self._fenced = OnFenced(name, on_fenced, self.metrics)
-        self._realtime = realtime
-        self._stop = stop
-        self._run = os.urandom(16) if placed is None else bytes.fromhex(placed.run)
         self._turns = Turns("checkpoint()")
         self._bell = Bell()  # rung when the link or the contents of the window change
-        self._commits: Commits | None = None
-        if commit_log is not None:
-            self._commits = Commits(commit_log, name, self._run, on_logged=self._logged, on_ended=self.hang_up)
-        self._window = Window(
+        self._deadline = Deadline()  # of the call that is under way; other threads move it too
+        on_turn = on_turn or (lambda: None)
+        self._stream = Stream(
             name,
-            size=window,
+            source,
+            self._placed,
+            codec=codec,
+            word=word,
+            digest=digest,
+            window=window,
             wait=wait,
+            term=term,
+            commit_log=commit_log,
             on_commit=on_commit,
             most_unreleased=_MAX_UNRELEASED,
+            on_ended=self.hang_up,
+            left_s=self.left_s,
+            realtime=realtime,
             bell=self._bell,
             metrics=self.metrics,
-            append=None if self._commits is None else self._commits.put,
         )
-        # Owned by the thread that takes checkpoints:
-        self._sender: Sender | None = None
-        self._one_by_one: CheckpointLoop | None = None  # used by `checkpoint`; kept for its capture buffer
-        self._loop: CheckpointLoop | None = None  # the last one made; others may read it
-        self._connections = 0
-        self._backoff = Backoff()
-        # Owned by that thread too, but others may read them; each is set in one step.
-        self.term = term
+        self._window, self._commits = self._stream.window, self._stream.commits
+        self._linking = Linking(
+            name,
+            self._stream,
+            self._placed,
+            self._fenced,
+            stopper=source.stopper,
+            stop=stop,
+            deadline=self._deadline,
+            compression=compression,
+            status=self.status,
+            on_turn=on_turn,
+            realtime=realtime,
+            bell=self._bell,
+            metrics=self.metrics,
+        )
+        self._sending = Sending(
+            name,
+            source,
+            self._stream,
+            self._linking,
+            deadline=self._deadline,
+            interval_s=interval_s,
+            max_pause_s=max_pause_s,
+            on_paused=on_paused,
+            on_phase=on_phase,
+            on_turn=on_turn,
+            realtime=realtime,
+            stop=stop,
+            metrics=self.metrics,
+        )
+        # Set in one step by the thread that takes checkpoints, and read by others.
         self.ended = ""
-        self.is_running = False
-        """Whether `run` is active and replaces a lost link."""
+        """Why `run` has ended."""
         self._has_run = False
-        # Other threads set these too. `close` sets its flag before it looks for a link; connecting checks the flag once
-        # the link is made.
-        self._until = math.inf  # when the current call must be over
-        self._is_closed = False
-        self._link: Link | None = None
-        self._left: Link | None = None  # to a backup that is being left: it has the name until another has all of it
-        if placed is not None:
-            placed.announce(self._facts)
+        self._placed.announce(self._facts)
 
     @property
     def committed(self) -> Position | None:
@@ -179,12 +183,22 @@ class Primary:
     @property
     def links(self) -> int:
         """How many links there have been; a new one may be to a backup that holds something else."""
-        return self._connections
+        return self._linking.count
+
+    @property
+    def is_running(self) -> bool:
+        """Whether `run` is active and replaces a lost link."""
+        return self._linking.is_running
+
+    @property
+    def term(self) -> int | None:
+        """The term in force, None if it is not known yet."""
+        return self._stream.term
 
     @property
     def address(self) -> str | None:
         """Of the backup that the fleet has chosen; None outside a fleet. Raises LinkError if none was yet."""
-        return None if self._placed is None else self._placed.address
+        return self._placed.address
 
     def dial(self) -> Connection:
         """Another connection to the backup, with its handshake done. Raises LinkError."""
@@ -193,19 +207,23 @@ class Primary:
     @property
     def copying(self) -> Copying | None:
         """How far a first copy has got, None while there is none."""
-        return None if self._loop is None else self._loop.copying
+        return self._sending.copying
 
     @property
     def sender(self) -> Sender | None:
         """What the last checkpoints were sent with. To be looked at between two of them."""
-        return self._sender
+        return self._stream.sender
+
+    @property
+    def _link(self) -> Link | None:
+        return self._linking.link
 
     # The user's calls
 
     def between(self, work: Callable[[], None], timeout_s: float) -> None:
         """Do something while no call takes a checkpoint. Raises like `checkpoint` if its turn does not come."""
         self._check_process()
-        self._check_open()
+        self._linking.check_open()
         self._turns.take(work, timeout_s)
 
     def connect(self, timeout_s: float) -> None:
@@ -214,9 +232,9 @@ class Primary:
         deadline = deadline_in(timeout_s)
 
         def connect() -> None:
-            self._until = deadline
+            self._deadline.at = deadline
             try:
-                self._connect_patiently(deadline)
+                self._have_link(deadline)
             except Fenced as error:
                 self._lost(error)  # which raises it
 
@@ -230,27 +248,28 @@ class Primary:
         Raises Fenced when another side has taken over, Refused if another try would not help, SourceError.
         """
         self._check_process()
-        self._until = math.inf
-        self.is_running = self._has_run = True
+        self._deadline.at = math.inf
+        self._linking.is_running = self._has_run = True
         return self._run_on()
 
     def _run_on(self) -> Iterator[Taken]:
         try:
             yield from self._sessions()
         finally:
-            self.is_running = False
+            self._linking.is_running = False
             self._bell.ring()
 
     def _sessions(self) -> Iterator[Taken]:
         end = None if self._duration_s is None else time.monotonic() + self._duration_s
         while not self.ended:
             try:
-                self._connect_patiently(None, end)
+                self._have_link(None, end)
                 if self.ended:
                     return
-                loop = self._make_loop(None if end is None else max(end - time.monotonic(), 0.0))
+                loop = self._sending.loop(None if end is None else max(end - time.monotonic(), 0.0))
                 for taken in loop.run():
-                    self._count(taken)
+                    self._leave_if_due()
+                    self._sending.count(taken)
                     yield taken
                 self._drain_patiently()
                 self.ended = loop.ended
@@ -273,18 +292,18 @@ class Primary:
         return self._turns.take(lambda: self._take(deadline, wait), timeout_s)
 
     def _take(self, deadline: float, wait: bool) -> int:
-        self._until = deadline
+        self._deadline.at = deadline
         epoch = None
         lost: LinkError | None = None
         try:
             while True:
                 try:
-                    self._connect_patiently(deadline)
+                    self._have_link(deadline)
                     if epoch is None or not self._window.has_committed(epoch):
-                        self._await_room(stoppable=False)  # an earlier call may have given up on it
-                        self._one_by_one = self._one_by_one or self._make_loop(None)
-                        taken = self._one_by_one.take()
-                        self._count(taken)
+                        self._sending.await_room(stoppable=False)  # an earlier call may have given up on it
+                        taken = self._sending.take()
+                        self._leave_if_due()
+                        self._sending.count(taken)
                         epoch = taken.sent.epoch
                     if wait:
                         self.wait_for(epoch, max(deadline - time.monotonic(), 0.0))
@@ -296,7 +315,7 @@ class Primary:
                         raise (lost or error) from None
                     lost = error
                     self._lost(error)
-                    if time.monotonic() + self._backoff.seconds > deadline:
+                    if time.monotonic() + self._linking.wait_s > deadline:
                         raise  # the fault is more useful than the timeout
         finally:
             lost = None  # its traceback refers to this frame, and to the link's: a cycle
@@ -343,7 +362,7 @@ class Primary:
         if link is None:
             return
         try:
-            self.drain(self.left_s(max(2 * link.welcome.lease_s, _LAST_COMMIT_S)))
+            self.drain(self.left_s(max(2 * link.welcome.lease_s, LAST_COMMIT_S)))
         except LinkError as error:
             if isinstance(error, Refused):
                 raise
@@ -352,12 +371,11 @@ class Primary:
 
     def hurry(self, timeout_s: float) -> None:
         """From another thread: give the current call no more than that much time."""
-        self._until = time.monotonic() + timeout_s
+        self._deadline.at = time.monotonic() + timeout_s
 
     def hang_up(self) -> None:
         """From another thread: break the link, so that nothing waits for the backup."""
-        if (link := self._link) is not None:
-            link.hang_up()
+        self._linking.hang_up()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End the session in an orderly way; what is not committed stays uncommitted. No effect in a forked child.
@@ -368,27 +386,21 @@ class Primary:
         if self._pid != os.getpid():
             return
         deadline = deadline_in(timeout_s)
-        self._is_closed = True  # a call in another thread must not reconnect
         self.hurry(timeout_s / 2)  # a backup that never hangs up must leave half to on_commit
         try:
-            if self._link is not None:
-                self._link.close(self.ended or "closed")
-                self._link = None
-            self._let_left_go(self.ended or "closed")
+            self._linking.close(self.ended or "closed")
         finally:
-            if self._commits is not None:
-                self._commits.close()
-            if self._placed is not None:
-                self._placed.close()
+            self._commits.close()
+            self._placed.close()
             self._window.close(deadline - time.monotonic())
 
     def left_s(self, seconds: float) -> float:
         """How many of these seconds the current call may still use."""
-        return max(min(seconds, self._until - time.monotonic()), 0.0)
+        return self._deadline.left_s(seconds)
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError(f"the protection of {self.name!r} has been closed")
+    def check(self) -> None:
+        """Raise the error that ended the link, if one did."""
+        self._linking.check()
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -399,308 +411,25 @@ class Primary:
 
     def status(self) -> dict[str, Any]:
         """The status of this side, for the backup and for users."""
-        newest = self._sender.position if self._sender else None
-        link = self._link
+        sender, link = self.sender, self._link
+        newest, committed = sender.position if sender else None, self.committed
         return (
             self.metrics.status(self.name)
             | {
                 "term": self.term,
                 "epoch": newest.epoch if newest else None,
-                "committed_epoch": self.committed.epoch if self.committed else None,
-                "committed_position": f"{self.committed.epoch}:{self.committed.digest.hex()}"
-                if self.committed
-                else None,
+                "committed_epoch": committed.epoch if committed else None,
+                "committed_position": f"{committed.epoch}:{committed.digest.hex()}" if committed else None,
                 "lag_checkpoints": self._window.lag,
                 "memory_bytes": self._source.memory.pages * PAGE_SIZE,
                 "compression": link.compression if link else None,
                 "compression_why": link.compression_why if link else "",
-                "log_trouble": None if self._commits is None else self._commits.trouble,
-                "log_append_s": None if self._commits is None else self._commits.append_s,
+                "log_trouble": self._commits.trouble,
+                "log_append_s": self._commits.append_s,
             }
             | self._source.status()
             | (NOT_COPYING if (copying := self.copying) is None else copying.status(time.monotonic()))
         )
-
-    # The link
-
-    def _connect_patiently(self, deadline: float | None, end: float | None = None) -> None:
-        """Connect, retrying with longer and longer pauses, until it succeeds or there is no more reason to.
-
-        deadline: when to give up and raise the last error; end: when to stop in any case, connected or not
-        """
-        self._check_fenced()
-        if self._link is not None and self._is_torn:
-            # Half a checkpoint has been sent: only a new session can undo that.
-            self._lost(LinkError("a checkpoint broke off"))
-        has_failed = False
-        while self._link is None and not self.ended:
-            self._check_open()
-            until = min((at for at in (deadline, end) if at is not None), default=math.inf)
-            if (reason := self._reason_to_end) and self._gives_up():
-                self.ended = reason
-                return
-            left_s = min(self._backoff.seconds, until - time.monotonic())
-            if left_s > 0 and self._sleep(left_s):
-                continue
-            if end is not None and (has_failed or self._backoff.seconds) and time.monotonic() >= end:
-                self.ended = "duration"
-                return
-            try:
-                self._open()
-                return
-            except (LinkError, StreamError) as error:
-                code = self._code_of(error)
-                if isinstance(error, UnknownFormat) and not self._connections:
-                    code = STRANGER  # it has never been a backup
-                self._backoff.failed(code)
-                if self._backoff.is_final(code):
-                    raise
-                has_failed = True
-                if self._backoff.news.is_new(str(error)):
-                    log("no link; trying again", level=logging.WARNING, name=self.name, reason=str(error))
-                if deadline is not None and time.monotonic() + self._backoff.seconds > deadline:
-                    if isinstance(error, LinkError):
-                        raise
-                    raise LinkError(str(error)) from error
-
-    @property
-    def _reason_to_end(self) -> str:
-        if not self.is_running:
-            return ""  # a single checkpoint has its own deadline
-        if self._stop is not None and self._stop.is_set:
-            return "stopped"
-        return "" if self._source.stopper.alive() else "source gone"
-
-    @property
-    def _is_torn(self) -> bool:
-        """Whether half a checkpoint has been sent."""
-        return self._window.is_torn or (self._sender is not None and self._sender.unfinished)
-
-    def _gives_up(self) -> bool:
-        """Whether to stop waiting for a link. At the end, only checkpoints already sent are worth a wait, and a short
-        one."""
-        if self._reason_to_end:
-            if not self._window.lag and not self._is_torn:
-                return True
-            self._until = min(self._until, time.monotonic() + _LAST_LINK_S)
-        return time.monotonic() >= self._until
-
-    def _sleep(self, seconds: float) -> bool:
-        """Sleep; return True as soon as there is a reason to end, but only the first time."""
-        self._turn()
-        poll = select.poll()
-        if self.is_running and not self._reason_to_end:
-            for fd in self._source.stopper.death_fds():
-                poll.register(fd, select.POLLIN)
-            if self._stop is not None:
-                poll.register(self._stop, select.POLLIN)
-        return bool(poll.poll(int(self.left_s(seconds) * 1000)))
-
-    def _open(self) -> None:
-        if self._commits is not None:
-            self._commits.begin_run()
-        hello = Hello(
-            program=f"remus_ckpt {__version__}",
-            role="primary",
-            name=self.name,
-            run=self._run,
-            term=self.term,
-            memory_pages=self._source.memory.pages,
-            page_size=PAGE_SIZE,
-            codec=self._codec,
-            word=self._word,
-            compressions=COMPRESSIONS,
-            digests=self._digests,
-            log=None if self._commits is None else self._commits.identity,
-        )
-        connection: Connection | None = None
-        link: Link | None = None
-        try:
-            connection = self._dial()
-            hello = replace(hello, term=self.term)
-            link = Link(
-                connection,
-                hello,
-                on_ack=partial(self.acknowledge, at=None if self._placed is None else self._placed.target),
-                status=lambda: flatten(self.status()),
-                give_up=self._gives_up,
-                left_s=self.left_s,
-                compression=self._compression,
-                on_listening=self._realtime.enter if self._realtime else lambda: None,
-            )
-            begin = self._agree(link)
-            link.begin(begin)
-            self._connections += 1
-            self._backoff.linked(link.welcome.lease_s, self._window.commits)
-            self._link = link
-            self._check_open()
-        except BaseException:
-            self._link = None
-            if link is not None:
-                link.close()
-            elif connection is not None:
-                connection.close()
-            raise
-        if self._compression not in ("auto", "none", *link.welcome.compressions):
-            log("not compressed: one side has no such codec", level=logging.WARNING, codec=self._compression)
-        self.metrics.set_connected(self.name, True)
-        self.metrics.set_term(self.name, begin.term)
-        if self._connections > 1:
-            self.metrics.reconnected(self.name)
-        log("linked", level=self._backoff.log_level, name=self.name, peer=link.peer, mode=begin.mode, term=self.term)
-
-    def _dial(self) -> Connection:
-        try:
-            return self._connect() if self._placed is None else self._find(self._placed)
-        except LinkError:
-            # A backup that has taken over may be gone since, and nobody else tells us.
-            if self._commits is not None and self._connections:
-                self._commits.look()
-            raise
-
-    def _agree(self, link: Link) -> Begin:
-        """Continue with deltas if our reference can be brought back to what the backup holds; else start over."""
-        welcome = link.welcome
-        self.term = welcome.term
-        if self._commits is not None:
-            if welcome.log != self._commits.identity:
-                raise LinkError(f"{link.peer} does not use our commit log: start it with the same --log")
-            self._commits.begin(welcome.term, link.peer)
-        shape = StreamShape(codec=self._codec, word=self._word, p2m_size=self._source.memory.pages)
-        held = welcome.position
-        sender = self._sender
-        digest: DigestName = next((name for name in self._digests if name == welcome.digest), "sha256")
-        is_known = sender is not None and (sender.digest == "sha256" or welcome.digest is not None)
-        if is_known and sender and held and welcome.stream == shape and self._rewind(sender, held):
-            return Begin(mode="continue", term=welcome.term, position=held, wait=self._wait)
-        committed = self.committed
-        known = [position for position in (committed, held) if position is not None]
-        newest = max(known, key=lambda position: position.epoch, default=None)
-        if held is not None and committed is not None and held.epoch < committed.epoch:
-            text = "the backup has lost committed checkpoints"
-            log(text, level=logging.ERROR, name=self.name, committed=str(committed), held=str(held))
-        floor = -1 if welcome.highest_epoch is None else welcome.highest_epoch
-        if newest is not None and newest.epoch < floor:
-            newest = None  # later ones are lost; their numbers cannot be reused
-        # Drop the sender before the tracker restarts: if this is interrupted, the next call gets here again.
-        self._sender = self._one_by_one = None
-        if self._commits is not None:
-            self._commits.forget()
-        self._window.restart()
-        if self._realtime:
-            self._realtime.leave()  # a copy of all memory comes next
-        self._sender = Sender(
-            self._source.memory.pages,
-            codec=self._codec,
-            word=self._word,
-            reference=self._source.tracker.restart(),
-            position=newest,
-            first_epoch=floor + 1,
-            digest=digest,
-        )
-        data_pages = self._source.data_pages()
-        return Begin(mode="full", term=welcome.term, position=newest, wait=self._wait, data_pages=data_pages)
-
-    def _lost(self, error: LinkError) -> None:
-        if isinstance(error, Fenced):
-            self._fenced.tell(error, self.left_s(math.inf))
-            self.ended = "fenced"
-        link = self._link
-        code = self._code_of(error)
-        if link is not None:
-            link.close()
-            self._link = None
-            self._backoff.lost(self._window.commits, code)
-        self.metrics.set_connected(self.name, False)
-        self._bell.ring()
-        if self._backoff.is_final(code):
-            raise error
-        if link is not None and self._backoff.news.is_new(str(error)):
-            log("link lost", level=logging.WARNING, name=self.name, reason=str(error))
-
-    def _make_loop(self, duration_s: float | None) -> CheckpointLoop:
-        assert self._sender is not None
-        self._loop = CheckpointLoop(
-            self._source,
-            self._sender,
-            self,
-            interval_s=self._interval_s,
-            duration_s=duration_s,
-            max_pause_s=self._max_pause_s,
-            on_capture=lambda epoch: self._phase("capture", epoch),
-            on_copying=self._copying,
-            on_paused=self._on_paused,
-            stop=self._stop,
-        )
-        return self._loop
-
-    def _count(self, taken: Taken) -> None:
-        self.metrics.checkpoint(
-            self.name,
-            pause_s=taken.pause_s,
-            steps_s=taken.steps_s,
-            dirty_pages=taken.dirty_pages,
-            raw_bytes=taken.sent.pages * PAGE_SIZE,
-            encoded_bytes=taken.sent.stream_bytes,
-            wire_bytes=self._link.take_wire_bytes() if self._link else 0,
-        )
-        self.metrics.changed(self.name, taken.dirty, self._source.memory.pages)
-        self.metrics.captured(self.name, taken.capture, taken.capture_why)
-        self.metrics.set_lag(self.name, self._window.lag)
-        tracker = self._source.tracker
-        if self.metrics.found(self.name, tracker.way, tracker.why, tracker.missed_pages):
-            log("tracking had missed pages", level=logging.ERROR, name=self.name, reason=tracker.why)
-
-    # Called by the checkpoint loop
-
-    def write(self, buffers: list[Buffer]) -> None:
-        """Send bytes of a checkpoint."""
-        self._turn()
-        link = self._link  # another thread may take it away
-        if link is None or self._sender is None:
-            raise LinkError("there is no link")
-        if self._window.begin(self._sender.carried):
-            self._phase("send", self._sender.next_epoch)
-        self._check_time()
-        link.write(buffers)
-
-    def _copying(self) -> None:
-        self._turn()
-        self._check_time()
-        self.check()
-        if (copying := self.copying) is not None:
-            self.metrics.set_copy_share(self.name, copying.share)
-
-    def _check_time(self) -> None:
-        if time.monotonic() >= self._until:
-            size = self._source.memory.pages * PAGE_SIZE
-            raise LinkError(f"the time was over in a checkpoint: memory of {size:,} bytes may need a longer timeout_s")
-
-    def commit(self, sent: Sent) -> None:
-        """Send the end of a checkpoint, and wait while the window is full: the interval stretches, memory use does not
-        grow."""
-        link = self._link
-        if link is None or sent.position is None:
-            raise LinkError("there is no link")
-        self._window.written(sent)
-        link.commit(sent.position, sent.before, sent.stream_bytes, sent.pages)
-        self._window.commit_sent()
-        if self._realtime:
-            self._realtime.enter()
-        self._phase("sent", sent.epoch)
-        self._await_room()
-        if self._placed is not None:
-            self._look_where(self._placed)
-
-    def _await_room(self, *, stoppable: bool = True) -> None:
-        def is_over() -> bool:
-            self.check()
-            self._turn()
-            return stoppable and self._stop is not None and self._stop.is_set
-
-        self._window.await_room(is_over, lambda: self._until)
-
-    # In a fleet
 
     def _facts(self) -> dict[str, Any]:
         """What a fleet is told of this primary."""
@@ -711,90 +440,37 @@ class Primary:
             "epoch": -1 if committed is None else committed.epoch,
             "lag": self._window.lag,
             "committed_at": float(found.get("last_commit_at") or 0.0),
-            "is_linked": self._link is not None,
+            "is_linked": self.is_linked,
         }
 
-    def _code_of(self, error: Exception) -> str | None:
-        """The code of a backup's refusal; None if it was none, or if another backup may not refuse."""
-        if not isinstance(error, Refused):
-            return None
-        return None if self._placed is not None and self._placed.failed(error.code) else error.code
+    # The link
 
-    def _find(self, placed: Placed) -> Connection:
-        connection = placed.connect(self.left_s(_CONNECT_S), self.term)
-        if placed.is_at_holder:
-            self._let_left_go(None)  # a backup has one link of a primary
-        if self.term is None:
-            self.term = placed.term
-        return connection
+    def _have_link(self, deadline: float | None, end: float | None = None) -> None:
+        """Have a link over which a checkpoint can be sent, unless there is a reason to end.
 
-    def acknowledge(self, ack: Ack, *, at: str | None) -> None:
-        """Take in an acknowledgement. at: the backup that sends it, in a fleet
-
-        What the fleet does not know to be there would be lost in a takeover elsewhere.
+        deadline, end: as for `Linking.connect`
         """
-        if self._placed is not None and at != self._placed.target:
-            return  # of the backup that is being left, where all was committed before; it says nothing of the other
-        if LEVELS.index(ack.level) >= LEVELS.index(self._wait) and self._window.knows(ack.position):
-            self._confirm()
-        self._window.acknowledge(ack)
-
-    def _confirm(self) -> None:
-        if self._placed is not None:
-            assert self.term is not None
-            self._placed.confirm(self.term)
-
-    def _rewind(self, sender: Sender, held: Position) -> bool:
-        """Bring the sender back to what the backup holds; False if that is nothing the sender has sent."""
-        if self._window.knows(held):
-            self._confirm()
-            if self._commits is not None:
-                self._commits.settle(held, time.monotonic() + self.left_s(_LAST_COMMIT_S))
-        return self._window.rewind(sender, held)
-
-    def _look_where(self, placed: Placed) -> None:
-        """Between two checkpoints: leave a backup that is to be left, and let go of one that has been."""
-        if self._left is not None and placed.is_certain:
-            self._let_left_go("moved")
-        elif self._left is None and placed.wants_to_leave:
-            try:
-                self.drain(self.left_s(_LAST_COMMIT_S))
-            except LinkError:
-                self.check()
-                return  # it is slow: after a later checkpoint, then
-            # The link stays, and its heartbeats: this backup waits, and can still take over, until another has it all.
-            self._left, self._link = self._link, None
-            raise LinkError("this backup is being left for another")
-
-    def _let_left_go(self, goodbye: str | None) -> None:
-        left, self._left = self._left, None
-        if left is not None:
-            left.close(goodbye)
-
-    # Called by the checkpoint loop, too
-
-    def fds(self) -> Sequence[int]:
-        """Descriptors that become readable when the link is lost."""
-        link = self._link
-        return () if link is None or (fd := link.failed.fileno()) < 0 else (fd,)
-
-    def check(self) -> None:
-        """Raise the error that ended the link, if one did."""
-        if (link := self._link) is not None:
-            self._fenced.watch(link.check if self._commits is None else lambda: self._check_both(link))
-
-    def _logged(self, position: Position) -> None:
-        self._window.logged(position)
-
-    def _check_both(self, link: Link) -> None:
-        self._check_log()
-        link.check()
-
-    def _check_fenced(self) -> None:
         self._fenced.check()
-        self._check_log()
+        self._commits.check()
+        if self._link is not None and self._stream.is_torn:
+            self._lost(LinkError("a checkpoint broke off"))
+        if not self.ended:
+            self.ended = self._linking.connect(deadline, end)
 
-    def _check_log(self) -> None:
-        """Raise Fenced if the commit log says that another side acts."""
-        if self._commits is not None:
-            self._commits.check()
+    def _lost(self, error: LinkError) -> None:
+        if isinstance(error, Fenced):
+            self._fenced.tell(error, self.left_s(math.inf))
+            self.ended = "fenced"
+        self._linking.lost(error)
+
+    def _leave_if_due(self) -> None:
+        """Between two checkpoints: leave this backup for another, once it has all that was sent."""
+        if not self._linking.look_where():
+            return
+        try:
+            self.drain(self.left_s(LAST_COMMIT_S))
+        except LinkError:
+            self.check()
+            return  # it is slow: after a later checkpoint, then
+        self._linking.leave()
+        raise LinkError("this backup is being left for another")

@@ -31,6 +31,25 @@ def deadline_in(timeout_s: float) -> float:
     return time.monotonic() + timeout_s
 
 
+class Deadline:
+    """When the call that is under way must be over. Any thread may move it, in one step.
+
+    at: by `time.monotonic`
+    """
+
+    def __init__(self) -> None:
+        self.at = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self.at
+
+    def left_s(self, seconds: float) -> float:
+        """How many of these seconds the call may still use."""
+        return max(min(seconds, self.at - time.monotonic()), 0.0)
+
+
 class Bell:
     """Wakes all waiting threads. Any thread may call any method.
 

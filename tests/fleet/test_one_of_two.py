@@ -15,7 +15,9 @@ from remus_ckpt.fleet import member
 from remus_ckpt.fleet.member import Member
 from remus_ckpt.fleet.placed import Placed
 from remus_ckpt.fleet.placing import Backup, Place
-from remus_ckpt.service.primary import Primary
+from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.service.stream import Stream
+from remus_ckpt.service.turns import Bell
 from remus_ckpt.session.messages import Ack
 from remus_ckpt.source.own_memory import OwnMemory
 from remus_ckpt.wire.record import Position
@@ -192,15 +194,19 @@ def test_a_backup_that_is_left_does_not_speak_for_the_other() -> None:
     placed.connect(1.0, TERM)
     assert placed.target == NEW
     source = OwnMemory({"array": np.zeros(8)})
-    protected = Primary(NAME, source, lambda: None, placed=placed, term=TERM)  # type: ignore[arg-type,return-value]
+    stream = Stream(
+        NAME, source, placed, codec="delta", word=8, digest="sha256", window=2, wait="durable", term=TERM,
+        commit_log=None, on_commit=None, most_unreleased=1, on_ended=lambda: None, realtime=None, bell=Bell(),
+        left_s=lambda seconds: seconds, metrics=Metrics(),
+    )  # fmt: skip
     try:
-        protected.acknowledge(Ack(level="applied", position=Position(3, bytes(32))), at=OLD)
+        stream.acknowledge(Ack(level="applied", position=Position(3, bytes(32))), at=OLD)
         assert fleet.now is not None and fleet.now.backup == OLD
         with pytest.raises(Malformed):  # nothing was sent
-            protected.acknowledge(Ack(level="durable", position=Position(3, bytes(32))), at=NEW)
+            stream.acknowledge(Ack(level="durable", position=Position(3, bytes(32))), at=NEW)
         assert fleet.now.backup == OLD
     finally:
-        protected.close()
+        placed.close()
         source.close()
 
 

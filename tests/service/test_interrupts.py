@@ -42,8 +42,8 @@ OURS = tuple(
         "source/lock.py", "source/own_memory.py", "source/track/kernel.py", "source/track/spans.py",
         "source/track/written.py", "source/track/linux.py", "wire/xen/writer.py",
         "session/machine.py", "link/client.py", "link/connection.py", "flag.py", "files.py",
-        "service/backoff.py", "service/fenced.py", "service/primary.py", "service/protect.py", "service/turns.py",
-        "service/window.py",
+        "service/alone.py", "service/backoff.py", "service/fenced.py", "service/linking.py", "service/primary.py",
+        "service/protect.py", "service/sending.py", "service/stream.py", "service/turns.py", "service/window.py",
     )
 )  # fmt: skip
 assert all(map(os.path.exists, OURS))

@@ -289,7 +289,7 @@ def test_closed_beside_a_call_it_is_not_linked_again(tmp_path: Path) -> None:
         other.join(LONG_S)
         assert told
         assert "closed" in told[0]
-        assert not memory.primary.fds(), "it has a link"
+        assert not memory.primary.is_linked
         assert [entry.epoch for entry in entries(tmp_path / "store")] == [0]
         memory.protection.close()
         with Memory(backup.addresses[0]) as again:  # the name is free
