@@ -52,7 +52,7 @@ _XENS = ("xen", "xen-v2")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the command line asks for; the names are those of its options."""
+    """The options of the command line, under their own names."""
 
     path: str
     output: str
@@ -79,7 +79,7 @@ def convert(
     to: Annotated[Target, typer.Option("--to", help="The format to write.")],
     source: Annotated[
         Source | None,
-        typer.Option("--from", help="What the input must be; raw for a memory image. [default: found]"),
+        typer.Option("--from", help="What the input must be; raw for a memory image. [default: detected]"),
     ] = None,
     checkpoint: Annotated[
         int | None,
@@ -94,7 +94,7 @@ def convert(
     ] = False,
     live: Annotated[
         bool,
-        typer.Option("--live", help="qemu: every checkpoint, as the rounds of a live migration with XBZRLE pages."),
+        typer.Option("--live", help="qemu: every checkpoint, as rounds of a live migration with XBZRLE pages."),
     ] = False,
     for_: ForXen = None,
     hvm_context: HvmContext = None,
@@ -105,7 +105,7 @@ def convert(
     block: BlockOption = None,
     snapshot: SnapshotOption = None,
     page_size: PageSize = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse if the format cannot hold all there is.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse if the format cannot hold everything.")] = False,
     word: WordOption = None,
     guest: GuestOption = None,
     codec: CodecOption = None,
@@ -113,13 +113,13 @@ def convert(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the memory of a stream, of a virtual machine of QEMU, of a dump or of an image in another format.
+    """Write the memory of a stream, a QEMU virtual machine, a dump or an image in another format.
 
-    raw is an image; elf a core file with a segment for each run of pages, for gdb; lime for tools of forensics; remus a
-    save stream of ours; qemu and mapped-ram a whole virtual machine of QEMU; xen the legacy save stream of Xen, and
-    xen-v2 that of Xen since 4.6. In elf and lime, addresses are those of the guest's physical memory. What a format
-    cannot hold is named. Memory passes through temporary files beside the output, so it may be larger than this
-    machine's. A truncated or corrupt stream gives its last good checkpoint; if it is corrupt, the exit code is 20.
+    raw is an image; elf is a core file for gdb, with a segment for each run of pages; lime is for forensic tools; remus
+    is our save stream; qemu and mapped-ram hold a whole QEMU virtual machine; xen is Xen's legacy save stream, and
+    xen-v2 that of Xen since 4.6. elf and lime have guest-physical addresses. The command names whatever a format cannot
+    hold. Memory passes through temporary files beside the output, so it may be larger than this machine's. A truncated
+    or corrupt stream gives its last good checkpoint; if it is corrupt, the exit code is 20.
 
     Examples: remus-ckpt convert guest.save guest.core --to elf;
     remus-ckpt convert disk.qcow2 --snapshot monday memory.lime --to lime;
@@ -153,7 +153,7 @@ def convert(
         if file is not None:
             _refuse_another_format(file, source)
         if live and (file is None or file.holds_machine):
-            raise RemusError(f"{path} has one checkpoint: --live is for streams of Xen's and ours, which have several")
+            raise RemusError(f"{path} has one checkpoint: --live is for Xen's streams and ours, which have several")
         if file is not None and not file.holds_machine and (live or to in (*_XENS, "remus")):
             options.refuse(path)
             write_stream(wanted, file, as_json)
@@ -179,7 +179,7 @@ def _refuse_another_format(file: StreamFile, source: Source | None) -> None:
     found = file.format.word if file.format is not None and file.holds_machine else None
     if source is not None and (wanted if wanted in MACHINE_WORDS else None) != found:
         is_what = "it does not begin like one" if found is None else f"it is {found}"
-        raise RemusError(f"{file.name} is not {source}: {is_what}; leave --from out to have its format found")
+        raise RemusError(f"{file.name} is not {source}: {is_what}; leave out --from to detect its format")
 
 
 def _refuse_what_means_nothing(

@@ -41,11 +41,11 @@ _TITLES = {
     "lime": "LiME dump",
 }
 _SHOWN_BYTES = 32
-"""Of a value of bytes, so many are printed."""
+"""Bytes of a value that are printed."""
 
 
 class ChosenBlock:
-    """Gives a home to the memory asked for: the block of that name, or the guest's memory if it is one block."""
+    """Provides a home for the requested memory: the block of that name, or the guest's memory if it is one block."""
 
     def __init__(self, wanted: str | None, home: Home) -> None:
         self.name = wanted
@@ -184,7 +184,7 @@ def restore_machine(
             save_image(block.memory, output, block.size)
     if device_state is not None:
         if machine.devices is None:
-            complain(f"{machine.name}: it holds no whole device state; {device_state} is not written")
+            complain(f"{machine.name}: it holds no complete device state; {device_state} is not written")
         else:
             write_out(str(device_state), machine.devices.data)
     if as_json and output != "-":
