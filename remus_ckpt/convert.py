@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,17 @@ from remus_ckpt.cli.terminal import complain
 from remus_ckpt.disk import sync_directory, sync_file
 from remus_ckpt.errors import NoCheckpoint, RemusError
 from remus_ckpt.files import StreamFile
-from remus_ckpt.image import Image, ImageReference, differences, full_batches
+from remus_ckpt.image import Image, ImageReference, differences, full_batches, read_pages
 from remus_ckpt.image import elf as elf_files
 from remus_ckpt.image import lime as lime_files
 from remus_ckpt.image.dump import DumpReader
 from remus_ckpt.image.ranges import X86_64, Range, layout_of, placed, present
 from remus_ckpt.image_file import ImageFile
+from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.machines import Machine
-from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages, PageType, pages_for
-from remus_ckpt.relay.guest import Head, Moment, Piece, stored_pages
+from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, PageType, pages_for
+from remus_ckpt.qemu_sender import Part, QemuSender
+from remus_ckpt.relay.guest import END_WITHIN_A_PAGE, Head, Moment, Piece
 from remus_ckpt.relay.output import naming_folder, output_to
 from remus_ckpt.sender import Sender
 from remus_ckpt.walk import walk_stream
@@ -45,8 +47,6 @@ from remus_ckpt.wire.qemu.writer import Memory, Saved, mapped_file, stream
 from remus_ckpt.wire.xen import events as xen
 
 QEMU_TARGETS = ("qemu", "mapped-ram")
-_FROM_FILE = ("raw", "elf", "lime", "remus")
-"""Formats for which memory is read piece by piece: an image stays where it is."""
 
 
 class _Staged(ImageFile):
@@ -61,6 +61,11 @@ class _Staged(ImageFile):
         self.came = np.zeros(pages, dtype=bool)
         return memory
 
+    def image(self) -> Image:
+        """The file, to be read."""
+        assert self.path is not None
+        return Image(self.path)
+
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
         super().write(memory, pfns, data)
         self.came[pfns] = True
@@ -74,10 +79,10 @@ class _Staged(ImageFile):
 class _Held:
     """What a file holds.
 
-    path: of a file with memory in it: the input, or a temporary one (`is_staged`)
-    pages: uint8[n, 4096], memory in the temporary file, the last page padded with zeros
+    image: the memory: the input itself, or a temporary file (`is_staged`)
     size: of memory in bytes
     came: bool[pages of `page_size`]
+    filled: bool[n], which pages of 4,096 bytes may hold something other than zeros; None: any of them
     others: further blocks of a machine, which only its own formats hold
     extras: what else there is, which no format here can hold
     saved: for the formats of QEMU
@@ -85,10 +90,10 @@ class _Held:
     """
 
     format: str
-    path: Path
-    pages: Pages
+    image: Image
     size: int
     came: NDArray[np.bool_]
+    filled: NDArray[np.bool_] | None = None
     page_size: int = PAGE_SIZE
     machine: str | None = None
     processor: int | None = None
@@ -98,8 +103,20 @@ class _Held:
     others: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
     saved: Saved | None = None
+    images: dict[str, Image] = field(default_factory=dict)
+    """Of the blocks in `saved`, by name."""
     leave: int | None = None
     is_staged: bool = True
+
+    @property
+    def pages(self) -> int:
+        """Of 4,096 bytes, of memory."""
+        return pages_for(self.size)
+
+    def check(self) -> None:
+        """Raise RemusError if the input has changed while it was read."""
+        if not self.is_staged:
+            self.image.check(self.size)
 
 
 def convert_file(wanted: Wanted, quiet: bool, file: StreamFile | None) -> tuple[dict[str, Any], int | None]:
@@ -134,23 +151,33 @@ def held_for_xen(
 
 def _pieces(held: _Held) -> Iterator[Piece]:
     """PFNs are those of offsets in the block of memory."""
-    came: NDArray[np.bool_] = np.repeat(held.came, max(held.page_size // PAGE_SIZE, 1))
-    if held.page_size < PAGE_SIZE:
-        each = PAGE_SIZE // held.page_size
-        came = np.logical_or.reduce(np.pad(came, (0, -len(came) % each)).reshape(-1, each), axis=1)
-    types = np.where(came[: len(held.pages)], np.uint8(PageType.NOTAB), np.uint8(PageType.XTAB))
+    came = _in_pages(held.came, held.page_size, PAGE_SIZE, held.pages)
     moment = Moment(
         epoch=0,
-        memory=held.pages,
+        memory=np.empty((0, PAGE_SIZE), dtype=np.uint8),
         memory_bytes=held.size,
-        types=types,
+        types=np.where(came, np.uint8(PageType.NOTAB), np.uint8(PageType.XTAB)),
         is_last=True,
         device_state=held.device_state,
         notes=tuple((extra.removeprefix("the "), "") for extra in held.extras),
     )
-    yield Head(format=held.format, pages=len(held.pages), guest="hvm")
-    yield from stored_pages(moment)
+    yield Head(format=held.format, pages=held.pages, guest="hvm", magic_pfns=moment.magic_pfns)
+    pfns = np.flatnonzero(came)
+    room = np.empty((MAX_BATCH_ENTRIES, PAGE_SIZE), dtype=np.uint8)  # a first checkpoint is written page by page
+    for start in range(0, len(pfns), MAX_BATCH_ENTRIES):
+        part = pfns[start : start + MAX_BATCH_ENTRIES]
+        read_pages(held.image, part, room)
+        yield PageBatch(part.astype(np.uint64), np.zeros(len(part), dtype=np.uint8), room[: len(part)])
+    held.check()
     yield moment
+
+
+def _in_pages(marks: NDArray[np.bool_], size: int, other: int, count: int) -> NDArray[np.bool_]:
+    """Marks of pages of one size for pages of the other, bool[count]: those any part of which has the mark."""
+    parts = np.repeat(marks, max(size // other, 1))
+    each = max(other // size, 1)
+    found: NDArray[np.bool_] = np.logical_or.reduce(np.pad(parts, (0, -len(parts) % each)).reshape(-1, each), axis=1)
+    return found[:count]
 
 
 # Reading
@@ -162,54 +189,46 @@ def _held(wanted: Wanted, quiet: bool, file: StreamFile | None) -> Iterator[_Hel
     folder = None if output == "-" or Path(output).is_char_device() else Path(output).absolute().parent
     if folder is not None and not folder.is_dir():
         raise RemusError(f"there is no directory {folder}")
-    with tempfile.TemporaryDirectory(prefix=".remus-ckpt-", dir=folder) as temporary, naming_folder(folder):
-        yield _read(wanted, Path(temporary) / "memory", quiet, file)
+    with (
+        tempfile.TemporaryDirectory(prefix=".remus-ckpt-", dir=folder) as temporary,
+        naming_folder(folder),
+        ExitStack() as stack,
+    ):
+        yield _read(wanted, Path(temporary) / "memory", quiet, file, stack)
 
 
-def _read(wanted: Wanted, staged: Path, quiet: bool, opened: StreamFile | None) -> _Held:
+def _read(wanted: Wanted, staged: Path, quiet: bool, opened: StreamFile | None, stack: ExitStack) -> _Held:
     path, options, checkpoint = wanted.path, wanted.options, wanted.checkpoint
-    home = _Staged(staged)
-    try:
-        if opened is None:
-            options.refuse(path)
-            return _read_raw(path, home, staged, wanted.to)
-        with opened as file:
-            if file.holds_machine:
-                if checkpoint:
-                    raise NoCheckpoint(f"{path}: it holds one state, number 0")
-                if wanted.to in QEMU_TARGETS and not file.holds_dump:
-                    held = _read_whole_machine(file, options, staged, wanted.max_memory, quiet)
-                else:
-                    held = _read_machine(file, options, home, staged, wanted.max_memory, quiet)
+    if opened is None:
+        options.refuse(path)
+        return _read_raw(stack.enter_context(Image(path)))
+    with opened as file:
+        if file.holds_machine:
+            if checkpoint:
+                raise NoCheckpoint(f"{path}: it holds one state, number 0")
+            if wanted.to in QEMU_TARGETS and not file.holds_dump:
+                held = _read_whole_machine(file, options, staged, wanted.max_memory, quiet, stack)
             else:
-                options.refuse(path)
-                held = _read_stream(file, checkpoint, home, staged, wanted, quiet)
-    finally:
-        home.close()
+                held = _read_machine(file, options, _Staged(staged), wanted.max_memory, quiet, stack)
+        else:
+            options.refuse(path)
+            held = _read_stream(file, checkpoint, _Staged(staged), wanted, quiet, stack)
     if wanted.source not in (None, held.format):
         raise RemusError(f"{path} is {held.format}, not {wanted.source}")
     return held
 
 
-def _read_raw(path: str, home: _Staged, staged: Path, to: Target) -> _Held:
-    with Image(path) as image:
-        pages = pages_for(image.size)
-        if not pages:
-            raise RemusError(f"{path}: the image is empty")
-        came = np.ones(pages, dtype=bool)
-        if to in _FROM_FILE:
-            nothing = np.empty((0, PAGE_SIZE), dtype=np.uint8)
-            return _Held("raw", Path(path), nothing, image.size, came, is_staged=False)
-        memory = home.open(pages)
-        for first, differ, _, now in differences(image, None, pages):
-            home.write(memory, first + differ, now[differ])
-        image.check()
-        return _Held("raw", staged, memory, image.size, came)
+def _read_raw(image: Image) -> _Held:
+    pages = pages_for(image.size)
+    if not pages:
+        raise RemusError(f"{image.path}: the image is empty")
+    return _Held("raw", image, image.size, np.ones(pages, dtype=bool), is_staged=False)
 
 
 def _read_machine(
-    file: StreamFile, options: MachineOptions, home: _Staged, staged: Path, max_memory: int, quiet: bool
+    file: StreamFile, options: MachineOptions, home: _Staged, max_memory: int, quiet: bool, stack: ExitStack
 ) -> _Held:
+    stack.callback(home.close)
     chosen = ChosenBlock(options.block, home)
     with open_machine(file, options, max_memory, chosen) as machine:
         read_machine(machine, quiet)
@@ -221,10 +240,10 @@ def _read_machine(
     others = [one for one in machine.blocks.named.values() if one is not block and one.came.any()]
     return _Held(
         machine.format,
-        staged,
-        block.memory,
+        stack.enter_context(home.image()),
         block.size,
         block.came,
+        home.has_room,
         page_size=block.page_size,
         machine=machine.reader.machine,
         processor=machine.reader.processor if isinstance(machine.reader, DumpReader) else None,
@@ -246,7 +265,9 @@ def _around(machine: Machine) -> list[str]:
     return extras
 
 
-def _read_whole_machine(file: StreamFile, options: MachineOptions, staged: Path, max_memory: int, quiet: bool) -> _Held:
+def _read_whole_machine(
+    file: StreamFile, options: MachineOptions, staged: Path, max_memory: int, quiet: bool, stack: ExitStack
+) -> _Held:
     """All blocks, each in a file of its own, and what is needed to write the machine anew."""
     if options.block is not None:
         raise RemusError("--block is for formats that hold one block; those of QEMU hold all")
@@ -254,8 +275,9 @@ def _read_whole_machine(file: StreamFile, options: MachineOptions, staged: Path,
     number, says_switchover = 2, False
 
     def home(block: qemu.RamBlock) -> _Staged:
-        homes[block.name] = _Staged(staged.with_name(f"{staged.name}-{len(homes)}"))
-        return homes[block.name]
+        found = homes[block.name] = _Staged(staged.with_name(f"{staged.name}-{len(homes)}"))
+        stack.callback(found.close)
+        return found
 
     def note(event: qemu.Event) -> None:
         nonlocal number, says_switchover
@@ -265,43 +287,42 @@ def _read_whole_machine(file: StreamFile, options: MachineOptions, staged: Path,
             case qemu.Command(name="SWITCHOVER_START"):
                 says_switchover = True
 
-    try:
-        with open_machine(file, options, max_memory, home) as machine:
-            read_machine(machine, quiet, note)
-    finally:
-        for one in homes.values():
-            one.close()
+    with open_machine(file, options, max_memory, home) as machine:
+        read_machine(machine, quiet, note)
     say_how_it_ended(machine)
     leave = exit_code_of(machine)
     blocks = list(machine.blocks.named.values())
     if not any(block.came.any() for block in blocks):
         raise NoCheckpoint(f"{machine.name}: no memory came")
     page_size = blocks[0].page_size
+    images = {block.name: stack.enter_context(homes[block.name].image()) for block in blocks}
     memories = [
         Memory(
             qemu.RamBlock(name=block.name, size=block.size, page_size=page_size, address=block.address),
-            block.image.reshape(-1, page_size),
+            images[block.name].read_at,
             block.came,
+            _in_pages(homes[block.name].has_room, PAGE_SIZE, page_size, len(block.came)),
         )
         for block in blocks
     ]
     main = machine.blocks.main or blocks[0]
     return _Held(
         machine.format,
-        staged,
-        main.memory,
+        images[main.name],
         main.size,
         main.came,
         page_size=page_size,
         extras=_around(machine),
         saved=Saved(machine.configuration, memories, machine.devices, page_size, number, says_switchover),
+        images=images,
         leave=leave,
     )
 
 
 def _read_stream(
-    file: StreamFile, checkpoint: int | None, home: _Staged, staged: Path, wanted: Wanted, quiet: bool
+    file: StreamFile, checkpoint: int | None, home: _Staged, wanted: Wanted, quiet: bool, stack: ExitStack
 ) -> _Held:
+    stack.callback(home.close)
     walk = walk_stream(file, wanted.dialect, wanted.max_memory, quiet=quiet, home=home)
     found = seek(walk, checkpoint)
     extras = []
@@ -314,10 +335,10 @@ def _read_stream(
         extras.append(f"the parameters {', '.join(found.parameters)}")
     return _Held(
         walk.format,
-        staged,
-        found.memory,
+        stack.enter_context(home.image()),
         found.memory_bytes,
         home.came[: len(found.memory)],
+        home.has_room,
         device_state=found.device_state,
         time_ns=None if found.record is None else found.record.time_ns,
         extras=extras,
@@ -326,18 +347,36 @@ def _read_stream(
 
 
 def _lost(held: _Held, to: Target) -> list[str]:
-    state = [f"the device state ({len(held.device_state):,} bytes)"] if held.device_state and to != "remus" else []
-    if to == "mapped-ram" and held.saved is not None:
-        missing = {one.block.name: int(np.count_nonzero(~one.came)) for one in held.saved.memories}
-        state += [f"that {count:,} pages of {name} never came" for name, count in missing.items() if count]
-    return held.others + held.extras + state
+    lost = held.others + held.extras
+    if held.device_state and to != "remus":
+        lost.append(f"the device state ({len(held.device_state):,} bytes)")
+    end = int(np.flatnonzero(held.came)[-1] + 1) * held.page_size if held.came.any() else 0
+    if to in ("elf", "lime") and end < held.size:
+        lost.append(f"the memory's size ({held.size:,} bytes, of which the last {held.size - end:,} never came)")
+    if to in QEMU_TARGETS and held.saved is None and held.size % PAGE_SIZE:
+        lost.append(f"the {END_WITHIN_A_PAGE} ({held.size:,} bytes)")
+    # In our streams, pages that do not come are zeros.
+    if to in ("raw", "remus", "mapped-ram") and held.format != "remus":
+        blocks = {"memory": held.came}
+        if to == "mapped-ram" and held.saved is not None:
+            blocks = {one.block.name: one.came for one in held.saved.memories}
+        missing = {name: int(np.count_nonzero(~marks)) for name, marks in blocks.items()}
+        lost += [f"that {count:,} pages of {name} never came" for name, count in missing.items() if count]
+    return lost
 
 
-def _saved_of(held: _Held) -> Saved:
+def _saved_of(held: _Held, to: Target) -> Saved:
     """What QEMU's formats need of memory that is no machine of QEMU: one block, and no devices."""
-    block = qemu.RamBlock(name="pc.ram", size=held.pages.size, page_size=PAGE_SIZE)
+    block = qemu.RamBlock(name="pc.ram", size=held.pages * PAGE_SIZE, page_size=PAGE_SIZE)
+    filled = None if held.filled is None else held.filled[: held.pages]
+    if filled is None and to == "mapped-ram":
+        filled = np.zeros(held.pages, dtype=bool)
+        for first, differ, _, _ in differences(held.image, None, held.pages):
+            filled[first + differ] = True
+    came = _in_pages(held.came, held.page_size, PAGE_SIZE, held.pages)
     configuration = qemu.Configuration(machine="none")
-    return Saved(configuration, [Memory(block, held.pages, held.came)], None, PAGE_SIZE)
+    held.images = {block.name: held.image}
+    return Saved(configuration, [Memory(block, held.image.read_at, came, filled)], None, PAGE_SIZE)
 
 
 # Writing
@@ -345,9 +384,10 @@ def _saved_of(held: _Held) -> Saved:
 
 def _hand_over(held: _Held, output: str) -> int:
     """Memory as it has been read becomes the output. Returns its bytes."""
-    os.truncate(held.path, held.size)
-    sync_file(held.path)
-    os.replace(held.path, output)
+    path = Path(held.image.path)
+    os.truncate(path, held.size)
+    sync_file(path)
+    os.replace(path, output)
     sync_directory(Path(output).absolute().parent)
     return held.size
 
@@ -357,7 +397,7 @@ def _write(held: _Held, to: Target, output: str) -> tuple[int, int]:
     layout = layout_of(held.machine) if held.is_alone else None
     runs = list(present(held.came, held.page_size, placed(held.size, layout)))
     machine = held.processor or (X86_64 if layout is None else layout.elf_machine)
-    parts: Iterable[Buffer | list[Buffer] | Range]
+    parts: Iterable[Buffer | list[Buffer] | Range | Memory]
     match to:
         case "raw":
             parts = runs = [Range(0, 0, held.size)]
@@ -370,7 +410,7 @@ def _write(held: _Held, to: Target, output: str) -> tuple[int, int]:
         case "remus":
             parts = _stream(held)
         case "qemu" | "mapped-ram":
-            saved = held.saved or _saved_of(held)
+            saved = held.saved or _saved_of(held, to)
             if to == "mapped-ram" and saved.configuration is None:
                 raise RemusError("a mapped-ram file states it in its configuration, and this stream has none")
             runs = [
@@ -378,29 +418,49 @@ def _write(held: _Held, to: Target, output: str) -> tuple[int, int]:
                 for one in saved.memories
                 for run in present(one.came, saved.page_size, placed(one.block.size, None))
             ]
-            parts = stream(saved) if to == "qemu" else mapped_file(saved)
-    with output_to(output) as out, Image(held.path) as image:
+            parts = _migration(saved) if to == "qemu" else mapped_file(saved)
+    with output_to(output) as out:
         for part in parts:
-            if isinstance(part, Range):
-                out.copy_sparse(image, part.start, part.stop)
-            elif isinstance(part, list):
-                out.write(part)
-            else:
-                out.write_sparse(part)
-        if not held.is_staged:
-            image.check(held.size)
+            match part:
+                case Range():
+                    out.copy_sparse(held.image, part.start, part.stop)
+                case Memory():
+                    out.copy_sparse(held.images[part.block.name], 0, part.block.size)
+                case list():
+                    out.write(part)
+                case _:
+                    out.write_sparse(part)
+        held.check()
         out.finish()
     return len(runs), out.written
 
 
+def _migration(saved: Saved) -> Iterator[list[Buffer]]:
+    """A migration stream of a stopped guest."""
+    if saved.page_size != PAGE_SIZE:
+        yield from stream(saved)
+        return
+    sender = QemuSender(
+        [memory.block for memory in saved.memories],
+        configuration=saved.configuration,
+        number=saved.number,
+        says_switchover=saved.says_switchover,
+        cache_bytes=0,
+    )
+    parts = (
+        Part(memory.block.name, np.arange(first, first + len(pages)), pages)
+        for memory in saved.memories
+        for first, pages in memory.windows()
+    )
+    yield [sender.begin()]
+    for buffer in sender.end(saved.devices, parts):
+        yield [buffer]
+
+
 def _stream(held: _Held) -> Iterator[list[Buffer]]:
     """A save stream of one checkpoint."""
-    pages = pages_for(held.size)
-    sender = Sender(pages, reference=ImageReference())
-    with Image(held.path) as image:
-        scan = full_batches(differences(image, None, pages))
-        for group in sender.checkpoint(
-            scan, device_state=held.device_state, memory_bytes=held.size, time_ns=held.time_ns
-        ):
-            sender.carried.clear()
-            yield group
+    sender = Sender(held.pages, reference=ImageReference())
+    scan = full_batches(differences(held.image, None, held.pages))
+    for group in sender.checkpoint(scan, device_state=held.device_state, memory_bytes=held.size, time_ns=held.time_ns):
+        sender.carried.clear()
+        yield group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import secrets
 import stat
@@ -11,10 +12,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from remus_ckpt import extensions
 from remus_ckpt.errors import StoreError
-from remus_ckpt.pages import Buffer
+from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
+
+_native: Any
+try:
+    _native = extensions.load("wire._path")
+except ImportError:  # it was not built: Python does it
+    _native = None
 
 _MAX_VECTORS = 1024
 _COPY_BYTES = 1 << 22
@@ -107,6 +118,26 @@ def write_all(fd: int, buffers: Sequence[Buffer]) -> int:
         if size:
             left[0] = left[0][size:]
     return written
+
+
+def write_pages(fd: int, pages: Pages, index: NDArray[np.int64], numbers: NDArray[np.int64], at: int = 0) -> None:
+    """Write pages to their places in a file, one after the other; those that follow each other in both are one write.
+
+    pages: uint8[m, 4096], C-contiguous
+    index, numbers: int64[n]: page `index[i]` goes to `at` and `numbers[i]` pages
+    Raises OSError; some may have been written then.
+    """
+    if _native is not None:
+        _native.write_pages(fd, pages, index, numbers, at)
+        return
+    flat = memoryview(pages.reshape(-1))
+    borders = np.flatnonzero((np.diff(index) != 1) | (np.diff(numbers) != 1)) + 1
+    for first, stop in itertools.pairwise([0, *borders.tolist(), len(index)] if len(index) else []):
+        begin = int(index[first]) * PAGE_SIZE
+        left, place = flat[begin : begin + (stop - first) * PAGE_SIZE], at + int(numbers[first]) * PAGE_SIZE
+        while left:
+            size = os.pwrite(fd, left, place)
+            left, place = left[size:], place + size
 
 
 def start_writing(fd: int, start: int, size: int) -> None:

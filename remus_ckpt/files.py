@@ -21,6 +21,7 @@ from remus_ckpt.record_restorer import V2Restorer
 from remus_ckpt.restorer import Checkpoint, Home, Restorer
 from remus_ckpt.sender import Sent
 from remus_ckpt.wire import formats
+from remus_ckpt.wire.digest import NewDigest, new_digest
 from remus_ckpt.wire.formats import FRONT_BYTES, Format
 from remus_ckpt.wire.stream_reader import NEED_DATA
 from remus_ckpt.wire.xen import events
@@ -194,14 +195,15 @@ def restorer_of(
     limits: Limits | None = None,
     strict: bool = False,
     home: Home | None = None,
+    new_digest: NewDigest = new_digest,
 ) -> AnyRestorer:
     """The restorer for what a file holds, found by looking at its first bytes.
 
-    strict, dialect: of a legacy stream; a v2 stream needs neither
+    strict, dialect, new_digest: of a legacy stream; a v2 stream needs none of them
     """
     if is_v2(file.look(LOOK_BYTES)):
         return V2Restorer(limits=limits, home=home)
-    restorer = Restorer(dialect, limits=limits, strict=strict, home=home)
+    restorer = Restorer(dialect, limits=limits, strict=strict, home=home, new_digest=new_digest)
     restorer.reader.takes_second_record = True
     return restorer
 

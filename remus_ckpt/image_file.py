@@ -33,8 +33,8 @@ class ImageFile(MappedFile):
         if not keep.all():
             # If a page occurs twice, the later copy may blank the earlier one.
             keep |= np.isin(pfns, pfns[keep])
-            pfns, data = pfns[keep], data[keep]
-        super().write(memory, pfns, data)
+        index = np.flatnonzero(keep)
+        self.write_some(pfns[index], data, index)
 
 
 @contextmanager

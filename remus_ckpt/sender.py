@@ -486,11 +486,12 @@ def _without_blank(batch: PageBatch, seen: NDArray[np.bool_]) -> PageBatch:
     """
     with_data = HAS_DATA[batch.types]
     pfns = batch.pfns[with_data].astype(np.int64)
-    keep = batch.data.view(np.uint64).any(axis=1) | seen[pfns]
+    keep = seen[pfns]
+    keep[filled_pages(np.ascontiguousarray(batch.data))] = True
     # If a page occurs twice in this batch, the later copy may blank the earlier one.
     keep |= np.isin(pfns, pfns[keep])
     if keep.all():
         return batch
     entries = ~with_data
     entries[with_data] = keep
-    return PageBatch(batch.pfns[entries], batch.types[entries], batch.data[keep])
+    return PageBatch(batch.pfns[entries], batch.types[entries], gather(batch.data, np.flatnonzero(keep)))

@@ -18,6 +18,8 @@ from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, ratio
 from remus_ckpt.record_restorer import V2Restorer
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
+from remus_ckpt.store.hashing import hashing
+from remus_ckpt.wire.digest import NewDigest
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect
 
@@ -35,7 +37,7 @@ class Walk:
     def __init__(
         self,
         source: str | StreamFile,
-        choose: Callable[[StreamFile], AnyRestorer],
+        choose: Callable[[StreamFile, NewDigest], AnyRestorer],
         *,
         quiet: bool,
         is_read: bool = True,
@@ -58,9 +60,9 @@ class Walk:
         """Every event, up to a fault; a staged checkpoint is put in force when the next event is drawn."""
         source = self._source
         opened = source if isinstance(source, StreamFile) else StreamFile(source)
-        with opened as file, progress(file.name, file.size, self._quiet) as advance:
+        with opened as file, hashing() as new_digest, progress(file.name, file.size, self._quiet) as advance:
             self.inflater = file.inflater
-            self.restorer = self._choose(file)
+            self.restorer = self._choose(file, new_digest)
             try:
                 for event in read_events(file, self.restorer):
                     advance(file.position())
@@ -209,10 +211,10 @@ def walk_stream(
     kept = home if is_read else _Unread()
     return Walk(
         source,
-        lambda file: (
-            Restorer(dialect, limits=limits, strict=strict, home=kept)
+        lambda file, new_digest: (
+            Restorer(dialect, limits=limits, strict=strict, home=kept, new_digest=new_digest)
             if is_legacy
-            else restorer_of(file, dialect, limits=limits, strict=strict, home=kept)
+            else restorer_of(file, dialect, limits=limits, strict=strict, home=kept, new_digest=new_digest)
         ),
         quiet=quiet,
         is_read=is_read,

@@ -282,7 +282,7 @@ def _report(wanted: Wanted, done: list[Moment], report: dict[str, Any], as_json:
         return
     first, end = report["checkpoints"][0]["epoch"], report["checkpoints"][-1]["epoch"]
     numbers = f"checkpoint {first}" + (f" to {end}" if end != first else "")
-    text = f"{wanted.output}: {wanted.to}, {numbers}, {len(last.memory):,} pages, {report['bytes']:,} bytes"
+    text = f"{wanted.output}: {wanted.to}, {numbers}, {last.pages:,} pages, {report['bytes']:,} bytes"
     out.print(Text(text))
     if (migration := report.get("migration")) is not None:
         cache = migration["xbzrle-cache"]

@@ -203,6 +203,13 @@ class Layers:
             image.close()
 
 
+def read_pages(image: Image | Layers, pfns: NDArray[np.int64], out: Pages) -> None:
+    """Fill `out`, uint8[≥ n, 4096], with these pages, int64[n]. Raises OSError."""
+    borders = np.flatnonzero(np.diff(pfns) != 1) + 1
+    for first, stop in itertools.pairwise([0, *borders.tolist(), len(pfns)]):
+        image.read(int(pfns[first]), out[first:stop])
+
+
 def full_batches(found: Iterator[tuple[int, NDArray[np.int64], Pages, Pages]]) -> Iterator[PageBatch]:
     """What `differences` finds, in batches of 1,024 entries; only the last may have fewer."""
     numbers, data, count = _room()
@@ -245,7 +252,5 @@ class ImageReference:
     def choose(self, pfns: NDArray[np.int64], tables: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Read these pages from the image; returns their slots, and that none of them goes full."""
         assert self.before is not None, "the first checkpoint is not compressed"
-        borders = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
-        for first, stop in itertools.pairwise(borders):
-            self.before.read(int(pfns[first]), self.pages[first:stop])
+        read_pages(self.before, pfns, self.pages)
         return np.arange(len(pfns)), np.zeros(len(pfns), dtype=bool)

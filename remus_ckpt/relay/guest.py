@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt.errors import RemusError
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
-from remus_ckpt.pages import HAS_DATA, PageBatch, Pages, PageType
+from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, PageBatch, Pages, PageType
 from remus_ckpt.wire.record import CheckpointRecord
 from remus_ckpt.wire.xen import events, v2
 from remus_ckpt.wire.xen.dialect import Guest, Word
@@ -43,12 +43,14 @@ class Head:
     format: the word for it (specs/formats.md §1)
     pages: of memory; None: only known at the first moment
     guest: None: the source does not say; it has memory only
+    magic_pfns: as in `Moment`; None: only known at the first moment
     """
 
     format: str
     pages: int | None = None
     guest: Guest | None = None
     word: Word = 8
+    magic_pfns: tuple[int, int, int] | None = None
     pv: Pv | None = None
     file_header: events.FileHeader | None = None
     image: v2.ImageHeader | None = None
@@ -59,7 +61,8 @@ class Head:
 class Moment:
     """A checkpoint, behind its pages.
 
-    memory: uint8[n, 4096], all of memory; valid until the next piece is asked for
+    memory: uint8[n, 4096], all of memory; valid until the next piece is asked for. Empty if it is the only one, and its
+        pages come in batches alone
     types: uint8[n] of `PageType`; XTAB: there is no such page, or it never came
     is_last: whether no other moment follows
     notes: what the source has that no moment can hold, as (what, how much of it)
@@ -89,6 +92,11 @@ class Moment:
     device_state: bytes = b""
     record: CheckpointRecord | None = None
     notes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pages(self) -> int:
+        """Of memory."""
+        return len(self.types)
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -177,6 +185,7 @@ def _toolstack(moment: Moment) -> str:
     return _bytes_of(moment.toolstack)
 
 
+END_WITHIN_A_PAGE = "end of memory within its last page"
 _CONTENTS: dict[str, Callable[[Moment], str]] = {
     "device state": lambda moment: _bytes_of(moment.device_state),
     "HVM context": lambda moment: _bytes_of(moment.context),
@@ -186,6 +195,7 @@ _CONTENTS: dict[str, Callable[[Moment], str]] = {
     "page types": _count_tables,
     "time stamp counter's mode": lambda moment: "" if moment.tsc is None else f"mode {moment.tsc.mode}",
     "toolstack's data": _toolstack,
+    END_WITHIN_A_PAGE: lambda moment: f"{moment.memory_bytes:,} bytes" if moment.memory_bytes % PAGE_SIZE else "",
     "position in a history": lambda moment: "" if moment.record is None else f"{moment.record.after}",
 }
 """What a moment may have besides memory, and how much of it there is; empty: nothing."""
@@ -215,9 +225,14 @@ def page_batches(pfns: NDArray[np.uint64], types: NDArray[np.uint8], data: Pages
         done += count
 
 
-def stored_pages(moment: Moment) -> Iterator[PageBatch]:
-    """The pages that changed, in batches, from memory; if any may have, all that have a type."""
+def stored_pages(moment: Moment, filled: NDArray[np.bool_] | None = None) -> Iterator[PageBatch]:
+    """The pages that changed, in batches, from memory; if any may have, all that have a type.
+
+    filled: bool[≥ n], those that may hold something other than zeros: the others are left out; None: none is
+    """
     pfns = np.flatnonzero(moment.types != PageType.XTAB) if moment.pfns is None else moment.pfns
+    if filled is not None:
+        pfns = pfns[filled[pfns]]
     for start in range(0, len(pfns), MAX_BATCH_ENTRIES):
         part = pfns[start : start + MAX_BATCH_ENTRIES]
         types = moment.types[part]

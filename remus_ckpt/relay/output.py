@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from remus_ckpt.codec.scan import filled_pages
-from remus_ckpt.disk import appearing, naming_file, what_next, write_all
+from remus_ckpt.disk import appearing, naming_file, what_next, write_all, write_pages
 from remus_ckpt.errors import RemusError, StoreError
 from remus_ckpt.image import Image
 from remus_ckpt.pages import PAGE_SIZE, Buffer
@@ -75,15 +75,10 @@ class Output:
         whole = len(flat) // PAGE_SIZE
         for start in range(0, whole, _WINDOW_PAGES):
             pages = flat[start * PAGE_SIZE : min(start + _WINDOW_PAGES, whole) * PAGE_SIZE].reshape(-1, PAGE_SIZE)
-            filled = np.zeros(len(pages), dtype=bool)
-            filled[filled_pages(pages)] = True
-            edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)) * PAGE_SIZE
-            data, begin = memoryview(pages.reshape(-1)), self.written
+            filled = filled_pages(pages)
             with naming_file(self.name):
-                for first, stop in edges.reshape(-1, 2).tolist():
-                    while first < stop:
-                        first += os.pwrite(self._fd, data[first:stop], begin + first)
-            self.skip(len(data))
+                write_pages(self._fd, pages, filled, filled, self.written)
+            self.skip(pages.nbytes)
             self._advance(self.written)
         self.write([flat[whole * PAGE_SIZE :]])
 
@@ -141,7 +136,8 @@ def output_to(path: str, advance: Callable[[int], None] | None = None) -> Iterat
 @contextmanager
 def scratch_beside(path: str) -> Iterator[str]:
     """The path of an empty file without a name, on the file system of an output, or in the temporary directory."""
-    folder = os.path.dirname(os.path.abspath(path)) if path != "-" and not path.startswith("/dev/") else None
+    is_file = path != "-" and (not os.path.exists(path) or os.path.isfile(path))
+    folder = os.path.dirname(os.path.abspath(path)) if is_file else None
     with tempfile.TemporaryFile(dir=folder, prefix=".remus-convert.") as file, naming_folder(folder):
         yield f"/proc/self/fd/{file.fileno()}"
 

@@ -62,9 +62,7 @@ class QemuTarget:
         if first is None:
             return
         guest = is_vm(first.device_state)
-        block = events.RamBlock(
-            name=RAM_ID if guest else _OTHER_RAM, size=len(first.memory) * PAGE_SIZE, page_size=PAGE_SIZE
-        )
+        block = events.RamBlock(name=RAM_ID if guest else _OTHER_RAM, size=first.pages * PAGE_SIZE, page_size=PAGE_SIZE)
         # A protected guest's QEMU neither sends nor expects a configuration (specs/vm.md §2).
         configuration = None if guest else events.Configuration(machine="none")
         with QemuSender([block], configuration=configuration) as sender:
@@ -76,9 +74,9 @@ class QemuTarget:
                 moment = next(moments, None)
 
     def _round(self, sender: QemuSender, moment: Moment, block: events.RamBlock) -> None:
-        if len(moment.memory) * PAGE_SIZE != block.size:
+        if moment.pages * PAGE_SIZE != block.size:
             raise RemusError(
-                f"memory has {len(moment.memory):,} pages at checkpoint {moment.epoch}, and it had "
+                f"memory has {moment.pages:,} pages at checkpoint {moment.epoch}, and it had "
                 f"{block.size // PAGE_SIZE:,}: QEMU cannot be told so. Convert that checkpoint alone, without --live"
             )
         present = moment.present

@@ -9,7 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, PageBatch, Pages, PageType
-from remus_ckpt.relay.guest import Before, Head, Losses, Moment, Piece, extended_info, name_losses, stored_pages
+from remus_ckpt.relay.guest import (
+    END_WITHIN_A_PAGE,
+    Before,
+    Head,
+    Losses,
+    Moment,
+    Piece,
+    extended_info,
+    name_losses,
+    stored_pages,
+)
 from remus_ckpt.relay.home import LateHome
 from remus_ckpt.sender import Sender
 from remus_ckpt.wire.record import CheckpointRecord
@@ -31,6 +41,7 @@ from remus_ckpt.xen_start import (
 _IN_V2 = frozenset(
     {"HVM context", "HVM parameters", "virtual CPUs", "shared info", "page types", "time stamp counter's mode"}
 )
+_IN_OURS = frozenset({"device state", "position in a history", END_WITHIN_A_PAGE})
 _IN_LEGACY = _IN_V2 | {"device state", "HVM parameters", "toolstack's data"}
 
 Write = Callable[[list[Buffer]], None]
@@ -171,7 +182,7 @@ class V2Target:
 
     def _first_pages(self, moment: Moment) -> None:
         """Pages that never came and are there all the same, and the end of memory."""
-        pages = len(moment.memory)
+        pages = moment.pages
         seen = np.zeros(pages, dtype=bool)
         seen[: len(self._seen)] = self._seen[:pages]
         missing = np.flatnonzero(moment.present & ~seen)
@@ -266,9 +277,9 @@ class _Relayed:
         """Pages that never came and are there all the same."""
         moment = self._now
         present = np.zeros(len(seen), dtype=bool)
-        present[: len(moment.memory)] = moment.present
-        present[len(moment.memory) :] = True
-        if len(seen) > len(moment.memory):
+        present[: moment.pages] = moment.present
+        present[moment.pages :] = True
+        if len(seen) > moment.pages:
             self._magic = magic_pfns(len(seen))
         return blank_pages(np.flatnonzero(present & ~seen), with_data=self._options.for_xen)
 
@@ -405,7 +416,7 @@ class LegacyTarget:
             self._losses.name(kind.name, f"{len(data):,} bytes")
         is_open = head.pages is None or (head.pv is not None and head.pv.extended is None)
         # A position, and whether the source has magic PFNs, is only known behind the pages too.
-        if is_open or self._is_ours or self._options.for_xen:
+        if is_open or self._is_ours or (self._options.for_xen and head.magic_pfns is None):
             self._home.need()
             yield from self._from_memory(head, pieces)
         else:
@@ -423,15 +434,17 @@ class LegacyTarget:
                 pv = head.pv
                 if pv is not None and pv.extended is None:
                     pv = replace(pv, extended=extended_info(moment, pv))
-                head = replace(head, pages=len(moment.memory), pv=pv)
+                head = replace(head, pages=moment.pages, magic_pfns=moment.magic_pfns, pv=pv)
                 sender, shape = self._sender(head, moment)
             if shape is not None:
                 shape.moment = moment
                 name_losses(self._losses, moment, _IN_LEGACY)
                 self._send(sender, stored_pages(moment), moment)
             else:
-                name_losses(self._losses, moment, frozenset({"device state", "position in a history"}))
-                self._send(sender, map(_plain, stored_pages(moment)), moment)
+                name_losses(self._losses, moment, _IN_OURS)
+                # Memory starts as zeros, and to read a hole in a tmpfs takes a page of it.
+                filled = self._home.has_room if moment.pfns is None else None
+                self._send(sender, map(_plain, stored_pages(moment, filled)), moment)
             yield moment
 
     def _as_they_come(self, head: Head, pieces: Iterator[Piece]) -> Iterator[Moment]:
@@ -469,7 +482,7 @@ class LegacyTarget:
             before = None if moment is None or moment.record is None else moment.record.before
             codec = options.codec or "delta"
             return Sender(head.pages, codec=codec, word=head.word, reference=reference, position=before), None
-        needs_magic = options.for_xen and head.guest != "pv" and moment is not None and not any(moment.magic_pfns)
+        needs_magic = options.for_xen and head.guest != "pv" and not any(head.magic_pfns or ())
         shape = _Relayed(head, self._losses, options, MAGIC_PAGES if needs_magic else 0)
         return Sender(head.pages, codec=options.codec or "rle", word=head.word, reference=reference, shape=shape), shape
 

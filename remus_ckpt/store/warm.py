@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.disk import Written, appearing, guarding
+from remus_ckpt.disk import Written, appearing, guarding, write_pages
 from remus_ckpt.errors import StoreError
 from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE, Pages, pages_for
@@ -66,16 +66,12 @@ class MappedFile:
 
     def write(self, memory: Pages, pfns: NDArray[np.int64], data: Pages) -> None:
         """Write pages through the descriptor, which faults no page into the mapping. Raises StoreError."""
-        if not len(pfns):
-            return
-        borders = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
+        self.write_some(pfns, data, np.arange(len(pfns)))
+
+    def write_some(self, pfns: NDArray[np.int64], data: Pages, index: NDArray[np.int64]) -> None:
+        """As `write`, of pages that lie at `index` in data."""
         with guarding(self.path, self._written):
-            for first, stop in itertools.pairwise(borders):
-                left = memoryview(data[first:stop].reshape(-1))
-                at = int(pfns[first]) * PAGE_SIZE
-                while left:
-                    size = os.pwrite(self.fd, left, at)
-                    left, at = left[size:], at + size
+            write_pages(self.fd, data, index, pfns)
         self.has_room[pfns] = True
 
     def reserve(self, pfns: NDArray[np.int64]) -> None:

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from support import Command
 from remus_ckpt.files import read_checkpoints
 from remus_ckpt.limits import MIB
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.relay.output import scratch_beside
+from remus_ckpt.store.room import SHARED_MEMORY
 from remus_ckpt.wire.xen import physmap
 
 FORMATS = ("remus", "xen", "xen-v2", "raw", "elf", "lime")
@@ -268,12 +271,25 @@ def test_a_stream_of_ours_keeps_its_positions(tmp_path: Path, command: Command) 
     assert memories(tmp_path / "out") == [path.read_bytes() for path in images]
 
 
+def test_a_temporary_file_is_beside_the_output(tmp_path: Path) -> None:
+    """Under /dev there is more than devices: /dev/shm is a file system, and the one where there is room."""
+    for folder in (tmp_path, SHARED_MEMORY):
+        output = folder / f"remus-ckpt-{os.getpid()}"
+        with scratch_beside(str(output)) as scratch:
+            assert Path(os.readlink(scratch)).parent == folder
+    for output in ("-", "/dev/null"):
+        with scratch_beside(output) as scratch:
+            assert Path(os.readlink(scratch)).parent == Path(tempfile.gettempdir())
+
+
 @pytest.mark.parametrize(
     ("source", "to"),
     [
         *(("remus", to) for to in ("raw", "xen-v2")),
         ("qemu", "remus"),
         ("raw", "remus"),
+        ("raw", "qemu"),
+        ("raw", "mapped-ram"),
         *(pytest.param("remus", to, marks=pytest.mark.slow) for to in ("elf", "lime", "remus", "xen")),
         *(pytest.param("qemu", to, marks=pytest.mark.slow) for to in ("xen-v2", "mapped-ram")),
     ],

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pairs import noise
 from support import Command
 
-from remus_ckpt import Sender, batches
+from remus_ckpt import Sender, batches, disk
 from remus_ckpt.codec.reference import Lru, Shadow
 from remus_ckpt.errors import RemusError
 from remus_ckpt.image import Image, ImageReference, differences, full_batches, windows
@@ -31,6 +31,7 @@ from remus_ckpt.limits import GIB, MIB
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Restorer
+from remus_ckpt.store import warm
 
 
 @pytest.fixture
@@ -249,15 +250,50 @@ def test_an_image_that_does_not_come_to_be_leaves_nothing(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_an_error_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pwrite(*_: object) -> int:
+    def no_room(*_: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(OSError) as caught, image_appearing(tmp_path / "image") as home:
         memory = home.open(10)
-        monkeypatch.setattr(os, "pwrite", pwrite)
+        monkeypatch.setattr(warm, "write_pages", no_room)
         home.write(memory, np.array([3]), np.ones((1, PAGE_SIZE), dtype=np.uint8))
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "image"))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_pages_go_to_their_places_in_a_file(is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_native and disk._native is None:
+        pytest.skip("the extension was not built")
+    if not is_native:
+        monkeypatch.setattr(disk, "_native", None)
+    pages = np.random.default_rng(1).integers(0, 256, (8, PAGE_SIZE), dtype=np.uint8)
+    index, numbers = np.array([0, 1, 3, 4, 5, 2, 3]), np.array([5, 6, 7, 0, 1, 2, 9])
+    expected = bytearray(3 + 10 * PAGE_SIZE)
+    for one, number in zip(index, numbers, strict=True):
+        expected[3 + number * PAGE_SIZE : 3 + (number + 1) * PAGE_SIZE] = pages[one].tobytes()
+    nothing = np.empty(0, dtype=np.int64)
+    with open(tmp_path / "it", "w+b", buffering=0) as file:
+        disk.write_pages(file.fileno(), pages, index, numbers, 3)
+        disk.write_pages(file.fileno(), pages, nothing, nothing)
+        assert file.read() == expected
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError) as caught:
+        disk.write_pages(full.fileno(), pages, index, numbers)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(disk._native is None, reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("index", "numbers", "at"),
+    [([8], [0], 0), ([-1], [0], 0), ([0], [-1], 0), ([0], [1 << 51], 0), ([0], [0], -1), ([0, 1], [0], 0)],
+)
+def test_pages_or_places_that_are_none_are_refused(
+    index: list[int], numbers: list[int], at: int, tmp_path: Path
+) -> None:
+    pages = np.ones((8, PAGE_SIZE), dtype=np.uint8)
+    with open(tmp_path / "it", "wb", buffering=0) as file, pytest.raises(ValueError):
+        disk.write_pages(file.fileno(), pages, np.array(index), np.array(numbers), at)
+    assert (tmp_path / "it").read_bytes() == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

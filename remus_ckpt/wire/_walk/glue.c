@@ -1,5 +1,5 @@
-/* remus_ckpt.wire._path: the walks over a whole checkpoint, a receive that waits, and page records of QEMU, as Python
- * functions.
+/* remus_ckpt.wire._path: the walks over a whole checkpoint, a receive that waits, pages to a file, and page records of
+ * QEMU, as Python functions.
  *
  * Only the stable ABI of Python 3.11 is used; what takes longer than a call runs without the GIL.
  */
@@ -280,6 +280,72 @@ static PyObject *write_early(PyObject *self, PyObject *const *args, Py_ssize_t n
     return error ? NULL : Py_NewRef(Py_None);
 }
 
+/* write_pages(fd, data, index, numbers, at): page index[i] of data, of 4,096 bytes each, to `at` and numbers[i] pages in
+ * the file; pages that follow each other in both are one write. index, numbers: int64[n]. Raises OSError; some may have
+ * been written then. */
+static PyObject *write_pages(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    enum { DATA, INDEX, NUMBERS, BUFFERS, PAGE = 4096 };
+    Py_buffer v[BUFFERS];
+    PyObject *result = NULL;
+    (void)self;
+    memset(v, 0, sizeof v);
+    if (!count_is(nargs, 5))
+        return NULL;
+    const long fd = PyLong_AsLong(args[0]);
+    const long long at = PyLong_AsLongLong(args[4]);
+    if (PyErr_Occurred())
+        return NULL;
+    for (int i = 0; i < BUFFERS; i++)
+        if (PyObject_GetBuffer(args[1 + i], &v[i], PyBUF_SIMPLE))
+            goto done;
+    const uint8_t *const data = v[DATA].buf;
+    const int64_t *const index = v[INDEX].buf, *const numbers = v[NUMBERS].buf;
+    const size_t count = (size_t)v[INDEX].len / sizeof *index;
+    int fits = v[INDEX].len == v[NUMBERS].len && at >= 0 && !((uintptr_t)index % sizeof *index)
+               && !((uintptr_t)numbers % sizeof *numbers);
+    for (size_t i = 0; fits && i < count; i++)
+        fits = index[i] >= 0 && index[i] < v[DATA].len / PAGE && numbers[i] >= 0
+               && numbers[i] <= (INT64_MAX - at) / PAGE - 1;
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "pages or places out of range");
+        goto done;
+    }
+    size_t first = 0, written = 0; /* of the run at `first`, bytes */
+    int error = 0;
+    while (first < count && !error) {
+        Py_BEGIN_ALLOW_THREADS
+        while (first < count && !error) {
+            size_t stop = first + 1;
+            while (stop < count && index[stop] == index[stop - 1] + 1 && numbers[stop] == numbers[stop - 1] + 1)
+                stop++;
+            const ssize_t size = pwrite((int)fd, data + index[first] * PAGE + written, (stop - first) * PAGE - written,
+                                        at + numbers[first] * PAGE + (off_t)written);
+            if (size <= 0) {
+                error = size ? errno : EIO;
+            } else if ((written += (size_t)size) == (stop - first) * PAGE) {
+                first = stop;
+                written = 0;
+            }
+        }
+        Py_END_ALLOW_THREADS
+        if (error == EINTR) {
+            if (PyErr_CheckSignals())
+                goto done;
+            error = 0;
+        }
+    }
+    if (error) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+    } else {
+        result = Py_NewRef(Py_None);
+    }
+done:
+    release(v, BUFFERS);
+    return result;
+}
+
 /* wanted(data, most_data) -> bytes that must be there before a whole checkpoint can be; 0 if none begins here */
 static PyObject *wanted(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -403,7 +469,8 @@ done:
 
 static PyMethodDef functions[] = {
     FUNCTION(walk),       FUNCTION(stream),    FUNCTION(wanted), FUNCTION(ack),           FUNCTION(end_frames),
-    FUNCTION(ack_frame),  FUNCTION(write_early), FUNCTION(receive), FUNCTION(scan),         {NULL, NULL, 0, NULL}};
+    FUNCTION(ack_frame),  FUNCTION(write_early), FUNCTION(receive), FUNCTION(scan),         FUNCTION(write_pages),
+    {NULL, NULL, 0, NULL}};
 
 static int add_constants(PyObject *module)
 {

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ from remus_ckpt.wire.qemu.sections import IGNORE_SHARED, MAPPED_RAM, U32, U64, R
 WORD_BYTES = U64.size
 """Of the word in front of every page."""
 _MAPPED_VERSION = 1
-_WINDOW_PAGES = 256
+_WINDOW_BYTES = 1 << 20
 MAPPED_ALIGNMENT = 1 << 20
 """Where the pages of a block begin in a mapped-ram file, as QEMU has it."""
 
@@ -93,35 +92,21 @@ def part(number: int) -> bytes:
     return bytes([SectionType.PART]) + U32.pack(number)
 
 
-def records(
-    name: str | None, first: int, pages: NDArray[np.uint8], is_zero: NDArray[np.bool_]
-) -> Iterator[NDArray[np.uint8] | bytes]:
+def records(name: str | None, first: int, pages: NDArray[np.uint8]) -> list[Buffer]:
     """Pages that follow each other, as records (§4.2).
 
     name: of the block; None: it is that of the page before
     first: the number of the first page
     pages: uint8[n, size]
-    is_zero: bool[n]
     """
-    size = pages.shape[1]
-    words = (np.arange(first, first + len(pages), dtype=np.uint64) * np.uint64(size)).astype(">u8")
-    edges = np.flatnonzero(np.diff(is_zero)) + 1
-    borders = [0, *edges.tolist(), len(pages)]
-    for begin, stop in itertools.pairwise(borders):
-        zero = bool(is_zero[begin])
-        flags = RamFlag.ZERO if zero else RamFlag.PAGE
-        if name is not None:
-            yield U64.pack(int(words[begin]) | flags) + _string(name)
-            yield b"\0" if zero else pages[begin]
-            name, begin = None, begin + 1
-        if begin == stop:
-            continue
-        out = np.zeros((stop - begin, WORD_BYTES + (1 if zero else size)), dtype=np.uint8)
-        heads = words[begin:stop] | np.uint64(flags | RamFlag.CONTINUE)
-        out[:, :WORD_BYTES] = heads.astype(">u8").view(np.uint8).reshape(-1, WORD_BYTES)
-        if not zero:
-            out[:, WORD_BYTES:] = pages[begin:stop]
-        yield out.reshape(-1)
+    out: list[Buffer] = []
+    for number, page in enumerate(pages, first):
+        is_zero = not page.any()
+        word = number * len(page) | (RamFlag.ZERO if is_zero else RamFlag.PAGE)
+        out.append(U64.pack(word | RamFlag.CONTINUE) if name is None else U64.pack(word) + _string(name))
+        out.append(b"\0" if is_zero else page)
+        name = None
+    return out
 
 
 def naming(word: Buffer, block: str) -> bytes:
@@ -154,13 +139,27 @@ def tail(devices: events.DeviceState | None, page_size: int) -> list[Buffer]:
 class Memory:
     """One block's memory.
 
-    pages: uint8[n, page_size]
-    came: bool[n], the pages to write; the others are left out
+    read: fills an array uint8[n] with the bytes of the block from an offset on
+    came: bool[pages], the pages to write; the others are left out
+    filled: bool[pages]: whether a page may hold something other than zeros; for a mapped-ram file
     """
 
     block: events.RamBlock
-    pages: NDArray[np.uint8]
+    read: Callable[[int, NDArray[np.uint8]], None]
     came: NDArray[np.bool_]
+    filled: NDArray[np.bool_] | None = None
+
+    def windows(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """The pages that came, some at a time: the number of the first, and uint8[n, page_size], valid until the next
+        ones."""
+        size = self.block.page_size
+        room = np.empty((max(_WINDOW_BYTES // size, 1), size), dtype=np.uint8)
+        edges = np.flatnonzero(np.diff(self.came, prepend=False, append=False))
+        for begin, end_ in edges.reshape(-1, 2).tolist():
+            for first in range(begin, end_, len(room)):
+                pages = room[: end_ - first]
+                self.read(first * size, pages.reshape(-1))
+                yield first, pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,24 +178,21 @@ class Saved:
     says_switchover: bool = False
 
 
-def stream(saved: Saved) -> Iterator[Buffer]:
-    """The bytes of a migration stream, in order."""
+def stream(saved: Saved) -> Iterator[list[Buffer]]:
+    """The bytes of a migration stream, in order; each list is valid until the next one is asked for."""
     blocks = [memory.block for memory in saved.memories]
-    yield front(saved.configuration, is_mapped=False)
-    yield start(saved.number, blocks, saved.configuration)
-    yield part(saved.number)
+    yield [front(saved.configuration, is_mapped=False), start(saved.number, blocks, saved.configuration)]
+    yield [part(saved.number)]
     for memory in saved.memories:
         name: str | None = memory.block.name
-        for first, stop, is_zero in _windows(memory):
-            yield from records(name, first, memory.pages[first:stop], is_zero)
+        for first, pages in memory.windows():
+            yield records(name, first, pages)
             name = None
-    yield eos(saved.number)
-    yield end(saved.number, saved.says_switchover)
-    yield from tail(saved.devices, saved.page_size)
+    yield [eos(saved.number), end(saved.number, saved.says_switchover), *tail(saved.devices, saved.page_size)]
 
 
-def mapped_file(saved: Saved) -> Iterator[Buffer]:
-    """The bytes of a mapped-ram file, in order; most of them are zeros where memory is."""
+def mapped_file(saved: Saved) -> Iterator[Buffer | Memory]:
+    """The bytes of a mapped-ram file, in order; a memory stands for all its bytes. What is `filled` must be known."""
     written = 0
 
     def counted(data: Buffer) -> Buffer:
@@ -210,23 +206,14 @@ def mapped_file(saved: Saved) -> Iterator[Buffer]:
         yield counted(entry(memory.block, saved.configuration))
         header, pages = mapped(memory.block.size, saved.page_size, written)
         yield counted(header)
+        assert memory.filled is not None
         present = np.zeros(-(-len(memory.came) // 64) * 64, dtype=bool)
-        for first, stop, is_zero in _windows(memory):
-            present[first:stop] = ~is_zero
+        present[: len(memory.came)] = memory.came & memory.filled
         yield counted(np.packbits(present, bitorder="little"))
         yield counted(bytes(pages - written))
-        yield counted(memory.pages.reshape(-1))
+        yield memory
+        written += memory.block.size
     yield eos(saved.number)
     yield part(saved.number) + eos(saved.number)
     yield end(saved.number, saved.says_switchover)
     yield from tail(saved.devices, saved.page_size)
-
-
-def _windows(memory: Memory) -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
-    """Series (first, stop) of pages that came, and which of them are zeros: bool[stop - first]."""
-    edges = np.flatnonzero(np.diff(memory.came, prepend=False, append=False))
-    for begin, end_ in edges.reshape(-1, 2).tolist():
-        for first in range(begin, end_, _WINDOW_PAGES):
-            stop = min(first + _WINDOW_PAGES, end_)
-            is_used = memory.pages[first:stop].view(np.uint64).any(axis=1)
-            yield first, stop, np.logical_not(is_used)
