@@ -37,6 +37,7 @@ from remus_ckpt.image_file import ImageFile
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.machines import Machine
 from remus_ckpt.pages import PAGE_SIZE, Buffer, PageBatch, Pages, PageType, pages_for
+from remus_ckpt.plural import counted
 from remus_ckpt.qemu_sender import Part, QemuSender
 from remus_ckpt.relay.guest import END_WITHIN_A_PAGE, Head, Moment, Piece
 from remus_ckpt.relay.output import naming_folder, output_to
@@ -330,7 +331,7 @@ def _read_stream(
     if isinstance(tail, xen.TailHvm) and tail.context:
         extras.append(f"the HVM context ({len(tail.context):,} bytes)")
     elif isinstance(tail, xen.TailPv):
-        extras.append(f"{len(tail.vcpus)} virtual CPUs, the shared info and the page types of a PV guest")
+        extras.append(f"{counted(len(tail.vcpus), 'virtual CPU')}, the shared info and the page types of a PV guest")
     if found.parameters:
         extras.append(f"the parameters {', '.join(found.parameters)}")
     return _Held(
@@ -361,7 +362,7 @@ def _lost(held: _Held, to: Target) -> list[str]:
         if to == "mapped-ram" and held.saved is not None:
             blocks = {one.block.name: one.came for one in held.saved.memories}
         missing = {name: int(np.count_nonzero(~marks)) for name, marks in blocks.items()}
-        lost += [f"that {count:,} pages of {name} never came" for name, count in missing.items() if count]
+        lost += [f"that {counted(count, 'page')} of {name} never came" for name, count in missing.items() if count]
     return lost
 
 

@@ -26,6 +26,7 @@ from remus_ckpt.memory import expect, zeros
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages, ratio
 from remus_ckpt.pause import MAX_PAUSE_S, Capture, Captures, Rooms
 from remus_ckpt.pause import Pause as _Pause
+from remus_ckpt.plural import counted
 from remus_ckpt.sender import Encoded, InReference, Scanned, Sender, Sent
 from remus_ckpt.source import Source
 from remus_ckpt.wire.parts import Parts
@@ -460,7 +461,7 @@ class Totals:
         carried = f"{self.raw_bytes:,} bytes of pages as {self.stream_bytes:,} bytes of stream"
         carried += "" if share is None else f" (ratio {share:.1%})"
         return (
-            f"{self.checkpoints:,} checkpoints, {self.dirty_pages:,} dirty pages, {carried}, "
+            f"{counted(self.checkpoints, 'checkpoint')}, {counted(self.dirty_pages, 'dirty page')}, {carried}, "
             f"pause p50 {self.pause_ms(50):.2f} ms, p99 {self.pause_ms(99):.2f} ms"
         )
 
@@ -471,6 +472,6 @@ class Totals:
         shown = "     -" if share is None else f"{share:6.1%}"
         blocked = f" (blocked {taken.blocked_s * 1e3:.1f})" if taken.blocked_s else ""
         return (
-            f"epoch {sent.epoch}  dirty {taken.dirty_pages:,} pages  ratio {shown}  "
+            f"epoch {sent.epoch}  dirty {counted(taken.dirty_pages, 'page')}  ratio {shown}  "
             f"pause {taken.pause_s * 1e3:.2f} ms{blocked}  {self.stream_bytes / (1 << 20):,.1f} MiB written"
         )

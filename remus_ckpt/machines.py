@@ -26,6 +26,7 @@ from remus_ckpt.image.dump import DumpReader
 from remus_ckpt.image.qcow2 import Qcow2, Snapshot
 from remus_ckpt.image.virsh import VirshHeader, read_header
 from remus_ckpt.limits import MIB, Limits
+from remus_ckpt.plural import counted
 from remus_ckpt.restorer import Home
 from remus_ckpt.wire.formats import DUMP_WORDS
 from remus_ckpt.wire.qemu import events
@@ -429,7 +430,7 @@ class _Channel:
             data = self._inflate(data, size, packet.offset)
         if len(data) != size:
             raise Malformed(
-                f"{self.name}: a packet of {len(data)} bytes for {len(packet.normal)} pages of {page_size}",
+                f"{self.name}: a packet of {len(data)} bytes for {counted(len(packet.normal), 'page')} of {page_size}",
                 offset=packet.offset,
                 section="qemu-ram.md §7.2",
                 chunk="multifd",

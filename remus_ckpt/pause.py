@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from remus_ckpt.errors import SourceError
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import pages_for
+from remus_ckpt.plural import counted
 from remus_ckpt.source import Stopper
 
 STEPS = ("stop", "drain", "find", "copy", "encode", "state", "resume")
@@ -68,7 +69,7 @@ class Captures:
             if not self._lacked or not self._max_pause_s:
                 self.way = "copy"
                 self.why = (
-                    f"encoding {pages:,} pages in the pause would make it {expected_s * 1e3:.1f} ms long, "
+                    f"encoding {counted(pages, 'page')} in the pause would make it {expected_s * 1e3:.1f} ms long, "
                     f"and it may take {self._max_pause_s * 1e3:g} ms"
                 )
                 # One slow pause must not decide for all later ones.

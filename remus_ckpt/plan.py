@@ -88,7 +88,7 @@ def plan(
         raise RemusError(f"{path}: checkpoint {epoch} has no time: only a recording made by `record` can be planned")
     if recording.checkpoints < _LEAST_CHECKPOINTS:
         raise RemusError(
-            f"{path}: {recording.checkpoints} checkpoints are too few: record {_LEAST_CHECKPOINTS} or more, "
+            f"{path}: too few checkpoints ({recording.checkpoints}): record {_LEAST_CHECKPOINTS} or more, "
             "ideally for a minute"
         )
     seconds, own_s = recording.seconds, recording.interval_s

@@ -16,6 +16,7 @@ from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, Str
 from remus_ckpt.files import AnyRestorer, StreamFile, read_events, restorer_of
 from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, ratio
+from remus_ckpt.plural import counted
 from remus_ckpt.record_restorer import V2Restorer
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.store.hashing import hashing
@@ -153,18 +154,19 @@ class Walk:
         elif self.inflater is not None and self.inflater.is_cut:
             complain(f"{self.name}: the compressed file is cut off{_after(end)}; {in_force}")
         elif self.inflater is not None and self.inflater.junk_bytes:
-            complain(f"{self.name}: {self.inflater.junk_bytes} bytes follow the compressed data; {in_force}")
+            follow = counted(self.inflater.junk_bytes, "byte", "follow")
+            complain(f"{self.name}: {follow} the compressed data; {in_force}")
         elif end is not None and not end.complete:
             trailing = end.trailing_bytes
             reader = self.restorer.reader
             if not end.offset:
                 complain(f"{self.name}: it is empty; {in_force}")
             elif reader.saw_last_checkpoint:
-                complain(f"{self.name}: {trailing} bytes follow the last checkpoint; {in_force}")
+                complain(f"{self.name}: {counted(trailing, 'byte', 'follow')} the last checkpoint; {in_force}")
             else:
-                complain(f"{self.name}: cut off {trailing:,} bytes into checkpoint {reader.epoch}; {in_force}")
+                complain(f"{self.name}: cut off {counted(trailing, 'byte')} into checkpoint {reader.epoch}; {in_force}")
         if self.inflater is not None and self.inflater.padding_bytes and not self.inflater.junk_bytes:
-            complain(f"{self.name}: {self.inflater.padding_bytes} zero bytes pad the compressed data")
+            complain(f"{self.name}: {counted(self.inflater.padding_bytes, 'zero byte', 'pad')} the compressed data")
 
     @property
     def exit_code(self) -> int | None:
@@ -294,7 +296,7 @@ def print_head(walk: Walk) -> None:
     """Print the dialect and the size of memory on one line."""
     dialect = walk.restorer.dialect
     pages = len(walk.restorer.memory)
-    memory = f"memory {pages:,} pages ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
+    memory = f"memory {counted(pages, 'page')} ({pages * PAGE_SIZE / (1 << 20):,.1f} MiB)"
     if isinstance(walk.restorer, V2Restorer):
         reader = walk.restorer.reader
         layers = "libxl and libxc" if reader.has_libxl else "libxc"
@@ -333,7 +335,7 @@ def print_deviations(walk: Walk) -> None:
     """Print the deviations that were accepted."""
     for deviation in walk.restorer.reader.deviations.values():
         out.print(
-            f"accepted: {deviation.name}, {deviation.count} times, first at byte {deviation.first_offset} "
+            f"accepted: {deviation.name}, {counted(deviation.count, 'time')}, first at byte {deviation.first_offset} "
             "(specs/permissive.md)"
         )
 

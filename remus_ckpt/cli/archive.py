@@ -26,6 +26,7 @@ from remus_ckpt.cli.store import At, HistoryName, parse_at, path_of
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import BadCheckpoint, NothingToRestore, StoreError
 from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.plural import counted
 
 if TYPE_CHECKING:
     from remus_ckpt.store.archive import Archived
@@ -74,7 +75,11 @@ def list_archive(
         elif parts:
             last = max(parts, key=lambda part: part.epochs[-1])
             size = sum(part.bytes for part in parts)
-            out.print(Text(f"{one}: up to {last.epochs[-1]}, {_taken(last)}; {len(parts):,} segments, {size:,} bytes"))
+            out.print(
+                Text(
+                    f"{one}: up to {last.epochs[-1]}, {_taken(last)}; {counted(len(parts), 'segment')}, {size:,} bytes"
+                )
+            )
 
 
 @archive_app.command(short_help="Copy closed segments that are missing to an archive.")
@@ -103,7 +108,7 @@ def push(store: HistoryName, url: Url, archive_recipients: Recipients = None, as
     if as_json:
         print_json({"store": store, "archive": url, "name": name, "put": [_row(one) for one in put]})
     else:
-        out.print(Text(f"{url}/{name}: {len(put):,} segments copied, {len(known):,} in all"))
+        out.print(Text(f"{url}/{name}: {counted(len(put), 'segment')} copied, {len(known):,} in all"))
 
 
 @archive_app.command(short_help="Rebuild a name's checkpoints from an archive.")
@@ -140,7 +145,7 @@ def fetch(
         row = {"archive": url, "name": name, "store": str(store / name), "segments": len(found), "epochs": epochs}
         print_json(row)
     else:
-        words = f"checkpoints {epochs[0]} to {epochs[1]}, in {len(found):,} segments"
+        words = f"checkpoints {epochs[0]} to {epochs[1]}, in {counted(len(found), 'segment')}"
         out.print(Text(f"store:{store / name}: {words}"))
 
 
@@ -175,7 +180,9 @@ def verify(
     if as_json:
         print_json({"archive": url, "name": name, "segments": len(segments), "bytes": total, "bad": bad})
     else:
-        out.print(Text(f"{url}/{name}: read {len(segments):,} segments, {total:,} bytes; {len(bad):,} are bad"))
+        out.print(
+            Text(f"{url}/{name}: read {counted(len(segments), 'segment')}, {total:,} bytes; {len(bad):,} are bad")
+        )
         for words in bad.values():
             complain(words)
     if bad:
@@ -230,7 +237,7 @@ def prune(
     for number, rule in rules.items():
         one = segments[number]
         out.print(Text(f"{would}removed by {rule}: {one.epochs[0]} to {one.epochs[-1]}, {one.bytes:,} bytes"))
-    out.print(f"{len(removals):,} segments, {size:,} bytes {would}removed")
+    out.print(f"{counted(len(removals), 'segment')}, {size:,} bytes {would}removed")
 
 
 def _row(one: Archived) -> dict[str, Any]:

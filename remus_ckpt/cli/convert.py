@@ -35,6 +35,7 @@ from remus_ckpt.cli.options import (
 from remus_ckpt.cli.terminal import complain, out
 from remus_ckpt.errors import NoCheckpoint, RemusError
 from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.plural import counted
 
 if TYPE_CHECKING:
     from remus_ckpt.files import StreamFile
@@ -166,7 +167,7 @@ def convert(
             if as_json and output != "-":
                 print_json(report)
             elif output != "-":
-                out.print(Text(f"{output}: {to}, {report['bytes']:,} bytes, {report['runs']:,} runs of pages"))
+                out.print(Text(f"{output}: {to}, {report['bytes']:,} bytes, {counted(report['runs'], 'run')} of pages"))
     if leave is not None:
         raise typer.Exit(leave)
 
@@ -282,14 +283,15 @@ def _report(wanted: Wanted, done: list[Moment], report: dict[str, Any], as_json:
         return
     first, end = report["checkpoints"][0]["epoch"], report["checkpoints"][-1]["epoch"]
     numbers = f"checkpoint {first}" + (f" to {end}" if end != first else "")
-    text = f"{wanted.output}: {wanted.to}, {numbers}, {last.pages:,} pages, {report['bytes']:,} bytes"
+    text = f"{wanted.output}: {wanted.to}, {numbers}, {counted(last.pages, 'page')}, {report['bytes']:,} bytes"
     out.print(Text(text))
     if (migration := report.get("migration")) is not None:
         cache = migration["xbzrle-cache"]
         out.print(
             Text(
-                f"xbzrle: {cache['pages']:,} pages in {cache['bytes']:,} bytes, {cache['overflow']:,} overflows; "
-                f"{cache['cache-miss']:,} pages not in the cache; {'; '.join(migration['reasons'])}"
+                f"xbzrle: {counted(cache['pages'], 'page')} in {cache['bytes']:,} bytes, "
+                f"{counted(cache['overflow'], 'overflow')}; "
+                f"{counted(cache['cache-miss'], 'page')} not in the cache; {'; '.join(migration['reasons'])}"
             )
         )
 

@@ -27,6 +27,7 @@ from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, MIB, Limits
 from remus_ckpt.machines import Machine
 from remus_ckpt.memory import save_image, zeros
 from remus_ckpt.pages import Pages, pages_for
+from remus_ckpt.plural import counted
 from remus_ckpt.restorer import Anonymous, Home
 from remus_ckpt.wire.qemu import events
 
@@ -190,7 +191,7 @@ def restore_machine(
     if as_json and output != "-":
         print_json(_summary(machine, False) | {"restored": 0, "block": block.name, "image": output})
     elif output != "-":
-        out.print(f"{output}: block {block.name}, {len(block.memory):,} pages")
+        out.print(f"{output}: block {block.name}, {counted(len(block.memory), 'page')}")
     say_how_it_ended(machine)
     machine_fault(machine)
 
@@ -376,7 +377,7 @@ def _print_head(machine: Machine) -> None:
     if machine.configuration is not None and machine.configuration.capabilities:
         parts.append(", ".join(machine.configuration.capabilities))
     if machine.is_multifd:
-        parts.append(f"multifd, {machine.connections} connections")
+        parts.append(f"multifd, {counted(machine.connections, 'connection')}")
     out.print(Text("; ".join(parts)))
 
 
@@ -386,7 +387,7 @@ def _print_blocks(machine: Machine, summary: dict[str, Any]) -> None:
         for name, block in row["blocks"].items():
             missing = row["missing_pages"].get(name)
             line = f"  {name:{width}}  {block['bytes']:>15,} bytes  {block.get('sha256', '')}".rstrip()
-            out.print(Text(line + (f"  {missing:,} pages never came" if missing else "")))
+            out.print(Text(line + (f"  {counted(missing, 'page')} never came" if missing else "")))
         for name in row["not_in_stream"]:
             out.print(
                 Text(f"  {name:{width}}  {machine.blocks.named[name].size:>15,} bytes  shared, not in the stream")
@@ -405,7 +406,7 @@ def _print_devices(state: events.DeviceState | None, found: list[dict[str, Any]]
     if found is None:
         out.print(f"device state: {len(state.data):,} bytes, not described")
         return
-    out.print(f"device state: {len(state.data):,} bytes, {len(found)} sections")
+    out.print(f"device state: {len(state.data):,} bytes, {counted(len(found), 'section')}")
     width = max([len(one["name"]) for one in found], default=0)
     for one in found:
         where = f"{one['offset']:>12}  {one['name']:{width}}  instance {one['instance']}"
@@ -413,7 +414,7 @@ def _print_devices(state: events.DeviceState | None, found: list[dict[str, Any]]
 
 
 def _print_snapshots(listed: list[dict[str, Any]]) -> None:
-    out.print(f"qcow2 image; {len(listed)} snapshots")
+    out.print(f"qcow2 image; {counted(len(listed), 'snapshot')}")
     for one in listed:
         state = f"machine state {one['state_bytes']:,} bytes" if one["state_bytes"] else "disk only"
         out.print(Text(f"  {one['id']:>4}  {one['name']}  {one['time']}  {state}"))
@@ -441,13 +442,13 @@ def say_how_it_ended(machine: Machine) -> None:
     elif end is not None and not machine.blocks.named:
         complain(f"{machine.name}: it holds device state, but no memory")
     elif end is not None and end.trailing_bytes:
-        complain(f"{machine.name}: {end.trailing_bytes:,} bytes follow the end of the stream; {state}")
+        complain(f"{machine.name}: {counted(end.trailing_bytes, 'byte', 'follow')} the end of the stream; {state}")
     # A dump has no pages where the machine has no memory.
     for row in [_row(machine, False)] if machine.is_good and not machine.is_dump else []:
         for name, count in row["missing_pages"].items():
             complain(
-                f"{machine.name}: {count:,} pages of {name} never came: the guest had given them back, or further "
-                "connections (multifd) are missing"
+                f"{machine.name}: {counted(count, 'page')} of {name} never came: the guest had given them back, or "
+                "further connections (multifd) are missing"
             )
 
 

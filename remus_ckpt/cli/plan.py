@@ -21,6 +21,7 @@ from remus_ckpt.cli.options import (
 )
 from remus_ckpt.cli.terminal import out
 from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.plural import counted
 
 if TYPE_CHECKING:
     from remus_ckpt.plan import Need
@@ -90,7 +91,7 @@ def plan_command(
     copied = "" if speed is None else f", {found.first_copy_bytes / speed:,.1f} s on the link"
     out.print(
         Text(
-            f"recorded {found.checkpoints:,} checkpoints in {found.seconds:,.1f} s, one every "
+            f"recorded {counted(found.checkpoints, 'checkpoint')} in {found.seconds:,.1f} s, one every "
             f"{_time(found.interval_s)}; memory {say_bytes(found.memory_bytes)}; first copy "
             f"{say_bytes(found.first_copy_bytes)}{copied}"
         )

@@ -36,6 +36,7 @@ from remus_ckpt.cli.options import (
 from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.errors import BadCheckpoint, StoreError
 from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.plural import counted
 
 if TYPE_CHECKING:
     from remus_ckpt.restorer import Checkpoint
@@ -147,7 +148,7 @@ def restore_from_store(
     if as_json and output != "-":
         print_json({"store": text, "restored": found.epoch, "time_ns": entry.time_ns, "image": output})
     elif output != "-":
-        out.print(Text(f"{output}: checkpoint {found.epoch}, {len(found.memory):,} pages"))
+        out.print(Text(f"{output}: checkpoint {found.epoch}, {counted(len(found.memory), 'page')}"))
     if fault is not None:
         raise typer.Exit(fault.exit_code)
 
@@ -239,8 +240,8 @@ def verify_store(text: str, history: History, as_json: bool) -> None:
         held = (
             "no checkpoint is good" if report.newest is None else f"the newest good checkpoint is {report.newest.epoch}"
         )
-        read = f"{report.checkpoints:,} checkpoints in {report.segments} segments, {report.bytes:,} bytes"
-        out.print(f"read {read}; {held}")
+        read = f"{counted(report.checkpoints, 'checkpoint')} in {counted(report.segments, 'segment')}"
+        out.print(f"read {read}, {report.bytes:,} bytes; {held}")
         if report.unfinished_bytes:
             out.print(f"{report.unfinished_bytes:,} bytes belong to a checkpoint that is unfinished or still arriving")
     for bad in report.bad:
@@ -313,7 +314,9 @@ def prune(
     would = "would be " if dry_run else ""
     for one in removals:
         out.print(Text(f"{would}removed by {_OPTIONS[one.rule]}: {_words_for(one)}"))
-    out.print(f"{len(removals):,} segments, {size:,} bytes {would}removed; {left:,} checkpoints {would}left")
+    out.print(
+        f"{counted(len(removals), 'segment')}, {size:,} bytes {would}removed; {counted(left, 'checkpoint')} {would}left"
+    )
 
 
 _OPTIONS = {

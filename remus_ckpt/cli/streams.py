@@ -51,6 +51,7 @@ from remus_ckpt.cli.store import (
 from remus_ckpt.cli.terminal import out
 from remus_ckpt.errors import NoCheckpoint
 from remus_ckpt.limits import GIB, Limits
+from remus_ckpt.plural import counted
 from remus_ckpt.wire.xen.dialect import Dialect, Guest, StreamCodec
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def restore(
     if as_json and output != "-":
         print_json(walk.summary([list_checkpoint(found)]) | {"restored": found.epoch, "image": output})
     elif output != "-":
-        out.print(f"{output}: checkpoint {found.epoch}, {len(walk.restorer.memory):,} pages")
+        out.print(f"{output}: checkpoint {found.epoch}, {counted(len(walk.restorer.memory), 'page')}")
     walk.fail_unless_good()
 
 
@@ -336,7 +337,7 @@ def _write_report(stream: str, path: Path, dialect: Dialect, max_memory: int, ov
     if not found.checkpoints:
         raise NoCheckpoint(f"{stream}: no checkpoint is complete")
     write_out(str(path), report(stream, found).encode())
-    out.print(Text(f"{path}: a report of {found.checkpoints:,} checkpoints"))
+    out.print(Text(f"{path}: a report of {counted(found.checkpoints, 'checkpoint')}"))
 
 
 @app.command(short_help="Read and check an entire stream or store.")
@@ -394,7 +395,7 @@ def verify(
         print_checkpoints(listed, hashes)
         print_deviations(walk)
         if walk.error is None:
-            out.print(f"{len(listed)} checkpoints, {'complete' if summary['complete'] else 'incomplete'}")
+            out.print(f"{counted(len(listed), 'checkpoint')}, {'complete' if summary['complete'] else 'incomplete'}")
     walk.say_how_it_ended()
     walk.fail_unless_good()
 
@@ -487,7 +488,7 @@ def diff(
         for start, stop in joined(ranges()):
             lines += 1
             print(f"{start:#012x}-{stop:#012x}  {stop - start:>8} bytes  pfn {start // PAGE_SIZE:#x}")
-    out.print(f"{pages:,} pages differ: {count:,} bytes in {lines:,} ranges")
+    out.print(f"{counted(pages, 'page', 'differ')}: {counted(count, 'byte')} in {counted(lines, 'range')}")
     if sizes[0] != sizes[1]:
         out.print(f"the first is {sizes[0]:,} bytes long, the second {sizes[1]:,}")
 

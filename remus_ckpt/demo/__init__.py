@@ -27,6 +27,7 @@ from remus_ckpt.demo.ledger import Ledger
 from remus_ckpt.errors import RemusError
 from remus_ckpt.files import read_checkpoints
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.plural import counted
 from remus_ckpt.service import keys
 from remus_ckpt.store import Store
 
@@ -152,7 +153,7 @@ def _protect_and_kill(
             assert work.stdout is not None
             if work.stdout.readline() != b"ready\n":
                 raise RemusError("the demo's worker did not start")
-            say(f"worker {work.pid} makes transfers in {worker.BYTES // PAGE_SIZE:,} pages of shared memory")
+            say(f"worker {work.pid} makes transfers in {counted(worker.BYTES // PAGE_SIZE, 'page')} of shared memory")
             arguments = [memory, work.pid, address, scene.keys / "primary", interval_s]
             protect = subprocess.Popen(
                 [sys.executable, primary.__file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True
@@ -182,7 +183,7 @@ def _protect_and_kill(
         elif words[0] == "committed":
             committed = max(committed, int(words[1]))
     say(
-        f"killed worker and primary with SIGKILL after {after_s:.3f} s: {len(witness)} checkpoints taken, "
+        f"killed worker and primary with SIGKILL after {after_s:.3f} s: {counted(len(witness), 'checkpoint')} taken, "
         f"the last one acknowledged is {committed}"
     )
     return {"witness": witness, "checkpoints": len(witness), "committed": committed, "killed_at": time.monotonic()}

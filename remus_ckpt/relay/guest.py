@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from remus_ckpt.errors import RemusError
 from remus_ckpt.limits import MAX_BATCH_ENTRIES
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, PageBatch, Pages, PageType
+from remus_ckpt.plural import counted
 from remus_ckpt.wire.record import CheckpointRecord
 from remus_ckpt.wire.xen import events, v2
 from remus_ckpt.wire.xen.dialect import Guest, Word
@@ -167,12 +168,12 @@ def name_losses(losses: Losses, moment: Moment, holds: frozenset[str]) -> None:
 
 
 def _bytes_of(data: bytes | None) -> str:
-    return f"{len(data):,} bytes" if data else ""
+    return counted(len(data), "byte") if data else ""
 
 
 def _count_tables(moment: Moment) -> str:
     tables = int(np.count_nonzero(HAS_DATA[moment.types] & (moment.types != PageType.NOTAB)))
-    return f"{tables:,} pages" if tables else ""
+    return counted(tables, "page") if tables else ""
 
 
 def _parameters(moment: Moment) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from remus_ckpt.errors import RemusError
 from remus_ckpt.pages import PAGE_SIZE, Buffer
+from remus_ckpt.plural import counted
 from remus_ckpt.qemu_sender import Part, QemuSender
 from remus_ckpt.relay.guest import Head, Losses, Moment, Piece, name_losses
 from remus_ckpt.relay.home import LateHome
@@ -76,7 +77,7 @@ class QemuTarget:
     def _round(self, sender: QemuSender, moment: Moment, block: events.RamBlock) -> None:
         if moment.pages * PAGE_SIZE != block.size:
             raise RemusError(
-                f"memory has {moment.pages:,} pages at checkpoint {moment.epoch}, and it had "
+                f"memory has {counted(moment.pages, 'page')} at checkpoint {moment.epoch}, and it had "
                 f"{block.size // PAGE_SIZE:,}: QEMU cannot be told so. Convert that checkpoint alone, without --live"
             )
         present = moment.present

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from remus_ckpt.files import AnyRestorer
 from remus_ckpt.pages import HAS_DATA, IS_PAGE_TABLE, PageBatch, PageType
+from remus_ckpt.plural import counted
 from remus_ckpt.record_restorer import V2Restorer
 from remus_ckpt.relay.guest import Before, Head, Moment, Piece, Pv, page_batches, stored_pages
 from remus_ckpt.restorer import Checkpoint
@@ -96,7 +97,7 @@ class _Course:
             case v2.Record() if event.kind is v2.Kind.VERIFY:
                 self.is_verifying = True
             case events.Tmem():
-                self.notes["transcendent memory"] = f"{sum(len(pool.pages) for pool in event.pools)} pages"
+                self.notes["transcendent memory"] = counted(sum(len(pool.pages) for pool in event.pools), "page")
             case v2.SuspendRecord():
                 self.notes[f"{event.type.name} record"] = f"{event.size:,} bytes"
             case v2.PassedOver():

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, PageBatch, Pages, PageType
+from remus_ckpt.plural import counted
 from remus_ckpt.relay.guest import (
     END_WITHIN_A_PAGE,
     Before,
@@ -132,7 +133,7 @@ class V2Target:
         self._seen[pfns.astype(np.int64)] = True
         pinned = types == PageType.NOTAB_PINNED
         if pinned.any():
-            self._losses.name("pins of normal pages", f"{int(np.count_nonzero(pinned))} pages or more")
+            self._losses.name("pins of normal pages", f"{counted(int(np.count_nonzero(pinned)), 'page')} or more")
             types = np.where(pinned, np.uint8(PageType.NOTAB), types)
         if len(np.unique(pfns)) != len(pfns):
             pfns, types, data = _once_each(pfns, types, data)

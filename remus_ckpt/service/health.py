@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from remus_ckpt.plural import counted
 from remus_ckpt.service.words import DAY_S, say_bytes, say_time
 
 _CERTIFICATE_DAYS = 14
@@ -211,7 +212,10 @@ def _connected(found: Mapping[str, Any], lease_s: float, now: float) -> Health:
         )
     missed = primary.get("missed_pages")
     if isinstance(missed, int) and missed > 0:
-        return _say("tracking", f"the kernel missed {missed} pages, the primary says, and it compares all memory since")
+        return _say(
+            "tracking",
+            f"the kernel missed {counted(missed, 'page')}, the primary says, and it compares all memory since",
+        )
     expires = primary.get("certificate_expires")
     if (certificate := _certificate(expires, "the primary's certificate, it says,", now)) is not None:
         return certificate

@@ -25,6 +25,7 @@ from remus_ckpt.errors import LinkError, Malformed, RemusError
 from remus_ckpt.limits import MAX_WINDOW
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics
+from remus_ckpt.plural import counted
 from remus_ckpt.sender import Sender, Sent
 from remus_ckpt.service.release import Committed, Release
 from remus_ckpt.service.turns import Bell, Turns
@@ -120,7 +121,7 @@ class Window:
         if self._release is not None and self.is_held_up:
             waiting = self._release.waiting
             return f"on_commit does not return: {waiting:,} commits wait for it, and checkpoints with them"
-        return f"the backup does not commit ({self.lag} checkpoints wait): its disk may be slow, or hang"
+        return f"the backup does not commit ({counted(self.lag, 'checkpoint', 'wait')}): its disk may be slow, or hang"
 
     @property
     def newest(self) -> Position | None:

@@ -82,7 +82,7 @@ def test_a_run_says_it_in_words(orders: str, command: Command) -> None:
     ran = command("prune", orders, "--keep-count", "1")
     *lines, last = ran.out.splitlines()
     assert len(lines) == 24 and all(line.startswith("removed by --keep-count: 0000") for line in lines)
-    assert last.startswith("24 segments, ") and last.endswith(" bytes removed; 1 checkpoints left")
+    assert last.startswith("24 segments, ") and last.endswith(" bytes removed; 1 checkpoint left")
 
 
 def test_grammar_of_tiers() -> None:

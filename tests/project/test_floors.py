@@ -13,7 +13,7 @@ import remus_ckpt
 PACKAGE = Path(remus_ckpt.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "forks", "pages", "limits", "version", "flag", "stages", "extensions"},
+    {"errors", "forks", "pages", "plural", "limits", "version", "flag", "stages", "extensions"},
     {"codec", "wire", "disk"},
     {"session", "sender", "restorer", "record_restorer", "xen_start", "memory", "image", "blocks", "qemu_sender"},
     {"source", "link", "compressed"},

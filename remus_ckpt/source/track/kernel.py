@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from remus_ckpt.codec.reference import Shadow
 from remus_ckpt.errors import Untracked
 from remus_ckpt.pages import Pages
+from remus_ckpt.plural import counted
 from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.track.mapped import FileWatch, Writer
 from remus_ckpt.source.track.spans import Spans
@@ -131,7 +132,7 @@ class KernelTracker:
         if not len(missed):
             return found
         self.missed_pages += len(missed)
-        self._give_up(f"the kernel had missed {len(missed)} pages, PFN {int(missed[0]):#x} first")
+        self._give_up(f"the kernel had missed {counted(len(missed), 'page')}, PFN {int(missed[0]):#x} first")
         return np.union1d(found, missed)
 
     def _give_up(self, why: str) -> None:
