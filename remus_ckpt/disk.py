@@ -21,11 +21,11 @@ from remus_ckpt import extensions
 from remus_ckpt.errors import StoreError
 from remus_ckpt.pages import PAGE_SIZE, Buffer, Pages
 
-_native: Any
+native: Any
 try:
-    _native = extensions.load("wire._path")
+    native = extensions.load("wire._path")
 except ImportError:  # it was not built: Python does it
-    _native = None
+    native = None
 
 _MAX_VECTORS = 1024
 _COPY_BYTES = 1 << 22
@@ -127,8 +127,8 @@ def write_pages(fd: int, pages: Pages, index: NDArray[np.int64], numbers: NDArra
     index, numbers: int64[n]: page `index[i]` goes to `at` and `numbers[i]` pages
     Raises OSError; some may have been written then.
     """
-    if _native is not None:
-        _native.write_pages(fd, pages, index, numbers, at)
+    if native is not None:
+        native.write_pages(fd, pages, index, numbers, at)
         return
     flat = memoryview(pages.reshape(-1))
     borders = np.flatnonzero((np.diff(index) != 1) | (np.diff(numbers) != 1)) + 1

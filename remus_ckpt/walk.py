@@ -14,12 +14,12 @@ from remus_ckpt.cli.terminal import complain, out, progress
 from remus_ckpt.compressed import Inflater
 from remus_ckpt.errors import LimitExceeded, NoCheckpoint, NothingToRestore, StreamError, UnknownFormat
 from remus_ckpt.files import AnyRestorer, StreamFile, read_events, restorer_of
+from remus_ckpt.hashing import hashing
 from remus_ckpt.limits import GIB, MAX_BATCH_ENTRIES, Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages, ratio
 from remus_ckpt.plural import counted
 from remus_ckpt.record_restorer import V2Restorer
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
-from remus_ckpt.store.hashing import hashing
 from remus_ckpt.wire.digest import NewDigest
 from remus_ckpt.wire.xen import events
 from remus_ckpt.wire.xen.dialect import Dialect

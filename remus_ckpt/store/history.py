@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from remus_ckpt.disk import Written, appearing, guarding, naming_file, open_to_read, write_all
 from remus_ckpt.errors import BadCheckpoint, Malformed, NoCheckpoint, NothingToRestore, StoreError, StreamError
+from remus_ckpt.hashing import hashing
 from remus_ckpt.limits import Limits
 from remus_ckpt.restorer import Anonymous, Checkpoint, Home, Restorer
 from remus_ckpt.source.manifest import arrays_of
 from remus_ckpt.store import segments
-from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.listing import Listing
 from remus_ckpt.store.moment import Moment
 from remus_ckpt.store.pruning import find_over

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from remus_ckpt.codec import get_codec
 from remus_ckpt.disk import write_all
 from remus_ckpt.errors import Malformed, StoreError
+from remus_ckpt.hashing import hashing
 from remus_ckpt.limits import Limits
 from remus_ckpt.memory import zeros
 from remus_ckpt.pages import HAS_DATA, PAGE_SIZE, Buffer, Pages
-from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.page_records import (
     BESIDE,
     DEPTH_BITS,

@@ -15,11 +15,11 @@ from typing import Protocol
 
 from remus_ckpt.disk import guarding, open_to_read
 from remus_ckpt.errors import StoreError, StreamError, UnknownFormat
+from remus_ckpt.hashing import hashing
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.restorer import Restorer
 from remus_ckpt.store import segments
-from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.segments import (
     Contents,
     digest_of_stream,

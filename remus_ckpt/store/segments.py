@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from remus_ckpt.disk import guarding, open_to_read
 from remus_ckpt.errors import Malformed, StoreError, StreamError, UnknownFormat
+from remus_ckpt.hashing import hashing
 from remus_ckpt.limits import Limits
 from remus_ckpt.pages import PAGE_SIZE, Pages
 from remus_ckpt.restorer import Checkpoint, Restorer
-from remus_ckpt.store.hashing import hashing
 from remus_ckpt.store.unwritten import data_end
 from remus_ckpt.wire.digest import DIGEST_BYTES, DigestName
 from remus_ckpt.wire.record import RECORD_MAGIC, CheckpointRecord, Position

@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"errors", "forks", "pages", "plural", "limits", "version", "flag", "stages", "extensions"},
     {"codec", "wire", "disk"},
     {"session", "sender", "restorer", "record_restorer", "xen_start", "memory", "image", "blocks", "qemu_sender"},
-    {"source", "link", "compressed"},
+    {"source", "link", "compressed", "hashing"},
     {"store", "observe", "files", "machines", "image_file", "relay", "pause", "loop", "vm"},
     {"service", "fleet"},
     {"cli", "walk", "convert", "demo", "conformance", "plan", "recording", "report", "dashboard", "__main__"},

@@ -263,10 +263,10 @@ def test_a_full_disk_is_an_error_of_the_image(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("is_native", [True, False])
 def test_pages_go_to_their_places_in_a_file(is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if is_native and disk._native is None:
+    if is_native and disk.native is None:
         pytest.skip("the extension was not built")
     if not is_native:
-        monkeypatch.setattr(disk, "_native", None)
+        monkeypatch.setattr(disk, "native", None)
     pages = np.random.default_rng(1).integers(0, 256, (8, PAGE_SIZE), dtype=np.uint8)
     index, numbers = np.array([0, 1, 3, 4, 5, 2, 3]), np.array([5, 6, 7, 0, 1, 2, 9])
     expected = bytearray(3 + 10 * PAGE_SIZE)
@@ -282,7 +282,7 @@ def test_pages_go_to_their_places_in_a_file(is_native: bool, tmp_path: Path, mon
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.skipif(disk._native is None, reason="the extension was not built")
+@pytest.mark.skipif(disk.native is None, reason="the extension was not built")
 @pytest.mark.parametrize(
     ("index", "numbers", "at"),
     [([8], [0], 0), ([-1], [0], 0), ([0], [-1], 0), ([0], [1 << 51], 0), ([0], [0], -1), ([0, 1], [0], 0)],

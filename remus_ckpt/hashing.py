@@ -1,4 +1,4 @@
-"""Digests in a second thread, for reading whole segments: SHA-256 costs as much as all the rest."""
+"""Digests in a second thread, for reading whole streams: SHA-256 costs as much as all the rest."""
 
 from __future__ import annotations
 
