@@ -132,7 +132,7 @@ def convert_file(wanted: Wanted, quiet: bool, file: StreamFile | None) -> tuple[
         if lost and wanted.strict:
             raise RemusError(f"{to} cannot hold all of {path}: {', '.join(lost)}")
         if lost:
-            complain(f"{output}: not in it, since {to} cannot hold it: {', '.join(lost)}")
+            complain(f"{output}: left out, since {to} cannot hold it: {', '.join(lost)}")
         began = time.monotonic()
         runs, size = _write(held, to, output)
         seconds = time.monotonic() - began
@@ -262,7 +262,7 @@ def _around(machine: Machine) -> list[str]:
         return [f"the notes ({machine.reader.notes_bytes:,} bytes)"] if machine.reader.notes_bytes else []
     extras = [] if machine.around.virsh is None else ["the domain's XML"]
     if machine.devices is None:
-        extras.append("the device state, which is not whole in the input")
+        extras.append("the device state, which is incomplete in the input")
     return extras
 
 
@@ -271,7 +271,7 @@ def _read_whole_machine(
 ) -> _Held:
     """All blocks, each in a file of its own, and what is needed to write the machine anew."""
     if options.block is not None:
-        raise RemusError("--block is for formats that hold one block; those of QEMU hold all")
+        raise RemusError("--block is for formats that hold one block; QEMU's hold all")
     homes: dict[str, _Staged] = {}
     number, says_switchover = 2, False
 

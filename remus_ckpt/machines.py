@@ -135,7 +135,7 @@ class Machine:
         if self.is_dump:
             if page_size is not None:
                 file.close()
-                raise RemusError(f"{self.name}: --page-size is for streams of QEMU, and this is none")
+                raise RemusError(f"{self.name}: --page-size is for QEMU streams, and this is not one")
             self.reader = _dump_reader(self.around.format, self.limits)
         else:
             self.reader = Reader(page_size=page_size, closing_page_size=closing, limits=self.limits)
@@ -195,21 +195,21 @@ class Machine:
         word = found.word if found is not None else None
         if word == "multifd":
             raise UnknownFormat(
-                "this is one of the further connections of a multifd migration: name the main connection first, then "
-                "the others",
+                "this is one of the other connections of a multifd migration: name the main connection first, "
+                "then the others",
                 offset=0,
                 section="formats.md §2",
             )
         if snapshot is not None and word != "qcow2":
-            raise RemusError(f"{self.name}: --snapshot is for qcow2 images, and this is none")
+            raise RemusError(f"{self.name}: --snapshot is for qcow2 images, and this is not one")
         if self._channels and word != "qemu":
-            raise RemusError(f"{self.name}: only a QEMU migration stream has further connections")
+            raise RemusError(f"{self.name}: only a QEMU migration stream has other connections")
         if word == "virsh-save":
             return self._unwrap_virsh()
         if word == "qcow2":
             if not file.can_seek:
                 raise UnknownFormat(
-                    "a qcow2 image must be a file that is not compressed: its parts are read in any order",
+                    "a qcow2 image must be an uncompressed file: its parts are read in any order",
                     offset=0,
                     section="formats.md §4",
                 )
@@ -242,12 +242,12 @@ class Machine:
         try:
             if self.file.can_seek:
                 return self._stack.enter_context(Lzop(self.file.fileno(), body))
-            why = "it is not a file that can be read at any place"
+            why = "it is not a seekable file"
         except FileNotFoundError:
-            why = "there is no command lzop here: install it"
+            why = "the command lzop is missing: install it"
         raise UnknownFormat(
-            f"the body is compressed by lzop, and {why}; or take what follows the first {body} bytes, decompress it "
-            "(`lzop -dc`), and read what comes out",
+            f"the body is compressed by lzop, and {why}; or take what follows the first {body} bytes, decompress "
+            "it (`lzop -dc`), and read the result",
             offset=28,
             section="formats.md §3",
         )
@@ -317,8 +317,7 @@ class Machine:
             self._waits_for_flush = True
             if not self._channels:
                 raise UnknownFormat(
-                    "memory comes through further connections (multifd): name those files too, the main connection "
-                    "first",
+                    "memory comes through other connections (multifd): name those files too, the main connection first",
                     offset=mark.offset,
                     section="qemu-ram.md §7",
                 )
@@ -383,8 +382,8 @@ class _Channel:
         if found is None or found.word != "multifd":
             self.close()
             raise UnknownFormat(
-                f"{self.name} is no further connection of a multifd migration: name the main connection first, then "
-                "the others",
+                f"{self.name} is not another connection of a multifd migration: name the main connection first, "
+                "then the others",
                 offset=0,
                 section="qemu-ram.md §7.1",
             )

@@ -448,7 +448,7 @@ def say_how_it_ended(machine: Machine) -> None:
         for name, count in row["missing_pages"].items():
             complain(
                 f"{machine.name}: {counted(count, 'page')} of {name} never came: the guest had given them back, or "
-                "further connections (multifd) are missing"
+                "other connections (multifd) are missing"
             )
 
 

@@ -88,7 +88,7 @@ def parse(reader: DumpReader) -> Parser:
     yield from upto(_FRONT_BYTES + header.size)
     kind, processor, _, _, at, sections_at, _, _, size, count, *_ = header.unpack_from(front, _FRONT_BYTES)
     if kind != _CORE:
-        reader.unknown("an ELF file that is no core", _FRONT_BYTES)
+        reader.unknown("an ELF file that is not a core", _FRONT_BYTES)
     reader.processor = processor
     if count == _MANY:
         yield from upto(sections_at + count_at + 4)

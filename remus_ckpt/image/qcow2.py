@@ -85,11 +85,11 @@ class Qcow2:
         fields = _HEADER.unpack(self.read(0, _HEADER.size))
         magic, version, _, _, self.cluster_bits, disk_bytes, crypt, _, _, _, _, count, snapshots_at = fields
         if magic != MAGIC or version not in (2, 3):
-            _unknown(f"this is no qcow2 image of version 2 or 3 ({magic!r}, {version})", 0)
+            _unknown(f"this is not a qcow2 image of version 2 or 3 ({magic!r}, {version})", 0)
         if self.cluster_bits not in _CLUSTER_BITS:
             self.refuse(f"clusters of 2^{self.cluster_bits} bytes", 20)
         if crypt:
-            _unknown("the image is encrypted, its snapshots too", 32)
+            _unknown("the image is encrypted, and so are its snapshots", 32)
         features = 0
         if version == 3:
             (features,) = _FEATURES.unpack(self.read(_FEATURES_AT, _FEATURES.size))
@@ -147,7 +147,7 @@ class Qcow2:
         for found in (*(one for one in self.snapshots if one.name == wanted), *self.snapshots):
             if wanted in (found.name, found.id):
                 if not found.state_bytes:
-                    raise NoCheckpoint(f"{self.path}: the snapshot {wanted!r} holds the disk only, no machine's state")
+                    raise NoCheckpoint(f"{self.path}: the snapshot {wanted!r} holds only the disk, no machine's state")
                 return found
         raise NoCheckpoint(f"{self.path}: no snapshot {wanted!r}; those with a machine's state: {names}")
 
@@ -163,7 +163,7 @@ class Qcow2:
         while len(data) < size and (more := os.pread(self._fd, size - len(data), at + len(data))):
             data += more
         if len(data) < size:
-            self.refuse("the file has become shorter", at)
+            self.refuse("the file has shrunk", at)
         return data
 
     def cluster(self, entry: int) -> bytes:

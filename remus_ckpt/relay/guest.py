@@ -149,8 +149,8 @@ class Losses:
         detail = f" ({how_much})" if how_much else ""
         if self.strict:
             raise RemusError(
-                f"{self.target} cannot hold the {what}{detail}: choose another format, or leave out --strict to go on "
-                "without it"
+                f"{self.target} cannot hold the {what}{detail}: choose another format, or leave out --strict to "
+                "convert without it"
             )
         self.say(f"{self.target} cannot hold the {what}{detail}: left out")
 

@@ -78,7 +78,8 @@ class QemuTarget:
         if moment.pages * PAGE_SIZE != block.size:
             raise RemusError(
                 f"memory has {counted(moment.pages, 'page')} at checkpoint {moment.epoch}, and it had "
-                f"{block.size // PAGE_SIZE:,}: QEMU cannot be told so. Convert that checkpoint alone, without --live"
+                f"{block.size // PAGE_SIZE:,}: QEMU's stream cannot express that. Convert that checkpoint alone, "
+                "without --live"
             )
         present = moment.present
         numbers = np.flatnonzero(present) if moment.pfns is None else moment.pfns[present[moment.pfns]]

@@ -160,7 +160,7 @@ class V2Target:
             self._pv(moment)
         if not moment.is_last or self._series:
             if libxl:
-                raise ValueError("with libxl's layer a file holds one checkpoint")
+                raise ValueError("with libxl's layer, a file holds only one checkpoint")
             self._record(Kind.CHECKPOINT)
             self._series = True
         if not moment.is_last:

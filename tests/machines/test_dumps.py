@@ -126,4 +126,4 @@ def test_a_library_that_is_not_there(tmp_path: Path, command: Command, monkeypat
     monkeypatch.setenv("PATH", str(tmp_path))
     ran = command("verify", path)
     assert ran.code == 21
-    assert "no command lzop" in ran.err
+    assert "command lzop is missing" in ran.err

@@ -183,7 +183,7 @@ def test_a_packet_that_grows_is_refused_before_it_has_grown(tmp_path: Path) -> N
         (None, {"a": b"QEVM", "b": b"QEVM"}, "a, b"),
         (None, {"disk": b""}, "no snapshot"),
         ("c", {"a": b"QEVM"}, "no snapshot 'c'"),
-        ("disk", {"a": b"QEVM", "disk": b""}, "disk only"),
+        ("disk", {"a": b"QEVM", "disk": b""}, "only the disk"),
     ],
 )
 def test_a_snapshot_that_is_not_there(
