@@ -40,6 +40,7 @@ class Power:
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, self._syncing(getattr(os, name)))
         patch.setattr(disk, "sync_file_system", self._sync_all)
+        patch.setattr(disk, "native", None)  # what the extension writes would not be seen
         for name in ("write", "writev", "pwrite", "ftruncate"):
             patch.setattr(os, name, self._writing(getattr(os, name), name))
         self.write_back()

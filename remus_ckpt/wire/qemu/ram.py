@@ -334,29 +334,30 @@ class Ram:
         return present
 
     def _mapped_pages(self, block: events.RamBlock, present: NDArray[np.bool_]) -> Parser:
-        """§5: the pages that are there, run by run; whatever is in the place of absent ones is skipped."""
+        """§5: the pages that are there, as many at a time as have arrived; what stands in the place of absent ones is
+        passed over."""
         size = block.page_size
         start = self._inbox.offset
-        edges = np.flatnonzero(np.diff(present, prepend=False, append=False))
-        for first, stop in edges.reshape(-1, 2).tolist():
+        numbers = np.flatnonzero(present)
+        done = 0
+        while done < len(numbers):
+            first = int(numbers[done])
             yield from self._reader.drop(start + first * size - self._inbox.offset)
-            page = first
-            while page < stop:
-                yield from self._inbox.have(size)
-                data = self._inbox.front((stop - page) * size)
-                count = len(data) // size
-                yield events.Pages(
-                    offset=self._inbox.offset,
-                    block=block.name,
-                    data=data,
-                    full=np.arange(page, page + count),
-                    places=np.arange(count) * size,
-                    zero=np.empty(0, dtype=np.int64),
-                    fills=np.empty(0, dtype=np.uint8),
-                    encoded=np.empty(0, dtype=np.int64),
-                    frames=b"",
-                    frame_offsets=np.empty(0, dtype=np.int64),
-                )
-                self._inbox.skip(count * size)
-                page += count
+            yield from self._inbox.have(size)
+            data = self._inbox.front(_ALL)
+            stop = int(np.searchsorted(numbers, first + len(data) // size))
+            found, done = numbers[done:stop], stop
+            yield events.Pages(
+                offset=self._inbox.offset,
+                block=block.name,
+                data=data,
+                full=found,
+                places=(found - first) * size,
+                zero=np.empty(0, dtype=np.int64),
+                fills=np.empty(0, dtype=np.uint8),
+                encoded=np.empty(0, dtype=np.int64),
+                frames=b"",
+                frame_offsets=np.empty(0, dtype=np.int64),
+            )
+            self._inbox.skip((int(found[-1]) + 1 - first) * size)
         yield from self._reader.drop(start + block.size - self._inbox.offset)
