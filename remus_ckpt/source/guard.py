@@ -75,7 +75,7 @@ def main() -> None:
         with contextlib.suppress(OSError):  # the cgroup is gone
             os.pwrite(int(what[0]), b"0", 0)
     for pidfd in stopped:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # dead, or another user's by now: the others run on all the same
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)
 
 

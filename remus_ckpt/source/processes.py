@@ -148,8 +148,8 @@ class Processes:
         assert self._guard is not None
         self._forget_dead()
         running = [process for process in (*self._named, *self._heirs) if not process.is_stopped_by_job_control()]
-        self._halt(running)
         try:
+            self._halt(running)
             deadline = time.monotonic() + self._stop_timeout_s
             for process in (*self._named, *self._heirs):
                 self._wait_stopped(process, deadline)
@@ -249,9 +249,15 @@ class Processes:
                 )
 
     def resume(self) -> None:
-        """Resume the processes."""
+        """Resume the processes: all that can be, even if one cannot."""
+        trouble: SourceError | None = None
         for process in self._stopped:
-            process.send(signal.SIGCONT)
+            try:
+                process.send(signal.SIGCONT)
+            except SourceError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
         self._stopped.clear()
         if self._guard is not None:
             self._guard.running()

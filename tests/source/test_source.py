@@ -16,6 +16,7 @@ from support import end_guard, process_state, writer_process
 
 from remus_ckpt.errors import SourceError
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.source.guarded import Guard
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
 
@@ -88,6 +89,48 @@ def test_without_its_guard_nothing_is_stopped(sleeper: subprocess.Popen[bytes]) 
         processes.stop()
     assert process_state(sleeper.pid) != "T"
     processes.close()
+
+
+@pytest.mark.parametrize("refused", [signal.SIGSTOP, signal.SIGCONT])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_one_that_takes_no_signal_leaves_no_other_stopped(number: int, refused: signal.Signals) -> None:
+    """A process that has become another user's: it takes no signal of ours any more."""
+    sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    processes = Processes([one.pid for one in sleepers])
+    other = processes.processes()[number]
+    send = other.send
+
+    def send_some(wanted: signal.Signals) -> None:
+        if wanted == refused:
+            raise SourceError("it may not be stopped any longer")
+        send(wanted)
+
+    other.send = send_some  # type: ignore[method-assign]
+    try:
+        with pytest.raises(SourceError, match="any longer"):
+            processes.stop()
+            processes.resume()
+        others = [one for one in sleepers if one.pid != other.pid]
+        assert wait_for(lambda: "T" not in {process_state(one.pid) for one in others})
+    finally:
+        processes.close()
+        for one in sleepers:
+            one.kill()
+            one.wait()
+
+
+def test_the_guard_resumes_the_others_where_one_cannot_be(sleeper: subprocess.Popen[bytes]) -> None:
+    guard = Guard("continue")
+    pidfd, no_process = os.pidfd_open(sleeper.pid), os.open(os.devnull, os.O_RDONLY)
+    try:
+        guard.stopping([no_process, pidfd])
+        sleeper.send_signal(signal.SIGSTOP)
+        assert wait_for(lambda: process_state(sleeper.pid) == "T")
+        guard.close()
+        assert wait_for(lambda: process_state(sleeper.pid) != "T")
+    finally:
+        os.close(pidfd)
+        os.close(no_process)
 
 
 def test_a_dead_process_is_no_error_in_a_pause(sleeper: subprocess.Popen[bytes]) -> None:
