@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.disk import guarding
-from remus_ckpt.errors import LinkError, Malformed, NoCheckpoint, Refused, StoreError, StreamError
+from remus_ckpt.errors import LinkError, Malformed, NoCheckpoint, Refused, RemusError, StoreError, StreamError
 from remus_ckpt.limits import Limits
 from remus_ckpt.link.address import Address, check_options, split_name
 from remus_ckpt.link.control import Requests
@@ -339,13 +339,20 @@ class _Backup:
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """A violation of the protocol by the other side ends the session, and is a LinkError."""
+        """A violation of the protocol by the other side ends the session, and is a LinkError.
+
+        An interrupt ends it too: the answer that is still to come would be taken for that to the next request.
+        """
         try:
             yield
         except StreamError as error:
             self.hang_up()
             raise LinkError(f"{self.address} broke the protocol: {error}") from error
-        except LinkError:
+        except RemusError as error:
+            if isinstance(error, LinkError):  # any other is an answer
+                self.hang_up()
+            raise
+        except BaseException:
             self.hang_up()
             raise
 
@@ -373,8 +380,9 @@ class _Backup:
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return its result."""
-        self.post(method, **arguments)
-        return self.answer()
+        with self.checking():
+            self.post(method, **arguments)
+            return self.answer()
 
 
 class _Pieces:

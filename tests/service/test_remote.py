@@ -372,6 +372,21 @@ def test_one_connection_serves_a_block(backup: Backup, remote: Remote) -> None:
     until(lambda: not peers())
 
 
+def test_an_interrupt_leaves_no_answer_to_the_next_request(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever catches Ctrl-C in the block and goes on gets what is asked for then."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with remote:
+        assert remote["orders"].newest() is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(Requests, "answer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                remote["orders"].newest()
+        assert remote.names() == ["big", "empty", "orders"]
+
+
 # Readers and the others
 
 
