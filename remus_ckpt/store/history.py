@@ -34,6 +34,7 @@ from remus_ckpt.store.segments import (
     digest_of_stream,
     first_epoch_of,
     holds_a_record,
+    list_segments,
     reader_of,
     replay,
     scan,
@@ -438,8 +439,13 @@ class History:
         )
 
     def size(self) -> int:
-        """Bytes of all segments on the disk."""
-        return sum(path.stat().st_size for path in (self.directory / segments.DIRECTORY).glob("*.remus"))
+        """Bytes of all segments on the disk. Raises StoreError."""
+        size = 0
+        for name in list_segments(self.directory):
+            path = self.path_of(name)
+            with guarding(path), suppress(FileNotFoundError):  # pruned since
+                size += path.stat().st_size
+        return size
 
     def verify(self, progress: Progress | None = None) -> Report:
         """Read back every checkpoint, and check every byte. Raises StoreError if a file cannot be read."""

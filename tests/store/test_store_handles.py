@@ -11,7 +11,7 @@ from store_support import fill
 
 from remus_ckpt import Backup, open_store, protect
 from remus_ckpt.errors import NoCheckpoint, StoreError
-from remus_ckpt.store import Store
+from remus_ckpt.store import Store, segments
 
 
 def test_arrays_of_the_newest(tmp_path: Path) -> None:
@@ -27,6 +27,20 @@ def test_arrays_of_the_newest(tmp_path: Path) -> None:
     assert list(store) == ["orders"]
     assert np.array_equal(store["orders"][-1].arrays()["prices"], prices)
     assert store["orders"][0].arrays()["prices"][1, 0] == 0
+
+
+def test_the_size_is_known_while_segments_are_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(tmp_path).writer("orders") as writer:
+        source = fill(writer, 4)
+        writer.compact(wait=True)
+        fill(writer, 1, source)
+    opened = open_store(tmp_path)["orders"]
+    oldest, newest = segments.list_segments(opened.directory)
+    size = opened.path_of(newest).stat().st_size
+    assert opened.size() == size + opened.path_of(oldest).stat().st_size
+    opened.path_of(oldest).unlink()
+    monkeypatch.setattr("remus_ckpt.store.history.list_segments", lambda directory: [oldest, newest])
+    assert opened.size() == size
 
 
 def test_places_and_epochs(tmp_path: Path) -> None:
