@@ -208,6 +208,30 @@ def test_a_description_over_its_limit_is_none() -> None:
     assert not low[-1].complete
 
 
+def test_a_description_that_names_half_a_surrogate_is_no_error() -> None:
+    """JSON can name it, and no section can have that name: the sections are then not told apart."""
+    data = contents("plain")[0]
+    at = data.rfind(b"\0\x06")
+    text = rb'{"page_size": 4096, "devices": [{"name": "\ud800", "instance_id": 0}]}'
+    found = read_all(data[:at] + b"\0\x06" + struct.pack(">I", len(text)) + text)
+    (state,) = [one for one in found if isinstance(one, events.DeviceState)]
+    assert state.description is not None
+    assert state.devices is None
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"\xff" * 255, b"ram\xc3", b"\xed\xa0\x80"])
+def test_a_block_whose_name_is_no_text_is_refused(name: bytes) -> None:
+    """No writer could give it that name again."""
+    data = contents("plain")[0]
+    block = next(one for one in read_all(data) if isinstance(one, events.RamBlock))
+    named = bytes([len(block.name)]) + block.name.encode()
+    assert data[block.offset :].startswith(named)
+    changed = data[: block.offset] + bytes([len(name)]) + name + data[block.offset + len(named) :]
+    with pytest.raises(Malformed) as caught:
+        read_all(changed)
+    assert (caught.value.offset, caught.value.section) == (block.offset, "qemu-ram.md §4.1")
+
+
 def test_a_capability_that_is_stated_decides_over_what_the_words_look_like() -> None:
     """Behind the last block of a stream without x-ignore-shared stands the first page's word, whatever its value."""
     stream = tool.Stream()

@@ -71,7 +71,7 @@ def _locate(data: bytes, offset: int, description: dict[str, Any]) -> tuple[even
         instance = device.get("instance_id") if isinstance(device, dict) else None
         if not isinstance(name, str) or not isinstance(instance, int) or not 0 <= instance < 1 << 32:
             return None
-        key = name.encode()
+        key = name.encode("utf-8", "surrogatepass")  # JSON may hold half a surrogate, which no section's name is
         wanted = bytes([len(key) & 0xFF]) + key + U32.pack(instance)
         while True:
             found = data.find(wanted, at)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from remus_ckpt import extensions
 from remus_ckpt.wire.qemu import events, sections
 from remus_ckpt.wire.qemu.sections import IGNORE_SHARED, MAPPED_RAM, U64, RamFlag
 
@@ -28,7 +28,7 @@ ROOM = 1 << 14
 
 native: Any
 try:
-    native = importlib.import_module("remus_ckpt.wire._path")
+    native = extensions.load("wire._path")
 except ImportError:  # it was not built: Python does it alone
     native = None
 
@@ -105,9 +105,12 @@ class Ram:
         while left > 0:
             here = self._inbox.offset
             reader.limit(len(self._blocks) + 1, "ram_blocks", here, "the number of blocks", "§4.1")
-            name = yield from reader.string()
+            key = yield from reader.counted()
             (size,) = yield from self._inbox.unpack(U64)
-            key = name.encode("utf-8", "surrogatepass")
+            try:
+                name = key.decode()
+            except UnicodeDecodeError:
+                reader.refuse(f"the block {key!r}, whose name is no text in UTF-8", here, "§4.1", "ram")
             if not name or key in self._blocks:
                 reader.refuse(f"the block {name!r} has no name, or one that another has", here, "§4.1", "ram")
             if size > left:

@@ -53,14 +53,18 @@ class Reader(StreamReader[events.Event]):
 
     # For the parsers of the sections
 
-    def string(self) -> Generator[None, None, str]:
-        """A string behind a byte that counts its bytes."""
+    def counted(self) -> Generator[None, None, bytes]:
+        """The bytes behind one that counts them."""
         yield from self.inbox.have(1)
         size = self.inbox.front(1)[0]
         yield from self.inbox.have(1 + size)
-        text = bytes(self.inbox.front(1 + size)[1:])
+        found = bytes(self.inbox.front(1 + size)[1:])
         self.inbox.skip(1 + size)
-        return text.decode("utf-8", "backslashreplace")
+        return found
+
+    def string(self) -> Generator[None, None, str]:
+        """The same as a text."""
+        return (yield from self.counted()).decode("utf-8", "backslashreplace")
 
     def state_page_size(self, size: int, offset: int, section: str) -> None:
         """The stream states the page size. Refuse an impossible one, or one that contradicts what was known."""
