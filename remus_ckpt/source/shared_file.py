@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remus_ckpt.codec.scan import gather
+from remus_ckpt.disk import open_to_read
 from remus_ckpt.errors import SourceError, Untracked
 from remus_ckpt.pages import PAGE_SIZE, Pages, Places, pages_for
 from remus_ckpt.source import FileStopper, Source, Tracker
@@ -92,7 +93,7 @@ class MappedFile:
         self._watch: FileWatch | None = None
         self._is_data: NDArray[np.bool_] = np.empty(0, dtype=bool)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_to_read(Path(path))
             self._status = os.fstat(self._fd)
             self.size = self._status.st_size
             if not stat.S_ISREG(self._status.st_mode):

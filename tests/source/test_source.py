@@ -18,7 +18,7 @@ from remus_ckpt.errors import SourceError
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.guarded import Guard
 from remus_ckpt.source.processes import Processes
-from remus_ckpt.source.shared_file import SharedFile
+from remus_ckpt.source.shared_file import MappedFile, SharedFile
 
 
 @pytest.fixture
@@ -131,6 +131,12 @@ def test_the_guard_resumes_the_others_where_one_cannot_be(sleeper: subprocess.Po
     finally:
         os.close(pidfd)
         os.close(no_process)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="pipe"):
+        MappedFile(tmp_path / "pipe")
 
 
 def test_a_dead_process_is_no_error_in_a_pause(sleeper: subprocess.Popen[bytes]) -> None:
