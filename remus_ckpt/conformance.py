@@ -131,11 +131,11 @@ def compare(verdict: Verdict, vector: dict[str, Any], code: int, output: bytes, 
     """Compare a decoder's lines and exit code with what the manifest expects."""
     said: list[dict[str, Any]] = []
     for number, line in enumerate(output.splitlines()):
-        try:
-            said.append(json.loads(line))
-        except ValueError:
-            verdict.problems.append(f"line {number + 1} is not JSON: {line[:60]!r}")
+        event = _object(line)
+        if event is None:
+            verdict.problems.append(f"line {number + 1} is not a JSON object: {line[:60]!r}")
             return
+        said.append(event)
     fault = vector.get("error")
     expected_code = EXIT_CODES[fault["kind"]] if fault else 0
     if code != expected_code and not (code == EXIT_NOTHING and _holds_nothing(vector)):
@@ -180,6 +180,15 @@ def _holds_nothing(vector: dict[str, Any]) -> bool:
     return "error" not in vector and last.get("event") == "end" and last["memory_sha256"] is None
 
 
+def _object(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None if it is anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _cut(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "…"
@@ -218,10 +227,9 @@ def compare_reading(verdict: Verdict, vector: dict[str, Any], code: int, output:
     if code != expected_code:
         last = complaint.strip().splitlines()[-1:] or [""]
         verdict.problems.append(f"exit code {code}, not {expected_code} {last[0]}".rstrip())
-    try:
-        said = json.loads(output)
-    except ValueError:
-        verdict.problems.append(f"the output is not JSON: {output[:60]!r}")
+    said = _object(output)
+    if said is None:
+        verdict.problems.append(f"the output is not a JSON object: {output[:60]!r}")
         return
     expected: dict[str, Any] = {name: vector[name] for name in READ if name in vector}
     state = {name: vector[name] for name in READ_OF_A_STATE if name in vector and "blocks" in vector}

@@ -67,7 +67,7 @@ def test_the_runner(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{len(names)} of {len(names)} vectors pass" in capsys.readouterr().out
         # One that reads nothing, and one that says of any file what is true of another.
         assert conformance.main(["--reader", "true", *asked]) == 1
-        assert "not JSON" in capsys.readouterr().out
+        assert "is not a JSON object" in capsys.readouterr().out
         liar = shlex.join([sys.executable, "-c", """print('{"format": "xen"}')"""])
         assert conformance.main(["--reader", liar, *asked]) == 1
         assert "in place of" in capsys.readouterr().out

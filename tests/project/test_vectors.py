@@ -26,6 +26,7 @@ from remus_ckpt.codec import get_codec, kernels
 from remus_ckpt.conformance import (
     Verdict,
     compare,
+    compare_reading,
     environment,
     judge_encoder,
     load_codec,
@@ -156,6 +157,15 @@ def test_a_vector_may_come_in_pieces(vector: dict[str, Any]):
     for step in (1, 13) if len(data) < 20_000 else (1000, 4099):
         ran = _restored(data, Dialect(**vector["dialect"]), strict=vector["strict"], step=step)
         assert _problems(vector, ran) == []
+
+
+@pytest.mark.parametrize("line", [b"5", b"null", b"[]", b'"tail"', b"[" * 100_000, b"\xff", b"-"])
+def test_a_line_that_is_no_object_is_a_problem(line: bytes):
+    (problem,) = _problems(DECODE[0], (0, b'{"event": "header"}\n' + line))
+    assert problem.startswith("line 2 is not a JSON object")
+    reading = Verdict("", [])
+    compare_reading(reading, {}, 0, line, "")
+    assert [problem.partition(":")[0] for problem in reading.problems] == ["the output is not a JSON object"]
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
