@@ -33,6 +33,7 @@ from remus_ckpt.wire.parts import Parts
 
 _PAUSES = 3
 """How many pauses are tried for one checkpoint before a broken pause is an error."""
+_MOST_POLL_MS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +227,9 @@ class CheckpointLoop:
             poll.register(fd, select.POLLIN)
         if self._stop is not None:
             poll.register(self._stop, select.POLLIN)
-        # poll() counts in milliseconds: sleep for the remaining fraction.
+        # poll() counts in milliseconds, up to 24 days of them: sleep for the remaining fraction.
         while (left := deadline - time.monotonic()) > 0:
-            if poll.poll(int(left * 1000)):
+            if poll.poll(min(int(left * 1000), _MOST_POLL_MS)):
                 break
             if left < 0.001:
                 time.sleep(left)

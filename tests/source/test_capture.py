@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tracking import needs_tracking
 
 from remus_ckpt.errors import PauseBroken, SourceError
-from remus_ckpt.loop import CheckpointLoop
+from remus_ckpt.loop import CheckpointLoop, StopSignal
 from remus_ckpt.pages import PAGE_SIZE, Places
 from remus_ckpt.pause import Captures, Rooms
 from remus_ckpt.restorer import Restorer
@@ -225,6 +225,14 @@ def scribble(area: Area, rng: np.random.Generator) -> None:
         else:
             page = at // PAGE_SIZE * PAGE_SIZE
             area.write(page, rng.bytes(PAGE_SIZE) if rng.integers(0, 2) else bytes(PAGE_SIZE))
+
+
+def test_an_interval_of_months_is_waited_for_and_can_be_stopped() -> None:
+    stop = StopSignal()
+    loop = loop_over(Buffers({"a": bytearray(PAGE_SIZE)}), {"interval_s": 1e8, "stop": stop})
+    for _ in loop.run():
+        stop.set()
+    assert loop.ended == "stopped"
 
 
 @pytest.mark.parametrize("kind", KINDS)
