@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 
-_ONE = (1).to_bytes(8, "little")  # what an eventfd is told by (eventfd(2)); x86 is little endian
+_ONE = (1).to_bytes(8, sys.byteorder)  # what an eventfd is told by (eventfd(2))
 
 
 class Descriptor(io.FileIO):

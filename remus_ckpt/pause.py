@@ -118,6 +118,8 @@ class Pause:
         self._on_paused = on_paused
         self._began = 0.0
         self._is_on = False
+        # Whoever blocks it in this thread anyway wants it blocked after the pause too.
+        self._unblocks = signal.SIGTSTP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.dirty: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         """The pages that it found."""
         self.seconds = 0.0
@@ -181,5 +183,6 @@ class Pause:
 
     def _over(self) -> None:
         self.ended_at = time.monotonic()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+        if self._unblocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
         self._is_on = False

@@ -52,9 +52,9 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """From the first checkpoint to the last; 0 if the stream has no times."""
+        """From the first checkpoint to the last; 0 if the stream has no times, or a clock was put back between them."""
         first, last = (self.times_ns[0], self.times_ns[-1]) if self.times_ns else (None, None)
-        return 0.0 if first is None or last is None else (last - first) / 1e9
+        return 0.0 if first is None or last is None else max(last - first, 0) / 1e9
 
     @property
     def interval_s(self) -> float:

@@ -231,7 +231,7 @@ class MappedFile:
         return found
 
     def _has_holes(self) -> bool:
-        return os.fstat(self._fd).st_blocks * 512 < self.size
+        return os.fstat(self._fd).st_blocks * _BLOCK_BYTES < self.size
 
     def _holes(self, pfns: NDArray[np.int64]) -> list[int]:
         """Which of some whole pages, ascending, are holes, by index: touching a hole would fill it.

@@ -55,6 +55,16 @@ class Checked(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_a_clock_that_was_put_back_gives_no_rates(tmp_path: Path) -> None:
+    data, _, _ = stream(states(6), [(6 - number) * 25 * MS for number in range(6)])
+    (tmp_path / "stream").write_bytes(data)
+    found = read_recording(tmp_path / "stream")
+    assert found.seconds == 0.0
+    text = report("a recording", found)
+    assert ">-" not in text
+    assert "A second" not in text
+
+
 def test_the_report_is_whole_and_loads_nothing(command: Command, recorded: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     code, _, _ = command("inspect", str(recorded), "--html", str(out))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Sequence
+
+import pytest
 
 from remus_ckpt.loop import CheckpointLoop, Totals
 from remus_ckpt.memory import zeros
@@ -28,6 +31,19 @@ class Nowhere:
         return ()
 
     def check(self) -> None: ...
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_a_pause_leaves_ctrl_z_as_it_was(is_blocked: bool) -> None:
+    source = OwnMemory({"m": zeros(1)}, lock=threading.Lock())
+    loop = CheckpointLoop(source, Sender(1, reference=source.tracker.restart()), Nowhere())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP} if is_blocked else ())
+    try:
+        for _ in range(2):
+            loop.take()
+            assert (signal.SIGTSTP in signal.pthread_sigmask(signal.SIG_BLOCK, ())) == is_blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_steps_make_up_the_pause_and_totals_the_sums() -> None:
