@@ -2,8 +2,8 @@
  * whether all went as it should. Arguments: how many rounds (0: until standard input ends), a file to write to (mapped
  * shared), and which threads it has, as their first letters.
  *
- *     main thread   x87, SSE and (where there is) AVX registers that are live across a long loop; rounding modes; a
- *                   timer's signal a millisecond
+ *     main thread   general, floating-point and vector registers that are live across a long loop (x87, SSE, AVX; SIMD,
+ *                   SVE); rounding modes; a timer's signal a millisecond
  *     sleeper       nanosleep, whose rest must be 0
  *     reader        read from a pipe that the main thread writes to
  *     waiter        epoll_wait and poll, which must not say EINTR
@@ -83,6 +83,46 @@ static void *starter(void *unused)
 }
 
 /* Ten thousand turns of a loop that keeps everything in registers. What comes out is the same each time. */
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+
+static uint64_t registers(void)
+{
+    uint64_t out = 0;
+    double one = 1.0 / 3.0;
+    __asm__ volatile(
+        "mov x9, #10000\n mov x0, #1\n mov x1, #2\n mov x7, #3\n mov x8, #5\n mov x16, #7\n mov x17, #11\n mov x28, #13\n"
+        "mov x30, #17\n fmov d2, %d[one]\n fmov d0, %d[one]\n dup v1.2d, x0\n dup v8.2d, x1\n dup v15.2d, x16\n"
+        "dup v31.2d, x17\n"
+        "1:\n add x1, x1, x0\n ror x1, x1, #59\n eor x7, x7, x1\n add x0, x0, x8\n madd x16, x16, x28, x7\n"
+        "add x17, x17, x16\n eor x30, x30, x17\n add x8, x8, x30\n eor x28, x28, #2\n fadd d0, d0, d0\n fmul d0, d0, d2\n"
+        "fadd d0, d0, d2\n add v1.2d, v1.2d, v8.2d\n eor v15.16b, v15.16b, v1.16b\n add v8.2d, v8.2d, v15.2d\n"
+        "eor v31.16b, v31.16b, v8.16b\n subs x9, x9, #1\n b.ne 1b\n"
+        "fmov x9, d0\n eor %[out], x9, x0\n umov x9, v31.d[1]\n eor %[out], %[out], x9, ror #7\n umov x9, v15.d[0]\n"
+        "eor %[out], %[out], x9, ror #13\n eor %[out], %[out], x1\n eor %[out], %[out], x7\n eor %[out], %[out], x8\n"
+        "eor %[out], %[out], x16\n eor %[out], %[out], x17\n eor %[out], %[out], x28\n eor %[out], %[out], x30\n"
+        : [out] "=&r"(out) : [one] "w"(one)
+        : "x0", "x1", "x7", "x8", "x9", "x16", "x17", "x28", "x30", "v0", "v1", "v2", "v8", "v15", "v31", "memory", "cc");
+    return out;
+}
+
+/* Nothing below the stack pointer is anybody's. */
+static uint64_t red_zone(uint64_t seed) { return seed; }
+
+static uint64_t wide(void)
+{
+    uint64_t out = 0;
+    if (!(getauxval(AT_HWCAP) & HWCAP_SVE)) return 0;
+    __asm__ volatile(
+        ".arch_extension sve\n"
+        "mov x9, #3000\n ptrue p0.d\n not p1.b, p0/z, p0.b\n ptrue p2.d, vl1\n dup z0.d, #3\n index z1.d, #1, #1\n"
+        "1:\n add z0.d, z0.d, z1.d\n lsl z2.d, z0.d, #3\n eor z1.d, z1.d, z2.d\n add z1.d, p2/m, z1.d, z0.d\n"
+        "add z1.d, p1/m, z1.d, z0.d\n subs x9, x9, #1\n b.ne 1b\n"
+        "eorv d3, p0, z1.d\n fmov %[out], d3\n"
+        : [out] "=r"(out) : : "x9", "v0", "v1", "v2", "v3", "cc");
+    return out;
+}
+#else
 static uint64_t registers(void)
 {
     uint64_t out = 0, bits;
@@ -131,6 +171,7 @@ static uint64_t wide(void)
 }
 #else
 static uint64_t wide(void) { return 0; }
+#endif
 #endif
 
 int main(int argc, char **argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -23,14 +24,16 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 
 TARGET_PAGES = 64
 _PR_SET_NO_NEW_PRIVS = 38
-_SECCOMP, _SET_MODE_FILTER, _TSYNC = 317, 1, 1
+_SET_MODE_FILTER, _TSYNC = 1, 1
 INSTRUCTION = struct.Struct("=HBBI")
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
-IOCTL = 16
+CALLS = linux.calls() or linux.CALLS["x86_64"]
+NEEDED = "6.10" if platform.machine() == "aarch64" else "6.7"
+IOCTL, _SECCOMP = {"x86_64": (16, 317), "aarch64": (29, 277)}.get(platform.machine(), (0, 0))
 
 
 def filter_of(number: int, answer: int, *, argument: int | None = None) -> bytes:
-    """A seccomp filter for x86-64: one system call, or one with this in the lower half of its second argument, is
+    """A seccomp filter: one system call, or one with this in the lower half of its second argument, is
     answered; all others pass."""
     code = [(0x20, 0, 0, 0), (0x15, 0, 1 if argument is None else 3, number)]
     if argument is not None:

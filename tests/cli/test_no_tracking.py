@@ -19,11 +19,11 @@ from remus_ckpt.errors import Untracked
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
 
-pytestmark = [needs_tracking, pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filters are for x86-64")]
+pytestmark = needs_tracking
 
 LACKS = {
-    "no userfaultfd": (linux.CALLS["x86_64"].userfaultfd, None, errno.ENOSYS, "no userfaultfd"),
-    "a kernel before 6.7": (tracking.IOCTL, linux.UFFDIO_API, errno.EINVAL, "6.7"),
+    "no userfaultfd": (tracking.CALLS.userfaultfd, None, errno.ENOSYS, "no userfaultfd"),
+    "an earlier kernel": (tracking.IOCTL, linux.UFFDIO_API, errno.EINVAL, tracking.NEEDED),
     "no scan": (tracking.IOCTL, linux.PAGEMAP_SCAN, errno.ENOTTY, "6.7"),
 }
 

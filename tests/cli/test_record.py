@@ -94,7 +94,6 @@ def test_duration(memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path,
 
 
 @needs_tracking
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")
 @pytest.mark.parametrize("tracking", ["auto", "kernel", "compare"])
 def test_how_pages_are_found_is_chosen_and_said(
     memory: Path, worker: subprocess.Popen[bytes], tmp_path: Path, tracking: str

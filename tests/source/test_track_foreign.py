@@ -21,11 +21,7 @@ from remus_ckpt.flag import Descriptor
 from remus_ckpt.source.track import foreign, linux, seccomp
 from remus_ckpt.source.track.written import Scanner, Userfault
 
-pytestmark = [
-    needs_tracking,
-    needs_compiler,
-    pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only"),
-]
+pytestmark = [needs_tracking, needs_compiler]
 THREADS = ["", "s", "r", "w", "srwt"]
 
 
@@ -72,8 +68,9 @@ def test_its_writes_are_found_from_outside(target_program: Path, tmp_path: Path)
         assert target.end() == "right"
 
 
-@pytest.mark.parametrize("threads", ["", "s", "srwt"])
+@pytest.mark.parametrize("threads", ["", "s", "srt"])
 def test_it_runs_on_when_its_tracer_dies_at_any_step(threads: str, target_program: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Not a thread in epoll_wait: that ends after any stop, until the frame is laid that makes the call again."""
     with running(target_program, tmp_path / "memory", threads) as target:
         killed = 0
         for _ in range(many(1, 3)):
@@ -143,12 +140,12 @@ def test_one_that_is_gone() -> None:
 
 
 def test_on_other_machines_it_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(Untracked, match="aarch64"):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(Untracked, match="riscv64"):
         foreign.userfaultfd_of(os.getppid(), 0)
 
 
-USERFAULTFD, RT_SIGRETURN = linux.CALLS["x86_64"].userfaultfd, linux.CALLS["x86_64"].rt_sigreturn
+USERFAULTFD, RT_SIGRETURN = tracking.CALLS.userfaultfd, tracking.CALLS.rt_sigreturn
 
 
 @pytest.mark.parametrize(

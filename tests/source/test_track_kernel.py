@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from remus_ckpt.source.compare import Compare
 from remus_ckpt.source.own_memory import Buffers, OwnMemory
 from remus_ckpt.source.processes import Processes
 from remus_ckpt.source.shared_file import SharedFile
-from remus_ckpt.source.track import linux
 from remus_ckpt.source.track.kernel import KernelTracker, ProcessesWatch
 
 PAGES = 64
@@ -251,7 +249,6 @@ def test_memory_that_somebody_watches_is_compared() -> None:
     other.close()
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filters are for x86-64")
 def test_without_the_kernels_help_all_is_compared(tmp_path: Path) -> None:
     (tmp_path / "memory").write_bytes(bytes(PAGE_SIZE))
 
@@ -263,7 +260,7 @@ def test_without_the_kernels_help_all_is_compared(tmp_path: Path) -> None:
 
     def look(make: Callable[..., object]) -> Callable[[], str]:
         def work() -> str:
-            number = linux.CALLS["x86_64"].userfaultfd
+            number = tracking.CALLS.userfaultfd
             tracking.put_filter(tracking.filter_of(number, tracking.ERRNO | 38))
             tracker = make()
             assert isinstance(tracker, Compare)
@@ -278,7 +275,6 @@ def test_without_the_kernels_help_all_is_compared(tmp_path: Path) -> None:
 
 
 @needs_tracking
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")
 def test_a_process_is_tracked(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     memory.write_bytes(bytes(PAGES * PAGE_SIZE))
@@ -311,7 +307,6 @@ while os.getppid() == parent:
 
 
 @needs_tracking
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")
 def test_a_child_that_writes_is_compared_and_then_tracked(tmp_path: Path) -> None:
     path = tmp_path / "memory"
     path.write_bytes(bytes(PAGES * PAGE_SIZE))

@@ -22,7 +22,7 @@ from remus_ckpt.source.shared_file import MappedFile
 from remus_ckpt.source.track import linux
 from remus_ckpt.source.track.mapped import FileWatch, rows_in
 
-pytestmark = [needs_tracking, pytest.mark.skipif(os.uname().machine != "x86_64", reason="on x86-64 only")]
+pytestmark = needs_tracking
 PAGES = 32
 
 

@@ -11,12 +11,11 @@
     DETACH                                  runs on; a blocking call continues to wait, for the rest of its time
 
 Only this thread stops, for a millisecond; the others run on. If we die at any step, the kernel detaches the tracer: the
-thread then executes `syscall; ret`, and returns into its C library's signal return, which restores registers, FPU and
-signal mask from the frame. An interrupted system call is then restarted. At worst, the descriptor stays open in the
-process.
+thread then executes a system call and a return, and gets into its C library's signal return, which restores registers,
+FPU and signal mask from the frame. An interrupted system call is then restarted. At worst, the descriptor stays open in
+the process.
 
-The frame is the one that the kernel itself writes for a signal. Source: Linux, arch/x86/kernel/signal_64.c and
-fpu/signal.c; arch/x86/include/uapi/asm/sigcontext.h; ptrace(2).
+The frame is the one that the kernel itself writes for a signal: `x86_64` and `arm64` make it. Source: ptrace(2).
 """
 
 from __future__ import annotations
@@ -33,7 +32,10 @@ from typing import NamedTuple
 
 from remus_ckpt.errors import Untracked
 from remus_ckpt.source.track import linux, seccomp
+from remus_ckpt.source.track.arm64 import Arm64
+from remus_ckpt.source.track.context import Again, Context
 from remus_ckpt.source.track.linux import Request
+from remus_ckpt.source.track.x86_64 import X86
 
 _STOP_S = 2.0
 """How long a thread may take to stop. It is one that runs, or that waits for what a signal may interrupt."""
@@ -45,51 +47,11 @@ _RETRIES = 20
 _MAX_CODE = 64 << 20
 """How much of a mapping is searched for the two pieces of code."""
 
-_REGISTERS = (
-    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
-    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
-)
-_PRSTATUS = struct.Struct(f"={len(_REGISTERS)}Q")
-_CONTEXT = (
-    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp"),
-    *("rip", "eflags"),
-)
-"""The registers of struct sigcontext, in its order."""
-_FRAME = struct.Struct("=Q QQ QiiQ 18Q 4H 4Q Q 8Q 8s")
-"""return address; ucontext: flags, link, alternate stack (address, flags, padding, size), sigcontext (registers; cs,
-gs, fs, ss; error, trap, old mask, cr2; address of the FPU's state; reserved), signal mask"""
-_UC_FLAGS = 1 | 2 | 4
-"""UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS."""
-_NO_ALTSTACK = 0xFF
-"""No flags of an alternate stack: the kernel leaves the one that is set."""
-_RED_ZONE = 128
-_USER_CS = 0x33
-_NO_CALL = 0xFFFFFFFFFFFFFFFF
 _ALL_SIGNALS = b"\xff" * 8
-_RESTART = {(-code) & 0xFFFFFFFFFFFFFFFF for code in (512, 513, 514, 516)}
-"""What rax holds in an interrupted call: ERESTARTSYS, -NOINTR, -NOHAND, _RESTARTBLOCK."""
-_EINTR = (-4) & 0xFFFFFFFFFFFFFFFF
-_ENDED_BY_A_STOP = frozenset({65, 128, 208, 220, 232, 281, 333, 441})
-"""Calls that the kernel does not take up again after a stop, but that can be made again with nothing lost: semop,
-rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, epoll_pwait2."""
-_SYSCALL_BYTES = 2
-
-_XSTATE_ROOM = 1 << 16
-_FX_SW = struct.Struct("=IIQI")  # magic, size with the second magic, features, size
-_FX_SW_AT = 464
-_FX_FEATURES = struct.Struct("=Q")
-_MAGIC1, _MAGIC2 = 0x46505853, struct.pack("=I", 0x46505845)
-_AMX_AT, _AMX_FEATURES = 2752, 3 << 17
-"""Where the tiles begin in the FPU's state. A thread that has not asked for them has no room for them in a frame."""
-
-_SYSCALL_RET = b"\x0f\x05\xc3"
-_SIGNAL_RETURNS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
-"""mov $15, %rax (%eax); syscall: rt_sigreturn, which whatever handles signals has."""
 _STACK_ROOM = 32 << 10
 
-
-class _Again(Exception):
-    """Another thread or another moment may work; the message says why this one did not."""
+_CONTEXTS: dict[str, type[Context]] = {"x86_64": X86, "aarch64": Arm64}
+"""By `platform.machine()`."""
 
 
 class Stopped(Untracked):
@@ -130,8 +92,10 @@ def userfaultfd_of(pid: int, pidfd: int) -> int:
 
 def _check_process(pid: int) -> None:
     """Raise Untracked if tracing is known to fail, or to harm the process."""
-    if platform.machine() != "x86_64" or linux.calls() is None:
-        raise Untracked(f"writes of another process can be tracked on x86-64 only, not on {platform.machine()}")
+    if platform.machine() not in _CONTEXTS or linux.calls() is None:
+        raise Untracked(
+            f"writes of another process can be tracked on x86-64 and arm64 only, not on {platform.machine()}"
+        )
     try:
         lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     except OSError:
@@ -157,7 +121,7 @@ def _trace(pid: int, pidfd: int) -> int:
         for thread in threads[:_MAX_THREADS]:
             try:
                 return _Tracee(pid, thread, maps).userfaultfd(pidfd)
-            except _Again as error:
+            except Again as error:
                 why = str(error)
             except ProcessLookupError:  # it has ended, or run where it had to be stopped
                 why = f"thread {thread} of process {pid} has ended"
@@ -222,6 +186,7 @@ class _Tracee:
                 "and no security module (Yama) forbids it"
             ) from None
         try:
+            self._context = _CONTEXTS[platform.machine()](self._pid, self._thread, self._read)
             self._stop()
             return self._inject(pidfd)
         finally:
@@ -230,65 +195,67 @@ class _Tracee:
                 linux.ptrace(Request.DETACH, self._thread)
 
     def _inject(self, pidfd: int) -> int:
-        before = linux.get_registers(self._thread, linux.NT_PRSTATUS, 1024)
-        if len(before) != _PRSTATUS.size:
-            raise Untracked(f"process {self._pid} is a 32-bit process")
-        registers = dict(zip(_REGISTERS, _PRSTATUS.unpack(before), strict=True))
-        if registers["cs"] != _USER_CS:
-            raise _Again(f"thread {self._thread} of process {self._pid} runs 32-bit code")
+        context = self._context
+        context.load()
         numbers = linux.calls()
         assert numbers is not None
-        self._check_seccomp((numbers.userfaultfd, numbers.close, numbers.rt_sigreturn), numbers.audit)
-        self._check_rseq(registers["rip"])
+        to_be_made = [numbers.userfaultfd, numbers.close, numbers.rt_sigreturn]
+        if context.first_argument is not None:
+            to_be_made.append(numbers.getpid)
+        self._check_seccomp(to_be_made, numbers.audit)
+        self._check_rseq(context.pc)
         mask = linux.get_signal_mask(self._thread)
-        code = next(self._code((_SYSCALL_RET,)), None)
-        back = next(self._code(_SIGNAL_RETURNS), None)
+        # Not where it stopped itself: arm64's kernel would take that for the restart of its own call.
+        code = next((at for at in self._code((context.code,)) if at != context.pc), None)
+        back = next(self._code(context.signal_returns), None)
         if code is None or back is None:
             raise Untracked(f"process {self._pid} has no code that returns from a signal: nothing would put it back")
-        if self._is_to_be_called_again(registers):
-            registers |= {"rax": registers["orig_rax"], "rip": registers["rip"] - _SYSCALL_BYTES, "orig_rax": _NO_CALL}
-            before = _PRSTATUS.pack(*(registers[name] for name in _REGISTERS))
-        stack = self._lay_frame(registers, mask, back)
+        if context.is_ended_by_stop() and not self._has_signals():
+            context.call_again()
+        frame = self._lay_frame(mask, back)
         # From here on the thread gets back to its work without us.
-        call = dict(registers, rip=code, rsp=stack, orig_rax=_NO_CALL)
-        try:
-            fd = self._call(call | {"rax": numbers.userfaultfd, "rdi": linux.USERFAULTFD_FLAGS}, block_signals=True)
-            if fd < 0:
-                raise Untracked(f"process {self._pid} was refused a userfaultfd: {os.strerror(-fd)}")
-            try:
-                return linux.pidfd_getfd(pidfd, fd)
-            except OSError as error:
-                raise Untracked(f"the userfaultfd of process {self._pid} cannot be fetched: {error.strerror}") from None
-            finally:
-                self._call(call | {"rax": numbers.close, "rdi": fd})
-        finally:
-            # In this order: the frame would put back both, until the registers end its reign. Being detached wakes the
-            # thread as a signal does, so that the kernel takes an interrupted call up again, its timeout as it was.
-            linux.set_signal_mask(self._thread, mask)
-            linux.set_registers(self._thread, linux.NT_PRSTATUS, before)
 
-    def _is_to_be_called_again(self, registers: dict[str, int]) -> bool:
-        """Whether the thread's system call would report the interruption, and we caused it: no signal is pending."""
-        if registers["orig_rax"] not in _ENDED_BY_A_STOP or registers["rax"] != _EINTR:
-            return False
+        def call(number: int, argument: int, *, block_signals: bool = False) -> int:
+            context.call(code, frame, back, number, argument)
+            if block_signals:
+                # A handler would run in between. Not before: the frame has the mask, and is in force only now.
+                linux.set_signal_mask(self._thread, _ALL_SIGNALS)
+            self._pass_call()
+            return context.result()
+
+        try:
+            fd = call(numbers.userfaultfd, linux.USERFAULTFD_FLAGS, block_signals=True)
+            try:
+                if fd < 0:
+                    raise Untracked(f"process {self._pid} was refused a userfaultfd: {os.strerror(-fd)}")
+                try:
+                    return linux.pidfd_getfd(pidfd, fd)
+                except OSError as error:
+                    raise Untracked(
+                        f"the userfaultfd of process {self._pid} cannot be fetched: {error.strerror}"
+                    ) from None
+                finally:
+                    call(numbers.close, fd)
+            finally:
+                if context.first_argument is not None:
+                    call(numbers.getpid, context.first_argument)
+        finally:
+            # In this order: the frame would put back both, until the registers end its reign.
+            linux.set_signal_mask(self._thread, mask)
+            context.put_back()
+
+    def _has_signals(self) -> bool:
+        """Whether a signal is pending that it does not block."""
         status = Path(f"/proc/{self._pid}/task/{self._thread}/status").read_text(errors="replace")
         words = dict(line.partition(":\t")[::2] for line in status.splitlines())
-        return not (int(words["SigPnd"], 16) | int(words["ShdPnd"], 16)) & ~int(words["SigBlk"], 16)
+        return bool((int(words["SigPnd"], 16) | int(words["ShdPnd"], 16)) & ~int(words["SigBlk"], 16))
 
-    def _call(self, registers: dict[str, int], *, block_signals: bool = False) -> int:
-        """Make the thread execute one system call; returns the call's result."""
-        packed = _PRSTATUS.pack(*(registers[name] for name in _REGISTERS))
-        linux.set_registers(self._thread, linux.NT_PRSTATUS, packed)
-        if block_signals:
-            # A handler would run in between. Not before: the frame has the mask, and is in force only now.
-            linux.set_signal_mask(self._thread, _ALL_SIGNALS)
+    def _pass_call(self) -> None:
+        """Let the thread make its next system call, and stop behind it."""
         deadline = time.monotonic() + _STEP_S
         for _ in ("entry", "exit"):
             linux.ptrace(Request.SYSCALL, self._thread)
             self._wait(deadline, is_event=False)
-        after = _PRSTATUS.unpack(linux.get_registers(self._thread, linux.NT_PRSTATUS, 1024))
-        result: int = after[_REGISTERS.index("rax")]
-        return result - (1 << 64) if result >> 63 else result
 
     def _stop(self) -> None:
         linux.ptrace(Request.INTERRUPT, self._thread)
@@ -344,8 +311,8 @@ class _Tracee:
                     raise Untracked(f"a seccomp filter of process {self._pid} forbids system call {number}")
             at += 1
 
-    def _check_rseq(self, rip: int) -> None:
-        """Raise _Again in a restartable sequence: it would not be restarted if its thread went another way."""
+    def _check_rseq(self, pc: int) -> None:
+        """Raise Again in a restartable sequence: it would not be restarted if its thread went another way."""
         try:
             address = linux.rseq_address(self._thread)
         except OSError:
@@ -355,8 +322,8 @@ class _Tracee:
         (descriptor,) = struct.unpack("=Q", self._read(address + 8, 8))
         if descriptor:
             _, _, start, length = struct.unpack("=IIQQ", self._read(descriptor, 24))
-            if 0 <= rip - start < length:
-                raise _Again(f"thread {self._thread} of process {self._pid} is in a restartable sequence")
+            if 0 <= pc - start < length:
+                raise Again(f"thread {self._thread} of process {self._pid} is in a restartable sequence")
 
     def _code(self, wanted: Sequence[bytes]) -> Iterator[int]:
         """The addresses of some instruction sequences."""
@@ -365,55 +332,23 @@ class _Tracee:
                 continue
             code = self._read(mapping.start, min(mapping.stop - mapping.start, _MAX_CODE))
             for bytes_ in wanted:
-                if (at := code.find(bytes_)) >= 0:
+                at = code.find(bytes_)
+                while at >= 0:
                     yield mapping.start + at
+                    at = code.find(bytes_, at + 1)
 
-    def _lay_frame(self, registers: dict[str, int], mask: bytes, back: int) -> int:
+    def _lay_frame(self, mask: bytes, back: int) -> int:
         """Write a signal frame below the thread's stack that restores its state. Returns the frame's address."""
-        stack = registers["rsp"]
+        stack = self._context.sp
         self._check_stack(stack)
-        was = dict(registers)
-        if registers["orig_rax"] >> 63 == 0 and registers["rax"] in _RESTART:
-            was["rax"] = registers["orig_rax"]
-            was["rip"] -= _SYSCALL_BYTES
-        fpu = self._fpu()
-        at_fpu = (stack - _RED_ZONE - len(fpu)) // 64 * 64
-        at_frame = (at_fpu - _FRAME.size) // 16 * 16 - 8
-        if stack - at_frame > _STACK_ROOM // 2:
-            raise Untracked(f"the FPU state of process {self._pid} takes {len(fpu)} bytes: too much for a stack")
-        segments = (
-            registers["cs"] & 0xFFFF,
-            registers["gs"] & 0xFFFF,
-            registers["fs"] & 0xFFFF,
-            registers["ss"] & 0xFFFF,
-        )
-        frame = _FRAME.pack(
-            back,
-            *(_UC_FLAGS, 0),
-            *(0, _NO_ALTSTACK, 0, 0),
-            *(was[name] for name in _CONTEXT),
-            *segments,
-            *(0, 0, 0, 0),
-            at_fpu,
-            *[0] * 8,
-            mask,
-        )
-        self._write(at_frame, frame + bytes(at_fpu - at_frame - len(frame)) + fpu)
-        return at_frame
-
-    def _fpu(self) -> bytes:
-        """The FPU's state, as a signal frame holds it."""
-        state = bytearray(linux.get_registers(self._thread, linux.NT_X86_XSTATE, _XSTATE_ROOM))
-        (features,) = _FX_FEATURES.unpack_from(state, _FX_SW_AT)
-        if len(state) > _AMX_AT:
-            if features & _AMX_FEATURES:
-                raise Untracked(f"process {self._pid} uses AMX tiles, which are not put back")
-            del state[_AMX_AT:]
-        _FX_SW.pack_into(state, _FX_SW_AT, _MAGIC1, len(state) + len(_MAGIC2), features, len(state))
-        return bytes(state) + _MAGIC2
+        at, frame = self._context.frame(mask, back)
+        if stack - at > _STACK_ROOM // 2:
+            raise Untracked(f"the FPU state of process {self._pid} takes {stack - at} bytes: too much for a stack")
+        self._write(at, frame)
+        return at
 
     def _check_stack(self, stack: int) -> None:
-        """Raise _Again if what lies below its stack pointer may be in use.
+        """Raise Again if what lies below its stack pointer may be in use.
 
         A goroutine's stack, for one, is in the heap and may end right there. The stack of a C library's thread is its
         own mapping, followed by one that cannot be touched; the first thread's is the kernel's.
@@ -423,11 +358,14 @@ class _Tracee:
                 is_guarded = below is not None and below.flags[:3] == "---" and below.stop == mapping.start
                 if mapping.name == "[stack]" or is_guarded:
                     return
-        raise _Again(f"thread {self._thread} of process {self._pid} has a stack that may end below its last byte")
+        raise Again(f"thread {self._thread} of process {self._pid} has a stack that may end below its last byte")
 
     def _read(self, address: int, size: int) -> bytes:
         with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
-            return os.pread(memory.fileno(), size, address)
+            try:
+                return os.pread(memory.fileno(), size, address)
+            except OSError as error:
+                raise Again(f"memory of process {self._pid} at {address:#x} cannot be read: {error.strerror}") from None
 
     def _write(self, address: int, data: bytes) -> None:
         with open(f"/proc/{self._pid}/mem", "r+b", buffering=0) as memory:

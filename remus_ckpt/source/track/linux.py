@@ -35,12 +35,13 @@ class Calls(NamedTuple):
     pidfd_getfd: int
     close: int
     rt_sigreturn: int
+    getpid: int
     audit: int
 
 
 CALLS = {
-    "x86_64": Calls(323, 438, 3, 15, 0xC000003E),
-    "aarch64": Calls(282, 438, 57, 139, 0xC00000B7),
+    "x86_64": Calls(323, 438, 3, 15, 39, 0xC000003E),
+    "aarch64": Calls(282, 438, 57, 139, 172, 0xC00000B7),
 }
 """By `platform.machine()`."""
 
@@ -244,8 +245,9 @@ class Request(IntEnum):
 
 TRACESYSGOOD = 1
 EVENT_STOP = 128
-NT_PRSTATUS = 1
+NT_PRSTATUS, NT_PRFPREG = 1, 2
 NT_X86_XSTATE = 0x202
+NT_ARM_SYSTEM_CALL, NT_ARM_SVE, NT_ARM_SSVE, NT_ARM_GCS = 0x404, 0x405, 0x40B, 0x410
 WALL = 0x40000000
 """__WALL of waitpid: threads too."""
 
@@ -274,6 +276,8 @@ def set_registers(thread: int, kind: int, registers: bytes) -> None:
     ptrace(Request.SETREGSET, thread, kind, ctypes.addressof(vector))
 
 
+NO_ALTSTACK = 0xFF
+"""No flags of an alternate stack: rt_sigreturn leaves the one that is set."""
 _SIGSET_BYTES = 8
 
 

@@ -23,7 +23,7 @@ from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.source.track import linux
 from remus_ckpt.source.track.foreign import Stopped, userfaultfd_of
 from remus_ckpt.source.track.spans import expand
-from remus_ckpt.source.track.written import MemoryGone, Scanner, Userfault
+from remus_ckpt.source.track.written import MemoryGone, Scanner, Userfault, check_page_size
 
 _CMINFLT = 8
 """Faults of children that have ended: which word of /proc/PID/stat, counted from the state."""
@@ -77,6 +77,7 @@ class FileWatch:
         self._scanner = Scanner()
         self._followed: dict[Writer, _Followed] = {}
         self._refused: dict[Writer, str] = {}
+        check_page_size()
         if linux.file_system(fd) == linux.HUGETLBFS:
             raise Untracked("the file is on hugetlbfs: the kernel records writes to whole huge pages only")
         try:

@@ -1,8 +1,8 @@
 """Address ranges that the kernel watches: arm them, query which pages were written since the last time, release them.
 
 A watched page is write-protected; the kernel lifts that at the first write, without a handler (asynchronous
-write-protection, Linux 6.7). A scan finds the pages that are no longer protected and protects them again, in one step:
-no write is lost between the two. Scan first, then copy.
+write-protection: Linux 6.7, on arm64 6.10). A scan finds the pages that are no longer protected and protects them
+again, in one step: no write is lost between the two. Scan first, then copy.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ Runs = NDArray[np.int64]
 _PAGE_BITS = PAGE_SIZE.bit_length() - 1
 _REGIONS = 4096
 """How many runs one call returns: 96 KiB, which stays in the second-level cache. More are fetched by further calls."""
+_WRITE_PROTECTS = {"aarch64": "6.10"}
+"""Where a later kernel than 6.7 is needed, by `platform.machine()`."""
 
 
 class Unwatched(Untracked):
@@ -57,8 +59,7 @@ class Userfault:
     @classmethod
     def of_this_process(cls) -> Userfault:
         """A userfaultfd for this process's memory. Raises Untracked."""
-        if mmap.PAGESIZE != PAGE_SIZE:
-            raise Untracked(f"this machine's pages have {mmap.PAGESIZE} bytes, not {PAGE_SIZE}")
+        check_page_size()
         try:
             return cls(linux.userfaultfd())
         except OSError as error:
@@ -92,6 +93,12 @@ class Userfault:
                 errno.EINVAL: "some of it is not mapped, or mapped in a way that userfaultfd does not take",
             }.get(error.errno or 0, error.strerror)
             raise Untracked(f"memory at {start:#x}-{stop:#x} cannot be watched: {reason}") from None
+
+
+def check_page_size() -> None:
+    """Raise Untracked if the kernel's pages, which it notes writes by, are larger than ours."""
+    if mmap.PAGESIZE != PAGE_SIZE:
+        raise Untracked(f"this machine's pages have {mmap.PAGESIZE} bytes, not {PAGE_SIZE}")
 
 
 class Scanner:
@@ -205,7 +212,8 @@ def _words(error: OSError) -> str:
     return {
         errno.ENOSYS: f"this kernel ({platform.release()}) has no userfaultfd, or a filter (seccomp) hides it",
         errno.EPERM: "userfaultfd is not permitted here: a filter (seccomp) or a security module forbids it",
-        errno.EINVAL: f"this kernel ({platform.release()}) does not write-protect asynchronously: that needs Linux 6.7",
+        errno.EINVAL: f"this kernel ({platform.release()}) does not write-protect asynchronously: that needs "
+        f"Linux {_WRITE_PROTECTS.get(platform.machine(), '6.7')}",
         errno.ENOTTY: f"this kernel ({platform.release()}) cannot scan for written pages: that needs Linux 6.7",
         errno.ESRCH: "the process whose memory it is has ended",
     }.get(error.errno or 0, f"tracking by the kernel failed: {error.strerror}")
