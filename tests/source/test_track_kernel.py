@@ -274,6 +274,15 @@ def test_without_the_kernels_help_all_is_compared(tmp_path: Path) -> None:
         assert "no userfaultfd" in in_fork(look(make))
 
 
+def test_where_the_kernels_pages_are_larger_memory_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It notes writes by its own pages; no process is touched for that."""
+    (tmp_path / "memory").write_bytes(bytes(PAGE_SIZE))
+    monkeypatch.setattr("mmap.PAGESIZE", 16384)
+    for source in (OwnMemory({"it": np.zeros(5)}), SharedFile(tmp_path / "memory", Processes([]))):
+        assert isinstance(source.tracker, Compare) and "16384" in source.tracker.why
+        source.close()
+
+
 @needs_tracking
 def test_a_process_is_tracked(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
