@@ -34,7 +34,7 @@ class Thread:
         patch.setattr(linux, "get_registers", self.get)
         patch.setattr(linux, "set_registers", lambda _, kind, value: self.sets.__setitem__(kind, value))
         self.context = Arm64(os.getpid(), 1 << 30, lambda at, size: code[at - CODE :][:size])
-        self.context._waiting = waits_in.encode()
+        self.context.waits_in = waits_in.encode()
 
     def get(self, _: int, kind: int, room: int) -> bytes:
         if kind not in self.sets:

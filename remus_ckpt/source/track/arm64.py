@@ -51,7 +51,10 @@ io_getevents, epoll_pwait, rt_sigtimedwait, semtimedop, semop, io_pgetevents, ep
 
 
 class Arm64(Context):
-    """A thread of 64 bits."""
+    """A thread of 64 bits.
+
+    waits_in: what the kernel said right before the stop, of the system call that it waits in
+    """
 
     code = _SVC + b"\xc0\x03\x5f\xd6"  # svc #0; ret
     signal_returns = (b"\x68\x11\x80\xd2" + _SVC, b"\x68\x11\x80\x52" + _SVC)
@@ -59,16 +62,16 @@ class Arm64(Context):
 
     def __init__(self, pid: int, thread: int, read: Read) -> None:
         super().__init__(pid, thread, read)
-        # The call it waits in, read right before the stop: its first argument is not to be had afterwards.
+        # Right before the stop: the call's first argument is not to be had afterwards.
         try:
             with open(f"/proc/{thread}/syscall", "rb", buffering=0) as file:
-                self._waiting: bytes | None = file.read()
+                self.waits_in = file.read()
         except OSError:
-            self._waiting = None
+            self.waits_in = b""
 
     def _waited_in(self, number: int) -> int | None:
         """The first argument of the system call in which it waited, if it was this one."""
-        words = (self._waiting or b"").split()
+        words = self.waits_in.split()
         return int(words[1], 0) if len(words) == 9 and int(words[0]) == number else None
 
     def load(self) -> None:
