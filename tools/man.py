@@ -59,7 +59,7 @@ def sentences(words: str) -> list[str]:
 
 def page(name: str, command: Any, context: Any, more: list[str]) -> str:
     """One page. name: with dashes, such as remus-ckpt-keys-issue"""
-    title = name.replace("remus-ckpt-", "remus-ckpt ").replace("keys-", "keys ")
+    title = context.command_path
     short = (command.short_help or command.help or "").split("\n\n")[0].strip().rstrip(".")
     options, arguments = [], []
     for param in command.params:

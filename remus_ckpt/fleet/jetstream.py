@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -353,7 +354,7 @@ def _synced(monitors: Sequence[str]) -> set[str]:
             with urllib.request.urlopen(f"{url.rstrip('/')}/varz", timeout=_TRY_S) as answer:
                 found = json.loads(answer.read(_ANSWER_BYTES))
             name, config = found["server_name"], found["jetstream"].get("config", {})
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LogError(f"{url}: its monitoring does not report on JetStream: {error}") from None
         if not config.get("sync_always"):
             raise LogError(

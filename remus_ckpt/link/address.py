@@ -59,7 +59,7 @@ class Address:
             host = host[1:-1]
         elif ":" in host:
             raise LinkError(f"{text!r}: put an IPv6 address in brackets, such as [::1]:7411")
-        if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+        if not separator or not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 0xFFFF:
             raise LinkError(f"{text!r} names no host and port: write {scheme}://HOST:PORT")
         return cls(cast(Scheme, scheme), host=host, port=int(port))
 

@@ -430,8 +430,6 @@ class Metrics:
             self._of(name)
             self.store_errors.labels(name)
             self.store_open.labels(name).set(1)
-            for step in STEPS:
-                self.step.remove(name, step)
             for command in _COMMANDS:
                 self.command_failures.labels(name, command)
 
@@ -470,12 +468,15 @@ class Metrics:
                 return
             for stage in _STAGES:
                 self.bytes.remove(name, stage)
+            for step in STEPS:
+                self.step.remove(name, step)
             for command in _COMMANDS:
                 self.command_failures.remove(name, command)
             for metric in (
                 self.pause, self.latency, self.dirty_pages, self.fenced, self.committed_total, self.reconnects,
                 self.epoch, self.lag, self.committed_at, self.term, self.connected, self.promoted,
-                self.store_errors, self.store_open, self.by_kernel, self.missed_pages, self.copy_share,
+                self.store_errors, self.store_open, self.by_kernel, self.by_encoding, self.missed_pages,
+                self.copy_share,
             ):  # fmt: skip
                 metric.remove(name)
 

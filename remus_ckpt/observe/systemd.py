@@ -15,12 +15,12 @@ def notify(state: str) -> bool:
     where = os.environ.get("NOTIFY_SOCKET", "")
     if not where.startswith(("/", "@")):
         return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(1.0)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)
             sock.sendto(state.encode(), f"\0{where[1:]}" if where.startswith("@") else where)
-        except OSError:
-            return False
+    except OSError:  # nobody listens there, or no descriptor is left
+        return False
     return True
 
 

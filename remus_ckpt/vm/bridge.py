@@ -382,11 +382,8 @@ def _listen(path: Path) -> socket.socket:
                 pass
             else:
                 raise BridgeError(f"{path}: another bridge listens here; end it, or take it")
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
+        listener.bind(str(path))
+        path.chmod(0o600)  # nobody can connect before listen()
         listener.listen()
     except OSError as error:
         listener.close()
@@ -428,7 +425,12 @@ def _spawn(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        ask(ours, {"do": "status"})
+        try:
+            ask(ours, {"do": "status"})
+        except BaseException:
+            process.kill()  # one that begins late would take the guest's frames from the next
+            process.wait()
+            raise
     except OSError as error:
         ours.close()
         raise BridgeError(f"the bridge process cannot be started: {error}") from error

@@ -198,6 +198,8 @@ class DiskImages:
     def _begin(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A copy begins, from the last one of this disk if there is one."""
         disk = _disk(arguments)
+        if self._path(disk).exists():  # a guest may run on it
+            raise ValueError("there is an image of this seed: a copy has one of its own")
         make_directory(self.folder)
         others = {path.name.rsplit(".", 2)[0] for path in self.folder.iterdir() if path.suffix in (".raw", ".part")}
         if len(others - {disk.ident}) >= MAX_DISKS:

@@ -172,16 +172,14 @@ class DiskServer:
 def listen(path: Path) -> socket.socket:
     """A Unix socket that only its owner may connect to. Raises VmError."""
     listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
     try:
         path.unlink(missing_ok=True)
         listener.bind(str(path))
+        path.chmod(0o600)  # nobody can connect before listen()
         listener.listen()
     except OSError as error:
         listener.close()
         raise VmError(f"{path}: no disk server can listen here: {error.strerror or error}") from error
-    finally:
-        os.umask(before)
     return listener
 
 

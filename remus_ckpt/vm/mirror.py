@@ -112,9 +112,9 @@ def _is_well(job: dict[str, Any]) -> bool:
 def _stopped(monitor: Monitor) -> Iterator[None]:
     """Stop the guest for some milliseconds; resume it if it ran."""
     is_running = monitor.execute("query-status", {})["running"]
-    if is_running:
-        monitor.execute("stop", {})
     try:
+        if is_running:
+            monitor.execute("stop", {})  # one that is late happens all the same, and `cont` behind it
         yield
     finally:
         if is_running:

@@ -184,12 +184,12 @@ class Qmp:
         for line in lines:
             try:
                 message = json.loads(line)
-                number = message.get("id")
-            except (ValueError, AttributeError):
+                pending = self._pending.pop(message.get("id"), None)
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 raise VmError(f"{self.path}: what answers there does not speak QMP: {bytes(line[:80])!r}") from None
             if "event" in message or "QMP" in message:
                 self._events.append(message)
-            elif (pending := self._pending.pop(number, None)) is not None:
+            elif pending is not None:
                 pending.answer = message
 
     def execute(

@@ -73,6 +73,7 @@ def test_each_command_has_a_page_with_its_options(man: Path) -> None:
     for words in (".It --on-fenced CMD", ".It --interval TIME", "[default: 25ms]", ".Bd -literal"):
         assert words in page
     assert ".Xr remus-ckpt-keys-issue 1 ." in (man / "remus-ckpt-keys.1").read_text()
+    assert ".Nm remus-ckpt vm disk-back" in (man / "remus-ckpt-vm-disk-back.1").read_text()
 
 
 @pytest.mark.skipif(shutil.which("mandoc") is None, reason="no mandoc: install Debian's package of that name")

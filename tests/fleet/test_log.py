@@ -159,6 +159,8 @@ def test_a_log_is_made_only_where_each_record_is_synced() -> None:
             JetStreamLog(nats)
         with pytest.raises(LogError, match="is not known"):
             make_log(nats, replicas=1)
+        with pytest.raises(LogError, match="its monitoring does not"):  # a port on which no HTTP is spoken
+            make_log(nats, replicas=1, monitors=[them.url.replace("nats:", "http:")])
         with pytest.raises(LogError, match="nobody has checked"):
             JetStreamLog(nats)
         make_log(nats, replicas=1, vouched=True)

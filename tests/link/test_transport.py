@@ -94,6 +94,7 @@ def test_addresses(text: str, default: str | None, expected: Address) -> None:
         "tls://host:65536",
         "tls://host:-1",
         "tls://host:٣",
+        "tls://host:" + "9" * 5000,
         "tls://::1:7411",
         "http://host:80",
         "unix:",

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -217,7 +218,8 @@ def test_every_metric_is_served() -> None:
 def test_what_is_forgotten_is_gone(tmp_path: Path) -> None:
     metrics = Metrics()
     for name in ("a", "b"):
-        metrics.checkpoint(name, pause_s=0.1, dirty_pages=1, wire_bytes=1)
+        metrics.checkpoint(name, pause_s=0.1, dirty_pages=1, wire_bytes=1, steps_s={"stop": 0.1})
+        metrics.captured(name, "encode", "")
         metrics.watch_store(name, tmp_path)
         metrics.set_promoted(name, False)
         metrics.command_failed(name, "fence")
@@ -479,6 +481,12 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abs
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         assert notify("READY=1\nSTATUS=epoch 7 ü")
         assert listener.recv(1000).decode() == "READY=1\nSTATUS=epoch 7 ü"
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            assert not notify("WATCHDOG=1"), "no descriptor is left"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert not notify("STOPPING=1")
 
 

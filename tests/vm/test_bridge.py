@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -19,7 +20,9 @@ from bridging import GUEST_MAC, HOST_MAC, Ear, Network, frame, network, number_o
 from conftest import many
 
 from remus_ckpt.errors import BridgeError
+from remus_ckpt.vm import bridge as near_end
 from remus_ckpt.vm.bridge import Bridge, guest_pair
+from remus_ckpt.vm.disk_server import listen
 
 pytestmark = pytest.mark.root
 
@@ -567,6 +570,29 @@ def test_a_second_bridge_on_the_same_device_or_path_is_refused(net: Network, tmp
     net.ip("link", "add", "tap1", "type", "bridge")
     with pytest.raises(BridgeError, match="of another kind"):
         net.tap("tap1")
+
+
+def test_a_bridge_that_does_not_answer_at_its_start_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(near_end, "_PROCESS", hangs)
+    monkeypatch.setattr(near_end, "_START_S", 5.0)
+    with pytest.raises(BridgeError, match="cannot be started"):
+        Bridge.start([])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_only_the_owner_may_connect_and_no_other_file_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The umask belongs to all threads, each of which may start a bridge."""
+    monkeypatch.delattr(os, "umask")
+    with Bridge.start([], listen=tmp_path / "bridge"), listen(tmp_path / "disk"):
+        assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("bridge", "disk")] == [0o600, 0o600]
 
 
 def test_a_fork_does_not_keep_a_bridge_alive(bridged: Bridged) -> None:

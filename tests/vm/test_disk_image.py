@@ -135,6 +135,8 @@ def test_a_guest_runs_on_an_image_once(images: DiskImages) -> None:
         one.follow(newest)
         with pytest.raises(StoreError, match="has run"):
             one.paths(disks)
+    with pytest.raises(RemusError, match="of its own"):
+        copied(images, b"z" * 512)
     assert not copied(images, seed=b"t" * 16)["is_empty"]
     commit(images, part(0, seed=b"t" * 16))
     assert image(images) == image(images, b"t" * 16), "what a guest has run on is kept"

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import disk_guests
 import pytest
@@ -86,6 +88,26 @@ def test_what_is_no_nbd_server_is_refused(tmp_path: Path, said: bytes) -> None:
         with pytest.raises(VmError):
             DiskReader(tmp_path / "nbd", "remus-copy")
         server.join()
+
+
+class Hanging:
+    """A QEMU whose mirror has failed, and that does not answer `stop` in time."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def execute(self, command: str, arguments: Mapping[str, Any] = MappingProxyType({}), /) -> Any:
+        self.given.append(command)
+        if command == "stop":
+            raise VmError("it has not answered")
+        return {"query-status": {"running": True}}.get(command, [{"device": "remus-d", "io-status": "failed"}])
+
+
+def test_a_guest_that_stops_too_late_is_let_run_all_the_same(tmp_path: Path) -> None:
+    qemu = Hanging()
+    with pytest.raises(VmError, match="not answered"), closing(DiskServer(SIZE, tmp_path / "nbd")) as server:
+        DiskMirror(qemu, "d", server)
+    assert qemu.given[-2:] == ["stop", "cont"]
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_the_last_words_are_heard(tmp_path: Path) -> None:
             found.execute("again")
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400\r\n", b"[1]\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400\r\n", b"[1]\n", b"\xff\xfe\n", b"[" * 9999 + b"\n"])
 def test_what_is_no_qmp_is_refused(tmp_path: Path, said: bytes) -> None:
     with (
         speaking(tmp_path, done, greeting=said) as path,
@@ -129,6 +129,15 @@ def test_what_is_no_qmp_is_refused(tmp_path: Path, said: bytes) -> None:
         closing(Qmp(path, timeout_s=2.0)),
     ):
         pass
+
+
+def test_an_answer_to_no_number_is_refused(tmp_path: Path) -> None:
+    with (
+        speaking(tmp_path, lambda _: b'{"return": {}, "id": [1]}\n') as path,
+        closing(Qmp(path)) as found,
+        pytest.raises(VmError, match="does not speak QMP"),
+    ):
+        found.execute("stop")
 
 
 def test_an_answer_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
