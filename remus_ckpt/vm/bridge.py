@@ -220,6 +220,11 @@ class Bridge:
         """Of the bridge process."""
         return self._pid
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has not answered: it is dead, or hangs."""
+        return self._owner.fileno() < 0
+
     def attach(self, nic: int, ours: socket.socket) -> None:
         """Connect a guest: at the start, and after a failover the standby in its place. What another guest has sent
         here and was not released is dropped.

@@ -118,16 +118,25 @@ class GuestNetwork:
             self._holds = True
 
     def _restart(self, error: BridgeError) -> None:
-        log("the bridge is started again", level=logging.ERROR, reason=str(error))
         try:
-            self._bridge.restart()
+            self._replace(error)
             self._hold()
         except BridgeError as another:
             raise VmError(f"{another}; no checkpoint is taken without the bridge") from another
 
+    def _replace(self, error: BridgeError) -> None:
+        log("the bridge is started again", level=logging.ERROR, reason=str(error))
+        self._bridge.restart()
+
     def let_pass(self) -> None:
         """The guest is not protected: let through what it sends, also when we end. Raises BridgeError."""
-        self._bridge.let_pass()
+        try:
+            self._bridge.let_pass()
+        except BridgeError as error:
+            if not self._bridge.is_lost:
+                raise
+            self._replace(error)
+            self._bridge.let_pass()
         self._holds = False
 
     def go_on(self) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import guests
 import pytest
 from bridging import GUEST_MAC, HOST_MAC, Ear, Network, frame, network, number_of, send_all, until
 from conftest import many
@@ -23,6 +24,7 @@ from remus_ckpt.errors import BridgeError
 from remus_ckpt.vm import bridge as near_end
 from remus_ckpt.vm.bridge import Bridge, guest_pair
 from remus_ckpt.vm.disk_server import listen
+from remus_ckpt.vm.network import GuestNetwork
 
 pytestmark = pytest.mark.root
 
@@ -570,6 +572,24 @@ def test_a_second_bridge_on_the_same_device_or_path_is_refused(net: Network, tmp
     net.ip("link", "add", "tap1", "type", "bridge")
     with pytest.raises(BridgeError, match="of another kind"):
         net.tap("tap1")
+
+
+def test_a_guest_goes_on_though_the_bridge_died_that_waited_for_it(net: Network, tmp_path: Path) -> None:
+    waiting = GuestNetwork([net.tap()], tmp_path / "bridge")  # type: ignore[list-item]
+    guest = socket.socket(fileno=os.dup(waiting.sockets[0]))
+    waiting.plug_in()
+    (bridge,) = [pid for pid in guests.descendants(os.getpid()) if b"bridge_process" in guests.line_of(pid)]
+    os.kill(bridge, signal.SIGKILL)
+    waiting.go_on()
+    with contextlib.closing(net.ear()) as ear, guest:
+        send_all(guest, [frame(0)])
+        assert ear.numbers(1) == [0]
+        with (
+            contextlib.closing(GuestNetwork.of_survivor(tmp_path / "bridge")),
+            pytest.raises(BridgeError, match="take it"),
+        ):
+            waiting.let_pass()  # another has it: that one is not killed
+    waiting.close()
 
 
 def test_a_bridge_that_does_not_answer_at_its_start_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
