@@ -371,11 +371,13 @@ def differing_pages(walk: Walk, one: int, other: int) -> tuple[Iterator[Pairs], 
         if staged is None:
             continue
         if reached is not None:
-            # Only pages that change after the first of the two need keeping.
+            # Only pages that change after the first of the two need keeping. A v2 stream's memory grows.
+            memory = staged.memory
+            is_saved = np.pad(is_saved, (0, len(memory) - len(is_saved)))
             fresh = staged.pfns[~is_saved[staged.pfns]]
             is_saved[fresh] = True
             pfns.append(fresh)
-            pages.append(walk.restorer.memory[fresh])
+            pages.append(memory[fresh])
         checkpoint = walk.restorer.commit()
         epoch = checkpoint.epoch
         sizes[epoch] = checkpoint.memory_bytes

@@ -17,7 +17,9 @@ from typing import Any
 import lz4.frame
 import numpy as np
 import pytest
+import v2_streams as v2
 import zstandard
+from streams import page
 from support import Command
 
 from remus_ckpt import Sender, batches
@@ -340,6 +342,18 @@ def test_diff(series: Series, tmp_path: Path, command: Command) -> None:
     shorter.write_bytes(series.images[0].read_bytes()[: 20 * PAGE_SIZE + 5])
     report = json.loads(command("diff", series.images[0], shorter, "--json").out)
     assert report["pages"] == 10
+
+
+def test_diff_of_a_memory_that_grows(tmp_path: Path, command: Command) -> None:
+    stream = tmp_path / "grows"
+    grown = [v2.page_data([v2.entry(1), v2.entry(9)], page(7), page(8)), v2.page_data([v2.entry(9)], page(4))]
+    more = b"".join(pages + v2.hvm_state() + v2.record(v2.CHECKPOINT) for pages in grown)
+    stream.write_bytes(v2.SERIES[: -len(v2.record(v2.END))] + more + v2.record(v2.END))
+    for one, other, pages in ((0, 2, {1, 2, 9}), (3, 1, {9}), (2, 3, {9}), (0, 1, {1, 2})):
+        report = json.loads(command("diff", stream, one, other, "--json").out)
+        ranges = [range(*each, PAGE_SIZE) for each in report["ranges"]]
+        assert {at // PAGE_SIZE for each in ranges for at in each} == pages
+        assert report["memory_bytes"] == [(6 if epoch < 2 else 10) * PAGE_SIZE for epoch in (one, other)]
 
 
 def test_extract(series: Series, tmp_path: Path, command: Command) -> None:
