@@ -408,6 +408,7 @@ def main() -> int:
     parser.add_argument("--vm", action="store_true", help="of a virtual machine")
     parser.add_argument("--keep", type=Path, help="where its directory lies")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # take apart what was set up
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="remus-soak-", dir=options.keep))

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import guests
 import pytest
+from services import until
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "killtest"
 RUNS = 26
@@ -33,6 +35,20 @@ def test_nothing_committed_is_lost_whoever_is_killed_and_wherever(tmp_path: Path
     }
     assert {phase for phase in phases if not found["kills"][phase]} == set()
     assert list(tmp_path.iterdir()) == [], "a run has left something"
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize(
+    "tool", [[TOOL, "--runs", "100", "--jobs", "1"], [TOOL.with_name("soak.py"), "--minutes", "5"]]
+)
+def test_a_test_that_is_ended_leaves_no_process(tmp_path: Path, tool: list[object]) -> None:
+    command = [sys.executable, *map(str, tool), "--keep", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until(lambda: any("primary" in path.name or "protect" in path.name for path in tmp_path.glob("*/*.log")))
+        started = guests.descendants(process.pid)
+        process.terminate()
+    assert len(started) > 2
+    until(lambda: not any(map(guests.line_of, started)))
 
 
 @pytest.mark.kill

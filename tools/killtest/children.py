@@ -64,6 +64,11 @@ _PHASE, _EPOCH, _COMPACTING, _WISH, _DWELL_US, _STATUS = range(6)
 _PR_SET_PDEATHSIG = 1
 
 
+def die_with_parent() -> None:
+    """Be killed when the thread that started this process ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Board:
     """Six words of memory that a child and the harness share."""
 
@@ -289,8 +294,7 @@ def _live(kind: str, args: dict[str, Any], board_fd: int, channel_fd: int, log_f
     status = BROKEN
     board = Board(board_fd)
     try:
-        # Were the harness killed, the nursery would end, and all children with it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()  # the nursery, which ends with the harness
         os.setsid()
         os.dup2(log_fd, 1)
         os.dup2(log_fd, 2)

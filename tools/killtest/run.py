@@ -25,6 +25,7 @@ from killtest.children import (
     PRIMARY_PHASES,
     Child,
     Nursery,
+    die_with_parent,
     marked,
     state_of,
 )
@@ -692,7 +693,8 @@ _nurseries: list[Nursery] = []
 
 
 def prepare() -> None:
-    """Fork the nursery of this job; before anything starts a thread."""
+    """Fork the nursery of this job, which ends with the whole test; before anything starts a thread."""
+    die_with_parent()
     _nurseries.append(Nursery())
 
 
