@@ -125,6 +125,9 @@ class GuestNetwork:
             raise VmError(f"{another}; no checkpoint is taken without the bridge") from another
 
     def _replace(self, error: BridgeError) -> None:
+        """Start another bridge in the place of one that does not answer. One that refuses lives: others may own it."""
+        if not self._bridge.is_lost:
+            raise error
         log("the bridge is started again", level=logging.ERROR, reason=str(error))
         self._bridge.restart()
 
@@ -133,8 +136,6 @@ class GuestNetwork:
         try:
             self._bridge.let_pass()
         except BridgeError as error:
-            if not self._bridge.is_lost:
-                raise
             self._replace(error)
             self._bridge.let_pass()
         self._holds = False
