@@ -37,12 +37,12 @@ from remus_ckpt.vm.tap import Tap, open_tap
 Mode = Literal["hold", "pass", "shut"]
 """What happens to a guest's frames: they wait for a commit, they leave at once, they are dropped."""
 
-_PROCESS = Path(__file__).with_name("bridge_process.py")
+PROCESS = Path(__file__).with_name("bridge_process.py")
 _SOCKET_BYTES = 8 * MIB
 _ANNOUNCE_AFTER_S = (0.0, 0.05, 0.2, 0.5, 1.0)
 """A network that is still reconverging may miss the first."""
 MAX_NICS = 16
-_START_S = 30.0
+START_S = 30.0
 _ANSWER_S = 2.0
 _END_S = 5.0
 
@@ -362,7 +362,7 @@ def _kill(pid: int) -> None:
         pidfd = os.pidfd_open(pid)
         try:
             # Any process may have the number by now.
-            if _PROCESS.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if PROCESS.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 select.select([pidfd], [], [], _END_S)
         finally:
@@ -408,7 +408,7 @@ def _spawn(
     marked: int | None,
 ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.settimeout(_START_S)
+    ours.settimeout(START_S)
     settings = {
         "owner": theirs.fileno(),
         "listener": None if listener is None else listener.fileno(),
@@ -424,7 +424,7 @@ def _spawn(
     try:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_PROCESS), json.dumps(settings)],
+                [sys.executable, "-I", "-S", str(PROCESS), json.dumps(settings)],
                 pass_fds=fds if listener is None else [*fds, listener.fileno()],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,

@@ -598,8 +598,8 @@ def test_a_bridge_that_does_not_answer_at_its_start_is_killed(tmp_path: Path, mo
     hangs.write_text(
         f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
     )
-    monkeypatch.setattr(near_end, "_PROCESS", hangs)
-    monkeypatch.setattr(near_end, "_START_S", 5.0)
+    monkeypatch.setattr(near_end, "PROCESS", hangs)
+    monkeypatch.setattr(near_end, "START_S", 5.0)
     with pytest.raises(BridgeError, match="cannot be started"):
         Bridge.start([])
     with pytest.raises(ProcessLookupError):
