@@ -13,12 +13,14 @@ from rich.text import Text
 
 from remus_ckpt.cli.options import (
     AsJson,
+    DryRun,
+    KeepAge,
+    KeepCount,
+    KeepSize,
     KeepTiers,
     MaxMemory,
     Recipients,
     app,
-    is_size,
-    is_time,
     print_json,
     retention_of,
 )
@@ -194,19 +196,10 @@ def prune(
     url: Url,
     name: Name,
     keep: KeepTiers = None,
-    keep_count: Annotated[int | None, typer.Option(metavar="COUNT", min=1, help="Keep this many checkpoints.")] = None,
-    keep_age: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            callback=is_time,
-            help="Keep checkpoints up to this much older than the newest, such as 90d.",
-        ),
-    ] = None,
-    keep_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", callback=is_size, help="Keep at most this many bytes, such as 500G.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and why.")] = False,
+    keep_count: KeepCount = None,
+    keep_age: KeepAge = None,
+    keep_size: KeepSize = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove old segments of a name from an archive, by the rules of `remus-ckpt prune`. The newest always stays.

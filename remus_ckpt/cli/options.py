@@ -99,6 +99,37 @@ KeepTiers = Annotated[
         "days that have any, in UTC. Also minutely, weekly, monthly, yearly.",
     ),
 ]
+KeepCount = Annotated[
+    int | None, typer.Option("--keep-count", metavar="COUNT", min=1, help="Keep this many checkpoints.")
+]
+KeepAge = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-age",
+        metavar="TIME",
+        callback=is_time,
+        help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.",
+    ),
+]
+KeepSize = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-size",
+        metavar="SIZE",
+        callback=is_size,
+        help="Keep at most this many bytes of each name, such as 500M or 20G.",
+    ),
+]
+KeepFree = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-free",
+        metavar="SIZE",
+        callback=is_size,
+        help="Remove the oldest checkpoints until this much of the disk is free.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and why.")]
 ArchiveAt = Annotated[
     str | None,
     typer.Option(
@@ -114,15 +145,6 @@ Recipients = Annotated[
         "--archive-recipients",
         metavar="FILE",
         help="Encrypt archived segments for the age recipients in this file (age1…).",
-    ),
-]
-KeepFree = Annotated[
-    str | None,
-    typer.Option(
-        "--keep-free",
-        metavar="SIZE",
-        callback=is_size,
-        help="Remove the oldest checkpoints until this much of the disk is free.",
     ),
 ]
 MetricsAt = Annotated[

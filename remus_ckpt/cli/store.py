@@ -16,17 +16,19 @@ from rich.text import Text
 from remus_ckpt.cli.convert import write_for_xen
 from remus_ckpt.cli.options import (
     AsJson,
+    DryRun,
     ForXen,
     HvmContext,
     Insecure,
+    KeepAge,
+    KeepCount,
     KeepFree,
+    KeepSize,
     KeepTiers,
     Overwrite,
     TlsDir,
     address_of,
     app,
-    is_size,
-    is_time,
     keep_what_is_there,
     print_json,
     retention_of,
@@ -266,21 +268,11 @@ def verify_store(text: str, history: History, as_json: bool) -> None:
 def prune(
     store: HistoryName,
     keep: KeepTiers = None,
-    keep_count: Annotated[int | None, typer.Option(metavar="COUNT", min=1, help="Keep this many checkpoints.")] = None,
-    keep_age: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            callback=is_time,
-            help="Keep checkpoints up to this much older than the newest, such as 12h or 7d.",
-        ),
-    ] = None,
-    keep_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", callback=is_size, help="Keep at most this many bytes, such as 500M or 20G."),
-    ] = None,
+    keep_count: KeepCount = None,
+    keep_age: KeepAge = None,
+    keep_size: KeepSize = None,
     keep_free: KeepFree = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed, and why.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove old checkpoints, in whole segments. The segment with the newest checkpoint always stays.
