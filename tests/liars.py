@@ -12,7 +12,9 @@ from typing import Any
 import google_crc32c
 
 from remus_ckpt.errors import RemusError
-from remus_ckpt.session import frames, machine, messages
+from remus_ckpt.session import frames, messages
+from remus_ckpt.session.incoming import DataReceived
+from remus_ckpt.session.machine import Session
 
 
 class Ear:
@@ -30,7 +32,7 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
-        self.session = machine.Session("server")
+        self.session = Session("server")
         self.session.lender = Ear()
 
     def hear(self) -> Any:
@@ -42,7 +44,7 @@ class Peer:
                 if not size:
                     return None
                 self.session.buffer_updated(size)
-            elif not isinstance(event, machine.DataReceived | messages.Heartbeat):
+            elif not isinstance(event, DataReceived | messages.Heartbeat):
                 return event
 
     def say(self, message: messages.Message) -> None:

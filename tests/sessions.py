@@ -19,7 +19,8 @@ from remus_ckpt.session.frames import (
     TYPES,
     FrameType,
 )
-from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Session, SessionState
+from remus_ckpt.session.incoming import DataReceived
+from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import (
     FIELDS,
     Ack,
@@ -35,6 +36,7 @@ from remus_ckpt.session.messages import (
     StreamShape,
     Welcome,
 )
+from remus_ckpt.session.rules import TRANSITIONS, SessionState
 
 FIRST = Position(0, b"\x11" * 32)
 SECOND = Position(1, b"\x22" * 32)

@@ -12,7 +12,8 @@ from sessions import HELLO, Heap, joined, push, take_in
 from remus_ckpt.errors import StreamError
 from remus_ckpt.pages import PAGE_SIZE, batches
 from remus_ckpt.sender import Sender
-from remus_ckpt.session.machine import CheckpointReceived, DataReceived, Session
+from remus_ckpt.session.incoming import CheckpointReceived, DataReceived
+from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import Begin, Commit, Hello, Welcome
 
 COUNT = 40

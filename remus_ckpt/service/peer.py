@@ -23,7 +23,8 @@ from remus_ckpt.pages import PAGE_SIZE, Buffer
 from remus_ckpt.service.reader import Reader
 from remus_ckpt.service.realtime import Realtime
 from remus_ckpt.service.standby import Refusal, Standby
-from remus_ckpt.session import frames, machine, messages
+from remus_ckpt.session import frames, messages
+from remus_ckpt.session.incoming import CheckpointReceived, DataReceived
 from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import MAX_EPOCH, Role
 from remus_ckpt.store import HistoryWriter, PeerIdentity
@@ -345,13 +346,13 @@ class Peer:
                             mode=event.mode,
                             position=event.position and str(event.position),
                         )
-                    case machine.DataReceived(size, data):
+                    case DataReceived(size, data):
                         if data is None:
                             writer.buffer_updated(size)
                         else:
                             writer.feed(data)
                         self._offer.report_phase("receiving", 0)
-                    case machine.CheckpointReceived(whole):
+                    case CheckpointReceived(whole):
                         self._offer.report_phase("receiving", 0)
                         if not self._commit_whole(standby, writer, whole):
                             self._commit(standby, writer, event.commit)

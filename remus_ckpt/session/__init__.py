@@ -2,5 +2,8 @@
 
 messages    the messages, and what each field may hold
 frames      messages and stream bytes as frames: headers, checksums, compression, limits
-machine     who may send what and when; `Session` is one connection from its preface to its end
+rules       who may send what and when
+incoming    bytes to messages
+outgoing    messages to bytes
+machine     `Session`: one connection in both directions, from its preface to its end
 """

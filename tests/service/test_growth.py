@@ -31,7 +31,8 @@ from remus_ckpt.link.dial import connect
 from remus_ckpt.loop import CheckpointLoop
 from remus_ckpt.sender import Sender
 from remus_ckpt.service.backup import Backup
-from remus_ckpt.session.machine import Incoming, Session
+from remus_ckpt.session.incoming import Incoming
+from remus_ckpt.session.machine import Session
 
 LARGE = (CheckpointLoop, Connection, Incoming, Link, Sender, Session)
 """Those that have buffers, or refer to them."""

@@ -41,7 +41,8 @@ OURS = tuple(
         "loop.py", "pause.py", "sender.py", "codec/reference.py", "source/__init__.py", "source/compare.py",
         "source/lock.py", "source/own_memory.py", "source/track/kernel.py", "source/track/spans.py",
         "source/track/written.py", "source/track/linux.py", "wire/xen/writer.py",
-        "session/machine.py", "link/client.py", "link/connection.py", "flag.py", "files.py",
+        "session/incoming.py", "session/outgoing.py", "session/rules.py", "link/client.py", "link/connection.py",
+        "flag.py", "files.py",
         "service/alone.py", "service/backoff.py", "service/fenced.py", "service/linking.py", "service/primary.py",
         "service/protect.py", "service/sending.py", "service/stream.py", "service/turns.py", "service/window.py",
     )

@@ -18,13 +18,14 @@ from remus_ckpt.session.frames import (
     REQUEST_BYTES,
     FrameType,
 )
-from remus_ckpt.session.machine import DataReceived, SessionState
+from remus_ckpt.session.incoming import DataReceived
 from remus_ckpt.session.messages import (
     FIELDS,
     Error,
     Request,
     check_name,
 )
+from remus_ckpt.session.rules import SessionState
 
 # Fields
 

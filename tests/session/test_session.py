@@ -41,7 +41,8 @@ from remus_ckpt.session.frames import (
     FrameType,
     negotiate,
 )
-from remus_ckpt.session.machine import TRANSITIONS, DataReceived, Direction, Session, SessionState
+from remus_ckpt.session.incoming import DataReceived
+from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import (
     FIELDS,
     Ack,
@@ -54,6 +55,7 @@ from remus_ckpt.session.messages import (
     StreamShape,
     Welcome,
 )
+from remus_ckpt.session.rules import TRANSITIONS, Direction, SessionState
 
 SPEC = (Path(__file__).resolve().parents[2] / "specs" / "session.md").read_text()
 

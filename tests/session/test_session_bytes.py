@@ -47,7 +47,8 @@ from remus_ckpt.session.frames import (
     MESSAGES,
     FrameType,
 )
-from remus_ckpt.session.machine import DataReceived, Session, SessionState
+from remus_ckpt.session.incoming import DataReceived
+from remus_ckpt.session.machine import Session
 from remus_ckpt.session.messages import (
     Ack,
     Begin,
@@ -55,6 +56,7 @@ from remus_ckpt.session.messages import (
     Goodbye,
     Welcome,
 )
+from remus_ckpt.session.rules import SessionState
 from remus_ckpt.wire.xen.reader import Reader
 
 # Any split, any bit

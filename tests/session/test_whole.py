@@ -21,8 +21,8 @@ from wholes import COUNT, SHAPES, Talk, begun, hear, talk, walked
 from remus_ckpt import extensions
 from remus_ckpt.errors import StreamError
 from remus_ckpt.restorer import Restorer
-from remus_ckpt.session import machine
-from remus_ckpt.session.machine import CheckpointReceived
+from remus_ckpt.session import incoming, outgoing
+from remus_ckpt.session.incoming import CheckpointReceived
 from remus_ckpt.session.messages import LEVELS, Ack, Commit, Error, Goodbye, Heartbeat
 from remus_ckpt.wire.record import Position
 from remus_ckpt.wire.xen.whole import HAS_NATIVE, Walker, receive, write_early
@@ -107,7 +107,7 @@ def test_how_much_is_missing() -> None:
 
 
 def test_without_the_extension_the_parsers_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "HAS_NATIVE", False)
+    monkeypatch.setattr(incoming, "HAS_NATIVE", False)
     of = TALKS["delta"]
     data = of.first[0] + b"".join(of.behind)
     assert hear(begun(of, walks=True)[1], data)[2] == 0
@@ -139,7 +139,7 @@ def test_an_acknowledgement_is_what_the_parser_makes_of_it(monkeypatch: pytest.M
     changed.append(joined(server.send(Ack(level="durable", position=stranger))))
     quick = [heard(data, step) for data in changed for step in (1000, 40)]
     assert quick[0] == acks
-    monkeypatch.setattr(machine, "HAS_NATIVE", False)
+    monkeypatch.setattr(incoming, "HAS_NATIVE", False)
     assert quick == [heard(data, step) for data in changed for step in (1000, 40)]
 
 
@@ -175,7 +175,7 @@ def test_the_end_of_a_checkpoint_is_what_its_frames_are(
     total = sum(lengths) + sum(early) + (error == "bytes")
     made: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "HAS_NATIVE", is_native)
+        patch.setattr(outgoing, "HAS_NATIVE", is_native)
         for in_one_step in (True, False):
             client, _ = begun(talks)
             client.send_data([b"\0"])
