@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from remus_ckpt.service import backoff, backup, names, primary, standby
+from remus_ckpt.service import admission, backoff, backup, names, primary, standby
 
 LIMITS = {
     "promotion_s": (standby, "_PROMOTION_S"),
-    "leave_s": (standby, "_LEAVE_S"),
+    "leave_s": (admission, "_LEAVE_S"),
     "close_s": (backup, "_CLOSE_S"),
     "open_s": (names, "_OPEN_S"),
     "most_opened": (names, "_MOST_OPENED"),

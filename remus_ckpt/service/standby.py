@@ -1,6 +1,7 @@
-"""One protected memory on its backup: who may write to it now, when it is taken over, and its status.
+"""One protected memory on its backup: its sessions, its takeovers, and its status.
 
-`failover` decides what to do and `takeover` does it; this module records the results, and asks for the next decision.
+`admission` lets primaries in. `failover` decides what to do and `takeover` does it; this module gathers what a decision
+rests on, starts what is due, and answers users.
 
 Two locks. `_changed` guards the fields in memory; no thread waits for a disk, a peer or a command while holding it. The
 lock of `Durable.settling` is held by the one thread that changes store.json; it is taken first, and always with a
@@ -15,57 +16,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remus_ckpt.errors import LinkError, LogError, Malformed, NoCheckpoint, RemusError, StoreError, StreamError
+from remus_ckpt.errors import LinkError, NoCheckpoint, RemusError, StoreError, StreamError
 from remus_ckpt.fleet.claims import Claims
 from remus_ckpt.limits import Limits
 from remus_ckpt.observe.log import log
 from remus_ckpt.observe.metrics import Metrics, unflatten
 from remus_ckpt.pages import PAGE_SIZE
 from remus_ckpt.service import failover
+from remus_ckpt.service.admission import Admission, Visitor
 from remus_ckpt.service.attempts import Attempts, Base
 from remus_ckpt.service.durable import Durable, Refusal, fault_of
-from remus_ckpt.service.failover import Accepted, ByHand, Command, FencedOff, Role, Situation
+from remus_ckpt.service.failover import ByHand, Command, Role, Situation
 from remus_ckpt.service.policy import Policy
 from remus_ckpt.service.takeover import Consent, Takeover
 from remus_ckpt.service.vms import GuestStandby
 from remus_ckpt.session.frames import COMPRESSIONS, choose_digest
 from remus_ckpt.session.messages import Begin, Hello, StreamShape, Welcome
-from remus_ckpt.store import Arriving, HistoryWriter, PeerIdentity, State
+from remus_ckpt.store import Arriving, HistoryWriter
 from remus_ckpt.version import __version__
 from remus_ckpt.wire.record import Position
 
-__all__ = ["Policy", "Refusal", "Standby", "Visitor", "close_all"]
+__all__ = ["Policy", "Refusal", "Standby", "close_all"]
 
 _RETRY_S = 1.0
 _PROMOTION_S = 60.0
-_LEAVE_S = 10.0
-"""Maximum wait for a session or a command that must end first."""
-_MAX_TERM = 1 << 62
-"""So that there is always a higher one."""
-
-
-class Visitor(Protocol):
-    """A primary's session."""
-
-    run_id: bytes
-    status: dict[str, Any]
-
-    @property
-    def heard(self) -> float:
-        """When the primary was last known to be alive."""
-
-    @property
-    def identity(self) -> PeerIdentity:
-        """Who the primary is."""
-
-    def end(self, code: str, message: str, term: int | None = None) -> None:
-        """Tell the primary that the session is over, and why; the session's thread ends."""
+_CLOSE_S = 10.0
+"""Maximum wait for a session or a command that must end before the store is closed."""
 
 
 class Standby:
@@ -109,21 +90,29 @@ class Standby:
             metrics,
             self._changed,
             situation=self._situation,
-            dismiss=self._dismiss_visitor,
+            dismiss=self._dismiss,
             guest=guest,
             claims=self._claims,
             consent=consent,
         )
         self.attempts = Attempts(policy.lease_s)
         """Primaries that were refused; `Names` shares it, since it outlives this object."""
-        self._visitor: Visitor | None = None
+        self._admission = Admission(
+            self._durable,
+            self._takeover,
+            metrics,
+            self._changed,
+            lease_s=policy.lease_s,
+            claims=self._claims,
+            is_wanted=lambda: self._is_wanted,
+            on_seated=self._forget_wish,
+            wake=wake,
+        )
         self._last_end: dict[str, Any] | None = None  # of the last session, for `status`
-        self._heard: float | None = None  # in past sessions; an open session has its own
         self._listening_since = self._looked_at = time.monotonic()
         self._by_hand: ByHand | None = None  # a takeover that a waiting user has asked for
         self._is_settling = False  # a thread is promoting, or writing what is owed
         self._not_before = 0.0  # when to retry an action that failed because of the disk
-        self._is_closed = False
         with suppress(RemusError):  # told when a primary comes
             self._follow()
         if guest is not None:
@@ -149,7 +138,7 @@ class Standby:
     @contextmanager
     def hosting(self, visitor: Visitor, hello: Hello) -> Iterator[HistoryWriter]:
         """Let a primary write for as long as it stays. Raises Refusal if it may not write, and StoreError."""
-        term = self._let_in(visitor, hello)
+        term = self._admission.let_in(visitor, hello, self.attempts)
         try:
             self._metrics.set_term(self.name, term)
             self._metrics.set_connected(self.name, True)
@@ -177,139 +166,10 @@ class Standby:
                 log("store failed", level=logging.ERROR, name=self.name, reason=str(error))
                 self._durable.note_broken(error)
             with self._changed:
-                self._heard = max(self._heard or 0.0, visitor.heard)
-                self._visitor = None
                 self._takeover.is_in_doubt = self._claims is not None  # the log may have ended that session
-                self._changed.notify_all()
+                self._admission.left(visitor)
             self._metrics.set_connected(self.name, False)
             self._wake()
-
-    def _let_in(self, visitor: Visitor, hello: Hello) -> int:
-        """Make a primary the visitor; returns the term under which it is let in."""
-        if hello.term is not None and hello.term > _MAX_TERM:
-            raise Refusal("limit", f"term {hello.term} is beyond all takeovers; a term is at most {_MAX_TERM}")
-        with self._durable.settling():
-            if self._durable.is_uncertain:
-                self._durable.write(always=True)
-            state = self._durable.known_state()
-            with self._changed:
-                self._check_open()
-                current = self._visitor
-                # Either the same primary has reconnected before we noticed the loss, or the old one is gone.
-                is_over = current is not None and (
-                    current.run_id == hello.run or time.monotonic() - current.heard > self._policy.lease_s
-                )
-            is_busy = current is not None and not is_over
-            match failover.admit(state.term, Role(state.role), hello.term, is_busy):
-                case FencedOff(term):
-                    self._metrics.fence(self.name)
-                    raise Refusal(
-                        "fenced",
-                        f"{self.name!r} has been taken over under term {term}: stop, and release nothing that was held "
-                        f"back. To protect the side that took over, give it --term {term + 1} or higher"
-                        if state.role == "promoted"
-                        else f"{self.name!r} is protected under term {term}, and this primary is of an older one: stop",
-                        term,
-                    )
-                case failover.Busy():
-                    assert current is not None
-                    other = current.identity.text
-                    raise Refusal("busy", f"{self.name!r} is being protected by another primary, {other}")
-                case Accepted(term):
-                    self._check_log(hello)
-                    self._await_fence()
-                    if (base := self.attempts.base) is not None and base.run == hello.run:
-                        # A primary cannot continue from a full copy that it has not ended.
-                        self._durable.check_room(self.attempts, base)
-                    if current is not None and is_over:
-                        self._dismiss(current, "busy", "another connection has taken the place of this one")
-                    elif current is not None:
-                        # "fenced" is final: the term must be durable before a primary is told.
-                        self._durable.write(term=term)
-                        self._dismiss(current, "fenced", f"a primary of term {term} has come", term)
-                    self._seat(visitor, term, state, hello.log)
-            return term
-
-    def _check_log(self, hello: Hello) -> None:
-        """Raises Refusal unless the primary commits to the log that is used here, and the log has no takeover of ours
-        that is not known here."""
-        if self._claims is None:
-            return
-        try:
-            identity = self._claims.identity
-            if self._takeover.is_in_doubt:
-                self._takeover.resolve()
-        except (LogError, Malformed) as error:
-            raise Refusal("busy", f"whether {self.name!r} has been taken over is not known: {error}") from error
-        if hello.log != identity:
-            other = "no commit log" if hello.log is None else "another commit log"
-            raise Refusal("log", f"commits of {self.name!r} go to {other}: start its primary with --log as here")
-        with self._changed:
-            is_taken = self._takeover.claimed is not None
-        if is_taken:
-            self._wake()
-            raise Refusal("busy", f"{self.name!r} is being taken over")
-
-    def _seat(self, visitor: Visitor, term: int, before: State, log_used: str | None) -> None:
-        """Make a primary the visitor, durably. before: the state in force until now; log_used: its commit log
-
-        Raises RemusError. If the term is still the same, the primary to fence is then the one before: that is written
-        before a fence starts.
-        """
-        try:
-            # The fence must know whom to stop, also after a restart: the identity is durable before the first commit.
-            logged: dict[str, Any] = {"log": log_used} if self._claims is not None or "log" in before.more else {}
-            self._durable.write(
-                term=term,
-                role="standby",
-                expects_primary=True,
-                takeover_done=False,
-                peer=asdict(visitor.identity),
-                **logged,
-            )
-            with self._changed:
-                self._check_open()
-                # A user may have asked for a takeover during the disk write. If the store was promoted already, the
-                # request was for what this primary continues from, not for this primary's end.
-                if before.role != "promoted":
-                    self._check_unwanted()
-                self._by_hand = None
-                self._takeover.begin_term()
-                self._visitor = visitor
-                self._heard = time.monotonic()
-                self._changed.notify_all()
-        except RemusError:
-            if self._durable.state.term == before.term:
-                self._durable.owe(peer=before.more.get("peer"))
-            raise
-
-    def _check_open(self) -> None:
-        if self.broken is not None:
-            raise StoreError(f"the store of {self.name!r} has to be opened anew: {self.broken}")
-        if self._is_closed:
-            raise Refusal("shutdown", "the backup is being stopped")
-
-    @property
-    def _is_wanted(self) -> bool:
-        """Whether a user waits for a takeover that has not happened yet. Needs the lock."""
-        return self._by_hand is not None and self._takeover.given is None
-
-    def _check_unwanted(self) -> None:
-        """Raises Refusal if a user waits for a takeover. Needs the lock."""
-        if self._is_wanted:
-            raise Refusal("busy", f"{self.name!r} is being taken over")
-
-    def _await_fence(self) -> None:
-        """Before a primary that has reappeared is let in: wait until a fence that was to stop it is dead.
-
-        Raises Refusal if the fence does not die, or if a user has asked for the takeover.
-        """
-        with self._changed:
-            self._heard = time.monotonic()  # it is alive, whatever we answer next
-            self._check_unwanted()
-            self._takeover.end_vain_fence(self._heard)
-            if not self._changed.wait_for(lambda: not self._takeover.is_fencing, self._bound_s):
-                raise Refusal("busy", f"a fencing command against {self.name!r} has not ended yet: try again")
 
     def begin(self, hello: Hello, begin: Begin) -> None:
         """Begin what the primary has announced. Raises Refusal if there is no room for its full copy, StoreError."""
@@ -320,22 +180,6 @@ class Standby:
             self.attempts.begin(base)
             self._durable.check_room(self.attempts, base)
         self._writer.begin(full=begin.mode == "full", digest=choose_digest(hello))
-
-    @property
-    def _bound_s(self) -> float:
-        return min(self._policy.lease_s, _LEAVE_S)
-
-    def _dismiss(self, visitor: Visitor, code: str, message: str, term: int | None = None) -> None:
-        """End the open session. Raises Refusal if its thread does not return from the disk."""
-        visitor.end(code, message, term)
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._visitor is not visitor, self._bound_s):
-                raise Refusal("busy", f"the session of {visitor.identity.text} has not ended yet: try again")
-
-    def _dismiss_visitor(self, code: str, message: str) -> None:
-        """End whichever session is open, for a caller that keeps others from being let in meanwhile."""
-        if (visitor := self._visitor) is not None:
-            self._dismiss(visitor, code, message)
 
     def welcome(self, hello: Hello, limits: Limits) -> Welcome:
         """The welcome for a primary that has just been let in."""
@@ -421,7 +265,7 @@ class Standby:
         self._listening_since = failover.listening_since(self._listening_since, self._looked_at, now, lease_s)
         self._looked_at = now
         self._takeover.end_vain_fence(now)
-        if self._is_settling or self._is_closed:
+        if self._is_settling or self._admission.is_closed:
             return now + lease_s
         if now < self._not_before:
             return self._not_before
@@ -461,7 +305,6 @@ class Standby:
     def _situation(self) -> Situation:
         """The situation now. Needs the lock."""
         state = self._durable.state
-        heard = [time for time in (self._heard, self._visitor.heard if self._visitor else None) if time is not None]
         return Situation(
             term=state.term,
             role=Role(state.role),
@@ -470,7 +313,7 @@ class Standby:
             expects_primary=bool(state.more.get("expects_primary")) and not self._writer.is_handed_out,
             takeover_done=bool(state.more.get("takeover_done")),
             listening_since=self._listening_since,
-            last_heard=max(heard, default=None),
+            last_heard=self._admission.last_heard,
             lease_s=self._policy.lease_s,
             fence=self._takeover.fence,
             takeover=self._takeover.command,
@@ -512,6 +355,17 @@ class Standby:
 
     # Users
 
+    @property
+    def _is_wanted(self) -> bool:
+        """Whether a user waits for a takeover that has not happened yet. Needs the lock."""
+        return self._by_hand is not None and self._takeover.given is None
+
+    def _forget_wish(self) -> None:
+        self._by_hand = None
+
+    def _dismiss(self, code: str, message: str) -> None:
+        self._admission.dismiss(code, message)
+
     def take_over(self, *, fence: bool) -> dict[str, Any]:
         """Promote by hand, now; returns what the survivor continues from.
 
@@ -533,7 +387,7 @@ class Standby:
                 self._by_hand = wish
             self._wake()
             is_over = self._changed.wait_for(
-                lambda: not self._is_wanted or self._has_failed(wish) or self._is_closed, _PROMOTION_S
+                lambda: not self._is_wanted or self._has_failed(wish) or self._admission.is_closed, _PROMOTION_S
             )
             given = self._takeover.given
             if given is not None or self._by_hand is wish:
@@ -543,7 +397,7 @@ class Standby:
             self._takeover.end_vain_fence(time.monotonic())
             if self._has_failed(wish):
                 raise RemusError(self._durable.trouble or "the fencing command failed: nothing was promoted")
-            if self._is_closed:
+            if self._admission.is_closed:
                 raise RemusError(f"the store of {self.name!r} is being closed: ask again")
             raise RemusError(self._why_not_taken_over(is_over))
 
@@ -590,8 +444,7 @@ class Standby:
         now = time.monotonic()
         with self._changed:
             state = self._durable.state
-            visitor = self._visitor
-            heard = self._heard if visitor is None else visitor.heard
+            visitor, heard = self._admission.visitor, self._admission.last_heard
             peer = self._durable.peer
             arriving = self._writer.arriving
             since = max(self._listening_since, heard or 0.0)
@@ -636,8 +489,8 @@ class Standby:
         """
         with self._changed:
             return (
-                not self._is_closed
-                and self._visitor is None
+                not self._admission.is_closed
+                and self._admission.visitor is None
                 and not self._is_settling
                 and not self.attempts.waits_for_store(time.monotonic())
                 and not self._durable.state.term
@@ -650,14 +503,14 @@ class Standby:
         with suppress(OSError, RemusError), self._durable.settling():
             if not self.looks_empty() or any((self._writer.directory / "segments").iterdir()):
                 return False
-            self._is_closed = True
+            self._admission.is_closed = True
             self._writer.remove()
-        return self._is_closed
+        return self._admission.is_closed
 
     def stop(self) -> None:
         """Start nothing more, and kill running commands: a takeover runs again when a backup restarts."""
         with self._changed:
-            self._is_closed = True
+            self._admission.is_closed = True
             self._takeover.stop()
             self._changed.notify_all()
         if self._guest is not None:
@@ -665,13 +518,13 @@ class Standby:
 
     def close(self, deadline: float | None = None) -> None:
         """Stop, and close the store, by this time; if it still hangs then, it is abandoned."""
-        close_all([self], time.monotonic() + _LEAVE_S if deadline is None else deadline)
+        close_all([self], time.monotonic() + _CLOSE_S if deadline is None else deadline)
 
     def _begin_closing(self, deadline: float) -> threading.Thread:
         """Begin to close, after `stop`. Waits until the deadline for what must end first, but not for the disk."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._visitor is None and not self._is_settling and not self._takeover.is_running,
+                lambda: self._admission.visitor is None and not self._is_settling and not self._takeover.is_running,
                 max(deadline - time.monotonic(), 0.0),
             )
         closing = threading.Thread(target=self._durable.close, name=f"closing {self.name}", daemon=True)
