@@ -42,9 +42,8 @@ class Linking:
     bell: rung when the link has changed
     The rest is as for `Primary`.
 
-    The thread that takes checkpoints makes and loses links. Any thread may call `check`, `hang_up` and `close`, and
-    read the attributes. `close` takes the link away, too: it sets its flag before it looks for a link; connecting
-    checks the flag once the link is made.
+    The thread that takes checkpoints makes and loses links. Any thread may call `check`, `hang_up` and `close`, which
+    takes the link away, and read the attributes: each is set in one step.
     """
 
     def __init__(
@@ -114,6 +113,8 @@ class Linking:
 
     def close(self, goodbye: str) -> None:
         """Make no more links, and end the sessions in an orderly way."""
+        # The flag is set before we look for a link, and connecting checks it after a link is made: whatever happens
+        # meanwhile, one of the two sides closes that link.
         self._is_closed = True
         if self.link is not None:
             self.link.close(goodbye)
