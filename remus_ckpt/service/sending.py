@@ -60,22 +60,22 @@ class Sending:
         self._realtime = realtime
         self._stop = stop
         self._metrics = metrics
-        self._loop: CheckpointLoop | None = None  # the last one made; set in one step
-        self._one_by_one: tuple[Sender, CheckpointLoop] | None = None  # kept for its capture buffer
+        self._last: tuple[Sender, CheckpointLoop] | None = None  # the last loop, and its sender; set in one step
 
     @property
     def copying(self) -> Copying | None:
         """How far a first copy has got, None while there is none."""
-        return None if self._loop is None else self._loop.copying
+        return None if self._last is None else self._last[1].copying
 
     # The loops
 
     def loop(self, duration_s: float | None) -> CheckpointLoop:
-        """A loop that takes checkpoints with the present sender."""
-        assert self._stream.sender is not None
-        self._loop = CheckpointLoop(
+        """A new loop, which takes checkpoints with the present sender."""
+        sender = self._stream.sender
+        assert sender is not None
+        loop = CheckpointLoop(
             self._source,
-            self._stream.sender,
+            sender,
             self,
             interval_s=self._interval_s,
             duration_s=duration_s,
@@ -85,15 +85,14 @@ class Sending:
             on_paused=self._on_paused,
             stop=self._stop,
         )
-        return self._loop
+        self._last = sender, loop
+        return loop
 
     def take(self) -> Taken:
-        """Take one checkpoint, in the loop that took the one before if the sender is still the same."""
-        sender = self._stream.sender
-        assert sender is not None
-        if self._one_by_one is None or self._one_by_one[0] is not sender:
-            self._one_by_one = sender, self.loop(None)
-        return self._one_by_one[1].take()
+        """Take one checkpoint, in the last loop if the sender is still the same: the loop has a buffer for captures."""
+        if self._last is None or self._last[0] is not self._stream.sender:
+            return self.loop(None).take()
+        return self._last[1].take()
 
     def _copying(self) -> None:
         self._turn()
