@@ -56,7 +56,7 @@ def test_what_is_done_in_the_pause_is_shown_to_both_sides(
         status = protection.status()
         assert (status["capture"], bool(status["capture_why"])) == (way, way == "copy")
         assert (status["encode_ms"]["max"] > 0) == (way == "encode")
-        said = {"copy": "pages copied: to encode", "encode": "pages encoded in the pause"}[way]
+        said = {"copy": "pages copied: encoding", "encode": "pages encoded in the pause"}[way]
         until(lambda: said in remus("status", "--from", backup.addresses[0]).out)
     assert np.array_equal(Store(tmp_path / "store").history("orders").restore().memory.reshape(array.shape), array)
 
