@@ -302,8 +302,11 @@ class Guest:
 
     def committed(self) -> int:
         """The newest epoch that the backup has. Raises RemusError if it does not answer."""
-        if not (found := self.scene.status(self.there)):
-            raise RemusError("the backup does not answer")
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := self.scene.status(self.there)):
+            if time.monotonic() > deadline:
+                raise RemusError("the backup does not answer")
+            time.sleep(1.0)
         return int(found["epoch"])
 
     def finish(self) -> str:
