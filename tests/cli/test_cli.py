@@ -27,6 +27,7 @@ from remus_ckpt.cli.options import parse_bytes, parse_duration
 from remus_ckpt.limits import GIB, MIB
 from remus_ckpt.memory import memory_sha256
 from remus_ckpt.pages import PAGE_SIZE
+from remus_ckpt.plural import counted
 
 PAGES = 50
 
@@ -165,7 +166,7 @@ def test_no_checkpoint_is_not_good(
             ran = command(name, "none", *options, *as_json)
             assert ran.code == 20, (name, ran)
             assert "nothing to restore" in ran.err
-            assert (f"cut off {size:,} bytes" if size else "it is empty") in ran.err
+            assert (f"cut off {counted(size, 'byte')}" if size else "it is empty") in ran.err
             if as_json and name in ("verify", "inspect"):
                 report = json.loads(ran.out)
                 assert report["error"]["kind"] == "NothingToRestore"
