@@ -226,7 +226,7 @@ def test_what_lands_and_is_wrong_is_refused_as_if_it_were_parsed(tmp_path: Path)
         assert found[0] == found[1], place
     for writer in (landed, parsed):
         writer.feed(bytes(good.data) + b"more")
-        with pytest.raises(StreamError, match="4 bytes behind its end"):
+        with pytest.raises(StreamError, match="4 bytes after its end"):
             writer.check(good.record.after)
         writer.abandon()
         writer.begin(full=False)
