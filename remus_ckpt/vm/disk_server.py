@@ -41,7 +41,7 @@ from remus_ckpt.vm.requests import MAX_MESSAGE_BYTES, ask
 EXPORT = "disk"
 HELD_BYTES = 192 * MIB
 """A checkpoint takes 256 MiB besides memory, and all that waits must fit into one."""
-_SLOW_BYTES_S, _SLOWEST_BYTES_S = 64 * MIB, 4 * MIB
+_SLOW_BYTES_S, _SLOWEST_BYTES_S = 512 * MIB, 4 * MIB
 """How fast a guest writes that has filled half of that, and all of it."""
 _QUICK_S = 2.0
 _SLOW_S = 30.0
@@ -205,11 +205,12 @@ def serve(client: socket.socket, size: int, fulfil: Callable[[Server, Request], 
 def delay_s(size: int, held: int, most: int) -> float:
     """How long a write of `size` bytes is delayed while `held` bytes of at most `most` wait for commits.
 
-    The less room is left, the longer: it lasts for seconds while nothing is committed. A write never waits for a
-    commit, since QEMU waits for writes in its `stop`.
+    The less room is left, the longer: it lasts for seconds while nothing is committed, and a guest that is only a
+    little faster than its checkpoints is hardly slowed. A write never waits for a commit, since QEMU waits for writes
+    in its `stop`.
     """
     left = 2 * (most - held) / most
-    return 0.0 if left > 1 else size / max(_SLOW_BYTES_S * left, _SLOWEST_BYTES_S)
+    return 0.0 if left > 1 else size / (_SLOWEST_BYTES_S * (_SLOW_BYTES_S / _SLOWEST_BYTES_S) ** left)
 
 
 class Mirror:

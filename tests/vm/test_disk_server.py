@@ -127,14 +127,14 @@ def test_nothing_is_marked_without_a_mirror(server: DiskServer) -> None:
 
 
 def test_a_guest_that_writes_without_rest_is_slowed_before_there_is_no_room() -> None:
-    """While nothing is committed for five seconds, its mirror lives on."""
+    """While nothing is committed for four seconds, its mirror lives on."""
     held, seconds = 0, 0.0
     while held + MIB <= HELD_BYTES:
         wait_s = delay_s(MIB, held, HELD_BYTES)
         assert wait_s <= 0.25, "QEMU's `stop` waits for it"
         assert (wait_s > 0) == (held >= HELD_BYTES // 2)
         held, seconds = held + MIB, seconds + wait_s
-    assert 5 < seconds < 10
+    assert 4 < seconds < 10
 
 
 def test_a_write_for_which_there_is_no_room_ends_the_mirror_not_the_guest(tmp_path: Path) -> None:
