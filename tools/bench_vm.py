@@ -161,6 +161,8 @@ def disk_rates(interval: str | None, folder: Path) -> dict[str, list[float]]:
                     found[name].append(dict((one[0], one[2]) for one in DD)[name] / (time.monotonic() - at))
                     at = 0.0
             seen = len(lines)
+        if interval and (copies := scene.status(scene.lan.b)["primary"]["disk_copies"]) != 1:
+            raise SystemExit(f"the disk was copied {copies} times: its mirror was lost")
     return found
 
 

@@ -376,8 +376,8 @@ class HistoryWriter:
     def store_whole(self, whole: Whole, on_staged: Callable[[], Callable[[], None]]) -> bool:
         """`feed`, `check` and `store` a checkpoint that has been walked, in one go; False if it has only been fed.
 
-        on_staged: called while the disk writes; returns what is called once the checkpoint is durable, before anything
-            else is done. Neither raises anything
+        on_staged: called while the disk writes; returns what is called once the checkpoint is durable and `position`
+            says so, before anything else is done. Neither raises anything
         Raises like `feed`.
         """
         with self._lock:  # as in `_changing`, which would take more steps
@@ -416,6 +416,7 @@ class HistoryWriter:
         self._on_phase("staged", epoch)
         on_durable = on_staged()
         chain.sync()
+        self.position = whole.after  # first: whoever hears of the acknowledgement may ask for the checkpoint
         on_durable()
         self._failed = False
         self._note_stored(chain, chain.restorer.stage_whole(whole))

@@ -50,6 +50,16 @@ def told(calls: list[str]) -> Any:
     return on_staged
 
 
+def test_what_is_acknowledged_can_be_read_at_once(tmp_path: Path) -> None:
+    """A primary that hears of it may ask for it over another connection."""
+    of = talk("several chunks")
+    writer, whole, seen = opened(tmp_path / "store", of), walked(of, 1).whole, []
+    assert writer.store_whole(whole, lambda: lambda: seen.append(writer.position))
+    assert seen == [whole.after]
+    writer.apply()
+    writer.close()
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_ways_give_the_same_history(tmp_path: Path, name: str) -> None:
     of = talk(name)
